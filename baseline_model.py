@@ -1,0 +1,28 @@
+"""The single-scale baseline: the UNet of `model.py` on the fine image alone."""
+
+import torch
+from torch import nn
+
+from model import TimestepEmbedder, UNet
+
+
+class BaselineModel(nn.Module):
+    """Noise predictor for one scale: `forward(x_64 [B, C, H, W], t [B])` -> `eps_64 [B, C, H, W]`.
+
+    H and W must be multiples of `2 ** len(hidden_dims)`; t lies in [0, 999]. Raises ValueError otherwise.
+    """
+
+    num_scales = 1
+
+    def __init__(self, hidden_dims: tuple[int, ...] = (64, 128, 256, 512), channels: int = 3):
+        super().__init__()
+        self.channels = channels
+        self.embed = TimestepEmbedder(hidden_dims[0], 4 * hidden_dims[0])
+        self.unet = UNet(channels, channels, hidden_dims, 4 * hidden_dims[0])
+
+    def forward(self, x_64: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.unet(x_64, self.embed(t))
+
+    def denoise(self, xs, ts):
+        """The form the sampler calls: `((x_64,), (t,))` -> `(eps_64,)`."""
+        return (self(xs[0], ts[0]),)

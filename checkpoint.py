@@ -1,0 +1,121 @@
+"""Checkpoints: written whole or not at all, verified when read, complete enough to rebuild their model.
+
+A snapshot `{name}_{epoch}ep.pth` holds `model_state`, `ema_state`, `config`, `epoch`, `step`,
+`format_version` and nothing that `torch.load(weights_only=True)` refuses. A resume file `{name}_last.pth`
+adds `optimizer`, `lr_schedule` and the random state.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from baseline_model import BaselineModel
+from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
+from safe_write import replacing
+from scheduler import DDIMScheduler
+
+FORMAT_VERSION = 1
+MODEL_CLASSES = {
+    "baseline": BaselineModel,
+    "dual": LIFTDualTimestepModel,
+    "shared_t": LIFTBaselineModel,
+    "single_t": SingleTimestepModel,
+    "no_t": NoTimestepModel,
+}
+FILE_STEMS = {name: name for name in MODEL_CLASSES} | {"dual": "lift_dual_timestep"}
+REQUIRED_KEYS = ("format_version", "model_state", "ema_state", "config", "epoch", "step")
+
+
+def build_model(config: dict[str, Any]) -> nn.Module:
+    """A freshly initialised model of `config["model_type"]`, `["hidden_dims"]` and `["channels"]`."""
+    model_class = MODEL_CLASSES[config["model_type"]]
+    return model_class(hidden_dims=tuple(config["hidden_dims"]), channels=config["channels"])
+
+
+def checkpoint_file(output_dir: str | os.PathLike, model_type: str, epoch: int | str) -> Path:
+    """`{output_dir}/{stem}_{epoch}ep.pth`, or `{stem}_last.pth` for epoch "last"."""
+    suffix = "last" if epoch == "last" else f"{epoch}ep"
+    return Path(output_dir) / f"{FILE_STEMS[model_type]}_{suffix}.pth"
+
+
+def save_checkpoint(file: str | os.PathLike, content: dict[str, Any]) -> None:
+    """Write a checkpoint atomically; `format_version` is added here. Raises OSError if that fails."""
+    with replacing(file) as temporary:
+        torch.save({"format_version": FORMAT_VERSION} | content, temporary)
+
+
+def read_checkpoint(file: str | os.PathLike, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read and verify a checkpoint.
+
+    Raises FileNotFoundError if it is missing, ValueError if it is damaged, not one of LIFT's, or written by
+    a later version.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"Checkpoint {file} does not exist; train first or pass another --checkpoint.")
+    try:
+        content = torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # A damaged zip or pickle raises whatever the damage happens to hit.
+        raise ValueError(
+            f"Checkpoint {file} is damaged or not a checkpoint ({type(error).__name__}); use another or train again."
+        ) from error
+    missing = [key for key in REQUIRED_KEYS if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ValueError(f"{file} is not a LIFT checkpoint: it lacks {', '.join(missing)}.")
+    if content["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"Checkpoint {file} has format version {content['format_version']}, newer than the "
+            f"{FORMAT_VERSION} this code reads; update LIFT."
+        )
+    return content
+
+
+def weights_fingerprint(state: dict[str, torch.Tensor]) -> str:
+    """16 hex digits of the sha256 over names and values of a state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+class LoadedModel(NamedTuple):
+    """A checkpoint ready for use: frozen model, its schedule, its config, the fingerprint of its weights."""
+
+    model: nn.Module
+    scheduler: DDIMScheduler
+    config: dict[str, Any]
+    fingerprint: str
+
+    @property
+    def weights(self) -> str:
+        """Which set of weights was chosen: "raw" or "ema"."""
+        return self.config["weights"]
+
+
+def load_model(file: str | os.PathLike, ema: bool = False, device: torch.device | str = "cpu") -> LoadedModel:
+    """The model a checkpoint describes, frozen, in eval mode on `device`, with raw or EMA weights.
+
+    Its config also holds `epoch`, `step` and `weights`. Raises what `read_checkpoint` raises, and ValueError
+    if `ema` is asked of a file without EMA weights or if the weights do not fit the model of the config.
+    """
+    content = read_checkpoint(file)
+    state = content["ema_state" if ema else "model_state"]
+    if state is None:
+        raise ValueError(f"Checkpoint {file} holds no EMA weights; leave --ema out or train with --ema_decay.")
+    config = content["config"] | {
+        "epoch": content["epoch"],
+        "step": content["step"],
+        "weights": "ema" if ema else "raw",
+    }
+    try:
+        model = build_model(config)
+        model.load_state_dict(state)
+        scheduler = DDIMScheduler(config["num_train_timesteps"], config["beta_schedule"], config["prediction_type"])
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"Checkpoint {file} does not fit the model its config describes; it is damaged.") from error
+    return LoadedModel(model.to(device).eval().requires_grad_(False), scheduler, config, weights_fingerprint(state))

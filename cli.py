@@ -1,0 +1,80 @@
+"""The flags that stages share, and how a stage ends on bad input: one sentence and an exit status."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+from data import RESIZE_FILTERS, ImageSet, load_images
+from device import PRECISIONS
+
+
+def hidden_dims(text: str) -> tuple[int, ...]:
+    """Parse `64,128,256,512`."""
+    try:
+        return tuple(int(part) for part in text.replace(" ", ",").split(",") if part)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of widths such as 64,128,256,512") from None
+
+
+def positive_int(text: str) -> int:
+    """Parse an integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive integer")
+    return int(text)
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, dataset_default: str | None = "huggan/AFHQv2") -> None:
+    """`--dataset` and everything that decides which pixels it gives; None leaves dataset to the checkpoint."""
+    group = parser.add_argument_group("data")
+    said = dataset_default or "that of the checkpoint"
+    group.add_argument("--dataset", default=dataset_default, help=f"hub id, folder, or synthetic ({said})")
+    if dataset_default is not None:
+        group.add_argument("--resolution", type=positive_int, default=64, help="side of the fine image (64)")
+        group.add_argument("--resize_filter", choices=tuple(RESIZE_FILTERS), default="bilinear")
+    group.add_argument("--limit", type=positive_int, default=None, metavar="N", help="first N images only")
+    group.add_argument("--cache_dir", default="cache", help="decoded images are kept here (cache)")
+    group.add_argument("--num_workers", type=positive_int, default=4, help="threads that decode images (4)")
+    group.add_argument("--skip_bad_images", action="store_true", help="leave unreadable images out")
+
+
+def load_training_images(args: argparse.Namespace, config: dict | None = None) -> ImageSet:
+    """The images the flags name; what they leave open comes from the config of a checkpoint."""
+    defaults = config or vars(args)
+    return load_images(
+        args.dataset or defaults["dataset"],
+        resolution=defaults["resolution"],
+        cache_dir=args.cache_dir,
+        limit=args.limit or (defaults["limit"] if args.dataset is None else None),
+        resize_filter=defaults["resize_filter"],
+        skip_bad_images=args.skip_bad_images or defaults["skip_bad_images"],
+        num_workers=args.num_workers,
+    )
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--device` and `--precision`."""
+    group = parser.add_argument_group("hardware")
+    group.add_argument("--device", default=None, help="0, cuda:1 or cpu (the first GPU if there is one)")
+    group.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where it is fast")
+
+
+def run_stage(main: Callable[[], None]) -> None:
+    """Run a stage; bad input ends it with one sentence on stderr and status 1, an interrupt with 130.
+
+    With LIFT_DEBUG set in the environment the traceback is shown instead.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        if os.environ.get("LIFT_DEBUG"):
+            raise
+        sys.exit(f"error: out of GPU memory ({str(error).splitlines()[0]}); lower --batch_size or --hidden_dims.")
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("LIFT_DEBUG"):
+            raise
+        sys.exit(f"error: {error}")

@@ -1,0 +1,288 @@
+"""Images in: from the hub, a folder or the built-in synthetic set, decoded once and served at two scales.
+
+`load_images` decodes and resizes every image once and keeps the result as a memory-mapped uint8 array in
+the cache folder. `TwoScaleBatches` serves shuffled batches from memory, on the GPU where there is one.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from safe_write import replacing
+from synthetic import synthetic_images
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
+RESIZE_FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+}
+DECODE_CHUNK = 512
+SYNTHETIC_DEFAULT_IMAGES = 4096
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Decoded images: `pixels` uint8 `[N, C, R, R]`, `name` as given, `fingerprint` of the pixels themselves."""
+
+    pixels: np.ndarray
+    name: str
+    fingerprint: str
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for RGB."""
+        return self.pixels.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+def to_float(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 0..255 to float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Floats in [-1, 1] (clamped) to uint8 0..255 by rounding, as a saved PNG holds them."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def coarse(x_64: torch.Tensor) -> torch.Tensor:
+    """The coarse image `x_32 = A x_64`, the 2x2 mean: `[B, C, H, W]` -> `[B, C, H/2, W/2]`."""
+    return F.avg_pool2d(x_64, 2)
+
+
+def fingerprint_array(pixels: np.ndarray) -> str:
+    """16 hex digits of the sha256 over shape, type and content of an array."""
+    digest = hashlib.sha256(f"{pixels.shape}{pixels.dtype}".encode())
+    for start in range(0, len(pixels), DECODE_CHUNK):
+        digest.update(np.ascontiguousarray(pixels[start : start + DECODE_CHUNK]))
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Undecoded images: how many, what identifies them, how to read one and what to call it in a message."""
+
+    count: int
+    key: str
+    read: Callable[[int], Image.Image]
+    describe: Callable[[int], str]
+
+
+def _folder_source(folder: Path, files: Sequence[Path]) -> _Source:
+    listing = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return _Source(
+        count=len(files),
+        key=json.dumps(listing),
+        read=lambda i: Image.open(files[i]),
+        describe=lambda i: str(files[i]),
+    )
+
+
+def _dataset_source(dataset: str) -> _Source:
+    # Imported here because a machine that trains on the built-in images or a folder does not need it.
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(dataset, split="train")
+    except Exception as error:  # The library raises a dozen types of its own and its dependencies' for one cause.
+        reason = str(error).strip().split("\n")[0]
+        raise RuntimeError(
+            f"Dataset '{dataset}' could not be loaded ({type(error).__name__}: {reason}); check the name and the "
+            "network, or pass --dataset FOLDER with your own images or --dataset synthetic."
+        ) from error
+    image_columns = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    if not image_columns:
+        raise ValueError(f"Dataset '{dataset}' has no image column; its columns are {', '.join(rows.column_names)}.")
+    column = "image" if "image" in image_columns else image_columns[0]
+    rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+
+    def read(i: int) -> Image.Image:
+        entry = rows[i][column]
+        return Image.open(io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"])
+
+    return _Source(
+        count=len(rows),
+        key=f"{rows._fingerprint}/{column}",
+        read=read,
+        describe=lambda i: f"image {i} of dataset '{dataset}'",
+    )
+
+
+def _open_source(dataset: str) -> _Source:
+    folder = Path(dataset)
+    if folder.is_dir():
+        root = folder / "train" if (folder / "train").is_dir() else folder
+        files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        if files:
+            return _folder_source(folder, files)
+    elif folder.exists() or dataset.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"--dataset {dataset} is not a folder; give a folder, a hub id or 'synthetic'.")
+    return _dataset_source(dataset)
+
+
+def _decode(image: Image.Image, resolution: int, resize_filter: str, mode: str) -> np.ndarray:
+    """Resize the shorter side to `resolution`, crop the centre: uint8 `[C, R, R]`."""
+    image = image.convert(mode)
+    scale = resolution / min(image.size)
+    size = tuple(max(resolution, round(side * scale)) for side in image.size)
+    if image.size != size:
+        image = image.resize(size, RESIZE_FILTERS[resize_filter])
+    left, top = ((side - resolution) // 2 for side in size)
+    pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)))
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _decode_all(
+    source: _Source, count: int, resolution: int, resize_filter: str, skip_bad_images: bool, num_workers: int
+) -> np.ndarray:
+    """Every readable image of the source, uint8 `[N, C, R, R]`; the first readable one decides the colour mode."""
+
+    def first_mode() -> str:
+        for i in range(count):
+            try:
+                return "L" if source.read(i).mode in ("1", "L", "I;16") else "RGB"
+            except (OSError, UnidentifiedImageError):
+                continue
+        return "RGB"
+
+    mode = first_mode()
+
+    def attempt(i: int) -> np.ndarray | Exception:
+        try:
+            return _decode(source.read(i), resolution, resize_filter, mode)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return error
+
+    pixels = np.empty((count, 1 if mode == "L" else 3, resolution, resolution), np.uint8)
+    kept = 0
+    with ThreadPoolExecutor(max(1, num_workers)) as pool, tqdm(total=count, desc="decoding", unit="img") as bar:
+        for start in range(0, count, DECODE_CHUNK):
+            chunk = range(start, min(start + DECODE_CHUNK, count))
+            for i, result in zip(chunk, pool.map(attempt, chunk), strict=True):
+                if isinstance(result, np.ndarray):
+                    pixels[kept] = result
+                    kept += 1
+                elif skip_bad_images:
+                    tqdm.write(f"skipped {source.describe(i)}: {result}")
+                else:
+                    raise ValueError(
+                        f"{source.describe(i)} cannot be read ({result}); repair or remove it, or pass "
+                        "--skip_bad_images."
+                    )
+            bar.update(len(chunk))
+    return pixels[:kept]
+
+
+def _synthetic_pixels(count: int, resolution: int) -> np.ndarray:
+    starts = range(0, count, DECODE_CHUNK)
+    return np.concatenate(
+        [
+            synthetic_images(min(DECODE_CHUNK, count - start), resolution, start)
+            for start in tqdm(starts, desc="painting", unit=f"x{DECODE_CHUNK} img")
+        ]
+    )
+
+
+def load_images(
+    dataset: str,
+    resolution: int = 64,
+    cache_dir: str | os.PathLike = "cache",
+    limit: int | None = None,
+    resize_filter: str = "bilinear",
+    skip_bad_images: bool = False,
+    num_workers: int = 4,
+) -> ImageSet:
+    """Load a data set at one resolution, decoding it once and keeping the pixels in `cache_dir`.
+
+    dataset: a hub id, a folder that `datasets.load_dataset` opens, a folder of images (its `train` folder if
+        it has one), or `synthetic` (endless; 4096 images unless `limit` says otherwise).
+    resolution: side of the fine image, a multiple of 16. limit: the first so many images only.
+    Grey stays grey; everything else becomes RGB. Shorter side to `resolution`, then a centre crop.
+
+    Raises ValueError for a bad resolution, an unreadable image (unless skipped) or fewer images than `limit`,
+    FileNotFoundError for a missing folder, RuntimeError for a data set that cannot be loaded.
+    """
+    if resolution < 16 or resolution % 16:
+        raise ValueError(f"--resolution {resolution} must be a positive multiple of 16, such as 32 or 64.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit} must be at least 1.")
+    synthetic = dataset == "synthetic"
+    if synthetic:
+        count = limit or SYNTHETIC_DEFAULT_IMAGES
+        key = f"synthetic-{hashlib.sha256(synthetic_images(1)).hexdigest()}"
+    else:
+        source = _open_source(dataset)
+        if limit is not None and limit > source.count:
+            raise ValueError(f"--limit {limit} asks for more images than the {source.count} of '{dataset}'.")
+        count, key = limit or source.count, source.key
+    label = f"{key}|{resolution}|{resize_filter}|{count}|{skip_bad_images}"
+    stem = Path(cache_dir) / f"{Path(dataset).name}_{resolution}_{hashlib.sha256(label.encode()).hexdigest()[:12]}"
+    pixels_file, info_file = stem.with_suffix(".npy"), stem.with_suffix(".json")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{stem}.lock"):
+        if not (pixels_file.exists() and info_file.exists()):
+            if synthetic:
+                pixels = _synthetic_pixels(count, resolution)
+            else:
+                pixels = _decode_all(source, count, resolution, resize_filter, skip_bad_images, num_workers)
+            if len(pixels) == 0:
+                raise ValueError(f"Dataset '{dataset}' holds no readable image.")
+            with replacing(pixels_file) as temporary:
+                np.save(temporary, pixels)
+            with replacing(info_file) as temporary:
+                info = {"dataset": dataset, "fingerprint": fingerprint_array(pixels), "resolution": resolution}
+                temporary.write_text(json.dumps(info | {"resize_filter": resize_filter}))
+        info = json.loads(info_file.read_text())
+    return ImageSet(np.load(pixels_file, mmap_mode="r"), dataset, info["fingerprint"])
+
+
+class TwoScaleBatches:
+    """Shuffled batches `(x_64 [B, C, R, R], x_32 [B, C, R/2, R/2])`, float32 in [-1, 1], from memory.
+
+    The whole set lies as uint8 on `device` and becomes float there. The order depends on (seed, epoch) only;
+    the remainder that does not fill a batch is left out, a different one each epoch. `flip` mirrors each
+    image with probability one half. Raises ValueError if a batch is larger than the set.
+    """
+
+    def __init__(self, images: ImageSet, batch_size: int, seed: int, device: torch.device, flip: bool = False):
+        if not 1 <= batch_size <= len(images):
+            raise ValueError(
+                f"--batch_size {batch_size} does not fit the {len(images)} images of '{images.name}'; "
+                "choose one between 1 and that."
+            )
+        self.pixels = torch.from_numpy(np.array(images.pixels)).to(device)  # [N, C, R, R]
+        self.batch_size = batch_size
+        self.seed = seed
+        self.flip = flip
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return len(self.pixels) // self.batch_size
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The batches of one epoch, from `first_batch` on."""
+        rng = np.random.default_rng((self.seed, epoch))
+        order = torch.from_numpy(rng.permutation(len(self.pixels))).to(self.pixels.device)
+        mirrored = torch.from_numpy(rng.random(len(self.pixels)) < 0.5).to(self.pixels.device)
+        for batch in range(first_batch, len(self)):
+            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]  # [B]
+            x_64 = to_float(self.pixels[chosen])  # [B, C, R, R]
+            if self.flip:
+                x_64 = torch.where(mirrored[chosen][:, None, None, None], x_64.flip(-1), x_64)
+            yield x_64, coarse(x_64)

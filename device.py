@@ -1,0 +1,52 @@
+"""The hardware a stage runs on: device names, precision and memory layout."""
+
+from contextlib import nullcontext
+
+import torch
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def select_device(name: str | None) -> torch.device:
+    """The device for `0`, `cuda:1`, `cpu`, or None for the first GPU if there is one.
+
+    `0` and `cuda` fall back to the CPU on a machine without a GPU, so published commands run anywhere.
+    Raises ValueError for a GPU index that does not exist or a name that is none.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return torch.device("cuda:0" if count else "cpu")
+    text = f"cuda:{name}" if name.isdigit() else name
+    if text == "cpu":
+        return torch.device("cpu")
+    index_text = "0" if text == "cuda" else text.removeprefix("cuda:")
+    if not text.startswith("cuda") or not index_text.isdigit():
+        raise ValueError(f"--device {name} is not a device; give a GPU index such as 0, cuda:1, or cpu.")
+    index = int(index_text)
+    if count == 0 and index == 0:
+        return torch.device("cpu")
+    if index >= count:
+        raise ValueError(f"--device {name} does not exist: this machine has {count} GPU(s); use cpu or a lower index.")
+    return torch.device(f"cuda:{index}")
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products run in hardware: on GPUs with native bf16, on CPUs with AVX-512 BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not hasattr(torch.cpu, "get_capabilities"):  # Older than torch 2.10, which cannot tell emulated bf16 apart.
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def autocast(device: torch.device, precision: str = "auto"):
+    """A context in which models run at `precision`: "fp32", "bf16", or "auto" for bf16 where it is fast."""
+    if precision == "auto":
+        precision = "bf16" if has_fast_bf16(device) else "fp32"
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Channels-last on GPUs; plain on CPUs, where channels-last measured 30 % slower for these models."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format

@@ -1,0 +1,152 @@
+"""Generate images along a path.
+
+    python generate_with_path_30.py --checkpoint checkpoints/baseline_400ep.pth --num_images 64 --device 0
+    python generate_with_path_30.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema \\
+        --path_type dp_total --heatmap results/heatmap_30_400ep_ema.pth --num_images 64
+    python generate_with_path_30.py --checkpoint FILE --schedule results/samples/dp_total/schedule.json
+
+Writes one PNG per image, named by its seed, into --output (images already there are skipped), `grid.png`,
+`schedule.json`, which replays the path without the heatmap, and with --trajectory `trajectory.png`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import cli
+from checkpoint import LoadedModel, load_model
+from data import to_uint8
+from device import autocast, select_device
+from path import Path as SamplingPath
+from path import save_schedule
+from path_choice import PATH_TYPES, add_path_arguments, choose_path, heatmap_file
+from plots import plot_trajectory, save_image_grid
+from safe_write import replacing
+from sampler import ENDS, image_seeds, sample_seeds, scale_shapes
+
+GRID_IMAGES = 64
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags of this stage."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", required=True)
+    add("--ema", action="store_true", help="use the EMA weights")
+    add("--path_type", choices=PATH_TYPES, default="diagonal")
+    add("--schedule", help="follow the path of this schedule file instead of --path_type")
+    add("--heatmap", help="for the dp paths (results/heatmap_30_{epoch}ep[_ema].pth)")
+    add("--num_images", type=cli.positive_int, default=64, help="(64)")
+    add("--batch_size", type=cli.positive_int, default=64, help="images per network call (64)")
+    add("--seed", type=int, default=42, help="image k has seed 1000000 * SEED + k (42)")
+    add("--eta", type=float, default=0.0, help="0 DDIM to 1 ancestral (0)")
+    add("--end", choices=ENDS, default="clean", help="land on the clean image, or on t=0 as published (clean)")
+    add("--output", help="folder (results/samples/{checkpoint}_{weights}_{path})")
+    add("--trajectory", action="store_true", help="also draw both scales along the path")
+    cli.add_device_arguments(parser)
+    add_path_arguments(parser)
+    return parser.parse_args()
+
+
+def prepare_output(folder: Path, path: SamplingPath, loaded: LoadedModel, args: argparse.Namespace) -> None:
+    """Write what made the images, or refuse a folder whose images were made otherwise."""
+    settings = {
+        "weights_fingerprint": loaded.fingerprint,
+        "path_fingerprint": path.fingerprint(),
+        "eta": args.eta,
+        "end": args.end,
+        "precision": args.precision,
+    }
+    file = folder / "settings.json"
+    if file.exists():
+        different = [k for k, v in json.loads(file.read_text()).items() if settings.get(k) != v]
+        if different:
+            raise ValueError(f"{folder} holds images with another {', '.join(different)}; pass another --output.")
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    save_schedule(
+        path,
+        folder / "schedule.json",
+        loaded.scheduler.log_snr.numpy(),
+        solver={"name": "ddim", "eta": args.eta, "end": args.end},
+        criterion=path.provenance.get("criterion"),
+        cost=path.provenance.get("cost"),
+        model_fingerprint=loaded.fingerprint,
+        data_fingerprint=loaded.config["data_fingerprint"],
+        beta_schedule=loaded.config["beta_schedule"],
+    )
+
+
+def png_file(folder: Path, seed: int) -> Path:
+    """The file of one image."""
+    return folder / f"{seed:012d}.png"
+
+
+def save_png(pixels: torch.Tensor, file: Path) -> None:
+    """Write uint8 `[C, H, W]`."""
+    with replacing(file) as temporary:
+        Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save(temporary)
+
+
+def read_png(file: Path) -> torch.Tensor:
+    """Read uint8 `[C, H, W]`; raises ValueError for a damaged file."""
+    try:
+        with Image.open(file) as image:
+            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+            return pixels.view(image.height, image.width, -1).permute(2, 0, 1)
+    except OSError as error:
+        raise ValueError(f"{file} is damaged; remove it and run again.") from error
+
+
+def main() -> None:
+    """Generate what is missing, then draw the grid."""
+    args = parse_args()
+    device = select_device(args.device)
+    loaded = load_model(args.checkpoint, args.ema, device)
+    config = loaded.config
+    heatmap = args.heatmap or heatmap_file("results", config["epoch"], loaded.weights)
+    path = choose_path(args, args.path_type, loaded, heatmap, args.schedule)
+    name = f"{Path(args.checkpoint).stem}_{loaded.weights}_{path.kind}_{path.nfe}"
+    folder = Path(args.output or f"results/samples/{name}")
+    prepare_output(folder, path, loaded, args)
+
+    seeds = image_seeds(args.seed, args.num_images)
+    missing = [seed for seed in seeds if not png_file(folder, seed).exists()]
+    shapes = scale_shapes(loaded.model.num_scales, config["channels"], config["resolution"])
+    states: list[list[torch.Tensor]] = []
+
+    def record(k: int, images: tuple[torch.Tensor, ...]) -> None:
+        if len(states) <= path.nfe:
+            states.append([to_uint8(x[0]).cpu() for x in images])
+
+    def run(chosen, callback=None):
+        return sample_seeds(
+            loaded.model.denoise, loaded.scheduler, path, chosen, shapes,
+            args.batch_size, device, args.eta, callback, args.end,
+        )  # fmt: skip
+
+    nfe = 0
+    with autocast(device, args.precision), tqdm(total=len(missing), unit="img", desc=name) as bar:
+        for chosen, samples in run(missing):
+            nfe = samples.nfe
+            for seed, pixels in zip(chosen, to_uint8(samples.images[0]).cpu(), strict=True):
+                save_png(pixels, png_file(folder, seed))
+            bar.update(len(chosen))
+        if args.trajectory:
+            for _ in run(seeds[:1], record):
+                pass
+            fine = [state[0].numpy() for state in states]
+            coarse = [state[1].numpy() for state in states] if path.num_scales == 2 else None
+            plot_trajectory(fine, coarse, path.points, folder / "trajectory.png")
+    shown = [read_png(png_file(folder, seed)) for seed in seeds[:GRID_IMAGES]]
+    save_image_grid(torch.stack(shown).numpy(), folder / "grid.png", columns=8)
+    made = f"{len(missing)} new with {nfe} network calls each" if missing else "all there already"
+    print(f"{args.num_images} images in {folder}: {made}; path {path.kind} {path.fingerprint()}")
+
+
+if __name__ == "__main__":
+    cli.run_stage(main)
