@@ -10,7 +10,6 @@ paths (.png), and the four Jacobian blocks (_blocks.png). Images are those the c
 
 import argparse
 import functools
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +94,7 @@ def compute(args: argparse.Namespace) -> tuple[dict, Path]:
         "seed": args.seed,
         "grid": args.grid,
         "factor": args.factor,
+        "precision": args.precision,
     }
     if file.exists() and not args.force:
         content = load_heatmap(file)
@@ -135,7 +135,7 @@ def main() -> None:
     args = parse_args()
     content, file = (load_heatmap(args.output), Path(args.output)) if args.plot_only else compute(args)
     draw(content, file, args)
-    print(f"heatmap {file}", file=sys.stderr)
+    print(f"heatmap {file}")
 
 
 if __name__ == "__main__":

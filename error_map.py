@@ -169,7 +169,7 @@ def load_heatmap(file: str | os.PathLike) -> dict[str, Any]:
         content = torch.load(file, weights_only=True)
     except Exception as error:  # A damaged zip or pickle raises whatever the damage happens to hit.
         raise ValueError(f"Heatmap {file} is damaged ({type(error).__name__}); compute it again.") from error
-    if not isinstance(content, dict) or not {"jacobian", "t_grid", "fingerprint"} <= content.keys():
+    if not isinstance(content, dict) or not {"format_version", "jacobian", "t_grid", "fingerprint"} <= content.keys():
         raise ValueError(f"{file} is not a heatmap; make one with compute_heatmap_30.py.")
     if content["format_version"] > HEATMAP_FORMAT_VERSION:
         raise ValueError(f"Heatmap {file} has format version {content['format_version']}; update LIFT to read it.")

@@ -68,6 +68,7 @@ def parse_args() -> argparse.Namespace:
     add("--metrics", nargs="+", choices=("fid", "swd"), default=["fid"], help="(fid)")
     add("--inception_weights", metavar="FILE", help="pt_inception-2015-12-05 weights, if they cannot be downloaded")
     add("--heatmap_dir", default="results", help="folder of heatmap_30_{epoch}ep[_ema].pth (results)")
+    add("--grid", type=cli.positive_int, default=30, help="grid lines of those heatmaps (30)")
     add("--eta", type=float, default=0.0, help="0 DDIM to 1 ancestral (0)")
     add("--end", choices=ENDS, default="clean")
     add("--output", default="results/fid_results.csv", help="(results/fid_results.csv)")
@@ -160,7 +161,7 @@ def generate(
 def run_job(job: Job, loaded: LoadedModel, scorer: Scorer, args: argparse.Namespace, device: torch.device) -> None:
     """Generate and score what has no row yet."""
     config = loaded.config
-    heatmap = heatmap_file(args.heatmap_dir, config["epoch"], loaded.weights)
+    heatmap = heatmap_file(args.heatmap_dir, config["epoch"], loaded.weights, args.grid)
     path = choose_path(args, job.path_type, loaded, heatmap)
     solver = "" if (args.eta, args.end) == (0.0, "clean") else f"-eta{args.eta:g}-{args.end}"
     key = {

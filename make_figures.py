@@ -3,7 +3,7 @@
     python make_figures.py losses logs/baseline logs/lift_dual_timestep --output results/losses.png
     python make_figures.py paths results/samples/*/schedule.json --output results/paths.png
     python make_figures.py scores results/fid_results.csv --metric swd --output results/swd.png
-    python make_figures.py samples "Baseline=results/samples/a" "DP-Total=results/samples/b" --output results/samples.png
+    python make_figures.py samples "Baseline=results/samples/a" "LIFT=results/samples/b" --output results/rows.png
 
 Heatmaps are drawn by compute_heatmap_30.py, one sampling trajectory by generate_with_path_30.py.
 """

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from checkpoint import weights_fingerprint
 from safe_write import replacing
 
 PATCH_SIZE = 7
@@ -121,6 +122,11 @@ def _read_inception_weights(file: Path) -> Mapping[str, torch.Tensor]:
     return state
 
 
+def inception_fingerprint(inception: nn.Module) -> str:
+    """16 hexadecimal digits that name the weights of `inception`, equal on every device."""
+    return weights_fingerprint(inception.state_dict())
+
+
 class FeatureMoments:
     """Mean and covariance of a stream of feature vectors in float64, without keeping the features.
 
@@ -194,8 +200,8 @@ def inception_features(
 def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
     """Squared Fréchet distance of two Gaussians, ‖μ1 - μ2‖² + tr Σ1 + tr Σ2 - 2 tr (Σ1^½ Σ2 Σ1^½)^½.
 
-    Equation 6 of arXiv 1706.08500. With Σ = F Fᵀ the last trace is the sum of the singular values of F1ᵀ F2,
-    which are the square roots of the eigenvalues of Σ1^½ Σ2 Σ1^½. Taking them without squaring keeps the zero
+    Equation 6 of arXiv 1706.08500. With Σ = F Fᵀ the last trace is the sum of the singular values of
+    F1ᵀ F2, the square roots of the eigenvalues of Σ1^½ Σ2 Σ1^½. Taking them without squaring keeps the zero
     eigenvalues of a covariance of fewer images than features at 1e-16 instead of their root 1e-8.
 
     Args:
@@ -239,20 +245,20 @@ def fid_reference_moments(
     images: np.ndarray | torch.Tensor,  # uint8 [N, C, H, W]
     fingerprint: str,  # of the images
     inception: nn.Module,
-    weights_fingerprint: str,  # of the state dict of `inception`
+    inception_name: str,  # from inception_fingerprint
     cache_dir: str | Path,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean [2048] and covariance [2048, 2048] of the real images, computed once and kept in `cache_dir`.
 
-    The file `fid_reference_{fingerprint}_{weights_fingerprint}.npz` holds `mu`, `sigma` (the names
+    The file `fid_reference_{fingerprint}_{inception_name}.npz` holds `mu`, `sigma` (the names
     pytorch-fid reads) and `n`.
 
     Raises:
         ValueError: the cached file is damaged or counts another number of images.
     """
-    file = Path(cache_dir) / f"fid_reference_{fingerprint}_{weights_fingerprint}.npz"
+    file = Path(cache_dir) / f"fid_reference_{fingerprint}_{inception_name}.npz"
     if file.exists():
         try:
             with np.load(file, allow_pickle=False) as cached:

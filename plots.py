@@ -42,7 +42,8 @@ STYLE = {
 }
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")  # 9 and 8 colours pair up differently 72 times.
-MAP_LABELS = {"x": "coarse timestep $t_{32}$", "y": "fine timestep $t_{64}$"}
+COARSE_LABEL = r"coarse timestep $t_{32}$  (noise $\rightarrow$ clean)"
+FINE_LABEL = r"fine timestep $t_{64}$  (noise $\rightarrow$ clean)"
 BLOCK_TITLES = {
     "HH": r"$J_{HH} = \partial\varepsilon_{64}\,/\,\partial x_{64}$",
     "HL": r"$J_{HL} = \partial\varepsilon_{64}\,/\,\partial x_{32}$",
@@ -191,8 +192,8 @@ def plot_samples(
 ) -> None:
     """Draw labelled rows of samples under each other, so that columns compare methods at equal seeds.
 
-    Images are enlarged by whole factors towards 128 pixels, less where a row would get wider than 2400
-    pixels; rows may differ in C, H and W and are shown at the size of the first. Raises ValueError for no
+    Images are enlarged by a whole factor of at least 1, towards 128 pixels, less where a row would get wider
+    than 2400 pixels; rows may differ in C, H and W and are shown at the size of the first. Raises ValueError for no
     row and for rows of unequal N.
     """
     _save(_samples_figure(rows, title), file)
@@ -326,8 +327,8 @@ def _draw_map(axes: Axes, values: np.ndarray, t_grid: np.ndarray, log_snr_grid: 
     lines = [*(i for i in range(0, n, stride) if n - 1 - i > stride / 2), n - 1]
     axes.set_xticks(lines, [str(t) for t in t_grid[lines]])
     axes.set_yticks(lines, [str(t) for t in t_grid[lines]])
-    axes.set_xlabel(MAP_LABELS["x"] + r"  (noise $\rightarrow$ clean)")
-    axes.set_ylabel(MAP_LABELS["y"] + r"  (noise $\rightarrow$ clean)")
+    axes.set_xlabel(COARSE_LABEL)
+    axes.set_ylabel(FINE_LABEL)
     log_snr_labels = [_log_snr_label(value) for value in log_snr_grid[lines]]
     top, right = axes.secondary_xaxis("top"), axes.secondary_yaxis("right")
     top.set_xticks(lines, log_snr_labels)
@@ -400,8 +401,8 @@ def _draw_plane(axes: Axes, paths: Mapping[str, Path], last: int) -> None:
     # Reversed like the error maps: noise at the lower left, clean at the upper right.
     axes.set_xlim(last * 1.03, -last * 0.03)
     axes.set_ylim(last * 1.03, -last * 0.03)
-    axes.set_xlabel(MAP_LABELS["x"] + r"  (noise $\rightarrow$ clean)")
-    axes.set_ylabel(MAP_LABELS["y"] + r"  (noise $\rightarrow$ clean)")
+    axes.set_xlabel(COARSE_LABEL)
+    axes.set_ylabel(FINE_LABEL)
     axes.grid(True)
     axes.set_title("paths in the plane of timesteps", loc="left")
 
@@ -467,6 +468,7 @@ def _losses_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             outline = [Stroke(linewidth=3.5, foreground="white"), Normal()]
             axes.plot(steps, _running_mean(losses), color=colors[label], linewidth=1.8, path_effects=outline)
         _log_axis(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("training step")
         axes.set_ylabel("training loss (mean squared error)")
         axes.set_title(LOSS_TITLES[key])
@@ -692,5 +694,5 @@ def _draw_score_dots(axes: Axes, series: Mapping[str, Mapping[str, Mapping[int, 
     axes.set_yticks(centres, list(series))
     axes.set_ylim(y - 0.5, -0.5)
     low, high = axes.get_xlim()
-    axes.set_xlim(low - 0.02 * (high - low), high + 0.2 * (high - low))  # Room for the last value.
+    axes.set_xlim(low - 0.02 * (high - low), high + 0.3 * (high - low))  # Room for the last value.
     axes.grid(True, axis="x")

@@ -56,7 +56,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--log_every", type=cli.positive_int, default=50, help="steps between rows of metrics.jsonl (50)")
     add("--output_dir", default="checkpoints", help="checkpoints go here (checkpoints)")
     add("--log_dir", default="logs", help="metrics, TensorBoard and sample grids go to a folder here (logs)")
-    add("--resume", action="store_true", help="continue from the _last.pth in --output_dir")
+    add(
+        "--resume",
+        nargs="?",
+        const="required",
+        choices=("required", "auto"),
+        help="continue from the _last.pth in --output_dir; with auto, start afresh if there is none",
+    )
 
 
 def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
@@ -160,7 +166,7 @@ class Trainer:
         factors = {"constant": lambda step: 1.0, "cosine": lambda step: (1 + np.cos(np.pi * step / total_steps)) / 2}
         self.lr_schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factors[args.lr_schedule])
         self.epoch = self.step = 0
-        if args.resume:
+        if args.resume == "required" or (args.resume == "auto" and self.last_file.exists()):
             self._resume()
         elif self.last_file.exists():
             raise ValueError(f"{self.last_file} exists already; pass --resume to continue it, or another --output_dir.")

@@ -87,11 +87,9 @@ def test_blocks_of_a_model_agree_with_its_exact_jacobian(against_exact, name):
     estimate, error = result["jacobian"][name], result["jacobian_se"][name]
     assert (error > 0).all()
     assert ((estimate - exact[name]).abs() < 3 * error).all()
-    # Three standard errors mean something only if they are small and the cells and blocks differ.
+    # Three standard errors mean something only if they are small and the cells differ by more.
     assert (error < 0.15 * exact[name]).all()
-    assert exact[name].max() > 1.2 * exact[name].min()
-    norms = torch.stack([exact[other] for other in BLOCKS])
-    assert all((norms[a] - norms[b]).abs().gt(0.3 * norms[a]).any() for a in range(4) for b in range(a))
+    assert exact[name].max() > 2 * exact[name].min()
 
 
 def test_estimates_are_unbiased_over_seeds():

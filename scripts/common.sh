@@ -1,0 +1,91 @@
+# Sourced by every script: the Python environment and the settings, each overridable from the environment.
+# shellcheck shell=bash
+
+# Print the comment block at the top of the calling script when asked for help.
+if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
+    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' "$0"
+    exit 0
+fi
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# Make .venv when it is missing and install a requirements file when it has changed since the last time.
+setup_environment() {
+    local requirements=$1
+    local stamp=".venv/installed-$requirements"
+    if ! cmp -s <(cat requirements*.txt) "$stamp"; then
+        echo "setting up .venv from $requirements (several GB with PyTorch; once)" >&2
+        [[ -x .venv/bin/python ]] || "${PYTHON:-python3}" -m venv .venv
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+        cat requirements*.txt >"$stamp"
+    fi
+    export PATH="$PWD/.venv/bin:$PATH"
+}
+
+# Data and training; the defaults are those of the Python scripts.
+DATASET=${DATASET:-huggan/AFHQv2}
+RESOLUTION=${RESOLUTION:-64}
+LIMIT=${LIMIT:-}                       # first so many images only; empty: all
+HIDDEN_DIMS=${HIDDEN_DIMS:-64,128,256,512}
+EPOCHS=${EPOCHS:-2000}
+BATCH_SIZE=${BATCH_SIZE:-64}
+LR=${LR:-1e-4}
+EMA_DECAY=${EMA_DECAY:-0.9999}
+SAVE_EVERY=${SAVE_EVERY:-200}
+SEED=${SEED:-42}
+TRAIN_ARGS=${TRAIN_ARGS:-}             # further flags of train_*.py, such as "--flip --resume"
+
+# Evaluation.
+NUM_IMAGES=${NUM_IMAGES:-}             # empty: as many as there are training images
+NUM_STEPS=${NUM_STEPS:-18}
+MAX_JUMP=${MAX_JUMP:-5}
+SEEDS=${SEEDS:-42}
+METRICS=${METRICS:-fid}                # fid, swd or "fid swd"
+EMA=${EMA:-0}                          # 1: evaluate the EMA weights
+FORCE=${FORCE:-0}                      # 1: evaluate again what has been evaluated
+GRID=${GRID:-30}
+K=${K:-4}
+HEATMAP_IMAGES=${HEATMAP_IMAGES:-16}
+EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-64}
+EVAL_ARGS=${EVAL_ARGS:-}               # further flags of eval_fid_batch.py, such as "--inception_weights FILE"
+
+# Places and hardware.
+CHECKPOINT_DIR=${CHECKPOINT_DIR:-checkpoints}
+RESULTS_DIR=${RESULTS_DIR:-results}
+LOG_DIR=${LOG_DIR:-logs}
+CACHE_DIR=${CACHE_DIR:-cache}
+NUM_WORKERS=${NUM_WORKERS:-4}
+DEVICE=${DEVICE:-}                     # 0, cuda:1 or cpu; empty: the first GPU if there is one
+PRECISION=${PRECISION:-auto}
+
+hardware_flags=(--precision "$PRECISION" --num_workers "$NUM_WORKERS" --cache_dir "$CACHE_DIR")
+[[ -z $DEVICE ]] || hardware_flags+=(--device "$DEVICE")
+
+# Epochs that have a LIFT checkpoint, ascending.
+lift_epochs() {
+    local file
+    for file in "$CHECKPOINT_DIR"/lift_dual_timestep_*ep.pth; do
+        [[ $file =~ _([0-9]+)ep\.pth$ ]] && echo "${BASH_REMATCH[1]}"
+    done | sort -n
+}
+
+heatmap_name() {
+    local suffix=""
+    [[ $EMA == 0 ]] || suffix=_ema
+    echo "$RESULTS_DIR/heatmap_${GRID}_$1ep$suffix.pth"
+}
+
+# Evaluate "$1" (a model type) along "$2" (path types) at the epochs given, or at all of them.
+evaluate() {
+    local model=$1 paths=$2
+    shift 2
+    local flags=(--model_type "$model" --path_type $paths --metrics $METRICS --seeds $SEEDS)
+    flags+=(--num_steps "$NUM_STEPS" --max_jump "$MAX_JUMP" --batch_size "$EVAL_BATCH_SIZE" --grid "$GRID")
+    flags+=(--checkpoint_dir "$CHECKPOINT_DIR" --heatmap_dir "$RESULTS_DIR" --output "$RESULTS_DIR/fid_results.csv")
+    [[ $# == 0 ]] || flags+=(--epochs "$@")
+    [[ -z $NUM_IMAGES ]] || flags+=(--num_images "$NUM_IMAGES")
+    [[ $EMA == 0 ]] || flags+=(--ema)
+    [[ $FORCE == 0 ]] || flags+=(--force)
+    # shellcheck disable=SC2086
+    python eval_fid_batch.py "${flags[@]}" "${hardware_flags[@]}" $EVAL_ARGS
+}

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Score LIFT on the diagonal at the epochs given, or at all that have a checkpoint.
+#
+#   ./scripts/eval_lift.sh [EPOCH...]
+#
+# Settings come from the environment: METRICS, NUM_IMAGES, SEEDS, EMA, FORCE, DEVICE, ...
+set -euo pipefail
+source "$(dirname "$0")/common.sh"
+setup_environment requirements.txt
+
+evaluate lift diagonal "$@"
