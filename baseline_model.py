@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from model import TimestepEmbedder, UNet
+from model import TimestepEmbedder, UNet, check_hidden_dims
 
 
 class BaselineModel(nn.Module):
@@ -16,6 +16,7 @@ class BaselineModel(nn.Module):
 
     def __init__(self, hidden_dims: tuple[int, ...] = (64, 128, 256, 512), channels: int = 3):
         super().__init__()
+        check_hidden_dims(hidden_dims)
         self.channels = channels
         self.embed = TimestepEmbedder(hidden_dims[0], 4 * hidden_dims[0])
         self.unet = UNet(channels, channels, hidden_dims, 4 * hidden_dims[0])

@@ -7,6 +7,7 @@ adds `optimizer`, `lr_schedule` and the random state.
 
 import hashlib
 import os
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +59,9 @@ def read_checkpoint(file: str | os.PathLike, device: torch.device | str = "cpu")
     if not file.is_file():
         raise FileNotFoundError(f"Checkpoint {file} does not exist; train first or pass another --checkpoint.")
     try:
+        with zipfile.ZipFile(file) as archive:  # torch.load does not compare the checksums it wrote.
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
         content = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # A damaged zip or pickle raises whatever the damage happens to hit.
         raise ValueError(

@@ -14,9 +14,12 @@ from device import PRECISIONS
 def hidden_dims(text: str) -> tuple[int, ...]:
     """Parse `64,128,256,512`."""
     try:
-        return tuple(int(part) for part in text.replace(" ", ",").split(",") if part)
+        widths = tuple(int(part) for part in text.replace(" ", ",").split(",") if part)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of widths such as 64,128,256,512") from None
+        widths = ()
+    if not widths:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of widths such as 64,128,256,512")
+    return widths
 
 
 def positive_int(text: str) -> int:
@@ -24,6 +27,17 @@ def positive_int(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a positive integer")
     return int(text)
+
+
+def unit_interval(text: str) -> float:
+    """Parse a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
+    return value
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, dataset_default: str | None = "huggan/AFHQv2") -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from safe_write import replacing
@@ -30,6 +30,8 @@ RESIZE_FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "box": Image.Resampling.BOX,
 }
+# What Pillow raises for a file that is damaged, no image, or suspiciously large.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 DECODE_CHUNK = 512
 SYNTHETIC_DEFAULT_IMAGES = 4096
 
@@ -114,6 +116,8 @@ def _dataset_source(dataset: str) -> _Source:
 
     def read(i: int) -> Image.Image:
         entry = rows[i][column]
+        if entry is None:
+            raise ValueError("the row is empty")
         return Image.open(io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"])
 
     return _Source(
@@ -137,13 +141,15 @@ def _open_source(dataset: str) -> _Source:
 
 
 def _decode(image: Image.Image, resolution: int, resize_filter: str, mode: str) -> np.ndarray:
-    """Resize the shorter side to `resolution`, crop the centre: uint8 `[C, R, R]`."""
+    """Resize the shorter side to `resolution`, crop the centre: uint8 `[C, R, R]`, rounding as torchvision does."""
+    if image.mode.startswith("I;16"):
+        # Pillow would clip 16 bits at 255 instead of scaling them.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert(mode)
-    scale = resolution / min(image.size)
-    size = tuple(max(resolution, round(side * scale)) for side in image.size)
+    size = tuple(resolution * side // min(image.size) for side in image.size)
     if image.size != size:
         image = image.resize(size, RESIZE_FILTERS[resize_filter])
-    left, top = ((side - resolution) // 2 for side in size)
+    left, top = (round((side - resolution) / 2) for side in size)
     pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)))
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
@@ -156,8 +162,9 @@ def _decode_all(
     def first_mode() -> str:
         for i in range(count):
             try:
-                return "L" if source.read(i).mode in ("1", "L", "I;16") else "RGB"
-            except (OSError, UnidentifiedImageError):
+                with source.read(i) as image:
+                    return "L" if image.mode in ("1", "L") or image.mode.startswith("I;16") else "RGB"
+            except UNREADABLE:
                 continue
         return "RGB"
 
@@ -166,7 +173,7 @@ def _decode_all(
     def attempt(i: int) -> np.ndarray | Exception:
         try:
             return _decode(source.read(i), resolution, resize_filter, mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             return error
 
     pixels = np.empty((count, 1 if mode == "L" else 3, resolution, resolution), np.uint8)
@@ -233,7 +240,8 @@ def load_images(
         count, key = limit or source.count, source.key
     label = f"{key}|{resolution}|{resize_filter}|{count}|{skip_bad_images}"
     stem = Path(cache_dir) / f"{Path(dataset).name}_{resolution}_{hashlib.sha256(label.encode()).hexdigest()[:12]}"
-    pixels_file, info_file = stem.with_suffix(".npy"), stem.with_suffix(".json")
+    # The name of a data set may hold a dot, so that with_suffix would cut off the rest and its hash.
+    pixels_file, info_file = Path(f"{stem}.npy"), Path(f"{stem}.json")
     stem.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{stem}.lock"):
         if not (pixels_file.exists() and info_file.exists()):

@@ -36,7 +36,7 @@ from metrics import (
 )
 from path import Path as SamplingPath
 from path_choice import PATH_TYPES, add_path_arguments, choose_path, heatmap_file
-from results_table import append_row, has_row
+from results_table import VALUE_FIELDS, append_row, has_row
 from sampler import ENDS, image_seeds, sample_seeds, scale_shapes
 
 PUBLISHED_SEEDS = [42, 43, 44, 45, 46]
@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     add("--inception_weights", metavar="FILE", help="pt_inception-2015-12-05 weights, if they cannot be downloaded")
     add("--heatmap_dir", default="results", help="folder of heatmap_30_{epoch}ep[_ema].pth (results)")
     add("--grid", type=cli.positive_int, default=30, help="grid lines of those heatmaps (30)")
-    add("--eta", type=float, default=0.0, help="0 DDIM to 1 ancestral (0)")
+    add("--eta", type=cli.unit_interval, default=0.0, help="0 DDIM to 1 ancestral (0)")
     add("--end", choices=ENDS, default="clean")
     add("--output", default="results/fid_results.csv", help="(results/fid_results.csv)")
     add("--list_jobs", action="store_true", help="print one command per job and stop")
@@ -99,6 +99,11 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
             )
         path_types = [t for t in args.path_type if name == "dual" or t == "diagonal"]
         jobs += [Job(found[e], t, seed) for e in epochs for t in path_types for seed in args.seeds]
+    if not jobs:
+        raise ValueError(
+            f"--path_type {' '.join(args.path_type)} needs a model with two clocks, but --model_type is "
+            f"{' '.join(args.model_type)}; add --model_type lift or --path_type diagonal."
+        )
     return jobs
 
 
@@ -137,6 +142,8 @@ class Scorer:
             return {"fid": round(frechet_distance(moments.mean, moments.cov, *self.reference), 4)}
         distances = self.swd.distance(pixels)
         levels = {f"swd_{level}": round(value, 4) for level, value in distances.items()}
+        # The table has a column for the levels of 64x64 images only; the mean counts every level.
+        levels = {name: value for name, value in levels.items() if name in VALUE_FIELDS}
         return levels | {"swd": round(sum(distances.values()) / len(distances), 4)}
 
 

@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     add("--num_images", type=cli.positive_int, default=64, help="(64)")
     add("--batch_size", type=cli.positive_int, default=64, help="images per network call (64)")
     add("--seed", type=int, default=42, help="image k has seed 1000000 * SEED + k (42)")
-    add("--eta", type=float, default=0.0, help="0 DDIM to 1 ancestral (0)")
+    add("--eta", type=cli.unit_interval, default=0.0, help="0 DDIM to 1 ancestral (0)")
     add("--end", choices=ENDS, default="clean", help="land on the clean image, or on t=0 as published (clean)")
     add("--output", help="folder (results/samples/{checkpoint}_{weights}_{path})")
     add("--trajectory", action="store_true", help="also draw both scales along the path")

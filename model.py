@@ -25,6 +25,14 @@ NUM_HEADS = 4
 ATTENTION_MIN_CHANNELS = 128
 
 
+def check_hidden_dims(hidden_dims: tuple[int, ...]) -> None:
+    """Raise ValueError unless GroupNorm and the attention heads can divide every width, and there is one."""
+    if not hidden_dims or any(d < NUM_GROUPS or d % NUM_GROUPS for d in hidden_dims):
+        raise ValueError(
+            f"hidden_dims {tuple(hidden_dims)} must be positive multiples of {NUM_GROUPS}, for example 64,128,256,512."
+        )
+
+
 def timestep_embedding(t: torch.Tensor, width: int, max_period: float = 10000.0) -> torch.Tensor:
     """Sinusoidal embedding of timesteps (arXiv 1706.03762, section 3.5).
 
@@ -101,8 +109,8 @@ class UNet(nn.Module):
     """The UNet all models share: `[B, in_channels, H, W]`, embedding `[B, T]` -> `[B, out_channels, H, W]`.
 
     Per level two residual blocks, self-attention where a level has at least 128 channels, and a stride-2
-    convolution after every level, so H and W must be multiples of `2 ** len(hidden_dims)`. Raises
-    ValueError for widths that GroupNorm or the attention heads cannot divide, and for other image sizes.
+    convolution after every level, so H and W must be multiples of `2 ** len(hidden_dims)`; `forward` raises
+    ValueError for other sizes.
     """
 
     def __init__(
@@ -113,11 +121,6 @@ class UNet(nn.Module):
         embedding_dim: int | None,
     ):
         super().__init__()
-        if not hidden_dims or any(d < NUM_GROUPS or d % NUM_GROUPS for d in hidden_dims):
-            raise ValueError(
-                f"hidden_dims {tuple(hidden_dims)} must be positive multiples of {NUM_GROUPS}, "
-                "for example 64,128,256,512."
-            )
         self.stride = 2 ** len(hidden_dims)
         self.stem = nn.Conv2d(in_channels, hidden_dims[0], 3, padding=1)
         self.down = nn.ModuleList()
@@ -169,7 +172,8 @@ class _TwoScaleModel(nn.Module):
 
     Every model also answers to `denoise(xs, ts)`, the form the sampler and the error map call: one noisy
     image and one `[B]` timestep tensor per sampled scale, fine first, to one prediction per sampled scale.
-    `num_scales` says how many scales that is.
+    `num_scales` says how many scales that is. Raises ValueError for the widths that `check_hidden_dims`
+    refuses, for image sizes the UNet refuses, and for a coarse image that is not half the fine one.
     """
 
     num_scales = 2
@@ -178,6 +182,7 @@ class _TwoScaleModel(nn.Module):
 
     def __init__(self, hidden_dims: tuple[int, ...] = (64, 128, 256, 512), channels: int = 3):
         super().__init__()
+        check_hidden_dims(hidden_dims)
         self.channels = channels
         embedding_dim = 4 * hidden_dims[0] if self.knows_time else None
         out_channels = 2 * channels if self.predicts_coarse else channels
@@ -186,6 +191,11 @@ class _TwoScaleModel(nn.Module):
             self.embed = TimestepEmbedder(hidden_dims[0], embedding_dim)
 
     def _predict(self, x_64: torch.Tensor, x_32: torch.Tensor, t: torch.Tensor | None):
+        if tuple(x_64.shape[-2:]) != (2 * x_32.shape[-2], 2 * x_32.shape[-1]):
+            raise ValueError(
+                f"A coarse image of {x_32.shape[-2]}x{x_32.shape[-1]} must be half the size of the fine image, "
+                f"which is {x_64.shape[-2]}x{x_64.shape[-1]}."
+            )
         x_up = F.interpolate(x_32, size=x_64.shape[-2:], mode="bilinear", align_corners=False)
         out = self.unet(torch.cat([x_64, x_up], dim=1), t)  # [B, 2C or C, H, W]
         if not self.predicts_coarse:

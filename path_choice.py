@@ -58,11 +58,18 @@ def choose_path(
 ) -> Path:
     """The path of `--schedule`, or of a path type for a loaded model.
 
-    Raises ValueError if a DP path is asked of a model with one clock, if the heatmap was computed with other
-    weights, and what the path functions and the files raise.
+    Raises ValueError if a DP path is asked of a model with one clock, if the schedule is for other scales or
+    clocks, if the heatmap was computed with other weights, and what the path functions and the files raise.
     """
     if schedule is not None:
-        return load_schedule(schedule)
+        path = load_schedule(schedule)
+        two_clocks = any(len(set(point)) > 1 for point in path.points)
+        if path.num_scales != loaded.model.num_scales or (two_clocks and loaded.config["model_type"] != "dual"):
+            raise ValueError(
+                f"Schedule {schedule} moves {path.num_scales} scale(s){' by two clocks' if two_clocks else ''}, which "
+                f"a '{loaded.config['model_type']}' model cannot follow; pass one made for it."
+            )
+        return path
     if path_type == "diagonal":
         log_snr = loaded.scheduler.log_snr.numpy()
         return diagonal(args.num_steps, args.spacing, loaded.model.num_scales, log_snr=log_snr)

@@ -428,7 +428,7 @@ def _draw_timesteps(axes: Axes, paths: Mapping[str, Path], table: np.ndarray) ->
         Line2D([], [], color="0.3", linestyle="--", marker="o", markerfacecolor="white", label="$t_{32}$"),
     ]
     if any(path.num_scales == 2 for path in paths.values()):
-        axes.legend(handles=scales, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0)
+        axes.legend(handles=scales, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0, handlelength=3.5)
     ticks = _log_snr_ticks(table)
     right = axes.secondary_yaxis("right")
     right.set_yticks(list(ticks), list(ticks.values()))

@@ -7,6 +7,7 @@ uninterrupted one would have seen.
 import argparse
 import copy
 import json
+import math
 import time
 from pathlib import Path
 
@@ -163,7 +164,10 @@ class Trainer:
             self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
         )
         total_steps = args.epochs * len(self.batches)
-        factors = {"constant": lambda step: 1.0, "cosine": lambda step: (1 + np.cos(np.pi * step / total_steps)) / 2}
+        factors = {
+            "constant": lambda step: 1.0,
+            "cosine": lambda step: (1 + math.cos(math.pi * step / total_steps)) / 2,
+        }
         self.lr_schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factors[args.lr_schedule])
         self.epoch = self.step = 0
         if args.resume == "required" or (args.resume == "auto" and self.last_file.exists()):

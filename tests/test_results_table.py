@@ -4,8 +4,10 @@ import csv
 import multiprocessing
 import random
 import statistics
+import threading
 
 import pytest
+from filelock import FileLock
 
 from results_table import (
     GROUP_FIELDS,
@@ -76,6 +78,17 @@ def test_four_processes_lose_and_mix_nothing(tmp_path):
         (str(k), seed) for k in range(4) for seed in range(15)
     }
     assert all(row["checkpoint"] == row["path_fingerprint"] * 20_000 for row in rows)
+
+
+def test_append_waits_for_the_lock(tmp_path):
+    file = tmp_path / "results.csv"
+    appender = threading.Thread(target=append_row, args=(file, make_row()))
+    with FileLock(f"{file}.lock"):
+        appender.start()
+        appender.join(0.3)
+        assert appender.is_alive() and not file.exists()
+    appender.join()
+    assert len(read_rows(file)) == 1
 
 
 def test_has_row_looks_at_every_field_of_the_key_and_at_no_other(tmp_path):

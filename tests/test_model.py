@@ -1,0 +1,262 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from baseline_model import BaselineModel
+from model import (
+    LIFTBaselineModel,
+    LIFTDualTimestepModel,
+    NoTimestepModel,
+    ResidualBlock,
+    SelfAttention,
+    SingleTimestepModel,
+    timestep_embedding,
+)
+
+PARAMETERS = {
+    BaselineModel: 58_274_627,
+    LIFTBaselineModel: 58_278_086,
+    LIFTDualTimestepModel: 58_475_206,
+    SingleTimestepModel: 58_276_355,
+    NoTimestepModel: 56_943_875,
+}
+MODELS = list(PARAMETERS)
+NUM_CLOCKS = {
+    BaselineModel: 1,
+    LIFTBaselineModel: 1,
+    LIFTDualTimestepModel: 2,
+    SingleTimestepModel: 1,
+    NoTimestepModel: 0,
+}
+SMALL = (8, 8, 16, 24)
+
+
+def build(model_class, hidden_dims=SMALL, channels=3):
+    torch.manual_seed(0)
+    return model_class(hidden_dims=hidden_dims, channels=channels).eval().requires_grad_(False)
+
+
+def inputs(model_class, batch=2, size=64, channels=3, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    x_64 = torch.randn(batch, channels, size, size, generator=g)
+    x_32 = torch.randn(batch, channels, size // 2, size // 2, generator=g)
+    ts = [torch.randint(1000, (batch,), generator=g) for _ in range(NUM_CLOCKS[model_class])]
+    return ([x_64] if model_class is BaselineModel else [x_64, x_32]), ts
+
+
+def as_tuple(out):
+    return out if isinstance(out, tuple) else (out,)
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_parameter_counts_are_the_published_ones(model_class):
+    with torch.device("meta"):
+        model = model_class()
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[model_class]
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_dual_model_costs_the_published_flops_and_reaches_4x4():
+    sizes = []
+    with torch.device("meta"):
+        model = LIFTDualTimestepModel()
+        model.unet.middle1.register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape)))
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(2, 3, 64, 64), torch.empty(2, 3, 32, 32), torch.empty(2), torch.empty(2))
+    assert round(counter.get_total_flops() / 2 / 1e9, 2) == 16.45
+    assert sizes == [(2, 512, 4, 4)]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("model_class", MODELS)
+def test_predictions_have_the_shapes_of_the_images(model_class, size, channels):
+    xs, ts = inputs(model_class, size=size, channels=channels)
+    out = as_tuple(build(model_class, channels=channels)(*xs, *ts))
+    both = model_class in (LIFTDualTimestepModel, LIFTBaselineModel)
+    assert [o.shape for o in out] == [x.shape for x in xs[: 2 if both else 1]]
+    assert all(o.isfinite().all() and o.std() > 0 for o in out)
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_images_of_a_batch_do_not_see_each_other(model_class):
+    model = build(model_class, hidden_dims=(8, 128))  # 128 channels bring attention in.
+    xs, ts = inputs(model_class, batch=3, size=16)
+    out = as_tuple(model(*xs, *ts))
+    for k in range(3):
+        alone = as_tuple(model(*(x[k : k + 1] for x in xs), *(t[k : k + 1] for t in ts)))
+        for together, single in zip(out, alone, strict=True):
+            torch.testing.assert_close(together[k : k + 1], single, rtol=1e-5, atol=1e-5)
+    order = torch.tensor([2, 0, 1])
+    shuffled = as_tuple(model(*(x[order] for x in xs), *(t[order] for t in ts)))
+    for together, other in zip(out, shuffled, strict=True):
+        torch.testing.assert_close(together[order], other, rtol=1e-5, atol=1e-5)
+
+
+def upsample_by_hand(x):
+    """Factor 2 bilinear interpolation between pixel centres: 3/4 of the nearest pixel, 1/4 of the next."""
+    for axis in (2, 3):
+        x = np.moveaxis(x, axis, -1)
+        before = np.concatenate([x[..., :1], x[..., :-1]], axis=-1)
+        after = np.concatenate([x[..., 1:], x[..., -1:]], axis=-1)
+        x = np.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis=-1).reshape(*x.shape[:-1], -1)
+        x = np.moveaxis(x, -1, axis)
+    return x
+
+
+@pytest.mark.parametrize("model_class", MODELS[1:])
+def test_scales_join_by_upsampling_and_part_by_averaging(model_class):
+    model = build(model_class)
+    seen = {}
+    model.unet.register_forward_hook(lambda module, args, out: seen.update(x=args[0], out=out))
+    xs, ts = inputs(model_class, size=32)
+    out = as_tuple(model(*xs, *ts))
+    assert torch.equal(seen["x"][:, :3], xs[0])
+    np.testing.assert_allclose(seen["x"][:, 3:], upsample_by_hand(xs[1].numpy()), atol=1e-6)
+    assert torch.equal(out[0], seen["out"][:, :3])
+    if len(out) == 2:
+        blocks = seen["out"][:, 3:].reshape(2, 3, 16, 2, 16, 2)
+        torch.testing.assert_close(out[1], blocks.mean(dim=(3, 5)))
+    model(xs[0], torch.full_like(xs[1], 0.3), *ts)
+    torch.testing.assert_close(seen["x"][:, 3:], torch.full_like(xs[0], 0.3))
+
+
+def test_attention_is_softmax_attention_with_four_heads():
+    torch.manual_seed(0)
+    layer = SelfAttention(32).double()
+    x = torch.randn(2, 32, 3, 5, dtype=torch.float64)
+    h = F.group_norm(x, 8, layer.norm.weight, layer.norm.bias).flatten(2)  # [B, C, HW]
+    q, k, v = (
+        torch.einsum("oc,bcn->bon", layer.qkv.weight[part, :, 0, 0], h) + layer.qkv.bias[part, None]
+        for part in (slice(0, 32), slice(32, 64), slice(64, 96))
+    )
+    heads = []
+    for c in range(0, 32, 8):
+        scores = torch.einsum("bcn,bcm->bnm", q[:, c : c + 8], k[:, c : c + 8]) / 8**0.5
+        weights = scores.exp() / scores.exp().sum(dim=2, keepdim=True)
+        heads.append(torch.einsum("bnm,bcm->bcn", weights, v[:, c : c + 8]))
+    mixed = torch.einsum("oc,bcn->bon", layer.proj.weight[:, :, 0, 0], torch.cat(heads, dim=1))
+    expected = x + mixed.reshape(x.shape) + layer.proj.bias[:, None, None]
+    torch.testing.assert_close(layer(x), expected)
+
+
+def group_norm_by_hand(x, norm):
+    groups = x.reshape(len(x), 8, -1)
+    scaled = (groups - groups.mean(2, keepdim=True)) / (groups.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
+    return scaled.reshape(x.shape) * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+
+@pytest.mark.parametrize("embedding_dim", [None, 12])
+def test_residual_block_is_its_formula(embedding_dim):
+    torch.manual_seed(0)
+    block = ResidualBlock(8, 16, embedding_dim).double()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, t = torch.randn(2, 8, 6, 6, dtype=torch.float64), torch.randn(2, 12, dtype=torch.float64)
+    h = group_norm_by_hand(x, block.norm1)
+    h = F.conv2d(h * h.sigmoid(), block.conv1.weight, block.conv1.bias, padding=1)
+    if embedding_dim is not None:
+        h = h + ((t * t.sigmoid()) @ block.time.weight.T + block.time.bias)[:, :, None, None]
+    h = group_norm_by_hand(h, block.norm2)
+    h = F.conv2d(h * h.sigmoid(), block.conv2.weight, block.conv2.bias, padding=1)
+    shortcut = torch.einsum("oc,bchw->bohw", block.shortcut.weight[:, :, 0, 0], x) + block.shortcut.bias[:, None, None]
+    torch.testing.assert_close(block(x, t), h + shortcut)
+
+
+@pytest.mark.parametrize("t", [torch.tensor([0, 1, 37, 999]), torch.tensor([0.0, 0.5, 36.75, 999.0])])
+def test_sinusoidal_embedding_has_its_closed_form(t):
+    width = 64
+    frequencies = 10000.0 ** (-np.arange(32) / 32)
+    angles = t.numpy()[:, None] * frequencies
+    expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    embedding = timestep_embedding(t, width)
+    assert embedding.dtype == torch.float32
+    np.testing.assert_allclose(embedding, expected, atol=2e-4)  # Angles up to 999 carry float32 rounding.
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+@pytest.mark.parametrize("hidden_dims", [(), (12, 24), (64, 4), (0,), (-8,)])
+def test_wrong_widths_are_named(model_class, hidden_dims):
+    with pytest.raises(ValueError, match=r"^hidden_dims \(.*\) must be positive multiples of 8, .*512\.$"):
+        model_class(hidden_dims=hidden_dims)
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_wrong_image_sizes_are_named(model_class):
+    model = build(model_class)
+    xs, ts = inputs(model_class, size=40)
+    with pytest.raises(ValueError, match=r"^Image size 40x40 must be a multiple of 16 for this model\.$"):
+        model(*xs, *ts)
+
+
+@pytest.mark.parametrize("model_class", MODELS[1:])
+def test_coarse_image_must_be_half_the_fine_one(model_class):
+    model = build(model_class)
+    (x_64, x_32), ts = inputs(model_class, size=32)
+    with pytest.raises(ValueError, match=r"^A coarse image of 32x32 must be half .* fine image, which is 16x16\.$"):
+        model(x_32, x_64, *ts)
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_denoise_calls_the_model_with_one_image_and_clock_per_sampled_scale(model_class):
+    model = build(model_class)
+    (x_64, x_32), (t_64, t_32) = inputs(LIFTDualTimestepModel, size=32)
+    pooled = x_64.reshape(2, 3, 16, 2, 16, 2).mean(dim=(3, 5))
+    expected = {
+        BaselineModel: lambda: (model(x_64, t_64),),
+        LIFTBaselineModel: lambda: model(x_64, x_32, t_64),
+        LIFTDualTimestepModel: lambda: model(x_64, x_32, t_64, t_32),
+        SingleTimestepModel: lambda: (model(x_64, pooled, t_64),),
+        NoTimestepModel: lambda: (model(x_64, pooled),),
+    }[model_class]()
+    t_coarse = t_64 if model_class is LIFTBaselineModel else t_32
+    out = model.denoise((x_64, x_32)[: model.num_scales], (t_64, t_coarse)[: model.num_scales])
+    assert isinstance(out, tuple) and len(out) == model.num_scales
+    for got, wanted in zip(out, expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_shared_clock_refuses_to_leave_the_diagonal():
+    model = build(LIFTBaselineModel)
+    xs, (t_64,) = inputs(LIFTBaselineModel, size=32)
+    with pytest.raises(ValueError, match=r"^A model with one shared timestep can only follow a diagonal path\.$"):
+        model.denoise(tuple(xs), (t_64, t_64 + torch.tensor([0, 1])))
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_a_model_reacts_to_the_clocks_it_knows_and_to_no_other(model_class):
+    model = build(model_class)
+    xs, ts = inputs(LIFTDualTimestepModel, size=32)
+    xs = tuple(xs)[: model.num_scales]
+    base = (torch.full((2,), 300), torch.full((2,), 300))[: model.num_scales]
+    with_fine = (torch.full((2,), 700), *base[1:])
+    if model_class is LIFTBaselineModel:
+        with_fine = (torch.full((2,), 700),) * 2
+
+    def change(ts):
+        pairs = zip(model.denoise(xs, base), model.denoise(xs, ts), strict=True)
+        return [(a - b).abs().max().item() for a, b in pairs]
+
+    if model_class is NoTimestepModel:
+        assert change(with_fine) == [0.0]
+        assert not any("time" in name or "embed" in name for name, _ in model.named_parameters())
+        return
+    assert min(change(with_fine)) > 1e-3
+    if model_class is LIFTDualTimestepModel:
+        assert min(change((base[0], torch.full((2,), 700)))) > 1e-3
+        fine_ahead = model(*xs, torch.full((2,), 700), torch.full((2,), 300))
+        coarse_ahead = model(*xs, torch.full((2,), 300), torch.full((2,), 700))
+        assert (fine_ahead[0] - coarse_ahead[0]).abs().max() > 1e-3
+
+
+def test_each_image_of_a_batch_follows_its_own_clock():
+    model = build(LIFTDualTimestepModel)
+    (x_64, x_32), _ = inputs(LIFTDualTimestepModel, size=32)
+    t = torch.tensor([500, 500])
+    for moved in ((t, torch.tensor([500, 100])), (torch.tensor([500, 100]), t)):
+        before, after = model(x_64, x_32, t, t), model(x_64, x_32, *moved)
+        for a, b in zip(before, after, strict=True):
+            torch.testing.assert_close(a[0], b[0], rtol=0, atol=1e-6)
+            assert (a[1] - b[1]).abs().max() > 1e-3

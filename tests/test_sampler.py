@@ -1,0 +1,354 @@
+import numpy as np
+import pytest
+import torch
+
+from baseline_model import BaselineModel
+from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
+from path import Path, diagonal, find_optimal_path_n_steps_lambda, path_from_cells, timestep_grid
+from sampler import IMAGES_PER_SEED, SeededNoise, image_seeds, sample, sample_seeds, scale_shapes
+from scheduler import CLEAN, DDIMScheduler
+
+
+def two_scale(*points):
+    return Path(points, "hand-made", {})
+
+
+def optimised():
+    rng = np.random.default_rng(0)
+    grid = timestep_grid(30)
+    log_snr = DDIMScheduler().log_snr.numpy()[grid]
+    cells, _ = find_optimal_path_n_steps_lambda(rng.random((30, 30)), rng.random((30, 30)), log_snr)
+    return path_from_cells(cells, grid, "dp_total", {})
+
+
+PATHS = {
+    "diagonal": diagonal(18),
+    "published diagonal": diagonal(18, "published"),
+    "one scale": diagonal(7, num_scales=1),
+    "single step": diagonal(1),
+    "cascade": two_scale((999, 999), (999, 400), (999, 0), (500, 0), (0, 0)),
+    "fine first": two_scale((999, 999), (300, 999), (0, 999), (0, 200), (0, 0)),
+    "optimised": optimised(),
+    "three scales": Path(((999, 999, 999), (999, 500, 100), (300, 300, 0), (0, 0, 0)), "hand-made", {}),
+}
+
+
+def start_noise(path, batch=2, seed=0, dtype=torch.float32, size=8):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, 3, size >> s, size >> s, generator=g, dtype=dtype) for s in range(path.num_scales)]
+
+
+def fading(xs, ts):
+    return tuple(0.5 * x for x in xs)
+
+
+class Recorder:
+    """A denoiser that keeps what it was called with."""
+
+    def __init__(self, denoise=fading):
+        self.denoise, self.calls = denoise, []
+
+    def __call__(self, xs, ts):
+        self.calls.append((xs, ts))
+        return self.denoise(xs, ts)
+
+
+@pytest.mark.parametrize("end", ["clean", "t0"])
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+def test_one_call_at_every_point_but_the_last(path, end):
+    recorder, noise, seen = Recorder(), start_noise(path), []
+    result = sample(recorder, DDIMScheduler(), path, noise, end=end, callback=lambda k, xs: seen.append((k, xs)))
+    assert len(recorder.calls) == result.nfe == path.nfe
+    for (_, ts), point in zip(recorder.calls, path.points, strict=False):
+        assert [t.tolist() for t in ts] == [[t, t] for t in point]
+        assert all(t.dtype == torch.long for t in ts)
+    assert [k for k, _ in seen] == list(range(path.nfe + 1))
+    for (xs, _), (_, images) in zip(recorder.calls, seen, strict=False):
+        assert all(x is image for x, image in zip(xs, images, strict=True))
+    assert all(a is b for a, b in zip(seen[0][1], noise, strict=True))
+    assert all(a is b for a, b in zip(seen[-1][1], result.images, strict=True))
+    assert [x.shape for x in result.images] == [x.shape for x in noise]
+
+
+@pytest.mark.parametrize("end", ["clean", "t0"])
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+def test_a_scale_that_does_not_move_keeps_its_image(path, end):
+    seen = []
+    sample(fading, DDIMScheduler(), path, start_noise(path), end=end, callback=lambda k, xs: seen.append(xs))
+    for k, (here, there) in enumerate(zip(path.points, path.points[1:], strict=False)):
+        for s in range(path.num_scales):
+            moves = here[s] != there[s] or (end == "clean" and k == path.nfe - 1)
+            assert torch.equal(seen[k][s], seen[k + 1][s]) != moves
+
+
+def test_arguments_are_left_as_they_were():
+    path = PATHS["cascade"]
+    noise = start_noise(path)
+    copies = [x.clone() for x in noise]
+    sample(fading, DDIMScheduler(), path, noise)
+    assert all(torch.equal(a, b) for a, b in zip(noise, copies, strict=True))
+
+
+class Gaussian:
+    """Independent N(mean, deviation²) pixels and the exact noise prediction for them."""
+
+    def __init__(self, scheduler, means, deviations):
+        self.abar, self.means, self.deviations = scheduler.alphas_cumprod, means, deviations
+
+    def __call__(self, xs, ts):
+        out = []
+        for x, t, mean, deviation in zip(xs, ts, self.means, self.deviations, strict=True):
+            abar = self.abar[t][:, None, None, None]
+            gain = abar.sqrt() * deviation**2 / (abar * deviation**2 + 1 - abar)
+            posterior_mean = mean + gain * (x - abar.sqrt() * mean)
+            out.append((x - abar.sqrt() * posterior_mean) / (1 - abar).sqrt())
+        return tuple(out)
+
+
+@pytest.mark.parametrize("end", ["clean", "t0"])
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+def test_gaussian_pixels_follow_their_recursion(path, end):
+    scheduler = DDIMScheduler(clip_sample=False)
+    means, deviations = (0.3, -0.2, 0.1)[: path.num_scales], (0.5, 0.25, 0.7)[: path.num_scales]
+    noise = start_noise(path, dtype=torch.float64)
+    images = sample(Gaussian(scheduler, means, deviations), scheduler, path, noise, end=end).images
+    for s in range(path.num_scales):
+        abars = [scheduler.alphas_cumprod[point[s]].item() for point in path.points]
+        if end == "clean":
+            abars[-1] = 1.0
+        sigmas = [((1 - a) / a) ** 0.5 for a in abars]
+        # Euler in x / sqrt(abar): a step multiplies the distance to the mean by (s² + σσ') / (s² + σ²).
+        offset = noise[s].numpy() / abars[0] ** 0.5 - means[s]
+        for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
+            offset = offset * (deviations[s] ** 2 + sigma * sigma_next) / (deviations[s] ** 2 + sigma**2)
+        np.testing.assert_allclose(images[s].numpy(), abars[-1] ** 0.5 * (means[s] + offset), rtol=1e-9, atol=1e-11)
+
+
+def test_many_steps_reach_the_spread_of_the_images():
+    scheduler = DDIMScheduler(beta_schedule="cosine", clip_sample=False)
+    path = diagonal(999, num_scales=1)
+    noise = torch.tensor([[[[1.0, -2.0]]]], dtype=torch.float64)
+    images = sample(Gaussian(scheduler, (0.3,), (0.5,)), scheduler, path, [noise]).images[0]
+    # The exact flow takes quantiles to quantiles: x = mean + deviation * noise.
+    torch.testing.assert_close(images, 0.3 + 0.5 * noise, rtol=0, atol=0.02)
+
+
+def test_both_scales_step_from_the_images_of_the_same_point():
+    scheduler = DDIMScheduler(clip_sample=False)
+    path = PATHS["optimised"]
+    coupling = np.array([[0.6, 0.3], [-0.2, 0.5]])
+
+    def denoise(xs, ts):
+        return tuple(a * xs[0] + b * xs[1] for a, b in coupling)
+
+    noise = [torch.tensor([[[[1.3]]]], dtype=torch.float64), torch.tensor([[[[-0.4]]]], dtype=torch.float64)]
+    images = sample(denoise, scheduler, path, noise).images
+    abar = scheduler.alphas_cumprod.numpy()
+    z = np.array([1.3, -0.4])
+    for k, (here, there) in enumerate(zip(path.points, path.points[1:], strict=False)):
+        a = abar[list(here)]
+        a_next = np.ones(2) if k == path.nfe - 1 else abar[list(there)]
+        epsilon = coupling @ z
+        moved = np.sqrt(a_next / a) * (z - np.sqrt(1 - a) * epsilon) + np.sqrt(1 - a_next) * epsilon
+        z = np.where(a_next != a, moved, z)
+    np.testing.assert_allclose([x.item() for x in images], z, rtol=1e-9)
+
+
+def test_independent_scales_are_sampled_as_if_alone():
+    scheduler = DDIMScheduler()
+    path = diagonal(9)
+    noise = start_noise(path)
+    together = sample(fading, scheduler, path, noise).images
+    for s in range(2):
+        alone = sample(fading, scheduler, diagonal(9, num_scales=1), noise[s : s + 1]).images
+        assert torch.equal(together[s], alone[0])
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_fresh_noise_enters_as_the_ddim_equations_say(eta):
+    scheduler = DDIMScheduler(clip_sample=False)
+    path = PATHS["optimised"]
+    denoise = Gaussian(scheduler, (0.3, -0.2), (0.5, 0.25))
+    drawn = []
+
+    def draw(shape):
+        drawn.append(torch.randn(2, *shape, generator=generator, dtype=torch.float64))
+        return drawn[-1]
+
+    generator = torch.Generator().manual_seed(5)
+    noise = start_noise(path, dtype=torch.float64)
+    images = sample(denoise, scheduler, path, noise, eta=eta, draw=draw).images
+
+    xs, used = list(noise), 0
+    for k, (here, there) in enumerate(zip(path.points, path.points[1:], strict=False)):
+        predictions = denoise(xs, [torch.full((2,), t) for t in here])
+        for s, (t, t_next) in enumerate(zip(here, there, strict=True)):
+            last = k == path.nfe - 1
+            if t == t_next and not last:
+                continue
+            a = scheduler.alphas_cumprod[t].item()
+            a_next = 1.0 if last else scheduler.alphas_cumprod[t_next].item()
+            sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
+            x0 = (xs[s] - (1 - a) ** 0.5 * predictions[s]) / a**0.5
+            kept = max(1 - a_next - sigma**2, 0) ** 0.5
+            xs[s] = a_next**0.5 * x0 + kept * predictions[s] + sigma * drawn[used]
+            used += 1
+    assert used == len(drawn)
+    for got, expected in zip(images, xs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+def test_true_noise_brings_the_clean_image_back(path):
+    scheduler = DDIMScheduler()
+    epsilons = start_noise(path, seed=1, dtype=torch.float64)
+    cleans = [x.tanh() for x in start_noise(path, seed=2, dtype=torch.float64)]
+    start = [scheduler.add_noise(x, e, t) for x, e, t in zip(cleans, epsilons, path.points[0], strict=True)]
+    for end, t in (("clean", CLEAN), ("t0", 0)):
+        images = sample(lambda xs, ts: tuple(epsilons), scheduler, path, start, end=end).images
+        for image, clean, epsilon in zip(images, cleans, epsilons, strict=True):
+            torch.testing.assert_close(image, scheduler.add_noise(clean, epsilon, t), rtol=0, atol=1e-10)
+
+
+def test_clean_images_stay_in_range():
+    path = PATHS["optimised"]
+    images = sample(lambda xs, ts: tuple(-3 * x for x in xs), DDIMScheduler(), path, start_noise(path)).images
+    assert all(x.abs().max() <= 1 for x in images)
+
+
+MODELS = {
+    BaselineModel: PATHS["one scale"],
+    LIFTDualTimestepModel: PATHS["optimised"],
+    LIFTBaselineModel: diagonal(7),
+    SingleTimestepModel: PATHS["one scale"],
+    NoTimestepModel: PATHS["one scale"],
+}
+
+
+def generate(model, path, seeds, batch_size, **options):
+    shapes = scale_shapes(model.num_scales, 3, 16)
+    starts = {}
+
+    def keep(k, xs):
+        if k == 0:
+            batches.append(xs)
+
+    batches, images = [], {}
+    batches_of_seeds = sample_seeds(
+        model.denoise, DDIMScheduler(), path, seeds, shapes, batch_size, callback=keep, **options
+    )
+    for chosen, samples in batches_of_seeds:
+        assert samples.nfe == path.nfe and len(chosen) <= batch_size
+        for row, seed in enumerate(chosen):
+            starts[seed] = [x[row] for x in batches[-1]]
+            images[seed] = [x[row] for x in samples.images]
+    assert list(images) == list(seeds)
+    return starts, images
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize("model_class", MODELS)
+def test_an_image_depends_on_its_seed_alone(model_class, eta):
+    torch.manual_seed(0)
+    model, path = model_class(hidden_dims=(8, 16)).eval(), MODELS[model_class]
+    seeds = list(image_seeds(42, 5))
+    starts, images = generate(model, path, seeds, batch_size=5, eta=eta)
+    others = [(seeds, 1), (seeds, 2), (seeds[::-1], 3), ([seeds[3], 7, seeds[1]], 3)]
+    for other_seeds, batch_size in others:
+        other_starts, other_images = generate(model, path, other_seeds, batch_size, eta=eta)
+        for seed in set(seeds) & set(other_seeds):
+            for s in range(model.num_scales):
+                assert torch.equal(starts[seed][s], other_starts[seed][s])
+                # Convolutions round differently at other batch sizes, by 2e-5 after these steps.
+                torch.testing.assert_close(images[seed][s], other_images[seed][s], rtol=0, atol=1e-4)
+    assert (images[seeds[0]][0] - images[seeds[1]][0]).abs().max() > 0.1
+
+
+class Pixelwise:
+    """A denoiser without sums over pixels, whose result has the same bits at every batch size."""
+
+    num_scales = 2
+    denoise = staticmethod(fading)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_the_sampler_itself_adds_no_dependence_on_the_batch(eta):
+    seeds = list(image_seeds(42, 6))
+    starts, images = generate(Pixelwise, PATHS["optimised"], seeds, batch_size=6, eta=eta)
+    for other_seeds, batch_size in [(seeds, 1), (seeds, 4), (seeds[::-1], 3)]:
+        other_starts, other_images = generate(Pixelwise, PATHS["optimised"], other_seeds, batch_size, eta=eta)
+        for seed in seeds:
+            assert all(torch.equal(a, b) for a, b in zip(starts[seed], other_starts[seed], strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(images[seed], other_images[seed], strict=True))
+
+
+def test_fresh_noise_changes_the_image_but_not_its_start():
+    torch.manual_seed(0)
+    model = LIFTDualTimestepModel(hidden_dims=(8, 16)).eval()
+    runs = [generate(model, diagonal(5), [3], 1, eta=eta) for eta in (0.0, 1.0)]
+    assert torch.equal(runs[0][0][3][0], runs[1][0][3][0])
+    assert (runs[0][1][3][0] - runs[1][1][3][0]).abs().max() > 0.1
+
+
+def test_noise_is_standard_normal_and_independent_across_seeds_scales_and_draws():
+    source = SeededNoise(range(50))
+    draws = [source.draw(shape) for shape in ((3, 16, 16), (3, 8, 8), (3, 16, 16))]
+    assert [d.shape for d in draws] == [(50, 3, 16, 16), (50, 3, 8, 8), (50, 3, 16, 16)]
+    assert all(d.dtype == torch.float32 for d in draws)
+    for d in draws:
+        n = d.numel()
+        assert abs(d.mean().item()) < 5 / n**0.5
+        assert abs(d.var().item() - 1) < 5 * (2 / n) ** 0.5
+    rows = torch.stack([d.flatten(1)[:, :192] for d in draws]).flatten(0, 1)  # [150, 192]
+    correlations = (rows @ rows.T / 192).fill_diagonal_(0)
+    assert correlations.abs().max() < 6.5 / 192**0.5
+
+
+def test_one_and_two_scales_of_a_seed_start_from_the_same_fine_noise():
+    one, two = SeededNoise([1, 2]), SeededNoise([1, 2])
+    assert torch.equal(one.draw((3, 8, 8)), two.draw(scale_shapes(2, 3, 8)[0]))
+    assert scale_shapes(2, 1, 32) == [(1, 32, 32), (1, 16, 16)]
+
+
+def test_evaluation_seeds_share_no_image():
+    ranges = [image_seeds(seed, IMAGES_PER_SEED) for seed in (0, 1, 2, 42)]
+    for a, b in zip(ranges, ranges[1:], strict=False):
+        assert len(a) == IMAGES_PER_SEED and a[-1] < b[0]
+    assert image_seeds(42, 10) == image_seeds(42, 1000)[:10]
+    with pytest.raises(ValueError, match=r"^1000001 images exceed the 1000000 that one seed provides; use several"):
+        image_seeds(0, IMAGES_PER_SEED + 1)
+
+
+def test_no_gradient_is_kept():
+    model = LIFTDualTimestepModel(hidden_dims=(8, 8))
+    images = sample(model.denoise, DDIMScheduler(), diagonal(2), start_noise(diagonal(2))).images
+    assert not any(x.requires_grad for x in images)
+
+
+def test_half_precision_predictions_leave_the_images_in_float32():
+    path = diagonal(4)
+    noise = start_noise(path)
+    exact = sample(fading, DDIMScheduler(), path, noise).images
+    rounded = sample(lambda xs, ts: tuple(p.bfloat16() for p in fading(xs, ts)), DDIMScheduler(), path, noise).images
+    for a, b in zip(exact, rounded, strict=True):
+        assert b.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0, atol=0.1)
+
+
+def test_mistakes_raise_one_clear_sentence_before_any_call():
+    recorder, path = Recorder(), diagonal(3)
+    with pytest.raises(ValueError, match=r"^The path has 2 scale\(s\) but the model samples 1\.$"):
+        sample(recorder, DDIMScheduler(), path, start_noise(path)[:1])
+    with pytest.raises(ValueError, match=r"^Unknown end 'T0'; choose one of clean, t0\.$"):
+        sample(recorder, DDIMScheduler(), path, start_noise(path), end="T0")
+    assert recorder.calls == []
+    with pytest.raises(ValueError, match=r"^A step with eta = 0\.5 needs noise"):
+        sample(recorder, DDIMScheduler(), path, start_noise(path), eta=0.5)
+    with pytest.raises(ValueError, match=r"^A DDIM step must go from a timestep in 0\.\.99 to a lower one"):
+        sample(recorder, DDIMScheduler(num_train_timesteps=100), path, start_noise(path))
+
+
+def test_shared_clock_model_refuses_a_path_off_the_diagonal():
+    model = LIFTBaselineModel(hidden_dims=(8, 8)).eval()
+    with pytest.raises(ValueError, match="can only follow a diagonal path"):
+        sample(model.denoise, DDIMScheduler(), PATHS["cascade"], start_noise(PATHS["cascade"]))
