@@ -120,6 +120,6 @@ def load_model(file: str | os.PathLike, ema: bool = False, device: torch.device 
         model = build_model(config)
         model.load_state_dict(state)
         scheduler = DDIMScheduler(config["num_train_timesteps"], config["beta_schedule"], config["prediction_type"])
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"Checkpoint {file} does not fit the model its config describes; it is damaged.") from error
     return LoadedModel(model.to(device).eval().requires_grad_(False), scheduler, config, weights_fingerprint(state))

@@ -179,6 +179,8 @@ def run_job(job: Job, loaded: LoadedModel, scorer: Scorer, args: argparse.Namesp
         "seed": job.seed,
         "num_images": scorer.num_images,
         "reference_fingerprint": scorer.images.fingerprint,
+        # Two types of path may have the same points, and each gets its column of the table.
+        "path_type": job.path_type,
     }
     keys = {metric: key | {"metric_features": features} for metric, features in scorer.features.items()}
     missing = {m: k for m, k in keys.items() if args.force or not has_row(args.output, k)}
@@ -195,7 +197,6 @@ def run_job(job: Job, loaded: LoadedModel, scorer: Scorer, args: argparse.Namesp
             "dataset": scorer.images.name,
             "model_type": config["model_type"],
             "epoch": config["epoch"],
-            "path_type": job.path_type,
             "metric": metric,
             "seconds": round(time.perf_counter() - start, 1),
             "checkpoint": job.checkpoint.name,

@@ -18,7 +18,7 @@ from cli import positive_int, run_stage
 from generate_with_path_30 import read_png
 from path import load_schedule
 from plots import plot_losses, plot_path_comparison, plot_samples, plot_scores
-from results_table import VALUE_FIELDS, aggregate, read_rows
+from results_table import COLUMN_TITLES, VALUE_FIELDS, aggregate, read_rows
 from scheduler import SCHEDULE_NAMES, DDIMScheduler
 
 
@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="figure", required=True)
     for name, inputs, text in (
-        ("losses", "log folder", "training loss against the step"),
+        ("losses", "log folder, or NAME=FOLDER", "training loss against the step"),
         ("paths", "schedule file, or NAME=FILE", "paths beside each other"),
         ("scores", "results table", "a metric against the epoch, or beside each other for one epoch"),
         ("samples", "NAME=FOLDER of PNGs", "samples of equal seeds beside each other"),
@@ -35,9 +35,12 @@ def parse_args() -> argparse.Namespace:
         kind = kinds.add_parser(name, help=text)
         kind.add_argument("inputs", nargs="+", metavar="INPUT", help=inputs)
         kind.add_argument("--output", required=True, help="PNG file")
-        kind.add_argument("--title", default="")
+        if name != "losses":
+            kind.add_argument("--title", default="")
         if name == "scores":
             kind.add_argument("--metric", choices=VALUE_FIELDS, default="fid")
+            kind.add_argument("--num_images", type=positive_int, help="only results over this many images")
+            kind.add_argument("--nfe", type=positive_int, help="only results of this many network calls")
         if name == "paths":
             kind.add_argument("--beta_schedule", choices=SCHEDULE_NAMES, default="cosine_clipped")
         if name == "samples":
@@ -77,18 +80,37 @@ def draw_samples(args: argparse.Namespace) -> None:
     plot_samples(stacks, args.output, args.title)
 
 
+def draw_losses(args: argparse.Namespace) -> None:
+    """One curve per log folder, under its own name, or NAME of NAME=FOLDER."""
+    runs = {}
+    for text in args.inputs:
+        name, _, folder = text.rpartition("=")
+        name = name or Path(folder).name
+        if name in runs:
+            raise ValueError(f"Two log folders are called '{name}'; give each a name as NAME=FOLDER.")
+        runs[name] = read_log(folder)
+    plot_losses(runs, args.output)
+
+
+def draw_scores(args: argparse.Namespace) -> None:
+    """Mean and deviation over seeds of the rows that the filters leave."""
+    wanted = {name: str(value) for name in ("num_images", "nfe") if (value := getattr(args, name)) is not None}
+    rows = [row for file in args.inputs for row in read_rows(file)]
+    rows = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+    plot_scores(aggregate(rows), args.metric, args.output, args.title, COLUMN_TITLES)
+
+
 def main() -> None:
     """Draw one figure."""
     args = parse_args()
     if args.figure == "losses":
-        plot_losses({Path(folder).name: read_log(folder) for folder in args.inputs}, args.output)
+        draw_losses(args)
     elif args.figure == "paths":
         paths = {name: load_schedule(file) for name, file in map(named, args.inputs)}
         log_snr = DDIMScheduler(beta_schedule=args.beta_schedule, prediction_type="v").log_snr.numpy()
         plot_path_comparison(paths, log_snr, args.output, args.title)
     elif args.figure == "scores":
-        rows = aggregate([row for file in args.inputs for row in read_rows(file)])
-        plot_scores(rows, args.metric, args.output, args.title)
+        draw_scores(args)
     else:
         draw_samples(args)
     print(args.output)

@@ -37,14 +37,16 @@ RESULT_FIELDS = (*RESULT_KEY, *DESCRIPTION_FIELDS, *VALUE_FIELDS, "seconds", "ch
 # Rows that agree in these differ in the seed alone, so their spread is that of the seed.
 GROUP_FIELDS = (*DESCRIPTION_FIELDS, *(field for field in RESULT_KEY if field != "seed"))
 
-_DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
-_TABLE_FIELDS = ("dataset", "num_images", "nfe", "metric_features", "reference_fingerprint")
-_COLUMN_TITLES = {
+# What the published table calls a model type and a path type.
+COLUMN_TITLES = {
     ("baseline", "diagonal"): "Baseline",
     ("dual", "diagonal"): "LIFT diagonal",
     ("dual", "dp_64"): "LIFT DP-64",
     ("dual", "dp_total"): "LIFT DP-Total",
 }
+
+_DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
+_TABLE_FIELDS = ("dataset", "num_images", "nfe", "metric_features", "reference_fingerprint")
 
 
 def append_row(file: str | os.PathLike, row: Mapping[str, Any]) -> None:
@@ -134,12 +136,14 @@ def read_rows(file: str | os.PathLike) -> list[dict[str, str]]:
 
 
 def has_row(file: str | os.PathLike, key: Mapping[str, Any]) -> bool:
-    """Whether `file` holds a row that agrees with `key` in every field of RESULT_KEY.
+    """Whether `file` holds a row that agrees with `key` in every field of RESULT_KEY and in what else it names.
 
-    Raises KeyError when `key` lacks one of them, and ValueError when the file has another header.
+    Raises KeyError when `key` lacks a field of RESULT_KEY or names an unknown one, and ValueError when the
+    file has another header.
     """
-    wanted = _key_of(key)
-    return any(_key_of(row) == wanted for row in read_rows(file))
+    fields = {*RESULT_KEY, *key}
+    wanted = {field: str(key[field]) for field in fields}
+    return any({field: row[field] for field in fields} == wanted for row in read_rows(file))
 
 
 def _key_of(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -228,9 +232,9 @@ def _markdown_table(field: str, setting: tuple[str, ...], results: Sequence[Mapp
         row, column = (result["epoch"], result["weights"]), (result["model_type"], result["path_type"])
         cells.setdefault(row, {}).setdefault(column, []).append(_markdown_value(field, result))
     measured = sorted({column for row in cells.values() for column in row})
-    columns = [column for column in _COLUMN_TITLES if column in measured]
-    columns += [column for column in measured if column not in _COLUMN_TITLES]
-    titles = [_COLUMN_TITLES.get(column, " ".join(filter(None, column))) for column in columns]
+    columns = [column for column in COLUMN_TITLES if column in measured]
+    columns += [column for column in measured if column not in COLUMN_TITLES]
+    titles = [COLUMN_TITLES.get(column, " ".join(filter(None, column))) for column in columns]
     lines = [["epoch", "weights", *titles], ["---:", "---", *["---:"] * len(columns)]]
     for row in sorted(cells, key=lambda row: [_natural(text) for text in row]):
         lines.append([*row, *("; ".join(cells[row].get(column, [])) for column in columns)])

@@ -91,12 +91,15 @@ def test_append_waits_for_the_lock(tmp_path):
     assert len(read_rows(file)) == 1
 
 
-def test_has_row_looks_at_every_field_of_the_key_and_at_no_other(tmp_path):
+def test_has_row_looks_at_every_field_of_the_key_and_at_those_it_is_given(tmp_path):
     file = tmp_path / "results.csv"
     assert not has_row(file, make_row())
     append_row(file, make_row())
     assert has_row(file, make_row())
-    assert has_row(file, make_row(nfe="18", fid=1.0, date="2030-01-01T00:00:00Z", epoch=1))
+    key = {field: make_row()[field] for field in RESULT_KEY}
+    assert has_row(file, key | {"nfe": "18"})
+    assert has_row(file, key | {"path_type": make_row()["path_type"]})
+    assert not has_row(file, key | {"path_type": "dp_64"})
     for field in RESULT_KEY:
         assert not has_row(file, make_row(**{field: "7"})), field
     with pytest.raises(KeyError):
