@@ -2,7 +2,7 @@
 
 A snapshot `{name}_{epoch}ep.pth` holds `model_state`, `ema_state`, `config`, `epoch`, `step`,
 `format_version` and nothing that `torch.load(weights_only=True)` refuses. A resume file `{name}_last.pth`
-adds `optimizer`, `lr_schedule` and the random state.
+adds `optimizer` and `lr_schedule`; random numbers follow from seed and step.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from baseline_model import BaselineModel
+from device import memory_format
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
 from safe_write import replacing
 from scheduler import DDIMScheduler
@@ -122,4 +123,5 @@ def load_model(file: str | os.PathLike, ema: bool = False, device: torch.device 
         scheduler = DDIMScheduler(config["num_train_timesteps"], config["beta_schedule"], config["prediction_type"])
     except (KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"Checkpoint {file} does not fit the model its config describes; it is damaged.") from error
-    return LoadedModel(model.to(device).eval().requires_grad_(False), scheduler, config, weights_fingerprint(state))
+    model = model.to(device, memory_format=memory_format(torch.device(device))).eval().requires_grad_(False)
+    return LoadedModel(model, scheduler, config, weights_fingerprint(state))

@@ -29,6 +29,13 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """Parse an integer of at least 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' is not 0 or a positive integer")
+    return int(text)
+
+
 def unit_interval(text: str) -> float:
     """Parse a number from 0 to 1."""
     try:
@@ -47,7 +54,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, dataset_default: str | N
     group.add_argument("--dataset", default=dataset_default, help=f"hub id, folder, or synthetic ({said})")
     if dataset_default is not None:
         group.add_argument("--resolution", type=positive_int, default=64, help="side of the fine image (64)")
-        group.add_argument("--resize_filter", choices=tuple(RESIZE_FILTERS), default="bilinear")
+        group.add_argument("--resize_filter", choices=tuple(RESIZE_FILTERS), default="bilinear", help="(bilinear)")
     group.add_argument("--limit", type=positive_int, default=None, metavar="N", help="first N images only")
     group.add_argument("--cache_dir", default="cache", help="decoded images are kept here (cache)")
     group.add_argument("--num_workers", type=positive_int, default=4, help="threads that decode images (4)")

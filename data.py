@@ -140,50 +140,41 @@ def _open_source(dataset: str) -> _Source:
     return _dataset_source(dataset)
 
 
-def _decode(image: Image.Image, resolution: int, resize_filter: str, mode: str) -> np.ndarray:
-    """Resize the shorter side to `resolution`, crop the centre: uint8 `[C, R, R]`, rounding as torchvision does."""
+def _decode(image: Image.Image, resolution: int, resize_filter: str) -> tuple[np.ndarray, bool]:
+    """Resize the shorter side, crop the centre, rounding as torchvision does: uint8 `[3, R, R]`, and if it is grey."""
     if image.mode.startswith("I;16"):
         # Pillow would clip 16 bits at 255 instead of scaling them.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    image = image.convert(mode)
+    grey = image.mode in ("1", "L")
+    image = image.convert("RGB")
     size = tuple(resolution * side // min(image.size) for side in image.size)
     if image.size != size:
         image = image.resize(size, RESIZE_FILTERS[resize_filter])
     left, top = (round((side - resolution) / 2) for side in size)
     pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)))
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return pixels.transpose(2, 0, 1), grey
 
 
 def _decode_all(
     source: _Source, count: int, resolution: int, resize_filter: str, skip_bad_images: bool, num_workers: int
 ) -> np.ndarray:
-    """Every readable image of the source, uint8 `[N, C, R, R]`; the first readable one decides the colour mode."""
+    """Every readable image of the source, uint8 `[N, C, R, R]`; grey if all of them are."""
 
-    def first_mode() -> str:
-        for i in range(count):
-            try:
-                with source.read(i) as image:
-                    return "L" if image.mode in ("1", "L") or image.mode.startswith("I;16") else "RGB"
-            except UNREADABLE:
-                continue
-        return "RGB"
-
-    mode = first_mode()
-
-    def attempt(i: int) -> np.ndarray | Exception:
+    def attempt(i: int) -> tuple[np.ndarray, bool] | Exception:
         try:
-            return _decode(source.read(i), resolution, resize_filter, mode)
+            return _decode(source.read(i), resolution, resize_filter)
         except UNREADABLE as error:
             return error
 
-    pixels = np.empty((count, 1 if mode == "L" else 3, resolution, resolution), np.uint8)
-    kept = 0
+    pixels = np.empty((count, 3, resolution, resolution), np.uint8)
+    kept, all_grey = 0, True
     with ThreadPoolExecutor(max(1, num_workers)) as pool, tqdm(total=count, desc="decoding", unit="img") as bar:
         for start in range(0, count, DECODE_CHUNK):
             chunk = range(start, min(start + DECODE_CHUNK, count))
             for i, result in zip(chunk, pool.map(attempt, chunk), strict=True):
-                if isinstance(result, np.ndarray):
-                    pixels[kept] = result
+                if not isinstance(result, Exception):
+                    pixels[kept], grey = result
+                    all_grey &= grey
                     kept += 1
                 elif skip_bad_images:
                     tqdm.write(f"skipped {source.describe(i)}: {result}")
@@ -193,7 +184,7 @@ def _decode_all(
                         "--skip_bad_images."
                     )
             bar.update(len(chunk))
-    return pixels[:kept]
+    return pixels[:kept, :1] if all_grey else pixels[:kept]
 
 
 def _synthetic_pixels(count: int, resolution: int) -> np.ndarray:
@@ -219,8 +210,9 @@ def load_images(
 
     dataset: a hub id, a folder that `datasets.load_dataset` opens, a folder of images (its `train` folder if
         it has one), or `synthetic` (endless; 4096 images unless `limit` says otherwise).
-    resolution: side of the fine image, a multiple of 16. limit: the first so many images only.
-    Grey stays grey; everything else becomes RGB. Shorter side to `resolution`, then a centre crop.
+    resolution: side of the fine image, a multiple of 16.
+    limit: the first so many images only, of which unreadable ones that are skipped are not made up for.
+    A set of grey images stays grey; everything else becomes RGB. Shorter side to `resolution`, then a centre crop.
 
     Raises ValueError for a bad resolution, an unreadable image (unless skipped) or fewer images than `limit`,
     FileNotFoundError for a missing folder, RuntimeError for a data set that cannot be loaded.
@@ -232,7 +224,8 @@ def load_images(
     synthetic = dataset == "synthetic"
     if synthetic:
         count = limit or SYNTHETIC_DEFAULT_IMAGES
-        key = f"synthetic-{hashlib.sha256(synthetic_images(1)).hexdigest()}"
+        # Two images of each class, so that a change of the drawing code is not answered from the cache.
+        key = f"synthetic-{hashlib.sha256(synthetic_images(6)).hexdigest()}"
     else:
         source = _open_source(dataset)
         if limit is not None and limit > source.count:
@@ -294,3 +287,19 @@ class TwoScaleBatches:
             if self.flip:
                 x_64 = torch.where(mirrored[chosen][:, None, None, None], x_64.flip(-1), x_64)
             yield x_64, coarse(x_64)
+
+
+def save_png(pixels: torch.Tensor, file: Path) -> None:
+    """Write uint8 `[C, H, W]`."""
+    with replacing(file) as temporary:
+        Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save(temporary)
+
+
+def read_png(file: Path) -> torch.Tensor:
+    """Read uint8 `[C, H, W]`; raises ValueError for a damaged file."""
+    try:
+        with Image.open(file) as image:
+            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+            return pixels.view(image.height, image.width, -1).permute(2, 0, 1)
+    except OSError as error:
+        raise ValueError(f"{file} is damaged; remove it and run again.") from error

@@ -40,13 +40,24 @@ def has_fast_bf16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def autocast(device: torch.device, precision: str = "auto"):
-    """A context in which models run at `precision`: "fp32", "bf16", or "auto" for bf16 where it is fast."""
+def resolve_precision(device: torch.device, precision: str) -> str:
+    """ "fp32" or "bf16" for one of PRECISIONS; "auto" is bf16 where that is fast."""
     if precision == "auto":
-        precision = "bf16" if has_fast_bf16(device) else "fp32"
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+        return "bf16" if has_fast_bf16(device) else "fp32"
+    return precision
+
+
+def autocast(device: torch.device, precision: str = "auto"):
+    """A context in which models run at one of PRECISIONS."""
+    bf16 = resolve_precision(device, precision) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """Channels-last on GPUs; plain on CPUs, where channels-last measured 30 % slower for these models."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    """Channels-last on GPUs and on CPUs without AVX-512, plain on CPUs with it.
+
+    Measured with these models: on AVX2 channels-last samples 1.3 times as fast and trains as fast; on AVX-512
+    it trains 30 % slower in bf16 and 14 % slower in fp32.
+    """
+    plain = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.contiguous_format if plain else torch.channels_last

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import cli
 from checkpoint import FILE_STEMS, LoadedModel, load_model
 from data import ImageSet, to_uint8
-from device import autocast, select_device
+from device import autocast, resolve_precision, select_device
 from metrics import (
     SlicedWasserstein,
     fid_reference_moments,
@@ -53,7 +53,11 @@ class Job(NamedTuple):
 
 def parse_args() -> argparse.Namespace:
     """The flags of this stage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # An abbreviated --list_jobs would stay in the commands it prints.
+    )
     add = parser.add_argument
     types = (*FILE_STEMS, *MODEL_ALIASES)
     add("--checkpoint_dir", default="checkpoints", help="folder of {model}_{epoch}ep.pth files (checkpoints)")
@@ -70,7 +74,7 @@ def parse_args() -> argparse.Namespace:
     add("--heatmap_dir", default="results", help="folder of heatmap_30_{epoch}ep[_ema].pth (results)")
     add("--grid", type=cli.positive_int, default=30, help="grid lines of those heatmaps (30)")
     add("--eta", type=cli.unit_interval, default=0.0, help="0 DDIM to 1 ancestral (0)")
-    add("--end", choices=ENDS, default="clean")
+    add("--end", choices=ENDS, default="clean", help="land on the clean image, or on t=0 as published (clean)")
     add("--output", default="results/fid_results.csv", help="(results/fid_results.csv)")
     add("--list_jobs", action="store_true", help="print one command per job and stop")
     add("--force", action="store_true", help="score again what has been scored")
@@ -179,6 +183,7 @@ def run_job(job: Job, loaded: LoadedModel, scorer: Scorer, args: argparse.Namesp
         "seed": job.seed,
         "num_images": scorer.num_images,
         "reference_fingerprint": scorer.images.fingerprint,
+        "precision": resolve_precision(device, args.precision),
         # Two types of path may have the same points, and each gets its column of the table.
         "path_type": job.path_type,
     }
@@ -190,7 +195,9 @@ def run_job(job: Job, loaded: LoadedModel, scorer: Scorer, args: argparse.Namesp
         return
     start = time.perf_counter()
     pixels, nfe = generate(loaded, path, args, job.seed, scorer.num_images, device)
+    sampling_seconds = time.perf_counter() - start
     for metric, row in missing.items():
+        start = time.perf_counter()
         values = scorer.score(metric, pixels)
         row |= values | {
             "nfe": nfe,
@@ -198,7 +205,7 @@ def run_job(job: Job, loaded: LoadedModel, scorer: Scorer, args: argparse.Namesp
             "model_type": config["model_type"],
             "epoch": config["epoch"],
             "metric": metric,
-            "seconds": round(time.perf_counter() - start, 1),
+            "seconds": round(sampling_seconds + time.perf_counter() - start, 1),
             "checkpoint": job.checkpoint.name,
             "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         }

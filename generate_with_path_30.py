@@ -14,13 +14,12 @@ import json
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import cli
 from checkpoint import LoadedModel, load_model
-from data import to_uint8
-from device import autocast, select_device
+from data import read_png, save_png, to_uint8
+from device import autocast, resolve_precision, select_device
 from path import Path as SamplingPath
 from path import save_schedule
 from path_choice import PATH_TYPES, add_path_arguments, choose_path, heatmap_file
@@ -42,30 +41,39 @@ def parse_args() -> argparse.Namespace:
     add("--heatmap", help="for the dp paths (results/heatmap_30_{epoch}ep[_ema].pth)")
     add("--num_images", type=cli.positive_int, default=64, help="(64)")
     add("--batch_size", type=cli.positive_int, default=64, help="images per network call (64)")
-    add("--seed", type=int, default=42, help="image k has seed 1000000 * SEED + k (42)")
+    add("--seed", type=cli.seed, default=42, help="image k has seed 1000000 * SEED + k (42)")
     add("--eta", type=cli.unit_interval, default=0.0, help="0 DDIM to 1 ancestral (0)")
     add("--end", choices=ENDS, default="clean", help="land on the clean image, or on t=0 as published (clean)")
     add("--output", help="folder (results/samples/{checkpoint}_{weights}_{path})")
+    add("--force", action="store_true", help="replace the images of other settings that --output holds")
     add("--trajectory", action="store_true", help="also draw both scales along the path")
     cli.add_device_arguments(parser)
     add_path_arguments(parser)
     return parser.parse_args()
 
 
-def prepare_output(folder: Path, path: SamplingPath, loaded: LoadedModel, args: argparse.Namespace) -> None:
+def prepare_output(
+    folder: Path, path: SamplingPath, loaded: LoadedModel, args: argparse.Namespace, device: torch.device
+) -> None:
     """Write what made the images, or refuse a folder whose images were made otherwise."""
     settings = {
         "weights_fingerprint": loaded.fingerprint,
         "path_fingerprint": path.fingerprint(),
         "eta": args.eta,
         "end": args.end,
-        "precision": args.precision,
+        "precision": resolve_precision(device, args.precision),
     }
     file = folder / "settings.json"
     if file.exists():
         different = [k for k, v in json.loads(file.read_text()).items() if settings.get(k) != v]
+        if different and not args.force:
+            raise ValueError(
+                f"{folder} holds images with another {', '.join(different)}; pass --force to replace them, or another "
+                "--output."
+            )
         if different:
-            raise ValueError(f"{folder} holds images with another {', '.join(different)}; pass another --output.")
+            for old in (*folder.glob("[0-9]*.png"), folder / "trajectory.png"):
+                old.unlink(missing_ok=True)
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(settings, indent=1) + "\n")
     save_schedule(
@@ -86,22 +94,6 @@ def png_file(folder: Path, seed: int) -> Path:
     return folder / f"{seed:012d}.png"
 
 
-def save_png(pixels: torch.Tensor, file: Path) -> None:
-    """Write uint8 `[C, H, W]`."""
-    with replacing(file) as temporary:
-        Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save(temporary)
-
-
-def read_png(file: Path) -> torch.Tensor:
-    """Read uint8 `[C, H, W]`; raises ValueError for a damaged file."""
-    try:
-        with Image.open(file) as image:
-            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-            return pixels.view(image.height, image.width, -1).permute(2, 0, 1)
-    except OSError as error:
-        raise ValueError(f"{file} is damaged; remove it and run again.") from error
-
-
 def main() -> None:
     """Generate what is missing, then draw the grid."""
     args = parse_args()
@@ -112,9 +104,9 @@ def main() -> None:
     path = choose_path(args, args.path_type, loaded, heatmap, args.schedule)
     name = f"{Path(args.checkpoint).stem}_{loaded.weights}_{path.kind}_{path.nfe}"
     folder = Path(args.output or f"results/samples/{name}")
-    prepare_output(folder, path, loaded, args)
-
     seeds = image_seeds(args.seed, args.num_images)
+    prepare_output(folder, path, loaded, args, device)
+
     missing = [seed for seed in seeds if not png_file(folder, seed).exists()]
     shapes = scale_shapes(loaded.model.num_scales, config["channels"], config["resolution"])
     states: list[list[torch.Tensor]] = []

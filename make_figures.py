@@ -9,17 +9,17 @@ Heatmaps are drawn by compute_heatmap_30.py, one sampling trajectory by generate
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 
 from cli import positive_int, run_stage
-from generate_with_path_30 import read_png
+from data import read_png
 from path import load_schedule
 from plots import plot_losses, plot_path_comparison, plot_samples, plot_scores
-from results_table import COLUMN_TITLES, VALUE_FIELDS, aggregate, read_rows
-from scheduler import SCHEDULE_NAMES, DDIMScheduler
+from results_table import COLUMN_TITLES, GROUP_FIELDS, VALUE_FIELDS, aggregate, read_rows
+from scheduler import DDIMScheduler
+from training import METRICS_FILE, read_metrics
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,25 +41,43 @@ def parse_args() -> argparse.Namespace:
             kind.add_argument("--metric", choices=VALUE_FIELDS, default="fid")
             kind.add_argument("--num_images", type=positive_int, help="only results over this many images")
             kind.add_argument("--nfe", type=positive_int, help="only results of this many network calls")
-        if name == "paths":
-            kind.add_argument("--beta_schedule", choices=SCHEDULE_NAMES, default="cosine_clipped")
         if name == "samples":
             kind.add_argument("--columns", type=positive_int, default=12, help="images per row (12)")
     return parser.parse_args()
 
 
-def named(text: str) -> tuple[str, Path]:
-    """Split NAME=FILE; without a name, the file's folder names it."""
-    name, _, file = text.rpartition("=")
-    return name or Path(file).parent.name, Path(file)
+def named(texts: list[str]) -> dict[str, Path]:
+    """Split each NAME=FILE; without a name, the file's folder names it, and a folder names itself."""
+    places = {}
+    for text in texts:
+        name, _, place = text.rpartition("=")
+        name = name or (Path(place) if Path(place).is_dir() else Path(place).parent).name
+        if name in places:
+            raise ValueError(f"Two inputs are called '{name}'; give each a name of its own as NAME={place}.")
+        places[name] = Path(place)
+    return places
 
 
-def read_log(folder: str) -> list[dict]:
-    """The rows of `metrics.jsonl` in a log folder."""
-    file = Path(folder) / "metrics.jsonl"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; give the log folder of a training run.")
-    return [json.loads(line) for line in file.read_text().splitlines()]
+def draw_losses(args: argparse.Namespace) -> None:
+    """One curve per log folder."""
+    runs = {}
+    for name, folder in named(args.inputs).items():
+        file = folder / METRICS_FILE
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist; give the log folder of a training run.")
+        runs[name] = read_metrics(file)
+    plot_losses(runs, args.output)
+
+
+def draw_paths(args: argparse.Namespace) -> None:
+    """Paths of one noise schedule, whose log SNR is on the second axis."""
+    paths = {name: load_schedule(file) for name, file in named(args.inputs).items()}
+    schedules = {path.provenance.get("beta_schedule") for path in paths.values()}
+    if len(schedules) > 1 or None in schedules:
+        known = ", ".join(sorted(str(name) for name in schedules))
+        raise ValueError(f"These paths are of noise schedules {known}; draw one figure for each known one.")
+    log_snr = DDIMScheduler(beta_schedule=schedules.pop(), prediction_type="v").log_snr.numpy()
+    plot_path_comparison(paths, log_snr, args.output, args.title)
 
 
 def read_samples(folder: Path, count: int) -> dict[str, np.ndarray]:
@@ -72,7 +90,7 @@ def read_samples(folder: Path, count: int) -> dict[str, np.ndarray]:
 
 def draw_samples(args: argparse.Namespace) -> None:
     """Only seeds that every folder has are shown."""
-    rows = {name: read_samples(folder, args.columns) for name, folder in map(named, args.inputs)}
+    rows = {name: read_samples(folder, args.columns) for name, folder in named(args.inputs).items()}
     shared = sorted(set.intersection(*(set(row) for row in rows.values())))
     if not shared:
         raise ValueError("The folders share no seed; generate them with the same --seed.")
@@ -80,23 +98,20 @@ def draw_samples(args: argparse.Namespace) -> None:
     plot_samples(stacks, args.output, args.title)
 
 
-def draw_losses(args: argparse.Namespace) -> None:
-    """One curve per log folder, under its own name, or NAME of NAME=FOLDER."""
-    runs = {}
-    for text in args.inputs:
-        name, _, folder = text.rpartition("=")
-        name = name or Path(folder).name
-        if name in runs:
-            raise ValueError(f"Two log folders are called '{name}'; give each a name as NAME=FOLDER.")
-        runs[name] = read_log(folder)
-    plot_losses(runs, args.output)
-
-
 def draw_scores(args: argparse.Namespace) -> None:
-    """Mean and deviation over seeds of the rows that the filters leave."""
+    """Mean and deviation over seeds; of several evaluations of one point of a curve, the last one written counts."""
     wanted = {name: str(value) for name in ("num_images", "nfe") if (value := getattr(args, name)) is not None}
     rows = [row for file in args.inputs for row in read_rows(file)]
     rows = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+    def point(row: dict[str, str]) -> tuple[str, ...]:
+        return tuple(row[name] for name in ("metric", "model_type", "path_type", "weights", "epoch"))
+
+    def group(row: dict[str, str]) -> tuple[str, ...]:
+        return tuple(row[name] for name in GROUP_FIELDS)
+
+    last = {point(row): group(row) for row in rows}
+    rows = [row for row in rows if group(row) == last[point(row)]]
     plot_scores(aggregate(rows), args.metric, args.output, args.title, COLUMN_TITLES)
 
 
@@ -106,9 +121,7 @@ def main() -> None:
     if args.figure == "losses":
         draw_losses(args)
     elif args.figure == "paths":
-        paths = {name: load_schedule(file) for name, file in map(named, args.inputs)}
-        log_snr = DDIMScheduler(beta_schedule=args.beta_schedule, prediction_type="v").log_snr.numpy()
-        plot_path_comparison(paths, log_snr, args.output, args.title)
+        draw_paths(args)
     elif args.figure == "scores":
         draw_scores(args)
     else:

@@ -251,7 +251,11 @@ class SingleTimestepModel(_TwoScaleModel):
         return self._predict(x_64, x_32, self.embed(t_64))
 
     def denoise(self, xs, ts):
-        """One scale; the coarse input is the 2x2 mean of the noisy fine image."""
+        """One scale; the coarse input is the 2x2 mean of the noisy fine image.
+
+        An approximation: in training the coarse image has noise of its own and at full strength, here it has a
+        quarter of the fine image's noise variance.
+        """
         return (self(xs[0], F.avg_pool2d(xs[0], 2), ts[0]),)
 
 
@@ -266,5 +270,5 @@ class NoTimestepModel(_TwoScaleModel):
         return self._predict(x_64, x_32, None)
 
     def denoise(self, xs, ts):
-        """One scale; the coarse input is the 2x2 mean of the noisy fine image, the timestep is not seen."""
+        """One scale, no timestep; the coarse input is approximate as in SingleTimestepModel."""
         return (self(xs[0], F.avg_pool2d(xs[0], 2)),)

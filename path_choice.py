@@ -3,6 +3,9 @@
 import argparse
 from pathlib import Path as FilePath
 
+import numpy as np
+import torch
+
 import cli
 from checkpoint import LoadedModel
 from error_map import CHAIN_RULE_FACTORS, load_heatmap, published_errors
@@ -25,21 +28,22 @@ def heatmap_file(folder: str, epoch: int, weights: str, grid: int = 30) -> FileP
     return FilePath(folder) / f"heatmap_{grid}_{epoch}ep{'_ema' if weights == 'ema' else ''}.pth"
 
 
-def optimal_cells(heatmap: dict, path_type: str, num_steps: int, max_jump: int, factor: str):
-    """The published optimum on a heatmap: `dp_64` counts the fine error only, `dp_total` both; (cells, cost)."""
+def path_errors(heatmap: dict, path_type: str, factor: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """error_64 and error_32 `[n, n]` as a dp type counts them, `dp_64` without the coarse one, and log SNR `[n]`."""
     error_64, error_32 = published_errors(heatmap, factor)
     if path_type == "dp_64":
-        error_32 = error_32 * 0
-    return find_optimal_path_n_steps_lambda(
-        error_64.numpy(), error_32.numpy(), heatmap["log_snr_grid"].numpy(), num_steps, max_jump
-    )
+        error_32 = torch.zeros_like(error_32)
+    return error_64.numpy(), error_32.numpy(), heatmap["log_snr_grid"].numpy()
 
 
 def heatmap_path(
     heatmap: dict, path_type: str, num_steps: int = 18, max_jump: int = 5, factor: str = "B"
 ) -> tuple[Path, float]:
-    """`optimal_cells` as a path through timesteps, and its cost."""
-    cells, cost = optimal_cells(heatmap, path_type, num_steps, max_jump, factor)
+    """The published optimum on a heatmap as a path through timesteps, and its cost.
+
+    Raises ValueError if num_steps steps of at most max_jump cells do not reach the end.
+    """
+    cells, cost = find_optimal_path_n_steps_lambda(*path_errors(heatmap, path_type, factor), num_steps, max_jump)
     provenance = {
         "criterion": f"{path_type}, factor {factor}, max_jump {max_jump}",
         "cost": cost,
@@ -82,6 +86,6 @@ def choose_path(
     if content["fingerprint"] != loaded.fingerprint:
         raise ValueError(
             f"Heatmap {heatmap} was computed with other weights than the {loaded.weights} ones of this checkpoint; "
-            "run compute_heatmap_30.py for them or pass another --heatmap."
+            "compute it again (compute_heatmap_30.py --force) or name another."
         )
     return heatmap_path(content, path_type, args.num_steps, args.max_jump, args.factor)[0]

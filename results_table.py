@@ -28,6 +28,7 @@ RESULT_KEY = (
     "num_images",
     "metric_features",  # such as inception-<fingerprint> or swd-7x7-64-32-16
     "reference_fingerprint",
+    "precision",  # of the network, fp32 or bf16
 )
 VALUE_FIELDS = ("fid", "swd", "swd_64", "swd_32", "swd_16")  # swd is the mean over its levels
 DESCRIPTION_FIELDS = ("dataset", "model_type", "epoch", "path_type", "metric")

@@ -1,6 +1,7 @@
 """Writing files so that a crash leaves the old file or the new one, never a part of either."""
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ def replacing(file: str | os.PathLike) -> Iterator[Path]:
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.stem}.{os.getpid()}.tmp{file.suffix}")
+    # Hosts that share a file system may share a process id.
+    temporary = file.with_name(f".{file.stem}.{uuid.uuid4().hex[:12]}.tmp{file.suffix}")
     try:
         yield temporary
         with open(temporary, "rb") as stream:

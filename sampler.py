@@ -44,6 +44,8 @@ class SeededNoise:
 
 def image_seeds(seed: int, count: int) -> range:
     """The seeds of `count` images of evaluation seed `seed`: no two evaluation seeds share an image."""
+    if seed < 0:
+        raise ValueError(f"Seed {seed} is negative; choose 0 or a positive integer.")
     if count > IMAGES_PER_SEED:
         raise ValueError(f"{count} images exceed the {IMAGES_PER_SEED} that one seed provides; use several seeds.")
     return range(seed * IMAGES_PER_SEED, seed * IMAGES_PER_SEED + count)

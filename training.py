@@ -29,10 +29,12 @@ from safe_write import replacing
 from sampler import image_seeds, sample_seeds, scale_shapes
 from scheduler import PREDICTION_TYPES, SCHEDULE_NAMES, DDIMScheduler
 
+METRICS_FILE = "metrics.jsonl"
+MIN_EPSILON_SNR = 1e-6  # Below it, the error of a noise prediction is amplified a thousand times and more.
 GRID_IMAGES = 32
 GRID_STEPS = 18
 # What may differ between a run and its resumption; everything else in the config must be the same.
-RESUMABLE_KEYS = frozenset({"epochs"})
+RESUMABLE_KEYS = frozenset({"epochs", "dataset"})  # The data themselves are compared by their fingerprint.
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,10 +51,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm (1.0)")
     add("--ema_decay", type=float, default=0.9999, help="EMA decay per step; 0 keeps no EMA (0.9999)")
     add("--hidden_dims", type=cli.hidden_dims, default=(64, 128, 256, 512), help="64,128,256,512")
-    add("--beta_schedule", choices=SCHEDULE_NAMES, default="cosine_clipped")
-    add("--prediction_type", choices=PREDICTION_TYPES, default="epsilon")
+    add("--beta_schedule", choices=SCHEDULE_NAMES, default="cosine_clipped", help="(cosine_clipped)")
+    add("--prediction_type", choices=PREDICTION_TYPES, default="epsilon", help="(epsilon)")
     add("--flip", action="store_true", help="mirror images at random (off, as published)")
-    add("--seed", type=int, default=42, help="initial weights, order, noise, timesteps (42)")
+    add("--seed", type=cli.seed, default=42, help="initial weights, order, noise, timesteps (42)")
     add("--save_every", type=cli.positive_int, default=200, help="epochs between checkpoints (200)")
     add("--log_every", type=cli.positive_int, default=50, help="steps between rows of metrics.jsonl (50)")
     add("--output_dir", default="checkpoints", help="checkpoints go here (checkpoints)")
@@ -106,17 +108,21 @@ def diffusion_loss(
     return losses if loss_32 is None else losses | {"loss_32": loss_32}
 
 
+def read_metrics(file: Path) -> list[dict[str, float]]:
+    """The rows of a `metrics.jsonl`, without a last one that is being written or that a crash cut short."""
+    lines = file.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 class MetricsLog:
     """Rows of `metrics.jsonl` and the same values in TensorBoard; a resumed run drops rows it will redo."""
 
     def __init__(self, folder: Path, first_step: int):
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / "metrics.jsonl"
-        kept = []
-        if self.file.exists():
-            kept = [row for row in self.file.read_text().splitlines() if json.loads(row)["step"] <= first_step]
+        self.file = folder / METRICS_FILE
+        rows = read_metrics(self.file) if self.file.exists() else []
         with replacing(self.file) as temporary:
-            temporary.write_text("".join(row + "\n" for row in kept))
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= first_step))
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, row: dict[str, float]) -> None:
@@ -131,8 +137,9 @@ class MetricsLog:
 class Trainer:
     """Everything a run is made of: weights, EMA, optimizer, schedule, data and position.
 
-    Raises ValueError if `output_dir` already holds this model and `--resume` is not given, and if a resumed
-    run differs in anything but the number of epochs.
+    Raises ValueError if `output_dir` or the log folder holds an earlier run that `--resume` does not continue,
+    if a resumed run differs in anything but the number of epochs and the place of the data, and for a
+    resolution that the levels of the model do not divide.
     """
 
     def __init__(self, model_type: str, args: argparse.Namespace, images: ImageSet, device: torch.device):
@@ -152,12 +159,18 @@ class Trainer:
             )
         }  # fmt: skip
         self.last_file = checkpoint_file(args.output_dir, model_type, "last")
+        self.log_dir = Path(args.log_dir) / FILE_STEMS[model_type]
         self.scheduler = DDIMScheduler(beta_schedule=args.beta_schedule, prediction_type=args.prediction_type).to(
             device
         )
         self.batches = TwoScaleBatches(images, args.batch_size, args.seed, device, args.flip)
         torch.manual_seed(args.seed)
         self.model = build_model(self.config).to(device, memory_format=memory_format(device))
+        if args.resolution % self.model.unet.stride:
+            raise ValueError(
+                f"--resolution {args.resolution} must be a multiple of {self.model.unet.stride} for the "
+                f"{len(args.hidden_dims)} levels of --hidden_dims; use fewer levels or another --resolution."
+            )
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if args.ema_decay > 0 else None
         self.update_ema = get_ema_multi_avg_fn(args.ema_decay)
         self.optimizer = torch.optim.AdamW(
@@ -172,18 +185,32 @@ class Trainer:
         self.epoch = self.step = 0
         if args.resume == "required" or (args.resume == "auto" and self.last_file.exists()):
             self._resume()
-        elif self.last_file.exists():
-            raise ValueError(f"{self.last_file} exists already; pass --resume to continue it, or another --output_dir.")
+        else:
+            self._refuse_to_overwrite()
+
+    def _refuse_to_overwrite(self) -> None:
+        taken = sorted(self.last_file.parent.glob(self.last_file.name.replace("_last", "_*")))
+        log = self.log_dir / METRICS_FILE
+        # With --resume auto a log without a checkpoint is of a run that stopped before its first save.
+        if self.args.resume is None and log.exists():
+            taken.append(log)
+        if taken:
+            raise ValueError(
+                f"{taken[0]} exists already; pass --resume to continue its run, or another --output_dir and --log_dir."
+            )
 
     def _resume(self) -> None:
         content = read_checkpoint(self.last_file, self.device)
         saved = content["config"]
-        for key in self.config.keys() | saved.keys():
+        # The fingerprint comes last, so that the flag that changed the data is named rather than it.
+        for key in sorted(self.config.keys() | saved.keys(), key=lambda key: (key == "data_fingerprint", key)):
             if key not in RESUMABLE_KEYS and saved.get(key) != self.config.get(key):
                 raise ValueError(
                     f"{self.last_file} was trained with {key} = {saved.get(key)}, not {self.config.get(key)}; "
                     "resume with the same value or start in another --output_dir."
                 )
+        if "optimizer" not in content:
+            raise ValueError(f"{self.last_file} holds no optimizer state; resume needs the _last.pth of a run.")
         self.model.load_state_dict(content["model_state"])
         if self.ema is not None:
             self.ema.load_state_dict(content["ema_state"])
@@ -243,24 +270,31 @@ def train(model_type: str, args: argparse.Namespace) -> None:
     if trainer.epoch >= args.epochs:
         print(f"{trainer.last_file} is done: {trainer.epoch} of {args.epochs} epochs.")
         return
-    log_dir = Path(args.log_dir) / FILE_STEMS[model_type]
-    log = MetricsLog(log_dir, trainer.step)
+    # A place that cannot be written to is found out now rather than at the first save.
+    trainer.last_file.parent.mkdir(parents=True, exist_ok=True)
+    log = MetricsLog(trainer.log_dir, trainer.step)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     print(
         f"{model_type}: {parameters:,} parameters, {len(images)} images of '{images.name}' at "
         f"{args.resolution}x{args.resolution}, {len(trainer.batches)} steps per epoch, {device}"
     )
+    if args.prediction_type == "epsilon" and trainer.scheduler.snr[-1] < MIN_EPSILON_SNR:
+        print(
+            f"warning: at t=999 schedule '{args.beta_schedule}' has so little signal that a noise prediction says "
+            "nothing of the image there; --prediction_type v does."
+        )
     total = args.epochs * len(trainer.batches)
+    totals: dict[str, torch.Tensor] = {}
+    window_steps, window_start = 0, time.perf_counter()
     with tqdm(total=total, initial=trainer.step, unit="step", desc=model_type) as bar:
-        totals: dict[str, torch.Tensor] = {}
-        window_start, window_steps = time.perf_counter(), 0
         while trainer.epoch < args.epochs:
             for x_64, x_32 in trainer.batches.epoch(trainer.epoch):
                 for name, value in trainer.train_step(x_64, x_32).items():
                     totals[name] = totals.get(name, 0) + value
                 window_steps += 1
                 bar.update()
-                if trainer.step % args.log_every == 0:
+                epoch_ends = trainer.step % len(trainer.batches) == 0
+                if trainer.step % args.log_every == 0 or epoch_ends:
                     seconds = time.perf_counter() - window_start
                     row = {name: (value / window_steps).item() for name, value in totals.items()}
                     row |= {
@@ -269,14 +303,14 @@ def train(model_type: str, args: argparse.Namespace) -> None:
                     }
                     bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k not in ("lr", "grad_norm")})
                     log.write({"step": trainer.step, "epoch": trainer.epoch} | row)
-                    totals, window_start, window_steps = {}, time.perf_counter(), 0
+                    totals, window_steps, window_start = {}, 0, time.perf_counter()
             trainer.epoch += 1
             if trainer.epoch % args.save_every == 0 or trainer.epoch == args.epochs:
                 file = trainer.save()
                 for scale, grid in zip(("fine", "coarse"), trainer.sample_grids(), strict=False):
-                    save_image_grid(grid.numpy(), log_dir / f"samples_{trainer.epoch}ep_{scale}.png", columns=8)
+                    save_image_grid(grid.numpy(), trainer.log_dir / f"samples_{trainer.epoch}ep_{scale}.png", columns=8)
                     log.board.add_images(f"samples_{scale}", grid, trainer.step)
                 log.board.flush()
                 bar.write(f"epoch {trainer.epoch}: saved {file}")
-                window_start, window_steps, totals = time.perf_counter(), 0, {}
+                window_start = time.perf_counter()
     log.board.close()

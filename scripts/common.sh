@@ -22,6 +22,19 @@ setup_environment() {
     export PATH="$PWD/.venv/bin:$PATH"
 }
 
+refuse() {
+    echo "error: $1; see $0 --help" >&2
+    exit 2
+}
+
+# Every argument must be an epoch.
+check_epochs() {
+    local word
+    for word in "$@"; do
+        [[ $word =~ ^[0-9]+$ ]] || refuse "'$word' is not an epoch"
+    done
+}
+
 # Data and training; the defaults are those of the Python scripts.
 DATASET=${DATASET:-huggan/AFHQv2}
 RESOLUTION=${RESOLUTION:-64}
@@ -39,6 +52,10 @@ TRAIN_ARGS=${TRAIN_ARGS:-}             # further flags of train_*.py, such as "-
 NUM_IMAGES=${NUM_IMAGES:-}             # empty: as many as there are training images
 NUM_STEPS=${NUM_STEPS:-18}
 MAX_JUMP=${MAX_JUMP:-5}
+FACTOR=${FACTOR:-B}                    # chain-rule factor of the dp paths
+SPACING=${SPACING:-uniform_t}          # of the diagonal; published: 990, 935, ..., 55, 0
+ETA=${ETA:-0}
+END=${END:-clean}                      # where the last step lands; published: t0
 SEEDS=${SEEDS:-42}
 METRICS=${METRICS:-fid}                # fid, swd or "fid swd"
 EMA=${EMA:-0}                          # 1: evaluate the EMA weights
@@ -60,12 +77,14 @@ PRECISION=${PRECISION:-auto}
 
 hardware_flags=(--precision "$PRECISION" --num_workers "$NUM_WORKERS" --cache_dir "$CACHE_DIR")
 [[ -z $DEVICE ]] || hardware_flags+=(--device "$DEVICE")
+path_flags=(--num_steps "$NUM_STEPS" --max_jump "$MAX_JUMP" --factor "$FACTOR")
+sampling_flags=("${path_flags[@]}" --spacing "$SPACING" --eta "$ETA" --end "$END")
 
 # Epochs that have a LIFT checkpoint, ascending.
 lift_epochs() {
     local file
     for file in "$CHECKPOINT_DIR"/lift_dual_timestep_*ep.pth; do
-        [[ $file =~ _([0-9]+)ep\.pth$ ]] && echo "${BASH_REMATCH[1]}"
+        [[ ! $file =~ _([0-9]+)ep\.pth$ ]] || echo "${BASH_REMATCH[1]}"
     done | sort -n
 }
 
@@ -80,7 +99,7 @@ evaluate() {
     local model=$1 paths=$2
     shift 2
     local flags=(--model_type "$model" --path_type $paths --metrics $METRICS --seeds $SEEDS)
-    flags+=(--num_steps "$NUM_STEPS" --max_jump "$MAX_JUMP" --batch_size "$EVAL_BATCH_SIZE" --grid "$GRID")
+    flags+=("${sampling_flags[@]}" --batch_size "$EVAL_BATCH_SIZE" --grid "$GRID")
     flags+=(--checkpoint_dir "$CHECKPOINT_DIR" --heatmap_dir "$RESULTS_DIR" --output "$RESULTS_DIR/fid_results.csv")
     [[ $# == 0 ]] || flags+=(--epochs "$@")
     [[ -z $NUM_IMAGES ]] || flags+=(--num_images "$NUM_IMAGES")

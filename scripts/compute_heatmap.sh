@@ -3,18 +3,16 @@
 #
 #   ./scripts/compute_heatmap.sh EPOCH...
 #
-# Settings come from the environment: GRID, K, HEATMAP_IMAGES, NUM_STEPS, MAX_JUMP, EMA, FORCE, DEVICE, ...
+# Settings come from the environment: GRID, K, HEATMAP_IMAGES, NUM_STEPS, MAX_JUMP, FACTOR, EMA, FORCE, ...
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
+[[ $# != 0 ]] || refuse "name the epochs, such as 200 400"
+check_epochs "$@"
 setup_environment requirements.txt
 
-if [[ $# == 0 ]]; then
-    echo "error: name the epochs, for example: ./scripts/compute_heatmap.sh 200 400" >&2
-    exit 2
-fi
 for epoch in "$@"; do
     flags=(--checkpoint "$CHECKPOINT_DIR/lift_dual_timestep_${epoch}ep.pth" --output "$(heatmap_name "$epoch")")
-    flags+=(--grid "$GRID" --K "$K" --num_images "$HEATMAP_IMAGES" --num_steps "$NUM_STEPS" --max_jump "$MAX_JUMP")
+    flags+=(--grid "$GRID" --K "$K" --num_images "$HEATMAP_IMAGES" "${path_flags[@]}")
     [[ $EMA == 0 ]] || flags+=(--ema)
     [[ $FORCE == 0 ]] || flags+=(--force)
     python compute_heatmap_30.py "${flags[@]}" "${hardware_flags[@]}"

@@ -17,44 +17,56 @@ for flag in "$@"; do
         --multi-seed) SEEDS="42 43 44 45 46" ;;
         --force) FORCE=1 ;;
         --ema) EMA=1 ;;
-        *)
-            echo "error: unknown flag '$flag'; see ./scripts/eval_all.sh --help" >&2
-            exit 2
-            ;;
+        *) refuse "unknown flag '$flag'" ;;
     esac
 done
 export SEEDS FORCE EMA
 setup_environment requirements.txt
 
-./scripts/eval_baseline.sh
+if compgen -G "$CHECKPOINT_DIR/baseline_*ep.pth" >/dev/null; then
+    ./scripts/eval_baseline.sh
+else
+    echo "no baseline checkpoint in $CHECKPOINT_DIR: LIFT is scored alone" >&2
+fi
 ./scripts/eval_lift.sh
 ./scripts/eval_lift_dp.sh
-python aggregate_results.py --input "$RESULTS_DIR/fid_results.csv" --output "$RESULTS_DIR/fid_table"
 
 # Figures: the score, the losses, and for the last epoch paths and samples of equal seeds beside each other.
 epoch=$(lift_epochs | tail -1)
 weights=raw
 [[ $EMA == 0 ]] || weights=ema
-metric=${METRICS%% *}
-python make_figures.py scores "$RESULTS_DIR/fid_results.csv" --metric "$metric" --output "$RESULTS_DIR/$metric.png"
-if [[ -d $LOG_DIR/baseline && -d $LOG_DIR/lift_dual_timestep ]]; then
+name=${epoch}ep_$weights
+figures=("${METRICS%% *}.png" "samples_$name.png" "paths_$name.png")
+
+flags=(--metric "${METRICS%% *}" --nfe "$NUM_STEPS" --output "$RESULTS_DIR/${figures[0]}")
+[[ -z $NUM_IMAGES ]] || flags+=(--num_images "$NUM_IMAGES")
+python make_figures.py scores "$RESULTS_DIR/fid_results.csv" "${flags[@]}"
+if [[ -e $LOG_DIR/baseline/metrics.jsonl && -e $LOG_DIR/lift_dual_timestep/metrics.jsonl ]]; then
     python make_figures.py losses "$LOG_DIR/baseline" "$LOG_DIR/lift_dual_timestep" --output "$RESULTS_DIR/losses.png"
+    figures+=(losses.png)
 fi
+
 samples=() schedules=()
 generate() {
-    local name=$1 stem=$2 path_type=$3
-    local folder="$RESULTS_DIR/samples/${stem}_${epoch}ep_${weights}_$path_type"
+    local title=$1 stem=$2 path_type=$3
+    local folder="$RESULTS_DIR/samples/${stem}_${name}_${path_type}_$NUM_STEPS"
     local flags=(--checkpoint "$CHECKPOINT_DIR/${stem}_${epoch}ep.pth" --path_type "$path_type" --output "$folder")
-    flags+=(--num_steps "$NUM_STEPS" --max_jump "$MAX_JUMP" --heatmap "$(heatmap_name "$epoch")" --num_images 12)
+    flags+=("${sampling_flags[@]}" --heatmap "$(heatmap_name "$epoch")" --num_images 12 --trajectory)
     [[ $EMA == 0 ]] || flags+=(--ema)
-    python generate_with_path_30.py "${flags[@]}" --precision "$PRECISION" ${DEVICE:+--device "$DEVICE"} --trajectory
-    samples+=("$name=$folder") schedules+=("$name=$folder/schedule.json")
+    [[ $FORCE == 0 ]] || flags+=(--force)
+    python generate_with_path_30.py "${flags[@]}" --precision "$PRECISION" ${DEVICE:+--device "$DEVICE"}
+    samples+=("$title=$folder") schedules+=("$title=$folder/schedule.json")
 }
 [[ ! -e $CHECKPOINT_DIR/baseline_${epoch}ep.pth ]] || generate Baseline baseline diagonal
 generate "LIFT diagonal" lift_dual_timestep diagonal
 generate "LIFT DP-64" lift_dual_timestep dp_64
 generate "LIFT DP-Total" lift_dual_timestep dp_total
-python make_figures.py samples "${samples[@]}" --output "$RESULTS_DIR/samples_${epoch}ep_$weights.png" \
-    --title "epoch $epoch, $weights weights, $NUM_STEPS network calls"
-python make_figures.py paths "${schedules[@]}" --output "$RESULTS_DIR/paths_${epoch}ep_$weights.png" \
-    --title "epoch $epoch, $weights weights"
+title="epoch $epoch, $weights weights"
+python make_figures.py samples "${samples[@]}" --output "$RESULTS_DIR/samples_$name.png" \
+    --title "$title, $NUM_STEPS network calls"
+python make_figures.py paths "${schedules[@]}" --output "$RESULTS_DIR/paths_$name.png" --title "$title"
+
+python aggregate_results.py --input "$RESULTS_DIR/fid_results.csv" --output "$RESULTS_DIR/fid_table"
+echo "Figures in $RESULTS_DIR: ${figures[*]}"
+heatmap=$(basename "$(heatmap_name "$epoch")" .pth)
+echo "Error map of epoch $epoch: $RESULTS_DIR/$heatmap.png and ${heatmap}_blocks.png; trajectories: samples/*/trajectory.png"

@@ -6,6 +6,7 @@
 # Settings come from the environment: METRICS, NUM_IMAGES, SEEDS, EMA, FORCE, DEVICE, ...
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
+check_epochs "$@"
 setup_environment requirements.txt
 
 evaluate baseline diagonal "$@"

@@ -4,13 +4,10 @@
 #   ./scripts/plot_heatmap.sh EPOCH...
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
+[[ $# != 0 ]] || refuse "name the epochs, such as 200 400"
+check_epochs "$@"
 setup_environment requirements.txt
 
-if [[ $# == 0 ]]; then
-    echo "error: name the epochs, for example: ./scripts/plot_heatmap.sh 200 400" >&2
-    exit 2
-fi
 for epoch in "$@"; do
-    python compute_heatmap_30.py --plot_only --output "$(heatmap_name "$epoch")" \
-        --num_steps "$NUM_STEPS" --max_jump "$MAX_JUMP"
+    python compute_heatmap_30.py --plot_only --output "$(heatmap_name "$epoch")" "${path_flags[@]}"
 done

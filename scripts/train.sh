@@ -7,6 +7,9 @@
 #   DATASET=path/to/images EPOCHS=400 HIDDEN_DIMS=32,64,128,256 ./scripts/train.sh lift
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
+model=${1:-both}
+[[ $model =~ ^(baseline|lift|both)$ ]] || refuse "unknown model '$model'"
+[[ $# -le 1 ]] || refuse "unknown argument '$2'"
 setup_environment requirements.txt
 
 train() {
@@ -17,10 +20,10 @@ train() {
     flags+=(--seed "$SEED" --output_dir "$CHECKPOINT_DIR" --log_dir "$LOG_DIR")
     [[ -z $LIMIT ]] || flags+=(--limit "$LIMIT")
     # shellcheck disable=SC2086
-    python "$script" "${flags[@]}" "${hardware_flags[@]}" "$@" $TRAIN_ARGS
+    exec python "$script" "${flags[@]}" "${hardware_flags[@]}" "$@" $TRAIN_ARGS
 }
 
-case "${1:-both}" in
+case "$model" in
     baseline) train train_baseline.py ;;
     lift) train train_lift.py ;;
     both)
@@ -28,15 +31,17 @@ case "${1:-both}" in
         if [[ $gpus -ge 2 && -z $DEVICE ]]; then
             train train_baseline.py --device 0 &
             baseline=$!
-            train train_lift.py --device 1 || { wait "$baseline"; exit 1; }
+            # An interrupt does not reach jobs in the background.
+            trap 'kill "$baseline"; exit 130' INT TERM
+            (train train_lift.py --device 1) || {
+                echo "LIFT stopped; the baseline goes on" >&2
+                wait "$baseline"
+                exit 1
+            }
             wait "$baseline"
         else
-            train train_baseline.py
-            train train_lift.py
+            (train train_baseline.py)
+            (train train_lift.py)
         fi
-        ;;
-    *)
-        echo "error: unknown model '$1'; choose baseline, lift or both." >&2
-        exit 2
         ;;
 esac

@@ -102,4 +102,8 @@ def tiny():
         places = {"--output_dir": "checkpoints", "--log_dir": "logs", "--cache_dir": "cache"}
         return [*TINY, *(word for flag, name in places.items() for word in (flag, str(folder / name)))]
 
-    return flags
+    import training
+
+    # The sample grids would take most of the time of such a run.
+    with mock.patch.object(training, "GRID_STEPS", 2):
+        yield flags

@@ -112,14 +112,16 @@ def test_the_train_folder_is_preferred(tmp_path, cache):
     assert len(load_images(str(tmp_path / "pictures"), 16, cache)) == 2
 
 
-def test_grey_stays_grey_and_colour_turns_later_grey_to_colour(tmp_path, cache):
+@pytest.mark.parametrize("name", ["!first.png", "~last.png"])
+def test_a_set_is_grey_only_if_all_of_it_is(tmp_path, cache, name):
     grey = load_images(str(make_folder(tmp_path / "grey", mode="L")), 16, cache)
     assert grey.channels == 1 and grey.pixels.shape == (3, 1, 16, 16)
     folder = make_folder(tmp_path / "mixed", count=1)
-    picture(7, mode="L").save(folder / "grey.png")
+    picture(7, mode="L").save(folder / name)
     mixed = load_images(str(folder), 16, cache).pixels
     assert mixed.shape == (2, 3, 16, 16)
-    assert (mixed[1, 0] == mixed[1, 1]).all() and not (mixed[0, 0] == mixed[0, 1]).all()
+    is_grey = [bool((image == image[:1]).all()) for image in mixed]
+    assert is_grey == ([True, False] if name == "!first.png" else [False, True])
 
 
 def test_sixteen_bit_grey_is_scaled_to_eight(tmp_path, cache):

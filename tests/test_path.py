@@ -315,9 +315,7 @@ def test_constant_maps_cost_the_distance_in_log_snr():
     distance = log_snr[-1] - log_snr[0]
     ones, zeros = np.ones((30, 30)), np.zeros((30, 30))
     for num_steps in (6, 18, 58):
-        assert find_optimal_path_n_steps_lambda(ones, 3 * ones, log_snr, num_steps)[1] == pytest.approx(
-            4 * distance
-        )
+        assert find_optimal_path_n_steps_lambda(ones, 3 * ones, log_snr, num_steps)[1] == pytest.approx(4 * distance)
         assert find_optimal_path_n_steps_lambda(ones, zeros, log_snr, num_steps)[1] == pytest.approx(distance)
 
 
@@ -389,9 +387,9 @@ def test_max_jump_beyond_the_grid_is_the_whole_grid():
     problem = random_problem(6, 3)
     assert find_optimal_path_n_steps_lambda(*problem, 1, 5)[0] == [(0, 0), (5, 5)]
     for num_steps in (1, 4, 10):
-        assert find_optimal_path_n_steps_lambda(
-            *problem, num_steps, 10**9
-        ) == find_optimal_path_n_steps_lambda(*problem, num_steps, 5)
+        assert find_optimal_path_n_steps_lambda(*problem, num_steps, 10**9) == find_optimal_path_n_steps_lambda(
+            *problem, num_steps, 5
+        )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1e-9])
@@ -473,9 +471,7 @@ SOLVER = {"name": "ddim", "eta": 0.0, "end": "clean"}
 def saved(tmp_path):
     file = tmp_path / "schedule.json"
     log_snr = cosine_clipped_log_snr()
-    path = path_from_cells(
-        [(0, 0), (0, 5), (29, 29)], timestep_grid(), "dp_total", {"max_jump": 24, "factor": "B"}
-    )
+    path = path_from_cells([(0, 0), (0, 5), (29, 29)], timestep_grid(), "dp_total", {"max_jump": 24, "factor": "B"})
     save_schedule(path, file, log_snr, SOLVER, "trapezoid", 1.25, "aaaa", "bbbb", "cosine_clipped")
     return file, path, log_snr
 
@@ -596,7 +592,5 @@ def test_json_that_is_no_schedule(saved):
             load_schedule(file)
     for key in content.keys() - {"format_version"}:
         file.write_text(json.dumps({k: v for k, v in content.items() if k != key}))
-        with pytest.raises(
-            ValueError, match=f"schedule.json is not a complete schedule file: it lacks {key}"
-        ):
+        with pytest.raises(ValueError, match=f"schedule.json is not a complete schedule file: it lacks {key}"):
             load_schedule(file)

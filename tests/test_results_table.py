@@ -33,6 +33,7 @@ def make_row(**changes):
         "num_images": 1000,
         "metric_features": "inception-123",
         "reference_fingerprint": "def",
+        "precision": "fp32",
         "dataset": "cats, small",
         "model_type": "dual",
         "epoch": 200,

@@ -1,0 +1,802 @@
+"""Every stage from training to figures on tiny models, what each refuses, and the shell scripts."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from conftest import list_files, run_stage
+from PIL import Image
+
+import aggregate_results
+import compute_heatmap_30
+import eval_fid_batch
+import generate_with_path_30
+import make_figures
+import train_baseline
+import train_lift
+from checkpoint import load_model
+from data import load_images
+from error_map import load_heatmap
+from metrics import sliced_wasserstein
+from path import diagonal, find_optimal_path_n_steps_lambda, load_schedule
+from results_table import RESULT_FIELDS, read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = [
+    train_baseline,
+    train_lift,
+    compute_heatmap_30,
+    generate_with_path_30,
+    eval_fid_batch,
+    aggregate_results,
+    make_figures,
+]
+HARDWARE = ["--device", "cpu", "--precision", "fp32"]
+# Four cells are crossed in four steps, of at most the five cells that a step may move.
+STEPS = ["--num_steps", 4]
+FIRST_SEED = 42_000_000
+
+
+class Run(NamedTuple):
+    """Where the trained models and what belongs to them lie."""
+
+    folder: Path
+
+    @property
+    def baseline(self) -> Path:
+        return self.folder / "checkpoints/baseline_2ep.pth"
+
+    @property
+    def lift(self) -> Path:
+        return self.folder / "checkpoints/lift_dual_timestep_2ep.pth"
+
+    @property
+    def heatmap(self) -> Path:
+        return self.folder / "results/heatmap_4_2ep.pth"
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache"
+
+    def images(self) -> np.ndarray:
+        return load_images("synthetic", 16, self.cache, limit=12).pixels
+
+    def heatmap_flags(self, output) -> list:
+        flags = ["--checkpoint", self.lift, "--output", output, "--grid", 4, "--K", 1, "--num_images", 2]
+        return [*flags, *STEPS, *HARDWARE, "--cache_dir", self.cache]
+
+    def generate_flags(self, output, path_type="diagonal", count=5) -> list:
+        checkpoint = self.baseline if path_type == "baseline" else self.lift
+        flags = ["--checkpoint", checkpoint, "--output", output, "--num_images", count, "--heatmap", self.heatmap]
+        return [*flags, "--path_type", path_type.replace("baseline", "diagonal"), *STEPS, *HARDWARE]
+
+    def eval_flags(self, output) -> list:
+        flags = ["--checkpoint_dir", self.folder / "checkpoints", "--heatmap_dir", self.folder / "results"]
+        flags += ["--output", output, "--metrics", "swd", "--grid", 4, "--cache_dir", self.cache]
+        return [*flags, *STEPS, *HARDWARE]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """A stage that falls back on a default place writes it here."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def run(stage, tiny, tmp_path_factory):
+    """A baseline and a LIFT model after two epochs, and the heatmap of its raw weights."""
+    run = Run(tmp_path_factory.mktemp("run"))
+    for module in (train_baseline, train_lift):
+        stage(module, *tiny(run.folder), "--ema_decay", 0.5, "--lr", 0.003)
+    stage(compute_heatmap_30, *run.heatmap_flags(run.heatmap))
+    return run
+
+
+# Heatmaps
+
+
+def test_a_heatmap_holds_the_published_paths_of_its_errors(run):
+    content = load_heatmap(run.heatmap)
+    assert content["fingerprint"] == load_model(run.lift).fingerprint
+    assert content["t_grid"].tolist() == [999, 666, 333, 0]
+    assert (content["K"], content["batch"], content["seed"], content["epoch"]) == (1, 2, 42, 2)
+    torch.testing.assert_close(content["error_total"], content["error_64"] + content["error_32"])
+    assert (content["error_64"] > 0).all()
+    for name, weight in (("64", 0), ("total", 1)):
+        maps = content["error_64"].numpy(), weight * content["error_32"].numpy()
+        cells, cost = find_optimal_path_n_steps_lambda(*maps, content["log_snr_grid"].numpy(), 4, 5)
+        assert content[f"samples_{name}"] == [list(cell) for cell in cells]
+        assert content[f"timesteps_{name}"] == [[content["t_grid"][i].item() for i in cell] for cell in cells]
+        assert content["costs"][name] == pytest.approx(cost)
+    for suffix in (".png", "_blocks.png"):
+        with Image.open(run.heatmap.with_name(run.heatmap.stem + suffix)) as figure:
+            assert min(figure.size) > 300
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The heatmap files whose figures were asked for and, because they take seconds, not drawn."""
+    files = []
+    monkeypatch.setattr(compute_heatmap_30, "draw", lambda content, file: files.append(file))
+    return files
+
+
+def test_figures_of_a_heatmap_are_drawn_again(stage, run, tmp_path):
+    shutil.copy(run.heatmap, tmp_path / "map.pth")
+    before = list_files(tmp_path)
+    stage(compute_heatmap_30, "--plot_only", "--output", tmp_path / "map.pth", *STEPS)
+    after = list_files(tmp_path)
+    assert after.keys() == {"map.pth", "map.png", "map_blocks.png"} and after["map.pth"] == before["map.pth"]
+
+
+def test_a_heatmap_is_kept_or_replaced(stage, refused, run, tmp_path, drawn):
+    file = tmp_path / "map.pth"
+    shutil.copy(run.heatmap, file)
+    before = list_files(tmp_path)["map.pth"]
+    assert "is kept" in stage(compute_heatmap_30, *run.heatmap_flags(file)).output
+    assert list_files(tmp_path)["map.pth"] == before
+    # Paths of another length come from the same map.
+    assert "is kept" in stage(compute_heatmap_30, *run.heatmap_flags(file), "--num_steps", 5).output
+    assert len(load_heatmap(file)["samples_64"]) == 6
+    torch.testing.assert_close(load_heatmap(file)["mse_64"], load_heatmap(run.heatmap)["mse_64"], rtol=0, atol=0)
+    before = list_files(tmp_path)["map.pth"]
+    other = [*run.heatmap_flags(file), "--K", 2]
+    refused(compute_heatmap_30, *other, says=(file, "another K", "--force", "--output"))
+    refused(compute_heatmap_30, *run.heatmap_flags(file), "--ema", says=(file, "fingerprint, weights"))
+    assert list_files(tmp_path)["map.pth"] == before
+    stage(compute_heatmap_30, *other, "--force")
+    assert load_heatmap(file)["K"] == 2 and drawn == [file] * 3
+
+
+def test_a_heatmap_computed_again_is_the_same_whatever_the_batch(stage, run, tmp_path, drawn):
+    stage(compute_heatmap_30, *run.heatmap_flags(tmp_path / "map.pth"), "--batch_size", 3)
+    one, other = load_heatmap(run.heatmap), load_heatmap(tmp_path / "map.pth")
+    for name in ("error_64", "error_32", "mse_64", "mse_32"):
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-7)
+
+
+def test_default_names_tell_epoch_and_weights(stage, run, tmp_path, drawn):
+    flags = run.heatmap_flags("unused")
+    place = flags.index("--output")
+    stage(compute_heatmap_30, *flags[:place], *flags[place + 2 :], "--ema")
+    assert load_heatmap(tmp_path / "results/heatmap_4_2ep_ema.pth")["weights"] == "ema"
+    stage(generate_with_path_30, "--checkpoint", run.baseline, "--num_images", 1, *STEPS, *HARDWARE)
+    assert (tmp_path / f"results/samples/baseline_2ep_raw_diagonal_4/{FIRST_SEED:012d}.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "says"),
+    [
+        (["--num_steps", 2, "--max_jump", 1], 1, ("2 steps", "max_jump", "at least 3 steps")),
+        (["--num_steps", 7], 1, ("7 steps", "lower num_steps")),
+        (["--num_images", 13], 1, ("--num_images 13", "12 images of 'synthetic'")),
+        (["--grid", 1], 1, ("grid of 1",)),
+        (["--K", 0], 2, ("--K", "'0'")),
+        (["--device", 77], 1, ("--device 77",)),
+        (["--dataset", "./missing"], 1, ("./missing", "not a folder")),
+        (["--limit", 3, "--num_images", 4], 1, ("--num_images 4", "3 images")),
+    ],
+)
+def test_heatmap_refuses(refused, run, tmp_path, flags, status, says):
+    # What is decoded before the refusal stays in the cache.
+    load_images("synthetic", 16, run.cache, limit=3)
+    flags = [*run.heatmap_flags(tmp_path / "map.pth"), *flags]
+    refused(compute_heatmap_30, *flags, says=says, status=status, keeps=(run.folder,))
+
+
+def test_an_error_map_needs_two_clocks(refused, run, tmp_path):
+    flags = [*run.heatmap_flags(tmp_path / "map.pth"), "--checkpoint", run.baseline]
+    refused(compute_heatmap_30, *flags, says=(run.baseline, "'baseline'", "two clocks"))
+
+
+def test_an_error_map_needs_images_like_those_of_training(refused, run, tmp_path):
+    (tmp_path / "grey").mkdir()
+    for k, pixels in enumerate(run.images()[:3]):
+        Image.fromarray(pixels[0]).save(tmp_path / f"grey/{k}.png")
+    load_images(str(tmp_path / "grey"), 16, run.cache)
+    flags = [*run.heatmap_flags(tmp_path / "map.pth"), "--dataset", tmp_path / "grey"]
+    refused(compute_heatmap_30, *flags, says=(tmp_path / "grey", "1 channel(s)", run.lift, "--dataset"))
+
+
+def test_plot_only_needs_a_whole_heatmap(refused, run, tmp_path):
+    file = tmp_path / "map.pth"
+    refused(compute_heatmap_30, "--plot_only", says=("--output",), status=2)
+    refused(compute_heatmap_30, "--output", file, says=("--checkpoint",), status=2)
+    refused(compute_heatmap_30, "--plot_only", "--output", file, says=(file, "does not exist"))
+    file.write_bytes(run.heatmap.read_bytes()[:-100])
+    refused(compute_heatmap_30, "--plot_only", "--output", file, says=(file, "damaged"))
+    refused(compute_heatmap_30, "--plot_only", "--output", run.lift, says=(run.lift, "not a heatmap"))
+
+
+# Samples
+
+
+def images_in(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("[0-9]*.png"))}
+
+
+@pytest.fixture(scope="session")
+def samples(stage, run):
+    """`samples(path_type)` is the folder of its five images and what the stage said."""
+    made = {}
+
+    def make(path_type):
+        if path_type not in made:
+            folder = run.folder / "samples" / path_type
+            made[path_type] = folder, stage(generate_with_path_30, *run.generate_flags(folder, path_type)).output
+        return made[path_type]
+
+    return make
+
+
+@pytest.mark.parametrize("path_type", ["baseline", "diagonal", "dp_64", "dp_total"])
+def test_images_are_named_by_seed_and_cost_num_steps_calls(run, samples, path_type):
+    folder, output = samples(path_type)
+    kind = path_type.replace("baseline", "diagonal")
+    assert list(images_in(folder)) == [f"{FIRST_SEED + k:012d}.png" for k in range(5)]
+    assert f"5 images in {folder}: 5 new with 4 network calls each; path {kind} " in output
+    path = load_schedule(folder / "schedule.json")
+    assert (path.kind, path.nfe, path.num_scales) == (kind, 4, 1 if path_type == "baseline" else 2)
+    assert path.fingerprint() in output
+    if kind == "diagonal":
+        assert path.points == diagonal(4, num_scales=path.num_scales).points
+    else:
+        points = load_heatmap(run.heatmap)[f"timesteps_{path_type.removeprefix('dp_')}"]
+        assert [list(point) for point in path.points] == points
+    schedule = json.loads((folder / "schedule.json").read_text())
+    checkpoint = run.baseline if path_type == "baseline" else run.lift
+    assert schedule["model_fingerprint"] == load_model(checkpoint).fingerprint
+    with Image.open(folder / f"{FIRST_SEED:012d}.png") as image:
+        assert image.size == (16, 16) and len(np.unique(np.asarray(image))) > 20
+    with Image.open(folder / "grid.png") as grid:
+        assert grid.size == (5 * 18 + 2, 18 + 2)
+
+
+def test_models_paths_and_weights_make_different_images(stage, run, samples, tmp_path):
+    flags = run.generate_flags(tmp_path / "ema")
+    stage(generate_with_path_30, *flags, "--ema")
+    folders = [tmp_path / "ema", *(samples(p)[0] for p in ("baseline", "diagonal", "dp_64"))]
+    images = [image for folder in folders for image in images_in(folder).values()]
+    assert len(set(images)) == 20
+
+
+@pytest.mark.parametrize("path_type", ["baseline", "diagonal", "dp_total"])
+@pytest.mark.parametrize(("batch_size", "count"), [(1, 3), (2, 5), (5, 7)])
+def test_an_image_is_the_same_in_every_batch(stage, run, samples, tmp_path, path_type, batch_size, count):
+    flags = run.generate_flags(tmp_path / "samples", path_type, count)
+    stage(generate_with_path_30, *flags, "--batch_size", batch_size)
+    expected, made = images_in(samples(path_type)[0]), images_in(tmp_path / "samples")
+    assert len(made) == count
+    shared = expected.keys() & made.keys()
+    assert len(shared) == min(count, 5) and all(made[name] == expected[name] for name in shared)
+
+
+def test_ancestral_noise_belongs_to_the_image_too(stage, run, tmp_path):
+    folders = [tmp_path / name for name in ("one", "many", "ddim")]
+    for folder, flags in zip(folders, (["--eta", 1, "--batch_size", 1], ["--eta", 1], []), strict=True):
+        stage(generate_with_path_30, *run.generate_flags(folder, count=3), *flags)
+    one, many, ddim = map(images_in, folders)
+    assert one == many and not set(one.values()) & set(ddim.values())
+
+
+def test_only_missing_images_are_made(stage, run, samples, tmp_path):
+    folder = tmp_path / "samples"
+    shutil.copytree(samples("diagonal")[0], folder)
+    complete = images_in(folder)
+    times = {file.name: file.stat().st_mtime_ns for file in folder.glob("[0-9]*.png")}
+    ended = stage(generate_with_path_30, *run.generate_flags(folder))
+    assert f"5 images in {folder}: all there already" in ended.output
+    name = f"{FIRST_SEED + 2:012d}.png"
+    (folder / name).unlink()
+    ended = stage(generate_with_path_30, *run.generate_flags(folder))
+    assert "1 new with 4 network calls each" in ended.output
+    assert images_in(folder) == complete
+    assert all((folder / n).stat().st_mtime_ns == time for n, time in times.items() if n != name)
+
+
+def test_a_schedule_file_replays_its_path_without_a_heatmap(stage, run, samples, tmp_path):
+    made, _ = samples("dp_total")
+    folder = tmp_path / "replayed"
+    flags = ["--checkpoint", run.lift, "--output", folder, "--num_images", 5, *HARDWARE, "--num_steps", 9]
+    ended = stage(generate_with_path_30, *flags, "--schedule", made / "schedule.json", "--heatmap", "missing.pth")
+    assert "5 new with 4 network calls each; path dp_total" in ended.output
+    assert images_in(folder) == images_in(made)
+    again = load_schedule(folder / "schedule.json")
+    assert again == load_schedule(made / "schedule.json")
+
+
+@pytest.mark.parametrize("path_type", ["baseline", "dp_64"])
+def test_a_trajectory_is_drawn_and_changes_no_image(stage, run, samples, tmp_path, path_type):
+    folder = tmp_path / "samples"
+    shutil.copytree(samples(path_type)[0], folder)
+    before = images_in(folder)
+    stage(generate_with_path_30, *run.generate_flags(folder, path_type), "--trajectory")
+    with Image.open(folder / "trajectory.png") as figure:
+        assert figure.width > figure.height > 50
+    assert images_in(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--ema"], ("weights_fingerprint",)),
+        (["--num_steps", 5], ("path_fingerprint",)),
+        (["--path_type", "dp_64"], ("path_fingerprint",)),
+        (["--eta", 0.5], ("eta",)),
+        (["--end", "t0"], ("end",)),
+    ],
+)
+def test_images_made_otherwise_do_not_share_a_folder(refused, run, samples, flags, says):
+    folder, _ = samples("diagonal")
+    flags = [*run.generate_flags(folder), *flags]
+    refused(generate_with_path_30, *flags, says=(folder, *says, "--output"), keeps=(folder,))
+
+
+def test_forced_images_replace_all_of_the_others(stage, run, samples, tmp_path):
+    folder = tmp_path / "samples"
+    shutil.copytree(samples("diagonal")[0], folder)
+    ended = stage(generate_with_path_30, *run.generate_flags(folder, "dp_64", 3), "--force")
+    assert "3 new with 4 network calls each; path dp_64" in ended.output
+    expected = images_in(samples("dp_64")[0])
+    assert images_in(folder) == dict(list(expected.items())[:3])
+    assert load_schedule(folder / "schedule.json").kind == "dp_64"
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "says"),
+    [
+        (["--path_type", "dp_64", "--num_steps", 2, "--max_jump", 1], 1, ("2 steps", "at least 3 steps")),
+        (["--path_type", "dp_64", "--heatmap", "missing.pth"], 1, ("missing.pth", "compute_heatmap_30.py")),
+        (["--path_type", "dp_64", "--ema"], 1, ("heatmap_4_2ep.pth", "other weights", "ema")),
+        (["--path_type", "zigzag"], 2, ("'zigzag'", "dp_total")),
+        (["--schedule", "missing.json"], 1, ("missing.json",)),
+        (["--num_steps", 1000], 1, ("num_steps is 1000",)),
+        (["--num_images", 1_000_001], 1, ("1000001 images", "several seeds")),
+        (["--eta", 2], 2, ("--eta", "'2'")),
+        (["--seed", -1], 2, ("--seed", "'-1'")),
+        (["--device", 77], 1, ("--device 77",)),
+        (["--steps", 4], 2, ("--steps",)),
+    ],
+)
+def test_generation_refuses(refused, run, tmp_path, flags, status, says):
+    flags = [*run.generate_flags(tmp_path / "samples"), *flags]
+    refused(generate_with_path_30, *flags, says=says, status=status, keeps=(run.folder,))
+
+
+def test_a_baseline_cannot_follow_two_clocks(refused, run, samples, tmp_path):
+    flags = run.generate_flags(tmp_path / "samples", "baseline")
+    refused(generate_with_path_30, *flags, "--path_type", "dp_64", says=("dp_64", "two clocks", "'baseline'"))
+    schedule = samples("dp_64")[0] / "schedule.json"
+    refused(generate_with_path_30, *flags, "--schedule", schedule, says=(schedule, "2 scale(s)", "'baseline'"))
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-40], lambda b: b[:60] + bytes(20) + b[80:], lambda b: b""])
+def test_a_damaged_image_is_named(refused, run, samples, tmp_path, damage):
+    folder = tmp_path / "samples"
+    shutil.copytree(samples("diagonal")[0], folder)
+    file = folder / f"{FIRST_SEED + 1:012d}.png"
+    file.write_bytes(damage(file.read_bytes()))
+    before = images_in(folder)
+    ended = run_stage(generate_with_path_30, *run.generate_flags(folder))
+    assert ended.status == 1 and str(file) in ended.message and "damaged" in ended.message
+    assert images_in(folder) == before
+
+
+# Scores
+
+SCORED = ["--model_type", "baseline", "lift", "--path_type", "diagonal", "dp_64", "--seeds", 42, 43]
+MEASURED = [("baseline", "diagonal"), ("dual", "diagonal"), ("dual", "dp_64")]
+JOBS = [(model_type, path_type, seed) for model_type, path_type in MEASURED for seed in ("42", "43")]
+
+
+def measured(row):
+    return {name: value for name, value in row.items() if name not in ("seconds", "date")}
+
+
+@pytest.fixture(scope="session")
+def table(stage, run):
+    """The results of both models, both paths and two seeds."""
+    file = run.folder / "results/fid_results.csv"
+    stage(eval_fid_batch, *run.eval_flags(file), *SCORED)
+    return file
+
+
+def test_every_job_has_one_row(run, table):
+    with open(table, newline="") as stream:
+        assert next(csv.reader(stream)) == list(RESULT_FIELDS)
+    rows = read_rows(table)
+    assert [(row["model_type"], row["path_type"], row["seed"]) for row in rows] == JOBS
+    images = load_images("synthetic", 16, run.cache, limit=12)
+    for row in rows:
+        checkpoint = run.baseline if row["model_type"] == "baseline" else run.lift
+        assert row["checkpoint"] == checkpoint.name
+        assert row["checkpoint_fingerprint"] == load_model(checkpoint).fingerprint
+        assert row["reference_fingerprint"] == images.fingerprint
+        expected = {"weights": "raw", "nfe": "4", "num_images": "12", "epoch": "2", "dataset": "synthetic"}
+        expected |= {"metric": "swd", "metric_features": "swd-7x7-16", "fid": "", "swd_64": "", "swd_32": ""}
+        assert {name: row[name] for name in expected} == expected
+        assert row["swd"] == row["swd_16"] and float(row["swd"]) > 0
+    assert len({row["swd"] for row in rows}) == len(rows)
+    assert len({row["path_fingerprint"] for row in rows}) == 3
+
+
+@pytest.mark.parametrize(("path_type", "model_type"), [("baseline", "baseline"), ("dp_64", "dual")])
+def test_the_score_is_that_of_the_generated_files(stage, run, table, tmp_path, path_type, model_type):
+    stage(generate_with_path_30, *run.generate_flags(tmp_path / "samples", path_type, 12), "--batch_size", 5)
+    files = sorted((tmp_path / "samples").glob("[0-9]*.png"))
+    fake = np.stack([np.asarray(Image.open(file)).transpose(2, 0, 1) for file in files])
+    expected = sliced_wasserstein(run.images(), fake)[16]
+    kind = path_type.replace("baseline", "diagonal")
+    rows = {(row["model_type"], row["path_type"], row["seed"]): row for row in read_rows(table)}
+    assert float(rows[model_type, kind, "42"]["swd"]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_scored_jobs_are_skipped_unless_forced(stage, run, table, tmp_path):
+    file = tmp_path / "scores.csv"
+    shutil.copy(table, file)
+    before = file.read_bytes()
+    ended = stage(eval_fid_batch, *run.eval_flags(file), *SCORED, "--batch_size", 5)
+    assert ended.output.count("scored already") == 6 and file.read_bytes() == before
+    ended = stage(eval_fid_batch, *run.eval_flags(file), *SCORED, "--seeds", 43, 44)
+    assert ended.output.count("scored already") == 3 and len(read_rows(file)) == 9
+    stage(eval_fid_batch, *run.eval_flags(file), *SCORED, "--seeds", 42, "--model_type", "lift", "--force")
+    rows = read_rows(file)
+    assert len(rows) == 11
+    assert [measured(row) for row in rows[9:]] == [measured(rows[k]) for k in (2, 4)]
+
+
+def test_other_settings_are_other_rows(stage, run, table, tmp_path):
+    file = tmp_path / "scores.csv"
+    shutil.copy(table, file)
+    flags = [*run.eval_flags(file), "--model_type", "lift"]
+    for change in (["--ema"], ["--num_images", 11], ["--num_steps", 5], ["--eta", 1], ["--end", "t0"]):
+        ended = stage(eval_fid_batch, *flags, *change)
+        assert "scored already" not in ended.output
+    rows = read_rows(file)
+    assert len(rows) == 11 and rows[6]["weights"] == "ema" and rows[7]["num_images"] == "11"
+
+
+def test_listed_jobs_give_the_same_rows(stage, run, table, tmp_path):
+    file = tmp_path / "scores.csv"
+    ended = stage(eval_fid_batch, *run.eval_flags(file), *SCORED, "--list_jobs")
+    commands = [shlex.split(line) for line in ended.output.splitlines()]
+    assert len(commands) == 6 and list(tmp_path.iterdir()) == []
+    assert all(command[:2] == ["python", "eval_fid_batch.py"] for command in commands)
+    for k, command in enumerate(commands):
+        stage(eval_fid_batch, *command[2:])
+        assert len(read_rows(file)) == k + 1
+    assert [measured(row) for row in read_rows(file)] == [measured(row) for row in read_rows(table)]
+
+
+def test_multi_seed_means_the_published_seeds(stage, run, tmp_path):
+    flags = [*run.eval_flags(tmp_path / "scores.csv"), "--model_type", "lift", "--multi-seed", "--list_jobs"]
+    output = stage(eval_fid_batch, *flags).output
+    assert re.findall(r"--seeds (\d+)$", output, re.MULTILINE) == ["42", "43", "44", "45", "46"]
+
+
+class MeanColours(torch.nn.Module):
+    """Stands in for Inception: six features, the mean of each channel and of its square."""
+
+    def forward(self, images):
+        return [torch.cat([images, images**2], dim=1).mean(dim=(2, 3), keepdim=True)]
+
+
+def test_fid_is_that_of_the_features_of_the_generated_files(stage, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_fid_batch, "load_inception", lambda weights, device: MeanColours())
+    cache = tmp_path / "cache"
+    flags = [*run.eval_flags("scores.csv"), "--cache_dir", cache, "--model_type", "lift", "--metrics", "fid", "swd"]
+    stage(eval_fid_batch, *flags)
+    stage(generate_with_path_30, *run.generate_flags("samples", "diagonal", 12))
+    fake = np.stack([np.asarray(Image.open(f)).transpose(2, 0, 1) for f in sorted(Path("samples").glob("[0-9]*.png"))])
+    moments = []
+    for images in (run.images(), fake):
+        scaled = images / 255
+        features = np.concatenate([scaled, scaled**2], axis=1).mean(axis=(2, 3))
+        moments.append((features.mean(axis=0), np.cov(features, rowvar=False)))
+    (mean_1, cov_1), (mean_2, cov_2) = moments
+    root = scipy.linalg.sqrtm(cov_1 @ cov_2).real
+    expected = ((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1 + cov_2 - 2 * root)
+    fid, swd = sorted(read_rows("scores.csv"), key=lambda row: row["metric"])
+    assert float(fid["fid"]) == pytest.approx(expected, abs=1e-3) and expected > 0.01
+    assert fid["metric"] == "fid" and fid["swd"] == "" and swd["metric"] == "swd" and swd["fid"] == ""
+    assert [file.name.split("_")[:2] for file in cache.glob("*.npz")] == [["fid", "reference"]]
+
+
+def test_fid_without_weights_says_why_not(refused, run, tmp_path, monkeypatch):
+    def offline(url, **kwargs):
+        raise OSError("no network here")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    flags = [*run.eval_flags(tmp_path / "scores.csv"), "--model_type", "baseline", "--metrics", "fid"]
+    says = ("FID needs the Inception weights", "could not be downloaded", "--inception_weights", "--metrics swd")
+    refused(eval_fid_batch, *flags, says=says, keeps=(run.folder,))
+    flags += ["--inception_weights", tmp_path / "none.pth"]
+    refused(eval_fid_batch, *flags, says=(tmp_path / "none.pth",), keeps=(run.folder,))
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "says"),
+    [
+        (["--num_images", 13], 1, ("13", "12", "--num_images from 1 to 12")),
+        (["--epochs", 7], 1, ("no baseline checkpoint of epoch 7", "--checkpoint_dir")),
+        (["--checkpoint_dir", "missing"], 1, ("missing has no baseline checkpoint",)),
+        (["--model_type", "baseline", "--path_type", "dp_64"], 1, ("dp_64", "two clocks")),
+        (["--model_type", "lift", "--path_type", "dp_64", "--grid", 30], 1, ("heatmap_30_2ep.pth", "does not exist")),
+        (["--model_type", "lift", "--path_type", "dp_64", "--num_steps", 7], 1, ("7 steps", "lower num_steps")),
+        (["--model_type", "unet"], 2, ("'unet'",)),
+        (["--metrics", "kid"], 2, ("'kid'",)),
+        (["--device", "cuda:77"], 1, ("--device cuda:77",)),
+        (["--dataset", "nowhere/to/be/found"], 1, ("nowhere/to/be/found", "--dataset FOLDER")),
+        (["--seeds", "forty"], 2, ("--seeds", "'forty'")),
+        (["--seeds", -1], 1, ("Seed -1",)),
+    ],
+)
+def test_scoring_refuses(refused, run, tmp_path, flags, status, says):
+    flags = [*run.eval_flags(tmp_path / "scores.csv"), *flags]
+    refused(eval_fid_batch, *flags, says=says, status=status, keeps=(run.folder,))
+
+
+def test_a_foreign_table_is_left_alone(refused, run, tmp_path):
+    file = tmp_path / "scores.csv"
+    file.write_text("name,score\na,1\n")
+    flags = [*run.eval_flags(file), "--model_type", "baseline"]
+    refused(eval_fid_batch, *flags, says=(file, "not a results table"))
+    refused(aggregate_results, "--input", file, "--output", tmp_path / "t", says=(file, "not a results table"))
+
+
+# Damaged checkpoints
+
+
+def truncated(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def text(file):
+    file.write_text("not a checkpoint")
+
+
+def foreign(file):
+    torch.save({"weight": torch.zeros(3)}, file)
+
+
+@pytest.mark.parametrize("damage", [truncated, text, foreign, Path.unlink])
+def test_a_checkpoint_that_is_none_is_named_by_every_stage(refused, run, tmp_path, damage):
+    file = tmp_path / "checkpoints" / run.lift.name
+    file.parent.mkdir()
+    shutil.copy(run.lift, file)
+    damage(file)
+    flags = ["--checkpoint", file]
+    refused(compute_heatmap_30, *run.heatmap_flags(tmp_path / "map.pth"), *flags, says=(file,))
+    refused(generate_with_path_30, *run.generate_flags(tmp_path / "samples"), *flags, says=(file,))
+    says = (file,) if file.exists() else (file.parent, "has no lift_dual_timestep checkpoint")
+    flags = [*run.eval_flags(tmp_path / "scores.csv"), "--model_type", "lift", "--checkpoint_dir", file.parent]
+    refused(eval_fid_batch, *flags, says=says)
+
+
+def test_ema_weights_that_were_not_kept_are_refused_by_every_stage(refused, stage, tiny, run, tmp_path):
+    stage(train_lift, *tiny(tmp_path), "--ema_decay", 0, "--epochs", 1)
+    file = tmp_path / "checkpoints/lift_dual_timestep_1ep.pth"
+    flags = ["--checkpoint", file, "--ema"]
+    says = (file, "no EMA weights", "--ema")
+    refused(compute_heatmap_30, *run.heatmap_flags(tmp_path / "map.pth"), *flags, says=says)
+    refused(generate_with_path_30, *run.generate_flags(tmp_path / "samples"), *flags, says=says)
+    flags = ["--model_type", "lift", "--checkpoint_dir", file.parent, "--ema"]
+    refused(eval_fid_batch, *run.eval_flags(tmp_path / "scores.csv"), *flags, says=says)
+
+
+# Table and figures
+
+
+def test_the_table_holds_mean_and_deviation_over_seeds(stage, table, tmp_path):
+    ended = stage(aggregate_results, "--input", table, "--output", tmp_path / "new/table")
+    with open(tmp_path / "new/table.csv", newline="") as stream:
+        rows = {(row["model_type"], row["path_type"]): row for row in csv.DictReader(stream)}
+    assert set(rows) == set(MEASURED)
+    for key, row in rows.items():
+        scores = [float(r["swd"]) for r in read_rows(table) if (r["model_type"], r["path_type"]) == key]
+        assert float(row["swd_mean"]) == pytest.approx(np.mean(scores), abs=1e-9)
+        assert float(row["swd_sd"]) == pytest.approx(np.std(scores, ddof=1), abs=1e-9)
+        assert row["swd_seeds"] == "2" and row["fid_mean"] == ""
+        assert f"{np.mean(scores):.2f} ± {np.std(scores, ddof=1):.2f} (2)" in ended.output
+    assert ended.output.strip() == (tmp_path / "new/table.md").read_text().strip()
+    assert "| Baseline | LIFT diagonal | LIFT DP-64 |" in ended.output
+
+
+def test_nothing_to_aggregate(refused, tmp_path):
+    refused(aggregate_results, "--input", tmp_path / "none.csv", "--output", tmp_path / "table", says=("no result",))
+
+
+def figure_inputs(run, table, samples):
+    folders = {name: samples(name)[0] for name in ("baseline", "diagonal", "dp_64")}
+    return {
+        "losses": [run.folder / "logs/baseline", run.folder / "logs/lift_dual_timestep"],
+        "paths": [f"{name}={folder}/schedule.json" for name, folder in folders.items() if name != "baseline"],
+        "scores": [table, "--metric", "swd", "--title", "scores"],
+        "samples": [*(f"{name}={folder}" for name, folder in folders.items()), "--columns", 4],
+    }
+
+
+@pytest.mark.parametrize("figure", ["losses", "paths", "scores", "samples"])
+def test_every_figure_is_drawn(stage, run, table, samples, tmp_path, figure):
+    output = tmp_path / "figure.png"
+    stage(make_figures, figure, *figure_inputs(run, table, samples)[figure], "--output", output)
+    with Image.open(output) as image:
+        assert min(image.size) > 200
+        assert len(np.unique(np.asarray(image.convert("L")))) > 20
+    assert [file.name for file in tmp_path.iterdir()] == ["figure.png"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "says"),
+    [
+        (["losses", "missing"], 1, ("missing/metrics.jsonl does not exist", "log folder")),
+        (["paths", "a=missing.json"], 1, ("missing.json",)),
+        (["samples", "a=here", "a=there"], 1, ("'a'", "NAME=")),
+        (["samples", "a=missing"], 1, ("missing holds no generated images",)),
+        (["scores", "TABLE"], 1, ("fid",)),
+        (["scores", "TABLE", "--metric", "kid"], 2, ("'kid'",)),
+        (["spirals", "a"], 2, ("'spirals'",)),
+    ],
+)
+def test_figures_of_nothing_are_refused(refused, table, tmp_path, flags, status, says):
+    flags = [str(table) if flag == "TABLE" else flag for flag in flags]
+    refused(make_figures, *flags, "--output", tmp_path / "figure.png", says=says, status=status)
+
+
+def test_samples_of_other_seeds_do_not_stand_beside_each_other(refused, stage, run, samples, tmp_path):
+    stage(generate_with_path_30, *run.generate_flags(tmp_path / "other", count=2), "--seed", 43)
+    inputs = [f"a={samples('diagonal')[0]}", f"b={tmp_path / 'other'}"]
+    refused(make_figures, "samples", *inputs, "--output", tmp_path / "figure.png", says=("share no seed", "--seed"))
+
+
+# Flags
+
+
+@pytest.mark.parametrize("module", STAGES, ids=lambda module: module.__name__)
+def test_help_and_unknown_flags(stage, refused, module):
+    output = stage(module, "--help").output
+    assert output.startswith(f"usage: {module.__name__}.py")
+    # The commands of the docstring come as they are written.
+    assert module.__doc__.strip().splitlines()[0] in output
+    refused(module, "--no_such_flag", says=(), status=2)
+
+
+# Shell scripts
+
+SCRIPTS = sorted(ROOT.glob("scripts/*.sh"))
+RUNNABLE = [script for script in SCRIPTS if script.name != "common.sh"]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the scripts whose `python` writes the commands it is given into a file."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for file in ROOT.glob("requirements*.txt"):
+        shutil.copy(file, tmp_path)
+    stamp = b"".join(file.read_bytes() for file in sorted(tmp_path.glob("requirements*.txt")))
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        (tmp_path / f".venv/installed-{name}").write_bytes(stamp)
+    python = tmp_path / ".venv/bin/python"
+    python.write_text('#!/bin/bash\n[[ $1 == -c ]] && { echo 0; exit; }\nprintf "%s\\0" "$@" $\'\\n\' >>commands\n')
+    python.chmod(0o755)
+    return tmp_path
+
+
+def run_script(checkout, name, *arguments, **settings):
+    """The process, and the commands given to Python."""
+    environment = {"PATH": os.environ["PATH"], "PYTHON": "false", **settings}
+    ended = subprocess.run(
+        ["bash", f"scripts/{name}", *arguments], cwd=checkout, env=environment, capture_output=True, text=True
+    )
+    commands = checkout / "commands"
+    lines = commands.read_text().split("\0\n\0") if commands.exists() else []
+    return ended, [line.split("\0") for line in lines if line]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_scripts_are_valid_bash(script):
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.parametrize("script", RUNNABLE, ids=lambda script: script.name)
+def test_scripts_explain_themselves_without_doing_anything(checkout, script):
+    assert os.access(script, os.X_OK)
+    for flag in ("--help", "-h"):
+        ended, commands = run_script(checkout, script.name, flag)
+        assert ended.returncode == 0 and f"./scripts/{script.name}" in ended.stdout
+        assert "set -euo" not in ended.stdout and not ended.stdout.startswith("#") and commands == []
+
+
+@pytest.mark.parametrize("script", [s for s in RUNNABLE if s.name != "test.sh"], ids=lambda script: script.name)
+def test_scripts_refuse_what_they_do_not_know(checkout, script):
+    ended, commands = run_script(checkout, script.name, "--nonsense")
+    assert ended.returncode == 2 and commands == []
+    assert ended.stderr.startswith("error: ") and "--nonsense" in ended.stderr and ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["compute_heatmap.sh", "plot_heatmap.sh"])
+def test_scripts_ask_for_the_epochs_they_need(checkout, name):
+    ended, commands = run_script(checkout, name)
+    assert ended.returncode == 2 and "name the epochs" in ended.stderr and commands == []
+
+
+def parsed(command):
+    """The flags of one command of a script as its stage reads them, and those it was not given."""
+    [module] = [module for module in STAGES if f"{module.__name__}.py" == command[0]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", command)
+        return module, vars(module.parse_args())
+
+
+def defaults(module, *required):
+    return parsed([f"{module.__name__}.py", *required])[1]
+
+
+def test_scripts_train_with_the_defaults_of_the_stages(checkout):
+    for argument, modules in (("baseline", [train_baseline]), ("lift", [train_lift])):
+        (checkout / "commands").unlink(missing_ok=True)
+        ended, commands = run_script(checkout, "train.sh", argument)
+        assert ended.returncode == 0, ended.stderr
+        assert [parsed(command) for command in commands] == [(module, defaults(module)) for module in modules]
+    (checkout / "commands").unlink()
+    settings = {"EPOCHS": "7", "HIDDEN_DIMS": "8,16", "LIMIT": "5", "DEVICE": "cpu"}
+    ended, commands = run_script(checkout, "train.sh", **settings, TRAIN_ARGS="--flip --resume auto")
+    changes = {"epochs": 7, "hidden_dims": (8, 16), "limit": 5, "device": "cpu", "flip": True, "resume": "auto"}
+    expected = [(module, defaults(module) | changes) for module in (train_baseline, train_lift)]
+    assert [parsed(command) for command in commands] == expected
+
+
+def test_scripts_evaluate_with_the_defaults_of_the_stages(checkout):
+    folder = checkout / "checkpoints"
+    folder.mkdir()
+    for epoch in (1000, 200):
+        for stem in ("baseline", "lift_dual_timestep"):
+            (folder / f"{stem}_{epoch}ep.pth").touch()
+    ended, commands = run_script(checkout, "eval_all.sh")
+    assert ended.returncode == 0, ended.stderr
+    calls = [parsed(command) for command in commands]
+    scored = [call for module, call in calls if module is eval_fid_batch]
+    everything = defaults(eval_fid_batch)
+    paths = [["diagonal"], ["diagonal"], ["dp_64", "dp_total"]]
+    assert scored == [
+        everything | {"model_type": [model], "path_type": path_type, "epochs": epochs}
+        for model, path_type, epochs in zip(("baseline", "lift", "lift"), paths, (None, None, [200, 1000]), strict=True)
+    ]
+    heatmaps = [call for module, call in calls if module is compute_heatmap_30]
+    for call, epoch in zip(heatmaps, (200, 1000), strict=True):
+        checkpoint = f"checkpoints/lift_dual_timestep_{epoch}ep.pth"
+        output = {"output": f"results/heatmap_30_{epoch}ep.pth"}
+        assert call == defaults(compute_heatmap_30, "--checkpoint", checkpoint) | output
+    generated = [call for module, call in calls if module is generate_with_path_30]
+    assert {call["path_type"] for call in generated} == {"diagonal", "dp_64", "dp_total"}
+    assert all("_1000ep" in call["checkpoint"] and call["trajectory"] for call in generated)
+    assert [module for module, _ in calls].count(aggregate_results) == 1
+    figures = {call["figure"]: call for module, call in calls if module is make_figures}
+    assert figures.keys() == {"scores", "samples", "paths"}
+    assert len(figures["samples"]["inputs"]) == len(figures["paths"]["inputs"]) == len(generated) == 4
+
+
+def test_flags_of_eval_all_reach_every_stage(checkout):
+    (checkout / "checkpoints").mkdir()
+    (checkout / "checkpoints/lift_dual_timestep_9ep.pth").touch()
+    ended, commands = run_script(checkout, "eval_all.sh", "--multi-seed", "--force", "--ema", METRICS="swd")
+    assert ended.returncode == 0, ended.stderr
+    for module, call in map(parsed, commands):
+        if module is eval_fid_batch:
+            assert call["seeds"] == [42, 43, 44, 45, 46] and call["force"] and call["ema"]
+            assert call["metrics"] == ["swd"]
+        elif module is compute_heatmap_30:
+            assert call["force"] and call["ema"] and call["output"] == "results/heatmap_30_9ep_ema.pth"
+        elif module is generate_with_path_30:
+            assert call["ema"] and call["heatmap"] == "results/heatmap_30_9ep_ema.pth"

@@ -1,0 +1,538 @@
+import argparse
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import list_files, run_stage
+from PIL import Image
+from torch import nn
+
+import cli
+import train_baseline
+import train_lift
+import training
+from checkpoint import MODEL_CLASSES, checkpoint_file, load_model, read_checkpoint
+from data import coarse, load_images, to_float
+from scheduler import DDIMScheduler
+from synthetic import synthetic_images
+from training import Trainer, diffusion_loss, step_generator
+
+CPU = torch.device("cpu")
+# Which timesteps each model is shown, of the fine and of the coarse scale.
+CLOCKS = {"baseline": ["64"], "dual": ["64", "32"], "shared_t": ["64"], "single_t": ["64"], "no_t": []}
+PREDICTS_COARSE = ("dual", "shared_t")
+
+
+# The loss
+
+
+class Recorder(nn.Module):
+    """Keeps what it is called with and returns what `answer(z)` makes of every noisy image to be predicted."""
+
+    def __init__(self, model_type, answer=torch.zeros_like):
+        super().__init__()
+        self.model_type = model_type
+        self.answer = answer
+
+    def forward(self, *inputs):
+        scales = 1 if self.model_type == "baseline" else 2
+        self.images, self.clocks = inputs[:scales], inputs[scales:]
+        if self.model_type in PREDICTS_COARSE:
+            return tuple(self.answer(z) for z in self.images)
+        return self.answer(self.images[0])
+
+
+def images(batch=8, size=16, seed=0):
+    x_64 = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return x_64, coarse(x_64)
+
+
+def shown(model_type, x_64, x_32, seed=0, answer=torch.zeros_like, prediction_type="epsilon"):
+    """The losses, the noisy images and the clocks of one call."""
+    model = Recorder(model_type, answer)
+    scheduler = DDIMScheduler(prediction_type=prediction_type)
+    losses = diffusion_loss(model, model_type, scheduler, x_64, x_32, step_generator(0, seed, CPU))
+    return losses, model.images, model.clocks
+
+
+def tables(t):
+    """sqrt(abar) and sqrt(1 - abar) at timesteps [B], to multiply images with."""
+    alpha_bar = DDIMScheduler().alphas_cumprod[t].view(-1, 1, 1, 1)
+    return alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+
+
+@pytest.mark.parametrize("model_type", MODEL_CLASSES)
+def test_a_model_that_knows_nothing_has_the_variance_of_the_noise_as_its_loss(model_type):
+    losses, noisy, clocks = shown(model_type, *images(64, 32))
+    assert set(losses) == ({"loss_64", "loss_32"} if model_type in PREDICTS_COARSE else {"loss_64"})
+    assert len(clocks) == len(CLOCKS[model_type])
+    assert [len(t) for t in clocks] == [64] * len(clocks)
+    for value in losses.values():
+        # The mean of n squares of standard normals has a standard deviation of sqrt(2 / n), here below 0.007.
+        assert value.item() == pytest.approx(1, abs=0.03) and value.dtype == torch.float32
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "x0", "v"])
+@pytest.mark.parametrize("model_type", ["baseline", "dual", "shared_t", "single_t"])
+def test_the_target_equals_the_one_derived_from_what_the_model_saw(model_type, prediction_type):
+    x_64, x_32 = images()
+    _, noisy, clocks = shown(model_type, x_64, x_32, prediction_type=prediction_type)
+    targets = []
+    for z, x, t in zip(noisy, (x_64, x_32), clocks * 2 if model_type == "shared_t" else clocks, strict=False):
+        signal, spread = tables(t)
+        noise = (z - signal * x) / spread
+        targets.append({"epsilon": noise, "x0": x, "v": signal * noise - spread * x}[prediction_type])
+
+    def off_by_three(z):
+        return 3 + next(target for target in targets if target.shape == z.shape)
+
+    perfect, _, _ = shown(model_type, x_64, x_32, 0, lambda z: off_by_three(z) - 3, prediction_type)
+    wrong, _, _ = shown(model_type, x_64, x_32, 0, off_by_three, prediction_type)
+    assert len(perfect) == (2 if model_type in PREDICTS_COARSE else 1)
+    assert all(value.item() < 1e-6 for value in perfect.values())
+    assert all(value.item() == pytest.approx(9, abs=1e-4) for value in wrong.values())
+
+
+def spread_of(z):
+    """The standard deviation of every image, which tells its timestep when the clean image is black."""
+    return z.flatten(1).std(1, correction=0)
+
+
+@pytest.mark.parametrize("model_type", MODEL_CLASSES)
+def test_every_scale_has_its_own_timestep_unless_the_clock_is_shared(model_type):
+    zeros = torch.zeros(2000, 3, 16, 16)
+    _, noisy, clocks = shown(model_type, zeros, coarse(zeros))
+    for z, t in zip(noisy, clocks, strict=False):
+        torch.testing.assert_close(spread_of(z), tables(t)[1].flatten(), rtol=0.25, atol=0)
+    if model_type == "baseline":
+        return
+    fine, small = spread_of(noisy[0]), spread_of(noisy[1])
+    correlation = torch.corrcoef(torch.stack([fine, small]))[0, 1].item()
+    if model_type == "shared_t":
+        assert correlation > 0.98
+    else:
+        # Of 2000 independent pairs the correlation has a standard deviation of 0.022.
+        assert abs(correlation) < 0.1
+    if model_type == "dual":
+        assert not torch.equal(*clocks)
+
+
+def test_timesteps_are_uniform_over_the_whole_schedule():
+    zeros = torch.zeros(40_000, 1, 2, 2)
+    _, _, clocks = shown("dual", zeros, coarse(zeros))
+    for t in clocks:
+        assert t.dtype == torch.int64 and t.min() == 0 and t.max() == 999
+        counts = torch.bincount(t // 100, minlength=10)
+        # Each of ten equal parts gets 4000 with a standard deviation of 60.
+        assert (counts - 4000).abs().max() < 300
+
+
+def test_every_scale_has_its_own_noise():
+    zeros = torch.zeros(300, 3, 16, 16)
+    _, (z_64, z_32), (t_64, t_32) = shown("dual", zeros, coarse(zeros))
+    noise_64, noise_32 = z_64 / tables(t_64)[1], z_32 / tables(t_32)[1]
+    assert noise_32.std().item() == pytest.approx(1, abs=0.02)
+    for other in (2 * coarse(noise_64), noise_64[..., ::2, ::2], noise_64[..., :8, :8]):
+        assert abs((other * noise_32).mean().item()) < 0.02
+    assert abs((noise_64[1:] * noise_64[:-1]).mean().item()) < 0.02
+
+
+def test_the_loss_is_single_precision_whatever_the_model_returns():
+    losses, _, _ = shown("dual", *images(), answer=lambda z: torch.zeros_like(z, dtype=torch.bfloat16))
+    assert all(value.dtype == torch.float32 for value in losses.values())
+
+
+def test_noise_of_a_step_is_a_function_of_seed_and_step_only():
+    draws = {}
+    for seed in range(8):
+        for step in (*range(8), 10**6):
+            torch.manual_seed(step)
+            draws[seed, step] = torch.rand(4, generator=step_generator(seed, step, CPU))
+    torch.manual_seed(1)
+    assert all(torch.equal(torch.rand(4, generator=step_generator(*key, CPU)), draw) for key, draw in draws.items())
+    assert len({tuple(draw.tolist()) for draw in draws.values()}) == len(draws)
+
+
+# One step
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def trainer(tiny, tmp_path, cache):
+    """`trainer(*flags)` is a new run of the dual model of three steps per epoch."""
+
+    def make(*flags) -> Trainer:
+        parser = argparse.ArgumentParser()
+        training.add_training_arguments(parser)
+        args = parser.parse_args([*tiny(tmp_path), "--cache_dir", str(cache), *flags])
+        return Trainer("dual", args, cli.load_training_images(args), CPU)
+
+    return make
+
+
+def run_steps(trainer, count):
+    batches = [batch for epoch in range(-(-count // 3)) for batch in trainer.batches.epoch(epoch)]
+    return [trainer.train_step(*batch) for batch in batches[:count]]
+
+
+def parameters_of(model):
+    return [p.detach().double().clone() for p in model.parameters()]
+
+
+def test_ema_is_the_recursion_computed_by_hand(trainer):
+    run = trainer("--ema_decay", "0.7", "--lr", "0.01")
+    expected = parameters_of(run.model)
+    for x_64, x_32 in [*run.batches.epoch(0), *run.batches.epoch(1)]:
+        run.train_step(x_64, x_32)
+        expected = [0.7 * e + 0.3 * p for e, p in zip(expected, parameters_of(run.model), strict=True)]
+        for ema, value in zip(parameters_of(run.ema), expected, strict=True):
+            torch.testing.assert_close(ema, value, rtol=1e-5, atol=1e-6)
+    assert run.step == 6
+    distance = sum((e - p).abs().sum() for e, p in zip(expected, parameters_of(run.model), strict=True))
+    assert distance > 1 and not any(p.requires_grad for p in run.ema.parameters())
+
+
+def test_the_first_step_is_that_of_adamw(trainer):
+    run = trainer("--lr", "0.01", "--weight_decay", "0.3", "--grad_clip", "1e9")
+    before = parameters_of(run.model)
+    run_steps(run, 1)
+    for old, parameter in zip(before, run.model.parameters(), strict=True):
+        g = parameter.grad.double()
+        # After one step both bias-corrected moments are those of the gradient itself (arXiv 1711.05101).
+        expected = old * (1 - 0.01 * 0.3) - 0.01 * g / (g.abs() + 1e-8)
+        torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_scaled_to_the_largest_norm_and_no_further(trainer):
+    free, clipped = trainer("--grad_clip", "1e9"), trainer("--grad_clip", "0.02")
+    [free_values], [clipped_values] = run_steps(free, 1), run_steps(clipped, 1)
+    gradients = [[p.grad for p in run.model.parameters()] for run in (free, clipped)]
+    norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients[0]))
+    assert norm > 0.1
+    assert free_values["grad_norm"].item() == pytest.approx(norm, rel=1e-5)
+    # What is logged is the norm before clipping.
+    assert clipped_values["grad_norm"].item() == pytest.approx(norm, rel=1e-5)
+    for whole, scaled in zip(*gradients, strict=True):
+        torch.testing.assert_close(scaled, whole * (0.02 / norm), rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("lr_schedule", ["constant", "cosine"])
+def test_learning_rate_of_every_step(trainer, lr_schedule):
+    run = trainer("--lr_schedule", lr_schedule, "--lr", "0.002")
+    for step, batch in enumerate([*run.batches.epoch(0), *run.batches.epoch(1)]):
+        factor = (1 + math.cos(math.pi * step / 6)) / 2 if lr_schedule == "cosine" else 1
+        assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.002 * factor, rel=1e-12)
+        run.train_step(*batch)
+    end = run.optimizer.param_groups[0]["lr"]
+    assert end == pytest.approx(0, abs=1e-12) if lr_schedule == "cosine" else end == 0.002
+
+
+def test_training_lowers_the_loss_of_a_set_that_is_learnt_quickly(trainer):
+    run = trainer("--limit", "4", "--lr", "0.003", "--ema_decay", "0.9")
+    x_64 = to_float(torch.from_numpy(synthetic_images(4, 16)))
+
+    def loss(model):
+        """Of many draws of noise that training does not see."""
+        with torch.no_grad():
+            arguments = (run.scheduler, x_64.repeat(64, 1, 1, 1), coarse(x_64).repeat(64, 1, 1, 1))
+            return diffusion_loss(model, "dual", *arguments, step_generator(999, 0, CPU))
+
+    before = loss(run.model)
+    for epoch in range(80):
+        for batch in run.batches.epoch(epoch):
+            run.train_step(*batch)
+    for model in (run.model, run.ema):
+        after = loss(model)
+        assert all(after[name] < 0.6 * before[name] for name in ("loss_64", "loss_32")), (before, after)
+
+
+# Runs
+
+
+@pytest.fixture(scope="session")
+def straight(stage, tiny, cache, tmp_path_factory):
+    """Runs of four epochs without a stop, by their further flags; a folder each."""
+    folders = {}
+
+    def run(*flags):
+        if flags not in folders:
+            folder = tmp_path_factory.mktemp("straight")
+            stage(train_lift, *tiny(folder), "--cache_dir", cache, *RUN, "--epochs", 4, *flags)
+            folders[flags] = folder
+        return folders[flags]
+
+    return run
+
+
+# A remainder that fills no batch, and a learning rate at which six steps matter.
+RUN = ("--limit", 14, "--lr", 0.005, "--save_every", 2, "--ema_decay", 0.9)
+LAST = "checkpoints/lift_dual_timestep_last.pth"
+LOG = "logs/lift_dual_timestep"
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / LOG / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(one, other):
+    """Nested containers and tensors are equal bit for bit."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_same(left, right)
+    else:
+        assert one == other
+
+
+def assert_same_run(folder, reference):
+    assert_same(read_checkpoint(folder / LAST), read_checkpoint(reference / LAST))
+    unmeasured = [[{k: v for k, v in row.items() if k != "images_per_second"} for row in read_log(f)]
+                  for f in (folder, reference)]  # fmt: skip
+    assert unmeasured[0] == unmeasured[1]
+    for name in ("samples_4ep_fine.png", "samples_4ep_coarse.png"):
+        assert (folder / LOG / name).read_bytes() == (reference / LOG / name).read_bytes()
+
+
+@pytest.mark.parametrize("flags", [(), ("--flip",)])
+def test_two_epochs_and_two_more_are_four_epochs(stage, tiny, cache, tmp_path, straight, flags):
+    common = [*tiny(tmp_path), "--cache_dir", cache, *RUN, *flags]
+    stage(train_lift, *common, "--epochs", 2)
+    assert read_checkpoint(tmp_path / LAST)["epoch"] == 2
+    torch.manual_seed(12345)
+    stage(train_lift, *common, "--epochs", 4, "--resume")
+    assert read_checkpoint(tmp_path / LAST)["optimizer"]["state"]
+    assert_same_run(tmp_path, straight(*flags))
+
+
+def test_seed_flip_and_schedule_make_a_difference(straight):
+    runs = [(), ("--flip",), ("--seed", 7), ("--lr_schedule", "cosine")]
+    assert len({load_model(straight(*flags) / LAST).fingerprint for flags in runs}) == len(runs)
+
+
+def test_an_interrupted_cosine_run_ends_as_if_it_had_not_been(stage, tiny, cache, tmp_path, straight, monkeypatch):
+    flags = [*tiny(tmp_path), "--cache_dir", cache, *RUN, "--epochs", 4, "--lr_schedule", "cosine"]
+    train_step = Trainer.train_step
+
+    def interrupted(self, *batch):
+        if self.step == 8:
+            raise KeyboardInterrupt
+        return train_step(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        assert run_stage(train_lift, *flags).status == 130
+    assert read_checkpoint(tmp_path / LAST)["step"] == 6
+    assert read_log(tmp_path)[-1]["step"] == 8
+    stage(train_lift, *flags, "--resume")
+    assert_same_run(tmp_path, straight("--lr_schedule", "cosine"))
+
+
+def test_a_row_that_a_crash_cut_short_does_not_stop_the_run(stage, tiny, cache, tmp_path, straight):
+    shutil.copytree(straight(), tmp_path, dirs_exist_ok=True)
+    log = tmp_path / LOG / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"step": 13, "epo')
+    rows = read_log(straight())
+    stage(train_lift, *tiny(tmp_path), "--cache_dir", cache, *RUN, "--epochs", 5, "--resume")
+    assert read_log(tmp_path)[:12] == rows
+    assert [row["step"] for row in read_log(tmp_path)] == list(range(1, 16))
+
+
+def test_rows_of_the_log(straight):
+    rows = read_log(straight())
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["epoch"] for row in rows] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    for row in rows:
+        assert {"loss_64", "loss_32", "grad_norm", "lr", "images_per_second"} <= row.keys()
+        assert all(math.isfinite(value) for value in row.values())
+        assert row["images_per_second"] > 0
+    assert len(list((straight() / LOG / "tensorboard").iterdir())) == 1
+
+
+def test_a_row_is_the_mean_of_its_steps(stage, tiny, cache, tmp_path, straight):
+    stage(train_lift, *tiny(tmp_path), "--cache_dir", cache, *RUN, "--epochs", 2, "--log_every", 2)
+    rows, single = read_log(tmp_path), read_log(straight())
+    # Every second step, and the end of every epoch of three.
+    spans = [(0, 2), (2, 3), (3, 4), (4, 6)]
+    assert [row["step"] for row in rows] == [end for _, end in spans]
+    for row, (start, end) in zip(rows, spans, strict=True):
+        for name in ("loss_64", "loss_32", "grad_norm"):
+            assert row[name] == pytest.approx(np.mean([r[name] for r in single[start:end]]), rel=1e-5)
+
+
+def test_files_are_named_by_epoch_and_the_last_epoch_is_always_saved(stage, tiny, cache, tmp_path, straight):
+    names = {file.name for file in (straight() / "checkpoints").iterdir()}
+    assert names == {f"lift_dual_timestep_{part}.pth" for part in ("2ep", "4ep", "last")}
+    stage(train_baseline, *tiny(tmp_path), "--cache_dir", cache, "--epochs", 3, "--save_every", 2)
+    names = {file.name for file in (tmp_path / "checkpoints").iterdir()}
+    assert names == {f"baseline_{part}.pth" for part in ("2ep", "3ep", "last")}
+
+
+def test_a_snapshot_and_the_resume_file_hold_the_same_weights(straight):
+    snapshot, last = (load_model(straight() / name) for name in ("checkpoints/lift_dual_timestep_4ep.pth", LAST))
+    assert snapshot.fingerprint == last.fingerprint
+    assert snapshot.config == last.config and (last.config["epoch"], last.config["step"]) == (4, 12)
+
+
+def test_sample_grids_show_32_images_of_both_scales(straight):
+    for epoch in (2, 4):
+        for name, size in (("fine", 16), ("coarse", 8)):
+            with Image.open(straight() / LOG / f"samples_{epoch}ep_{name}.png") as grid:
+                assert grid.size == (8 * (size + 2) + 2, 4 * (size + 2) + 2)
+                assert len(np.unique(np.asarray(grid))) > 20
+
+
+@pytest.mark.parametrize("model_type", MODEL_CLASSES)
+def test_every_model_trains_and_its_checkpoint_loads(stage, tiny, cache, tmp_path, model_type):
+    module, flags = (train_baseline, []) if model_type == "baseline" else (train_lift, ["--model", model_type])
+    ended = stage(module, *tiny(tmp_path), "--cache_dir", cache, "--ema_decay", 0.5, *flags)
+    file = checkpoint_file(tmp_path / "checkpoints", model_type, 2)
+    assert str(file) in ended.output
+    raw, ema = load_model(file), load_model(file, ema=True)
+    assert type(raw.model) is type(ema.model) is MODEL_CLASSES[model_type]
+    assert raw.fingerprint != ema.fingerprint
+    assert raw.config["dataset"] == "synthetic" and raw.config["resolution"] == 16 and raw.config["limit"] == 12
+    assert all(torch.isfinite(p).all() for p in raw.model.parameters())
+    [log] = (tmp_path / "logs").iterdir()
+    rows = [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and all(math.isfinite(row["loss_64"]) for row in rows)
+    assert all(("loss_32" in row) == (model_type in PREDICTS_COARSE) for row in rows)
+    scales = {"fine", "coarse"} if model_type in PREDICTS_COARSE else {"fine"}
+    assert {file.name for file in log.glob("*.png")} == {f"samples_2ep_{scale}.png" for scale in scales}
+
+
+def test_no_ema_is_kept_for_decay_0(stage, tiny, cache, tmp_path):
+    stage(train_baseline, *tiny(tmp_path), "--cache_dir", cache, "--ema_decay", 0)
+    file = tmp_path / "checkpoints/baseline_2ep.pth"
+    assert read_checkpoint(file)["ema_state"] is None
+    load_model(file)
+    with pytest.raises(ValueError, match="no EMA weights"):
+        load_model(file, ema=True)
+    stage(train_baseline, *tiny(tmp_path), "--cache_dir", cache, "--ema_decay", 0, "--epochs", 3, "--resume")
+    assert read_checkpoint(tmp_path / "checkpoints/baseline_last.pth")["epoch"] == 3
+
+
+def test_a_finished_run_says_so_and_does_nothing(stage, tiny, cache, straight):
+    folder = straight()
+    for resume in (["--resume"], ["--resume", "auto"]):
+        before = list_files(folder)
+        ended = stage(train_lift, *tiny(folder), "--cache_dir", cache, *RUN, "--epochs", 4, *resume)
+        assert ended.output == f"{folder / LAST} is done: 4 of 4 epochs.\n"
+        assert list_files(folder) == before
+
+
+def test_resume_auto_starts_afresh_where_nothing_was_saved(stage, tiny, cache, tmp_path, straight):
+    shutil.copytree(straight("--flip") / LOG, tmp_path / LOG)
+    stage(train_lift, *tiny(tmp_path), "--cache_dir", cache, *RUN, "--epochs", 4, "--resume", "auto")
+    assert_same_run(tmp_path, straight())
+
+
+# Refusals
+
+
+def test_an_existing_run_is_not_overwritten(refused, tiny, cache, straight):
+    folder = straight()
+    flags = [*tiny(folder), "--cache_dir", cache, *RUN, "--epochs", 4]
+    refused(train_lift, *flags, says=(folder / "checkpoints", "exists already", "--resume"), keeps=(folder,))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [
+        ("--lr", 0.001, ("lr = 0.005, not 0.001",)),
+        ("--batch_size", 2, ("batch_size = 4, not 2",)),
+        ("--seed", 7, ("seed = 42, not 7",)),
+        ("--limit", 13, ("limit = 14, not 13",)),
+        ("--hidden_dims", "8,8", ("hidden_dims = [8, 16], not [8, 8]",)),
+        ("--ema_decay", 0, ("ema_decay = 0.9, not 0.0",)),
+        ("--lr_schedule", "cosine", ("lr_schedule = constant, not cosine",)),
+    ],
+)
+def test_a_run_is_resumed_with_its_own_settings_only(refused, tiny, cache, straight, flag, value, says):
+    folder = straight()
+    flags = [*tiny(folder), "--cache_dir", cache, *RUN, "--epochs", 8, "--resume", flag, value]
+    # What is decoded before the refusal stays in the cache.
+    load_images("synthetic", 16, cache, limit=13)
+    refused(train_lift, *flags, says=(folder / LAST, "--output_dir", *says), keeps=(folder, cache))
+
+
+def test_the_log_of_another_run_is_not_overwritten(refused, tiny, cache, tmp_path, straight):
+    folder = straight()
+    flags = [*tiny(folder), "--cache_dir", cache, *RUN, "--output_dir", tmp_path / "new"]
+    says = (folder / LOG / "metrics.jsonl", "exists already", "--log_dir")
+    refused(train_lift, *flags, says=says, keeps=(folder,))
+
+
+def test_resume_needs_a_run(refused, tiny, cache, tmp_path):
+    flags = [*tiny(tmp_path), "--cache_dir", cache, "--resume"]
+    refused(train_lift, *flags, says=(tmp_path / LAST, "does not exist"))
+
+
+def damaged(file):
+    file.write_bytes(file.read_bytes()[:-200])
+
+
+def without_optimizer(file):
+    shutil.copy(file.with_name("lift_dual_timestep_4ep.pth"), file)
+
+
+@pytest.mark.parametrize("damage", [damaged, without_optimizer])
+def test_a_resume_file_that_is_none_is_named(refused, tiny, cache, tmp_path, straight, damage):
+    shutil.copytree(straight(), tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / LAST)
+    flags = [*tiny(tmp_path), "--cache_dir", cache, *RUN, "--epochs", 8, "--resume"]
+    refused(train_lift, *flags, says=(tmp_path / LAST,))
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "says"),
+    [
+        (["--batch_size", 13], 1, ("--batch_size 13", "12 images", "'synthetic'")),
+        (["--resolution", 24], 1, ("--resolution 24", "multiple of 16")),
+        (["--hidden_dims", "8,12"], 1, ("(8, 12)", "multiples of 8")),
+        (["--hidden_dims", "8,8,8,8,8"], 1, ("--resolution 16", "32", "--hidden_dims")),
+        (["--hidden_dims", "wide"], 2, ("--hidden_dims", "'wide'")),
+        (["--lr", -1], 1, ("learning rate",)),
+        (["--ema_decay", 1.5], 1, ("decay", "1.5")),
+        (["--beta_schedule", "cosine_zero_terminal"], 1, ("cosine_zero_terminal", "zero SNR")),
+        (["--device", "77"], 1, ("--device 77",)),
+        (["--device", "tpu"], 1, ("--device tpu",)),
+        (["--epochs", 0], 2, ("--epochs", "'0'")),
+        (["--seed", -1], 2, ("--seed", "'-1'")),
+        (["--output_dir", __file__], 1, (__file__,)),
+        (["--batchsize", 4], 2, ("--batchsize",)),
+        (["--dataset", "nowhere/to/be/found"], 1, ("nowhere/to/be/found", "--dataset FOLDER", "synthetic")),
+        (["--dataset", "./missing"], 1, ("./missing", "not a folder")),
+    ],
+)
+def test_bad_flags_leave_no_trace(refused, stage, tiny, cache, tmp_path, flags, status, says):
+    cli_flags = [*tiny(tmp_path), "--cache_dir", cache]
+    refused(train_baseline, *cli_flags, *flags, says=says, status=status, keeps=(cache,))
+
+
+def test_a_corrupt_image_is_named_and_left_out_on_request_only(refused, stage, tiny, cache, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k, pixels in enumerate(synthetic_images(6, 16)):
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / f"{k}.png")
+    bad = folder / "3.png"
+    bad.write_bytes(bad.read_bytes()[:100])
+    flags = [*tiny(tmp_path), "--cache_dir", cache, "--dataset", folder, "--limit", 6]
+    refused(train_baseline, *flags, says=(bad, "--skip_bad_images"), keeps=(cache,))
+    ended = stage(train_baseline, *flags, "--skip_bad_images")
+    assert "5 images of" in ended.output
+    config = load_model(tmp_path / "checkpoints/baseline_2ep.pth").config
+    assert config["skip_bad_images"] is True and config["dataset"] == str(folder)
