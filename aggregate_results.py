@@ -22,7 +22,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Aggregate, write, print."""
     args = parse_args()
-    results = aggregate(read_rows(args.input))
+    rows = read_rows(args.input)
+    if not rows:
+        raise ValueError(f"{args.input} holds no result; evaluate a checkpoint first with eval_fid_batch.py.")
+    results = aggregate(rows)
     write_csv(f"{args.output}.csv", results)
     write_markdown(f"{args.output}.md", results)
     with open(f"{args.output}.md", encoding="utf-8") as table:

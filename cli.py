@@ -1,6 +1,7 @@
 """The flags that stages share, and how a stage ends on bad input: one sentence and an exit status."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -27,6 +28,17 @@ def positive_int(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a positive integer")
     return int(text)
+
+
+def positive_float(text: str) -> float:
+    """Parse a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
+    return value
 
 
 def seed(text: str) -> int:
@@ -98,4 +110,4 @@ def run_stage(main: Callable[[], None]) -> None:
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("LIFT_DEBUG"):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")

@@ -65,7 +65,11 @@ def prepare_output(
     }
     file = folder / "settings.json"
     if file.exists():
-        different = [k for k, v in json.loads(file.read_text()).items() if settings.get(k) != v]
+        try:
+            saved = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}); pass another --output.") from error
+        different = [k for k, v in saved.items() if settings.get(k) != v]
         if different and not args.force:
             raise ValueError(
                 f"{folder} holds images with another {', '.join(different)}; pass --force to replace them, or another "

@@ -45,11 +45,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--epochs", type=cli.positive_int, default=2000, help="passes over the data (2000)")
     add("--batch_size", type=cli.positive_int, default=64, help="images per step (64)")
-    add("--lr", type=float, default=1e-4, help="AdamW learning rate (1e-4)")
+    add("--lr", type=cli.positive_float, default=1e-4, help="AdamW learning rate (1e-4)")
     add("--lr_schedule", choices=("constant", "cosine"), default="constant", help="cosine decays to 0")
-    add("--weight_decay", type=float, default=0.01, help="AdamW weight decay (0.01)")
-    add("--grad_clip", type=float, default=1.0, help="largest gradient norm (1.0)")
-    add("--ema_decay", type=float, default=0.9999, help="EMA decay per step; 0 keeps no EMA (0.9999)")
+    add("--weight_decay", type=cli.unit_interval, default=0.01, help="AdamW weight decay (0.01)")
+    add("--grad_clip", type=cli.positive_float, default=1.0, help="largest gradient norm (1.0)")
+    add("--ema_decay", type=cli.unit_interval, default=0.9999, help="EMA decay per step; 0 keeps no EMA (0.9999)")
     add("--hidden_dims", type=cli.hidden_dims, default=(64, 128, 256, 512), help="64,128,256,512")
     add("--beta_schedule", choices=SCHEDULE_NAMES, default="cosine_clipped", help="(cosine_clipped)")
     add("--prediction_type", choices=PREDICTION_TYPES, default="epsilon", help="(epsilon)")
@@ -138,7 +138,7 @@ class Trainer:
     """Everything a run is made of: weights, EMA, optimizer, schedule, data and position.
 
     Raises ValueError if `output_dir` or the log folder holds an earlier run that `--resume` does not continue,
-    if a resumed run differs in anything but the number of epochs and the place of the data, and for a
+    if a resumed run differs in anything but the place of the data and, at constant rate, the epochs, and for a
     resolution that the levels of the model do not divide.
     """
 
@@ -183,6 +183,7 @@ class Trainer:
         }
         self.lr_schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factors[args.lr_schedule])
         self.epoch = self.step = 0
+        self.lr = args.lr  # Of the last step.
         if args.resume == "required" or (args.resume == "auto" and self.last_file.exists()):
             self._resume()
         else:
@@ -200,11 +201,15 @@ class Trainer:
             )
 
     def _resume(self) -> None:
+        if not self.last_file.exists():
+            raise FileNotFoundError(f"{self.last_file} does not exist; leave --resume out to start a new run.")
         content = read_checkpoint(self.last_file, self.device)
         saved = content["config"]
         # The fingerprint comes last, so that the flag that changed the data is named rather than it.
+        # A cosine schedule depends on where it ends.
+        free = RESUMABLE_KEYS - ({"epochs"} if saved.get("lr_schedule") == "cosine" else set())
         for key in sorted(self.config.keys() | saved.keys(), key=lambda key: (key == "data_fingerprint", key)):
-            if key not in RESUMABLE_KEYS and saved.get(key) != self.config.get(key):
+            if key not in free and saved.get(key) != self.config.get(key):
                 raise ValueError(
                     f"{self.last_file} was trained with {key} = {saved.get(key)}, not {self.config.get(key)}; "
                     "resume with the same value or start in another --output_dir."
@@ -227,6 +232,7 @@ class Trainer:
         sum(losses.values()).backward()
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
         self.optimizer.step()
+        self.lr = self.lr_schedule.get_last_lr()[0]
         self.lr_schedule.step()
         if self.ema is not None:
             with torch.no_grad():
@@ -299,7 +305,7 @@ def train(model_type: str, args: argparse.Namespace) -> None:
                     row = {name: (value / window_steps).item() for name, value in totals.items()}
                     row |= {
                         "images_per_second": round(window_steps * args.batch_size / seconds, 1),
-                        "lr": trainer.lr_schedule.get_last_lr()[0],
+                        "lr": trainer.lr,
                     }
                     bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k not in ("lr", "grad_norm")})
                     log.write({"step": trainer.step, "epoch": trainer.epoch} | row)

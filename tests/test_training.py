@@ -469,6 +469,12 @@ def test_a_run_is_resumed_with_its_own_settings_only(refused, tiny, cache, strai
     refused(train_lift, *flags, says=(folder / LAST, "--output_dir", *says), keeps=(folder, cache))
 
 
+def test_a_cosine_run_is_resumed_to_its_own_end_only(refused, tiny, cache, straight):
+    folder = straight("--lr_schedule", "cosine")
+    flags = [*tiny(folder), "--cache_dir", cache, *RUN, "--lr_schedule", "cosine", "--epochs", 8, "--resume"]
+    refused(train_lift, *flags, says=(folder / LAST, "epochs = 4, not 8"), keeps=(folder, cache))
+
+
 def test_the_log_of_another_run_is_not_overwritten(refused, tiny, cache, tmp_path, straight):
     folder = straight()
     flags = [*tiny(folder), "--cache_dir", cache, *RUN, "--output_dir", tmp_path / "new"]
@@ -505,8 +511,9 @@ def test_a_resume_file_that_is_none_is_named(refused, tiny, cache, tmp_path, str
         (["--hidden_dims", "8,12"], 1, ("(8, 12)", "multiples of 8")),
         (["--hidden_dims", "8,8,8,8,8"], 1, ("--resolution 16", "32", "--hidden_dims")),
         (["--hidden_dims", "wide"], 2, ("--hidden_dims", "'wide'")),
-        (["--lr", -1], 1, ("learning rate",)),
-        (["--ema_decay", 1.5], 1, ("decay", "1.5")),
+        (["--lr", -1], 2, ("--lr", "'-1'")),
+        (["--lr", "nan"], 2, ("--lr", "'nan'")),
+        (["--ema_decay", 1.5], 2, ("--ema_decay", "'1.5'")),
         (["--beta_schedule", "cosine_zero_terminal"], 1, ("cosine_zero_terminal", "zero SNR")),
         (["--device", "77"], 1, ("--device 77",)),
         (["--device", "tpu"], 1, ("--device tpu",)),
