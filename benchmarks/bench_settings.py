@@ -28,7 +28,9 @@ from scheduler import DDIMScheduler
 from training import diffusion_loss
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
-BACKENDS = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}
+# Fused means what PyTorch chooses, which falls back to math where no fused kernel fits.
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
+BACKENDS = {"math": [SDPBackend.MATH], "fused": FUSED}
 WARM_UP_STEPS = 2
 
 

@@ -7,10 +7,10 @@
 # score needs no downloaded weights. Run again, it finds what is done and goes on from there.
 set -euo pipefail
 
-export DATASET=${DATASET:-synthetic} RESOLUTION=${RESOLUTION:-32} LIMIT=${LIMIT:-1536}
-export HIDDEN_DIMS=${HIDDEN_DIMS:-8,16,32,64} EPOCHS=${EPOCHS:-10} SAVE_EVERY=${SAVE_EVERY:-10}
+export DATASET=${DATASET:-synthetic} RESOLUTION=${RESOLUTION:-32} LIMIT=${LIMIT:-1024}
+export HIDDEN_DIMS=${HIDDEN_DIMS:-8,16,32,64} EPOCHS=${EPOCHS:-12} SAVE_EVERY=${SAVE_EVERY:-12}
 export BATCH_SIZE=${BATCH_SIZE:-16} LR=${LR:-2e-3} EMA_DECAY=${EMA_DECAY:-0.99} METRICS=${METRICS:-swd}
-export NUM_IMAGES=${NUM_IMAGES:-256} SEEDS=${SEEDS:-"42 43 44"} K=${K:-1} HEATMAP_IMAGES=${HEATMAP_IMAGES:-4}
+export NUM_IMAGES=${NUM_IMAGES:-128} SEEDS=${SEEDS:-"42 43 44"} K=${K:-1} HEATMAP_IMAGES=${HEATMAP_IMAGES:-4}
 export CHECKPOINT_DIR=${CHECKPOINT_DIR:-checkpoints/quickstart} RESULTS_DIR=${RESULTS_DIR:-results/quickstart}
 export LOG_DIR=${LOG_DIR:-logs/quickstart} TRAIN_ARGS=${TRAIN_ARGS:---resume auto}
 source "$(dirname "$0")/common.sh"
