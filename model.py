@@ -92,8 +92,9 @@ class SelfAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x))  # [B, 3C, H, W]
+        # Fused kernels want the channels of a head next to each other.
         q, k, v = (
-            part.flatten(2).transpose(1, 2).reshape(b, h * w, NUM_HEADS, c // NUM_HEADS).transpose(1, 2)
+            part.flatten(2).transpose(1, 2).contiguous().view(b, h * w, NUM_HEADS, c // NUM_HEADS).transpose(1, 2)
             for part in qkv.chunk(3, dim=1)
         )  # [B, heads, HW, C/heads]
         a = F.scaled_dot_product_attention(q, k, v)  # [B, heads, HW, C/heads]

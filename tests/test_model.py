@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from baseline_model import BaselineModel
@@ -140,6 +141,17 @@ def test_attention_is_softmax_attention_with_four_heads():
     mixed = torch.einsum("oc,bcn->bon", layer.proj.weight[:, :, 0, 0], torch.cat(heads, dim=1))
     expected = x + mixed.reshape(x.shape) + layer.proj.bias[:, None, None]
     torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_attention_suits_the_fused_kernel(layout):
+    torch.manual_seed(0)
+    layer = SelfAttention(32).to(memory_format=layout)
+    x = torch.randn(2, 32, 4, 4).to(memory_format=layout)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # Raises if the kernel cannot take its inputs.
+        fused = layer(x)
+    with sdpa_kernel(SDPBackend.MATH):
+        torch.testing.assert_close(fused, layer(x))
 
 
 def group_norm_by_hand(x, norm):
