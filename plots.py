@@ -678,8 +678,8 @@ def _draw_score_dots(axes: Axes, series: Mapping[str, Mapping[str, Mapping[int, 
     y, centres = 0.0, []
     for k, by_weights in enumerate(series.values()):
         start = y
-        for weights, scores in by_weights.items():
-            for mean, deviation in scores.values():
+        for weights in filter(by_weights.get, WEIGHTS_TITLES):
+            for mean, deviation in by_weights[weights].values():
                 look = {**_style(k), **_weights_style(weights), "linestyle": "none"}
                 axes.errorbar(mean, y, xerr=deviation, markersize=7, **ERROR_BARS, **look)
                 known = math.isfinite(deviation)
