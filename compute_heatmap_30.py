@@ -21,7 +21,7 @@ from data import to_float
 from device import autocast, resolve_precision, select_device
 from error_map import error_map, load_heatmap, published_errors, save_heatmap
 from path import check_steps, find_optimal_paths_all_steps, leads, path_from_cells, timestep_grid
-from path_choice import add_path_arguments, heatmap_file, heatmap_path, path_errors
+from path_choice import add_path_arguments, heatmap_file, path_errors
 from plots import plot_blocks, plot_heatmap_pair
 
 
@@ -53,15 +53,15 @@ def path_fields(content: dict, args: argparse.Namespace) -> dict:
     error_64, error_32 = published_errors(content, args.factor)
     fields = {"factor": args.factor, "num_steps": args.num_steps, "max_jump": args.max_jump}
     fields |= {"error_64": error_64, "error_32": error_32, "error_total": error_64 + error_32}
+    t_grid = content["t_grid"].tolist()
     costs, all_steps = {}, {}
     for name in ("64", "total"):
-        path_type = f"dp_{name}"
-        path, costs[name] = heatmap_path(content, path_type, args.num_steps, args.max_jump, args.factor)
-        fields[f"samples_{name}"] = path.provenance["cells"]
-        fields[f"timesteps_{name}"] = [list(point) for point in path.points]
-        errors = path_errors(content, path_type, args.factor)
-        optima = find_optimal_paths_all_steps(*errors, 2 * (len(error_64) - 1), args.max_jump)
+        errors = path_errors(content, f"dp_{name}", args.factor)
+        optima = find_optimal_paths_all_steps(*errors, 2 * (len(t_grid) - 1), args.max_jump)
         all_steps[name] = {n: {"cells": [list(c) for c in cells], "cost": cost} for n, (cells, cost) in optima.items()}
+        cells, costs[name] = optima[args.num_steps]
+        fields[f"samples_{name}"] = [list(cell) for cell in cells]
+        fields[f"timesteps_{name}"] = [[t_grid[i], t_grid[j]] for i, j in cells]
     return fields | {"costs": costs, "all_steps": all_steps}
 
 

@@ -205,9 +205,9 @@ class Trainer:
             raise FileNotFoundError(f"{self.last_file} does not exist; leave --resume out to start a new run.")
         content = read_checkpoint(self.last_file, self.device)
         saved = content["config"]
-        # The fingerprint comes last, so that the flag that changed the data is named rather than it.
         # A cosine schedule depends on where it ends.
         free = RESUMABLE_KEYS - ({"epochs"} if saved.get("lr_schedule") == "cosine" else set())
+        # The fingerprint comes last, so that the flag that changed the data is named rather than it.
         for key in sorted(self.config.keys() | saved.keys(), key=lambda key: (key == "data_fingerprint", key)):
             if key not in free and saved.get(key) != self.config.get(key):
                 raise ValueError(
