@@ -538,7 +538,7 @@ def test_fid_without_weights_says_why_not(refused, run, tmp_path, monkeypatch):
         (["--device", "cuda:77"], 1, ("--device cuda:77",)),
         (["--dataset", "nowhere/to/be/found"], 1, ("nowhere/to/be/found", "--dataset FOLDER")),
         (["--seeds", "forty"], 2, ("--seeds", "'forty'")),
-        (["--seeds", -1], 1, ("Seed -1",)),
+        (["--seeds", -1], 2, ("--seeds", "'-1'")),
     ],
 )
 def test_scoring_refuses(refused, run, tmp_path, flags, status, says):
