@@ -2,11 +2,13 @@
 
 A snapshot `{name}_{epoch}ep.pth` holds `model_state`, `ema_state`, `config`, `epoch`, `step`,
 `format_version` and nothing that `torch.load(weights_only=True)` refuses. A resume file `{name}_last.pth`
-adds `optimizer` and `lr_schedule`; random numbers follow from seed and step.
+adds what training needs to go on (RESUME_KEYS); random numbers follow from seed and step. Every entry of a file has
+a checksum, which is compared when it is read.
 """
 
 import hashlib
 import os
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ from torch import nn
 from baseline_model import BaselineModel
 from device import memory_format
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
-from safe_write import replacing
+from safe_write import replacing, versions
 from scheduler import DDIMScheduler
 
 FORMAT_VERSION = 1
@@ -30,6 +32,13 @@ MODEL_CLASSES = {
 }
 FILE_STEMS = {name: name for name in MODEL_CLASSES} | {"dual": "lift_dual_timestep"}
 REQUIRED_KEYS = ("format_version", "model_state", "ema_state", "config", "epoch", "step")
+# Of a resume file: AdamW, learning rate, loss scale of fp16, sums since the last row of the log, counts of skipped
+# steps, and how the run was executed, which does not change what it computes but may change its rounding.
+RESUME_KEYS = ("optimizer", "lr_schedule", "loss_scaler", "window", "bad_steps", "execution")
+
+
+class DamagedCheckpointError(ValueError):
+    """A file is not what was written: cut short, altered, or no checkpoint at all."""
 
 
 def build_model(config: dict[str, Any]) -> nn.Module:
@@ -44,17 +53,37 @@ def checkpoint_file(output_dir: str | os.PathLike, model_type: str, epoch: int |
     return Path(output_dir) / f"{FILE_STEMS[model_type]}_{suffix}.pth"
 
 
-def save_checkpoint(file: str | os.PathLike, content: dict[str, Any]) -> None:
-    """Write a checkpoint atomically; `format_version` is added here. Raises OSError if that fails."""
-    with replacing(file) as temporary:
-        torch.save({"format_version": FORMAT_VERSION} | content, temporary)
+def bytes_of(content: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(content, torch.Tensor):
+        return content.nbytes
+    if isinstance(content, dict):
+        return sum(map(bytes_of, content.values()))
+    return sum(map(bytes_of, content)) if isinstance(content, list | tuple) else 0
+
+
+def save_checkpoint(file: str | os.PathLike, content: dict[str, Any], keep: int | None = None) -> None:
+    """Write a checkpoint atomically; `format_version` is added here, `keep` as for `replacing`.
+
+    Raises OSError, naming the file and the bytes needed, if that fails; what was there before stays.
+    """
+    try:
+        with replacing(file, keep) as temporary:
+            torch.save({"format_version": FORMAT_VERSION} | content, temporary)
+    except (OSError, RuntimeError) as error:  # The writer of torch.save reports a full disk as a RuntimeError.
+        folder = next(parent for parent in Path(file).absolute().parents if parent.is_dir())
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise OSError(
+            f"{file} could not be saved: it needs {bytes_of(content):,} bytes, and {shutil.disk_usage(folder).free:,} "
+            f"are free there ({reason})"
+        ) from error
 
 
 def read_checkpoint(file: str | os.PathLike, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read and verify a checkpoint.
 
-    Raises FileNotFoundError if it is missing, ValueError if it is damaged, not one of LIFT's, or written by
-    a later version.
+    Raises FileNotFoundError if it is missing, DamagedCheckpointError if it is damaged, ValueError if it is not one
+    of LIFT's or written by a later version.
     """
     file = Path(file)
     if not file.is_file():
@@ -65,7 +94,7 @@ def read_checkpoint(file: str | os.PathLike, device: torch.device | str = "cpu")
                 raise zipfile.BadZipFile
         content = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # A damaged zip or pickle raises whatever the damage happens to hit.
-        raise ValueError(
+        raise DamagedCheckpointError(
             f"Checkpoint {file} is damaged or not a checkpoint ({type(error).__name__}); use another or train again."
         ) from error
     missing = [key for key in REQUIRED_KEYS if not isinstance(content, dict) or key not in content]
@@ -77,6 +106,26 @@ def read_checkpoint(file: str | os.PathLike, device: torch.device | str = "cpu")
             f"{FORMAT_VERSION} this code reads; update LIFT."
         )
     return content
+
+
+def read_resume_file(file: str | os.PathLike) -> tuple[dict[str, Any], Path, list[str]]:
+    """The newest whole version of a resume file: its content, its name, and a sentence about each damaged newer one.
+
+    Raises what `read_checkpoint` raises if no version is whole, and ValueError for a file that is no resume file.
+    """
+    complaints = []
+    for version in versions(file) or [Path(file)]:
+        try:
+            content = read_checkpoint(version)
+        except DamagedCheckpointError as error:
+            complaints.append(str(error).partition(";")[0])
+            last_error = error
+            continue
+        missing = [key for key in RESUME_KEYS if key not in content]
+        if missing:
+            raise ValueError(f"{version} lacks {', '.join(missing)}; resume needs the _last.pth of a run.")
+        return content, version, complaints
+    raise last_error
 
 
 def weights_fingerprint(state: dict[str, torch.Tensor]) -> str:

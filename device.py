@@ -1,10 +1,12 @@
 """The hardware a stage runs on: device names, precision and memory layout."""
 
+import os
 from contextlib import nullcontext
 
 import torch
 
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def select_device(name: str | None) -> torch.device:
@@ -41,7 +43,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def resolve_precision(device: torch.device, precision: str) -> str:
-    """ "fp32" or "bf16" for one of PRECISIONS; "auto" is bf16 where that is fast."""
+    """One of PRECISIONS but "auto", which is bf16 where that is fast and else fp32."""
     if precision == "auto":
         return "bf16" if has_fast_bf16(device) else "fp32"
     return precision
@@ -49,8 +51,22 @@ def resolve_precision(device: torch.device, precision: str) -> str:
 
 def autocast(device: torch.device, precision: str = "auto"):
     """A context in which models run at one of PRECISIONS."""
-    bf16 = resolve_precision(device, precision) == "bf16"
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+    dtype = AUTOCAST_DTYPES.get(resolve_precision(device, precision))
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def choose_kernels(device: torch.device, deterministic: bool) -> None:
+    """For this process: TF32 for what is fp32 on GPUs, the fastest convolutions, or deterministic kernels only."""
+    torch.use_deterministic_algorithms(deterministic)
+    if device.type != "cuda":
+        return
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = not deterministic
+    # The backward pass of this attention kernel adds in any order.
+    torch.backends.cuda.enable_mem_efficient_sdp(not deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def memory_format(device: torch.device) -> torch.memory_format:

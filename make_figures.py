@@ -18,8 +18,8 @@ from data import read_png
 from path import load_schedule
 from plots import plot_losses, plot_path_comparison, plot_samples, plot_scores
 from results_table import COLUMN_TITLES, GROUP_FIELDS, VALUE_FIELDS, aggregate, read_rows
+from run_log import METRICS_FILE, read_metrics
 from scheduler import DDIMScheduler
-from training import METRICS_FILE, read_metrics
 
 
 def parse_args() -> argparse.Namespace:

@@ -19,6 +19,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 NUM_GROUPS = 8
 NUM_HEADS = 4
@@ -111,8 +112,11 @@ class UNet(nn.Module):
 
     Per level two residual blocks, self-attention where a level has at least 128 channels, and a stride-2
     convolution after every level, so H and W must be multiples of `2 ** len(hidden_dims)`; `forward` raises
-    ValueError for other sizes.
+    ValueError for other sizes. With `recompute` set, the backward pass computes the inside of every block once more
+    instead of keeping it (arXiv 1604.06174).
     """
+
+    recompute = False
 
     def __init__(
         self,
@@ -150,6 +154,19 @@ class UNet(nn.Module):
             nn.GroupNorm(NUM_GROUPS, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
 
+    def blocks(self) -> list[nn.Module]:
+        """The modules whose insides `recompute` does not keep."""
+        return [module for module in self.modules() if isinstance(module, ResidualBlock | SelfAttention)]
+
+    def _run(self, block: nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
+
+    def _run_level(self, level: nn.Module, h: torch.Tensor, t: torch.Tensor | None) -> torch.Tensor:
+        h = self._run(level.block2, self._run(level.block1, h, t), t)
+        return self._run(level.attention, h)
+
     def forward(self, x: torch.Tensor, t: torch.Tensor | None) -> torch.Tensor:
         if x.shape[-1] % self.stride or x.shape[-2] % self.stride:
             raise ValueError(
@@ -158,13 +175,14 @@ class UNet(nn.Module):
         h = self.stem(x)  # [B, d0, H, W]
         skips = []
         for level in self.down:
-            h = level.attention(level.block2(level.block1(h, t), t))  # [B, d, H, W]
+            h = self._run_level(level, h, t)  # [B, d, H, W]
             skips.append(h)
             h = level.downsample(h)  # [B, d, H/2, W/2]
-        h = self.middle2(self.middle_attention(self.middle1(h, t)), t)  # [B, d, H/16, W/16]
+        h = self._run(self.middle1, h, t)  # [B, d, H/16, W/16]
+        h = self._run(self.middle2, self._run(self.middle_attention, h), t)  # [B, d, H/16, W/16]
         for level in self.up:
             h = torch.cat([level.upsample(h), skips.pop()], dim=1)  # [B, d'+d, H, W]
-            h = level.attention(level.block2(level.block1(h, t), t))  # [B, d, H, W]
+            h = self._run_level(level, h, t)  # [B, d, H, W]
         return self.head(h)  # [B, out, H, W]
 
 

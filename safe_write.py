@@ -7,12 +7,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def versions(file: str | os.PathLike) -> list[Path]:
+    """`file` and the earlier versions of it that `replacing(keep=...)` left, newest first, as far as they exist."""
+    file = Path(file)
+    older = {}
+    for candidate in file.parent.glob(f"{file.stem}_*{file.suffix}"):
+        number = candidate.stem.removeprefix(f"{file.stem}_")
+        if number.isdigit():
+            older[int(number)] = candidate
+    return [file] * file.exists() + [older[number] for number in sorted(older)]
+
+
 @contextmanager
-def replacing(file: str | os.PathLike) -> Iterator[Path]:
+def replacing(file: str | os.PathLike, keep: int | None = None) -> Iterator[Path]:
     """Yield a temporary file name beside `file`; on success fsync it and rename it to `file`.
 
-    The folder is created if missing. If the block raises, the temporary file is removed and `file` stays as
-    it was. Raises OSError if the folder cannot be written.
+    With `keep`, the `keep - 1` versions before it stay as `{stem}_1`, `{stem}_2` and so on, newest first, and older
+    ones are deleted; whenever this is killed, a whole version is left if there was one. The folder is created if
+    missing. If the block raises, the temporary file is removed and `file` stays as it was. Raises OSError if the folder
+    cannot be written.
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -22,6 +35,25 @@ def replacing(file: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
+        if keep is not None:
+            kept = versions(file)[: keep - 1]
+            for number, version in reversed(list(enumerate(kept, start=1))):
+                os.replace(version, file.with_name(f"{file.stem}_{number}{file.suffix}"))
         os.replace(temporary, file)
+        if keep is not None:
+            for version in versions(file)[keep:]:
+                version.unlink()
+        # The new name is not on the disk before its folder is.
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: str | os.PathLike, stem: str) -> None:
+    """Delete what killed writers of files named `{stem}...` left in a folder that nobody else is writing to."""
+    for temporary in Path(folder).glob(f".{stem}*.tmp*"):
         temporary.unlink(missing_ok=True)

@@ -1,40 +1,53 @@
-"""The one training loop: step, EMA, precision, resume, checkpoints, logs and sample grids.
+"""The one training loop: step, precision, EMA, many processes, resume, checkpoints, logs and sample grids.
 
-Noise, timesteps and order of images depend on (seed, step) alone, so a resumed run sees what an
-uninterrupted one would have seen.
+What a run computes depends on its settings alone: images, noise and timesteps of a step are functions of (seed, step),
+so a run that was stopped anywhere and resumed ends with the bits of one that was not, and N processes see what one
+would see. docs/training.md says what is promised and where the time goes.
 """
 
 import argparse
 import copy
-import json
 import math
+import os
+import resource
+import signal
+import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import cli
-from checkpoint import FILE_STEMS, build_model, checkpoint_file, read_checkpoint, save_checkpoint
+from checkpoint import FILE_STEMS, build_model, bytes_of, checkpoint_file, read_resume_file, save_checkpoint
 from data import ImageSet, TwoScaleBatches, to_uint8
-from device import autocast, memory_format, select_device
+from device import autocast, choose_kernels, memory_format, resolve_precision
+from distributed import Processes
+from memory_estimate import for_batch, saved_bytes
 from path import diagonal
 from plots import save_image_grid
-from safe_write import replacing
+from run_log import METRICS_FILE, RunLog
+from safe_write import remove_temporaries, versions
 from sampler import image_seeds, sample_seeds, scale_shapes
 from scheduler import PREDICTION_TYPES, SCHEDULE_NAMES, DDIMScheduler
 
-METRICS_FILE = "metrics.jsonl"
 MIN_EPSILON_SNR = 1e-6  # Below it, the error of a noise prediction is amplified a thousand times and more.
+TIMESTEP_BINS = 10
 GRID_IMAGES = 32
 GRID_STEPS = 18
+SCALES = ("64", "32")
 # What may differ between a run and its resumption; everything else in the config must be the same.
 RESUMABLE_KEYS = frozenset({"epochs", "dataset"})  # The data themselves are compared by their fingerprint.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+OUT_OF_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +57,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     add = group.add_argument
     add("--epochs", type=cli.positive_int, default=2000, help="passes over the data (2000)")
-    add("--batch_size", type=cli.positive_int, default=64, help="images per step (64)")
+    add("--batch_size", type=cli.positive_int, default=64, help="images per step, over all processes (64)")
     add("--lr", type=cli.positive_float, default=1e-4, help="AdamW learning rate (1e-4)")
     add("--lr_schedule", choices=("constant", "cosine"), default="constant", help="cosine decays to 0")
     add("--weight_decay", type=cli.unit_interval, default=0.01, help="AdamW weight decay (0.01)")
@@ -55,10 +68,27 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prediction_type", choices=PREDICTION_TYPES, default="epsilon", help="(epsilon)")
     add("--flip", action="store_true", help="mirror images at random (off, as published)")
     add("--seed", type=cli.seed, default=42, help="initial weights, order, noise, timesteps (42)")
+    group = parser.add_argument_group("execution (what is computed stays the same up to rounding)")
+    add = group.add_argument
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the network, which takes minutes at the start (with a GPU)",
+    )
+    add("--accumulate", type=cli.positive_int, default=1, metavar="N", help="run a step in N parts, for less memory")
+    add("--recompute", action="store_true", help="recompute activations in the backward pass, for less memory")
+    add("--deterministic", action="store_true", help="deterministic kernels only, for equal bits on a GPU")
+    group = parser.add_argument_group("checkpoints and logs")
+    add = group.add_argument
     add("--save_every", type=cli.positive_int, default=200, help="epochs between checkpoints (200)")
+    add("--resume_minutes", type=cli.positive_float, default=10.0, help="minutes between resume files (10)")
+    add("--keep_last", type=cli.positive_int, default=2, metavar="K", help="resume files kept, newest first (2)")
+    add("--max_bad_steps", type=cli.positive_int, default=20, help="non-finite steps in a row that end a run (20)")
     add("--log_every", type=cli.positive_int, default=50, help="steps between rows of metrics.jsonl (50)")
     add("--output_dir", default="checkpoints", help="checkpoints go here (checkpoints)")
     add("--log_dir", default="logs", help="metrics, TensorBoard and sample grids go to a folder here (logs)")
+    add("--wandb", action="store_true", help="log to Weights & Biases too, if it is installed")
+    add("--dry_run", action="store_true", help="print what would be run and the memory it would take, and end")
     add(
         "--resume",
         nargs="?",
@@ -74,18 +104,28 @@ def step_generator(seed: int, step: int, device: torch.device) -> torch.Generato
     return torch.Generator(device).manual_seed(mixed)
 
 
-def diffusion_loss(
-    model: nn.Module,
-    model_type: str,
-    scheduler: DDIMScheduler,
-    x_64: torch.Tensor,
-    x_32: torch.Tensor,
-    generator: torch.Generator,
-) -> dict[str, torch.Tensor]:
-    """Mean squared error per predicted scale, `loss_64` and where predicted `loss_32`, float32 scalars.
+class TrainingBatch(NamedTuple):
+    """What one step shows the network: clean images in [-1, 1], their noise and their timesteps, image by image."""
 
-    x_64 `[B, C, H, W]`, x_32 `[B, C, H/2, W/2]` in [-1, 1]. Timesteps are uniform over the schedule and
-    independent per scale (equal for `shared_t`); each scale has its own noise.
+    x_64: torch.Tensor  # [B, C, H, W]
+    x_32: torch.Tensor  # [B, C, H/2, W/2]
+    noise_64: torch.Tensor  # [B, C, H, W]
+    noise_32: torch.Tensor  # [B, C, H/2, W/2]
+    t_64: torch.Tensor  # [B]
+    t_32: torch.Tensor  # [B]
+
+    def rows(self, rows: slice) -> "TrainingBatch":
+        """Some of the images."""
+        return TrainingBatch(*(field[rows] for field in self))
+
+
+def draw_batch(
+    model_type: str, scheduler: DDIMScheduler, x_64: torch.Tensor, x_32: torch.Tensor, generator: torch.Generator
+) -> TrainingBatch:
+    """Noise and timesteps for clean images x_64 `[B, C, H, W]` and x_32 `[B, C, H/2, W/2]`.
+
+    Timesteps are uniform over the schedule and independent per scale (equal for `shared_t`); each scale has its own
+    noise.
     """
     batch, device = len(x_64), x_64.device
     t_64, t_32 = torch.randint(
@@ -95,228 +135,595 @@ def diffusion_loss(
         t_32 = t_64
     noise_64 = torch.randn(x_64.shape, generator=generator, device=device)  # [B, C, H, W]
     noise_32 = torch.randn(x_32.shape, generator=generator, device=device)  # [B, C, H/2, W/2]
-    z_64 = scheduler.add_noise(x_64, noise_64, t_64)
-    z_32 = scheduler.add_noise(x_32, noise_32, t_32)
-    if model_type in ("dual", "shared_t"):
-        clocks = (t_64, t_32) if model_type == "dual" else (t_64,)
-        prediction_64, prediction_32 = model(z_64, z_32, *clocks)
-        loss_32 = F.mse_loss(prediction_32.float(), scheduler.target(x_32, noise_32, t_32))
+    return TrainingBatch(x_64, x_32, noise_64, noise_32, t_64, t_32)
+
+
+def diffusion_loss(
+    network: nn.Module, model_type: str, scheduler: DDIMScheduler, batch: TrainingBatch
+) -> dict[str, torch.Tensor]:
+    """Mean squared error of every image per predicted scale, `loss_64` and where predicted `loss_32`, float32 `[B]`."""
+    x_64, x_32, noise_64, noise_32, t_64, t_32 = batch
+    z_64 = scheduler.add_noise(x_64, noise_64, t_64)  # [B, C, H, W]
+    inputs = {
+        "baseline": lambda z_32: (z_64, t_64),
+        "dual": lambda z_32: (z_64, z_32, t_64, t_32),
+        "shared_t": lambda z_32: (z_64, z_32, t_64),
+        "single_t": lambda z_32: (z_64, z_32, t_64),
+        "no_t": lambda z_32: (z_64, z_32),
+    }[model_type](scheduler.add_noise(x_32, noise_32, t_32))
+    predictions = network(*inputs)
+    targets = [scheduler.target(x_64, noise_64, t_64)]
+    if isinstance(predictions, tuple):
+        targets.append(scheduler.target(x_32, noise_32, t_32))
     else:
-        inputs = {"baseline": (z_64, t_64), "single_t": (z_64, z_32, t_64), "no_t": (z_64, z_32)}
-        prediction_64, loss_32 = model(*inputs[model_type]), None
-    losses = {"loss_64": F.mse_loss(prediction_64.float(), scheduler.target(x_64, noise_64, t_64))}
-    return losses if loss_32 is None else losses | {"loss_32": loss_32}
+        predictions = (predictions,)
+    return {
+        f"loss_{scale}": F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)  # [B]
+        for scale, prediction, target in zip(SCALES, predictions, targets, strict=False)
+    }
 
 
-def read_metrics(file: Path) -> list[dict[str, float]]:
-    """The rows of a `metrics.jsonl`, without a last one that is being written or that a crash cut short."""
-    lines = file.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+class StopRequest:
+    """While entered, SIGTERM, SIGINT and SIGUSR1 ask the run to end after its step: `signal` is then the name.
 
+    Launchers pass a signal on that the process has got already, so what comes within a second of the first is the same
+    request; a later one ends the process at once, with status 128 + its number.
+    """
 
-class MetricsLog:
-    """Rows of `metrics.jsonl` and the same values in TensorBoard; a resumed run drops rows it will redo."""
+    def __init__(self) -> None:
+        self.signal: str | None = None
 
-    def __init__(self, folder: Path, first_step: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / METRICS_FILE
-        rows = read_metrics(self.file) if self.file.exists() else []
-        with replacing(self.file) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= first_step))
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+    def __enter__(self) -> "StopRequest":
+        self.before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        return self
 
-    def write(self, row: dict[str, float]) -> None:
-        """Append one row and show its numbers on the board."""
-        with open(self.file, "a") as stream:
-            stream.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name not in ("step", "epoch"):
-                self.board.add_scalar(name, value, row["step"])
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _) -> None:
+        if self.signal is None:
+            self.signal, self.time = signal.Signals(number).name, time.monotonic()
+            # Printing from a handler may meet a print that it interrupts.
+            os.write(2, f"\n{self.signal}: stopping after this step; once more to stop at once\n".encode())
+        elif time.monotonic() - self.time > 1:
+            os._exit(128 + number)
 
 
 class Trainer:
     """Everything a run is made of: weights, EMA, optimizer, schedule, data and position.
 
-    Raises ValueError if `output_dir` or the log folder holds an earlier run that `--resume` does not continue,
-    if a resumed run differs in anything but the place of the data and, at constant rate, the epochs, and for a
-    resolution that the levels of the model do not divide.
+    A step with a loss or gradient that is not finite leaves weights and optimizer as they were and is counted; the EMA
+    takes those weights once more.
+
+    Raises ValueError if `output_dir` or the log folder holds an earlier run that `--resume` does not continue, if a
+    resumed run differs in anything but the place of the data and, at constant rate, the epochs, for a resolution that
+    the levels of the model do not divide, and for a batch that processes and parts cannot share evenly.
     """
 
-    def __init__(self, model_type: str, args: argparse.Namespace, images: ImageSet, device: torch.device):
-        self.args, self.device = args, device
+    def __init__(self, model_type: str, args: argparse.Namespace, images: ImageSet, processes: Processes):
+        self.args, self.processes, self.device = args, processes, processes.device
         self.config = {
             "model_type": model_type,
             "hidden_dims": list(args.hidden_dims),
             "channels": images.channels,
             "data_fingerprint": images.fingerprint,
             "num_train_timesteps": 1000,
+            "precision": resolve_precision(self.device, args.precision),
         } | {
             name: getattr(args, name)
             for name in (
                 "dataset", "resolution", "resize_filter", "limit", "skip_bad_images", "beta_schedule",
                 "prediction_type", "flip", "epochs", "batch_size", "lr", "lr_schedule", "weight_decay",
-                "grad_clip", "ema_decay", "seed", "precision",
+                "grad_clip", "ema_decay", "seed",
             )
         }  # fmt: skip
+        self.compile = self.device.type == "cuda" if args.compile is None else args.compile
+        self.execution = {
+            "device": self.device.type,
+            "processes": processes.count,
+            "accumulate": args.accumulate,
+            "compile": self.compile,
+            "torch": str(torch.__version__),
+        }
         self.last_file = checkpoint_file(args.output_dir, model_type, "last")
         self.log_dir = Path(args.log_dir) / FILE_STEMS[model_type]
+        self.notes: list[str] = []
+        saved = self._read_resume_file()
         self.scheduler = DDIMScheduler(beta_schedule=args.beta_schedule, prediction_type=args.prediction_type).to(
-            device
+            self.device
         )
-        self.batches = TwoScaleBatches(images, args.batch_size, args.seed, device, args.flip)
+        self.batches = TwoScaleBatches(images, args.batch_size, args.seed, self.device, args.flip)
+        if args.batch_size % (processes.count * args.accumulate):
+            raise ValueError(
+                f"--batch_size {args.batch_size} cannot be split evenly over {processes.count} process(es) with "
+                f"--accumulate {args.accumulate}."
+            )
+        self.part_size = args.batch_size // (processes.count * args.accumulate)
         torch.manual_seed(args.seed)
-        self.model = build_model(self.config).to(device, memory_format=memory_format(device))
+        self.model = build_model(self.config).to(self.device, memory_format=memory_format(self.device))
         if args.resolution % self.model.unet.stride:
             raise ValueError(
                 f"--resolution {args.resolution} must be a multiple of {self.model.unet.stride} for the "
                 f"{len(args.hidden_dims)} levels of --hidden_dims; use fewer levels or another --resolution."
             )
+        self.model.unet.recompute = args.recompute
+        self.parameters = list(self.model.parameters())
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if args.ema_decay > 0 else None
+        self.ema_parameters = [] if self.ema is None else list(self.ema.parameters())
         self.update_ema = get_ema_multi_avg_fn(args.ema_decay)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
         total_steps = args.epochs * len(self.batches)
         factors = {
             "constant": lambda step: 1.0,
             "cosine": lambda step: (1 + math.cos(math.pi * step / total_steps)) / 2,
         }
         self.lr_schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factors[args.lr_schedule])
-        self.epoch = self.step = 0
         self.lr = args.lr  # Of the last step.
-        if args.resume == "required" or (args.resume == "auto" and self.last_file.exists()):
-            self._resume()
-        else:
-            self._refuse_to_overwrite()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config["precision"] == "fp16")
+        self.step = 0
+        # Sums over the steps since the last row of the log, and counts of skipped steps, all on the device.
+        self.window: dict[str, torch.Tensor] = {}
+        self.bad_steps = {
+            name: torch.zeros((), dtype=torch.int64, device=self.device) for name in ("total", "in_row", "longest")
+        }
+        if saved is not None:
+            self._restore(saved)
+        self.network: nn.Module = self.model  # What a step calls: the model, compiled and shared as asked for.
 
-    def _refuse_to_overwrite(self) -> None:
-        taken = sorted(self.last_file.parent.glob(self.last_file.name.replace("_last", "_*")))
-        log = self.log_dir / METRICS_FILE
-        # With --resume auto a log without a checkpoint is of a run that stopped before its first save.
-        if self.args.resume is None and log.exists():
-            taken.append(log)
-        if taken:
-            raise ValueError(
-                f"{taken[0]} exists already; pass --resume to continue its run, or another --output_dir and --log_dir."
-            )
+    @property
+    def epoch(self) -> int:
+        """Completed passes over the data."""
+        return self.step // len(self.batches)
 
-    def _resume(self) -> None:
-        if not self.last_file.exists():
+    @property
+    def model_type(self) -> str:
+        """The kind of model, a key of `checkpoint.MODEL_CLASSES`."""
+        return self.config["model_type"]
+
+    def _read_resume_file(self) -> dict | None:
+        """The content of the resume file if this run continues one, after comparing the settings."""
+        resume, found = self.args.resume, versions(self.last_file)
+        if not found and resume == "required":
             raise FileNotFoundError(f"{self.last_file} does not exist; leave --resume out to start a new run.")
-        content = read_checkpoint(self.last_file, self.device)
+        if resume is None or not found:
+            taken = sorted(self.last_file.parent.glob(self.last_file.name.replace("_last", "_*")))
+            # With --resume auto a log without a checkpoint is of a run that stopped before its first save.
+            if resume is None and (self.log_dir / METRICS_FILE).exists():
+                taken.append(self.log_dir / METRICS_FILE)
+            if taken:
+                raise ValueError(
+                    f"{taken[0]} exists already; pass --resume to continue its run, or another --output_dir and "
+                    "--log_dir."
+                )
+            return None
+        content, file, complaints = read_resume_file(self.last_file)
         saved = content["config"]
+        if self.args.precision == "auto":
+            self.config["precision"] = saved["precision"]
         # A cosine schedule depends on where it ends.
         free = RESUMABLE_KEYS - ({"epochs"} if saved.get("lr_schedule") == "cosine" else set())
         # The fingerprint comes last, so that the flag that changed the data is named rather than it.
         for key in sorted(self.config.keys() | saved.keys(), key=lambda key: (key == "data_fingerprint", key)):
             if key not in free and saved.get(key) != self.config.get(key):
                 raise ValueError(
-                    f"{self.last_file} was trained with {key} = {saved.get(key)}, not {self.config.get(key)}; "
+                    f"{file} was trained with {key} = {saved.get(key)}, not {self.config.get(key)}; "
                     "resume with the same value or start in another --output_dir."
                 )
-        if "optimizer" not in content:
-            raise ValueError(f"{self.last_file} holds no optimizer state; resume needs the _last.pth of a run.")
-        self.model.load_state_dict(content["model_state"])
-        if self.ema is not None:
-            self.ema.load_state_dict(content["ema_state"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.lr_schedule.load_state_dict(content["lr_schedule"])
-        self.epoch, self.step = content["epoch"], content["step"]
+        self.notes += [f"warning: {complaint}; going on from {file}" for complaint in complaints]
+        for key, value in self.execution.items():
+            if content["execution"].get(key, value) != value:
+                before = content["execution"][key]
+                self.notes.append(f"note: {key} is {value} and was {before}, so that roundings may differ")
+        return content
 
-    def train_step(self, x_64: torch.Tensor, x_32: torch.Tensor) -> dict[str, torch.Tensor]:
-        """One optimizer and EMA step; returns the losses and the gradient norm, on the device."""
+    def _restore(self, saved: dict) -> None:
+        self.model.load_state_dict(saved["model_state"])
+        if self.ema is not None:
+            self.ema.load_state_dict(saved["ema_state"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        # On another device the layout of the weights may be another one, which the fused kernel needs for both.
+        for parameter, state in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.empty_like(parameter).copy_(state[name])
+        self.lr_schedule.load_state_dict(saved["lr_schedule"])
+        self.scaler.load_state_dict(saved["loss_scaler"])
+        self.step = saved["step"]
+        self.window = {name: value.to(self.device) for name, value in saved["window"].items()}
+        self.bad_steps = {name: value.to(self.device) for name, value in saved["bad_steps"].items()}
+
+    def prepare(self) -> None:
+        """Compile the network and share it among the processes; before the first step."""
+        if self.compile:
+            compiled = torch.compile(self.model)
+            try:
+                # Only the first call compiles, and shows whether this machine can.
+                batch = self.draw(*next(self.batches.epoch(0)))
+                self._backward(batch.rows(slice(self.part_size)), compiled)
+                self.network = compiled
+            except Exception as error:  # Compilers and drivers fail in ways of their own.
+                if is_out_of_memory(error):
+                    raise
+                reason = str(error).strip().split("\n")[0]
+                self.notes.append(f"note: compiling failed ({type(error).__name__}: {reason}); going on without")
+            self.optimizer.zero_grad(set_to_none=True)
+        if self.processes.count > 1:
+            devices = None if self.device.type == "cpu" else [self.device]
+            self.network = DistributedDataParallel(self.network, devices, gradient_as_bucket_view=True)
+
+    def draw(self, x_64: torch.Tensor, x_32: torch.Tensor) -> TrainingBatch:
+        """This process's share of a step: noise is drawn for all images of the step, so that shares do not matter."""
         generator = step_generator(self.args.seed, self.step, self.device)
-        with autocast(self.device, self.args.precision):
-            losses = diffusion_loss(self.model, self.config["model_type"], self.scheduler, x_64, x_32, generator)
-        self.optimizer.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
+        batch = draw_batch(self.model_type, self.scheduler, x_64, x_32, generator)
+        return batch.rows(self.processes.share(len(x_64)))
+
+    def _backward(self, part: TrainingBatch, network: nn.Module) -> dict[str, torch.Tensor]:
+        """Add the gradient of one part to that of the step; returns the losses per image."""
+        with autocast(self.device, self.config["precision"]):
+            losses = diffusion_loss(network, self.model_type, self.scheduler, part)
+        loss = sum(values.mean() for values in losses.values()) / self.args.accumulate
+        self.scaler.scale(loss).backward()
+        return {name: values.detach() for name, values in losses.items()}
+
+    def _update(self, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The optimizer step, unless loss or gradient is not finite; returns the gradient norm and whether it was."""
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = nn.utils.get_total_norm([p.grad for p in self.parameters])
+        good = torch.isfinite(grad_norm) & torch.isfinite(loss)
+        # By these two the loss scaler of PyTorch talks to its fused optimizers: they divide the gradient by the one,
+        # and leave out the step for the other, without asking the host. Here the first one clips.
+        self.optimizer.grad_scale = ((grad_norm + 1e-6) / self.args.grad_clip).clamp(min=1)
+        self.optimizer.found_inf = (~good).float()
         self.optimizer.step()
+        self.scaler.update()
         self.lr = self.lr_schedule.get_last_lr()[0]
         self.lr_schedule.step()
+        return grad_norm, good
+
+    def _average(self) -> None:
         if self.ema is not None:
             with torch.no_grad():
-                self.update_ema(list(self.ema.parameters()), list(self.model.parameters()), self.step)
-        self.step += 1
-        return {name: value.detach() for name, value in losses.items()} | {"grad_norm": grad_norm}
+                self.update_ema(self.ema_parameters, self.parameters, self.step)
 
-    def save(self) -> Path:
-        """Write the snapshot of this epoch and the resume file; returns the snapshot's name."""
-        snapshot = {
+    def train_step(self, x_64: torch.Tensor, x_32: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One optimizer and EMA step on all images of the step; returns the mean losses and the gradient norm.
+
+        Nothing here waits for the device, on which the values returned are.
+        """
+        batch = self.draw(x_64, x_32)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = []
+        for start in range(0, len(batch.x_64), self.part_size):
+            last = start + self.part_size == len(batch.x_64)
+            # Processes exchange gradients once a step.
+            with nullcontext() if last or self.processes.count == 1 else self.network.no_sync():
+                parts.append(self._backward(batch.rows(slice(start, start + self.part_size)), self.network))
+        losses = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}  # [B / processes] each
+        sums = [self._bin_sums(values, batch, name) for name, values in losses.items()]
+        sums = self.processes.sum(torch.stack(sums))  # [scales, 2, bins]
+        means = sums[:, 0].sum(1) / self.args.batch_size  # [scales]
+        grad_norm, good = self._update(means.sum())
+        self._average()
+        self.step += 1
+        values = dict(zip(losses, means, strict=True)) | {"grad_norm": grad_norm}
+        self._count(values | {"good_steps": good.float(), "bins": sums}, good)
+        return values
+
+    def _bin_sums(self, losses: torch.Tensor, batch: TrainingBatch, name: str) -> torch.Tensor:
+        """Sum and number of the losses `[B]` of a scale whose timestep is in each bin: `[2, bins]`."""
+        t = batch.t_64 if name == "loss_64" else batch.t_32
+        bins = F.one_hot(t * TIMESTEP_BINS // self.scheduler.num_train_timesteps, TIMESTEP_BINS).float()  # [B, bins]
+        # A product would spread a loss that is not finite over all bins.
+        return torch.stack([torch.where(bins > 0, losses[:, None], 0).sum(0), bins.sum(0)])
+
+    def _count(self, values: dict[str, torch.Tensor], good: torch.Tensor) -> None:
+        """Add a step to the sums since the last row of the log, or to the count of skipped ones."""
+        for name, value in values.items():
+            value = torch.where(good, value, 0)
+            self.window[name] = self.window[name] + value if name in self.window else value
+        bad = self.bad_steps
+        bad["total"] += ~good
+        bad["in_row"] = (bad["in_row"] + 1) * ~good
+        bad["longest"] = torch.maximum(bad["longest"], bad["in_row"])
+
+    def row(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Close the window: means since the last row, for the log, and mean losses per timestep bin, for the board.
+
+        This waits for the device. A window without a good step has no losses, a bin without an image none either.
+        """
+        sums = self.window.pop("bins").tolist()  # [scales, 2, bins]
+        totals = dict(zip(self.window, torch.stack(list(self.window.values())).tolist(), strict=True))
+        self.window = {}
+        good_steps = totals.pop("good_steps")
+        row = {name: total / good_steps for name, total in totals.items()} if good_steps else {}
+        row |= {"lr": self.lr, "bad_steps": self.bad_steps["total"].item()}
+        width = self.scheduler.num_train_timesteps // TIMESTEP_BINS
+        curves = {
+            f"{name}_by_t/{k * width:03d}-{(k + 1) * width - 1:03d}": total / count
+            for name, bins in zip(totals, sums, strict=False)
+            for k, (total, count) in enumerate(zip(*bins, strict=True))
+            if count
+        }
+        return {"step": self.step, "epoch": (self.step - 1) // len(self.batches)} | row, curves
+
+    def check_bad_steps(self) -> None:
+        """Raise RuntimeError, naming the last good checkpoint, after too many steps in a row that were not finite."""
+        longest = self.bad_steps["longest"].item()
+        if longest >= self.args.max_bad_steps:
+            kept = versions(self.last_file)
+            raise RuntimeError(
+                f"the loss or gradient was not finite in {longest} steps in a row up to step {self.step}, which were "
+                f"skipped; the last good checkpoint is {kept[0] if kept else '(none yet)'}. Lower --lr, or train with "
+                "--precision bf16 or fp32, in another --output_dir."
+            )
+
+    def snapshot(self) -> dict:
+        """What a checkpoint of any kind holds."""
+        return {
             "model_state": self.model.state_dict(),
             "ema_state": None if self.ema is None else self.ema.state_dict(),
             "config": self.config,
             "epoch": self.epoch,
             "step": self.step,
         }
-        file = checkpoint_file(self.args.output_dir, self.config["model_type"], self.epoch)
-        save_checkpoint(file, snapshot)
-        rest = {"optimizer": self.optimizer.state_dict(), "lr_schedule": self.lr_schedule.state_dict()}
-        save_checkpoint(self.last_file, snapshot | rest)
-        return file
+
+    def save_resume_file(self) -> None:
+        """Write `_last.pth`, of which `--keep_last` versions are kept; raises OSError if that fails."""
+        rest = {
+            "optimizer": self.optimizer.state_dict(),
+            "lr_schedule": self.lr_schedule.state_dict(),
+            "loss_scaler": self.scaler.state_dict(),
+            "window": self.window,
+            "bad_steps": self.bad_steps,
+            "execution": self.execution,
+        }
+        save_checkpoint(self.last_file, self.snapshot() | rest, self.args.keep_last)
 
     @torch.no_grad()
-    def sample_grids(self) -> list[torch.Tensor]:
-        """Samples of the EMA (else raw) weights along the t-uniform diagonal, uint8, one tensor per scale."""
+    def sample_grids(self, stop: StopRequest) -> list[torch.Tensor]:
+        """Samples of the EMA (else raw) weights along the t-uniform diagonal, uint8, one tensor per scale.
+
+        Raises InterruptedError if a stop is asked for meanwhile.
+        """
+
+        def give_up_if_asked(*_) -> None:
+            if stop.signal is not None:
+                raise InterruptedError
+
         model = (self.model if self.ema is None else self.ema).eval()
         path = diagonal(GRID_STEPS, "uniform_t", num_scales=model.num_scales)
         shapes = scale_shapes(model.num_scales, self.config["channels"], self.config["resolution"])
         seeds = image_seeds(self.args.seed, GRID_IMAGES)
-        with autocast(self.device, self.args.precision):
-            [(_, samples)] = sample_seeds(model.denoise, self.scheduler, path, seeds, shapes, GRID_IMAGES, self.device)
-        self.model.train()
+        arguments = (model.denoise, self.scheduler, path, seeds, shapes, GRID_IMAGES, self.device)
+        try:
+            with autocast(self.device, self.config["precision"]):
+                [(_, samples)] = sample_seeds(*arguments, callback=give_up_if_asked)
+        finally:
+            self.model.train()
         return [to_uint8(images).cpu() for images in samples.images]
+
+    def draw_grids(self, log: RunLog | None, stop: StopRequest, only_missing: bool = False) -> None:
+        """Draw the samples of the snapshot of this very step, or only missing ones, unless asked to stop."""
+        files = {scale: self.log_dir / f"samples_{self.epoch}ep_{scale}.png" for scale in ("fine", "coarse")}
+        has_snapshot = self.step % len(self.batches) == 0 and self.snapshot_file.exists()
+        if only_missing and (files["fine"].exists() or not has_snapshot):
+            return
+        try:
+            # The fine grid is written last: it says that all are there.
+            for (scale, file), grid in reversed(list(zip(files.items(), self.sample_grids(stop), strict=False))):
+                save_image_grid(grid.numpy(), file, columns=8)
+                if log is not None:
+                    log.images(f"samples_{scale}", grid, self.step)
+        except InterruptedError:
+            pass  # Resuming draws them.
+        except OSError as error:
+            print(f"warning: {files['fine']} could not be written ({error}); training goes on", file=sys.stderr)
+
+    @property
+    def snapshot_file(self) -> Path:
+        """The checkpoint of this epoch."""
+        return checkpoint_file(self.args.output_dir, self.model_type, self.epoch)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of PyTorch or Python says that memory has run out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
+
+
+def describe(trainer: Trainer, images: ImageSet) -> str:
+    """What a run is, in one line."""
+    parameters = sum(p.numel() for p in trainer.parameters)
+    execution = trainer.execution
+    details = [str(trainer.device), trainer.config["precision"]]
+    details += [f"{execution['processes']} processes"] * (execution["processes"] > 1)
+    details += [f"{execution['accumulate']} parts per step"] * (execution["accumulate"] > 1)
+    details += ["compiled"] * (trainer.network is not trainer.model and trainer.compile)
+    return (
+        f"{trainer.model_type}: {parameters:,} parameters, {len(images)} images of '{images.name}' at "
+        f"{trainer.args.resolution}x{trainer.args.resolution}, {len(trainer.batches)} steps per epoch, "
+        f"{', '.join(details)}"
+    )
+
+
+def training_memory(trainer: Trainer) -> dict[str, int]:
+    """Bytes that one process keeps during a step, by what they are for, without the working space of kernels."""
+    weights = bytes_of(trainer.model.state_dict())
+    recomputed = trainer.model.unet.blocks() if trainer.model.unet.recompute else []
+    trainer.model.unet.recompute = False
+
+    def measure(images: int) -> int:
+        def forward() -> dict[str, torch.Tensor]:
+            batch = trainer.draw(*next(trainer.batches.epoch(0))).rows(slice(images))
+            with autocast(trainer.device, trainer.config["precision"]):
+                return diffusion_loss(trainer.model, trainer.model_type, trainer.scheduler, batch)
+
+        return saved_bytes(trainer.model, forward, recomputed)
+
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "AdamW": 2 * weights,
+        "EMA": 0 if trainer.ema is None else weights,
+        "data set": trainer.batches.pixels.nbytes,
+        "activations": for_batch(measure, trainer.part_size),
+    }
+
+
+def describe_dry_run(trainer: Trainer) -> str:
+    """What `--dry_run` prints below the description: options as resolved, position and memory."""
+    options = vars(trainer.args) | trainer.config | trainer.execution | {"device": str(trainer.device)}
+    memory = training_memory(trainer)
+    total = trainer.args.epochs * len(trainer.batches)
+    return "\n".join(
+        [
+            *(f"  {name} = {value}" for name, value in sorted(options.items())),
+            f"position: step {trainer.step} of {total}",
+            f"memory per process, without the working space of kernels: {sum(memory.values()) / 2**30:.3f} GiB",
+            *(f"  {name:<12}{size / 2**30:8.3f} GiB" for name, size in memory.items()),
+        ]
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes this process has held so far: on its GPU, else in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def train(model_type: str, args: argparse.Namespace) -> None:
-    """Train one model to `args.epochs` epochs, saving every `args.save_every` and at the end."""
-    device = select_device(args.device)
+    """Train one model to `args.epochs` epochs, saving every `args.save_every`, at a stop signal and at the end.
+
+    Raises what `Trainer` raises, RuntimeError if memory runs out or too many steps in a row are not finite, OSError if
+    the last save fails, and ValueError if another process trains in the same folder.
+    """
+    processes = Processes(args.device)
+    choose_kernels(processes.device, args.deterministic)
     images = cli.load_training_images(args)
-    trainer = Trainer(model_type, args, images, device)
-    if trainer.epoch >= args.epochs:
-        print(f"{trainer.last_file} is done: {trainer.epoch} of {args.epochs} epochs.")
+    lock = FileLock(checkpoint_file(args.output_dir, model_type, "last").with_suffix(".lock"))
+    if processes.is_main and not args.dry_run:
+        # A place that cannot be written to is found out now rather than at the first save.
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(f"another process is training in {args.output_dir}; wait for it or stop it.") from error
+    try:
+        trainer = Trainer(model_type, args, images, processes)
+        if args.dry_run:
+            if processes.is_main:
+                print(describe(trainer, images), describe_dry_run(trainer), sep="\n")
+        else:
+            _run(trainer, images)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RuntimeError(
+            f"out of memory with a batch of {args.batch_size} images at {args.resolution}x{args.resolution} "
+            f"({processes.count} process(es), --accumulate {args.accumulate}); use --accumulate "
+            f"{2 * args.accumulate} or more, --recompute, --precision bf16, more GPUs, or smaller --hidden_dims."
+        ) from error
+    finally:
+        lock.release()
+    processes.close()
+
+
+def _run(trainer: Trainer, images: ImageSet) -> None:
+    """From the trainer's position to its last epoch, or to a stop signal."""
+    args, processes, is_main = trainer.args, trainer.processes, trainer.processes.is_main
+    steps_per_epoch = len(trainer.batches)
+    total_steps = args.epochs * steps_per_epoch
+    processes.wait()  # Nobody writes before everybody has read.
+    if is_main:
+        remove_temporaries(trainer.last_file.parent, FILE_STEMS[trainer.model_type] + "_")
+    if trainer.step >= total_steps:
+        if is_main:
+            trainer.draw_grids(None, StopRequest(), only_missing=True)
+            print(*trainer.notes, f"{trainer.last_file} is done: {trainer.epoch} of {args.epochs} epochs.", sep="\n")
         return
-    # A place that cannot be written to is found out now rather than at the first save.
-    trainer.last_file.parent.mkdir(parents=True, exist_ok=True)
-    log = MetricsLog(trainer.log_dir, trainer.step)
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    print(
-        f"{model_type}: {parameters:,} parameters, {len(images)} images of '{images.name}' at "
-        f"{args.resolution}x{args.resolution}, {len(trainer.batches)} steps per epoch, {device}"
-    )
-    if args.prediction_type == "epsilon" and trainer.scheduler.snr[-1] < MIN_EPSILON_SNR:
-        print(
-            f"warning: at t=999 schedule '{args.beta_schedule}' has so little signal that a noise prediction says "
-            "nothing of the image there; --prediction_type v does."
-        )
-    total = args.epochs * len(trainer.batches)
-    totals: dict[str, torch.Tensor] = {}
-    window_steps, window_start = 0, time.perf_counter()
-    with tqdm(total=total, initial=trainer.step, unit="step", desc=model_type) as bar:
-        while trainer.epoch < args.epochs:
-            for x_64, x_32 in trainer.batches.epoch(trainer.epoch):
-                for name, value in trainer.train_step(x_64, x_32).items():
-                    totals[name] = totals.get(name, 0) + value
+    log = RunLog(trainer.log_dir, trainer.step, trainer.config if args.wandb else None) if is_main else None
+    trainer.prepare()
+    if is_main:
+        print(describe(trainer, images), *trainer.notes, sep="\n")
+        if args.prediction_type == "epsilon" and trainer.scheduler.snr[-1] < MIN_EPSILON_SNR:
+            print(
+                f"warning: at t=999 schedule '{args.beta_schedule}' has so little signal that a noise prediction says "
+                "nothing of the image there; --prediction_type v does."
+            )
+    with StopRequest() as stop, progress_bar(trainer, total_steps, disable=not is_main) as bar:
+        if is_main:
+            trainer.draw_grids(log, stop, only_missing=True)
+        stopping, _ = processes.any(stop.signal is not None, False)
+        window_steps, window_start, last_save = 0, time.perf_counter(), time.monotonic()
+        while trainer.step < total_steps and not stopping:
+            bar.set_description(f"{trainer.model_type} epoch {trainer.epoch + 1}/{args.epochs}")
+            for x_64, x_32 in trainer.batches.epoch(trainer.epoch, trainer.step % steps_per_epoch):
+                trainer.train_step(x_64, x_32)
                 window_steps += 1
                 bar.update()
-                epoch_ends = trainer.step % len(trainer.batches) == 0
+                epoch_ends = trainer.step % steps_per_epoch == 0
                 if trainer.step % args.log_every == 0 or epoch_ends:
+                    row, curves = trainer.row()
+                    trainer.check_bad_steps()
                     seconds = time.perf_counter() - window_start
-                    row = {name: (value / window_steps).item() for name, value in totals.items()}
-                    row |= {
+                    speed = {
                         "images_per_second": round(window_steps * args.batch_size / seconds, 1),
-                        "lr": trainer.lr,
+                        "memory_gib": round(peak_memory(trainer.device) / 2**30, 3),
                     }
-                    bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k not in ("lr", "grad_norm")})
-                    log.write({"step": trainer.step, "epoch": trainer.epoch} | row)
-                    totals, window_steps, window_start = {}, 0, time.perf_counter()
-            trainer.epoch += 1
-            if trainer.epoch % args.save_every == 0 or trainer.epoch == args.epochs:
-                file = trainer.save()
-                for scale, grid in zip(("fine", "coarse"), trainer.sample_grids(), strict=False):
-                    save_image_grid(grid.numpy(), trainer.log_dir / f"samples_{trainer.epoch}ep_{scale}.png", columns=8)
-                    log.board.add_images(f"samples_{scale}", grid, trainer.step)
-                log.board.flush()
-                bar.write(f"epoch {trainer.epoch}: saved {file}")
-                window_start = time.perf_counter()
-    log.board.close()
+                    if log is not None:
+                        log.write(row, speed, curves)
+                    shown = {key: row[key] for key in ("loss_64", "loss_32", "bad_steps") if row.get(key)}
+                    shown["images/s"] = speed["images_per_second"]
+                    bar.set_postfix_str(", ".join(f"{key} {value:.4g}" for key, value in shown.items()))
+                    window_steps, window_start = 0, time.perf_counter()
+                completed = trainer.epoch
+                snapshot_due = epoch_ends and (completed % args.save_every == 0 or completed == args.epochs)
+                overdue = is_main and time.monotonic() - last_save > 60 * args.resume_minutes
+                stopping, save_due = processes.any(stop.signal is not None, overdue)
+                if snapshot_due or save_due or stopping:
+                    trainer.check_bad_steps()
+                    if log is not None:
+                        save(trainer, log, snapshot_due, must=stopping or completed == args.epochs)
+                    last_save = time.monotonic()
+                if snapshot_due and not stopping:
+                    if log is not None:
+                        bar.write(f"epoch {completed}: saved {trainer.snapshot_file}")
+                        trainer.draw_grids(log, stop)
+                    stopping, _ = processes.any(stop.signal is not None, False)
+                if snapshot_due or save_due:
+                    window_steps, window_start = 0, time.perf_counter()
+                if stopping:
+                    break
+    if log is not None:
+        log.close()
+        if trainer.step < total_steps:
+            print(
+                f"stopped by {stop.signal or 'another process'} after step {trainer.step} of {total_steps}, saved in "
+                f"{trainer.last_file}; the same command with --resume auto goes on from there."
+            )
+
+
+def progress_bar(trainer: Trainer, total_steps: int, disable: bool) -> tqdm:
+    """Epoch, step, losses, images/s and the time left; a line now and then where nobody watches."""
+    seconds = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(total=total_steps, initial=trainer.step, unit="step", mininterval=seconds, disable=disable)
+
+
+def save(trainer: Trainer, log: RunLog, with_snapshot: bool, must: bool) -> None:
+    """Write the resume file, and the snapshot of this epoch before it.
+
+    If that fails the run goes on and tries again at the next save, unless it `must` succeed: OSError is raised then.
+    """
+    try:
+        log.flush()
+        if with_snapshot:
+            save_checkpoint(trainer.snapshot_file, trainer.snapshot())
+        trainer.save_resume_file()
+    except OSError as error:
+        kept = versions(trainer.last_file)
+        last = f"the last good checkpoint is {kept[0] if kept else '(none yet)'}"
+        if must:
+            raise OSError(f"{error}; {last}") from error
+        print(f"warning: {error}; {last}; training goes on and saves again at the next save", file=sys.stderr)

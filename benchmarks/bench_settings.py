@@ -25,7 +25,7 @@ import cli
 from device import autocast, select_device
 from model import LIFTDualTimestepModel
 from scheduler import DDIMScheduler
-from training import diffusion_loss
+from training import diffusion_loss, draw_batch
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 # Fused means what PyTorch chooses, which falls back to math where no fused kernel fits.
@@ -65,9 +65,10 @@ class Contestant:
         generator = torch.Generator(self.device).manual_seed(0)
         start = time.perf_counter()
         with sdpa_kernel(BACKENDS[self.backend]), autocast(self.device, self.precision):
-            losses = diffusion_loss(self.model, "dual", scheduler, x_64, x_32, generator)
+            batch = draw_batch("dual", scheduler, x_64, x_32, generator)
+            losses = diffusion_loss(self.model, "dual", scheduler, batch)
             self.optimizer.zero_grad(set_to_none=True)
-            sum(losses.values()).backward()
+            sum(values.mean() for values in losses.values()).backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         if self.device.type == "cuda":
