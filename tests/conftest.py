@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ import pytest
 import torch
 
 import cli
+import train_lift
+from checkpoint import read_checkpoint
 
 # Images of 16x16 pixels are quicker on one thread, and sums do not depend on the machine then.
 torch.set_num_threads(1)
@@ -24,6 +27,11 @@ TINY = (
     "--dataset synthetic --limit 12 --resolution 16 --hidden_dims 8,16 --batch_size 4 --epochs 2 --log_every 1 "
     "--device cpu --precision fp32"
 ).split()
+
+# A remainder that fills no batch, and a learning rate at which six steps matter.
+RUN = ("--limit", 14, "--lr", 0.005, "--save_every", 2, "--ema_decay", 0.9)
+LAST = "checkpoints/lift_dual_timestep_last.pth"
+LOG = "logs/lift_dual_timestep"
 
 
 class Ended(NamedTuple):
@@ -59,6 +67,34 @@ def list_files(folder: Path) -> dict[str, tuple[str, int]]:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.suffix != ".lock"
     }
+
+
+def read_log(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / LOG / name).read_text().splitlines()]
+
+
+def assert_same(one, other):
+    """Nested containers and tensors are equal bit for bit."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_same(left, right)
+    else:
+        assert one == other
+
+
+def assert_same_run(folder, reference):
+    assert_same(read_checkpoint(folder / LAST), read_checkpoint(reference / LAST))
+    for name in ("metrics.jsonl", "samples_4ep_fine.png", "samples_4ep_coarse.png"):
+        assert (folder / LOG / name).read_bytes() == (reference / LOG / name).read_bytes()
+    assert [row["step"] for row in read_log(folder, "speed.jsonl")] == [row["step"] for row in read_log(reference)]
 
 
 @pytest.fixture(scope="session")
@@ -107,3 +143,23 @@ def tiny():
     # The sample grids would take most of the time of such a run.
     with mock.patch.object(training, "GRID_STEPS", 2):
         yield flags
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def straight(stage, tiny, cache, tmp_path_factory):
+    """Runs of four epochs without a stop, by their further flags; a folder each."""
+    folders = {}
+
+    def run(*flags):
+        if flags not in folders:
+            folder = tmp_path_factory.mktemp("straight")
+            stage(train_lift, *tiny(folder), "--cache_dir", cache, *RUN, "--epochs", 4, *flags)
+            folders[flags] = folder
+        return folders[flags]
+
+    return run

@@ -312,7 +312,8 @@ def test_replacing_syncs_the_new_file_before_it_takes_the_name(tmp_path, monkeyp
     with replacing(file) as temporary:
         temporary.write_text("new")
     inode = file.stat().st_ino
-    assert events == [("sync", inode), ("rename", inode)]
+    # The new name itself is synced with its folder.
+    assert events == [("sync", inode), ("rename", inode), ("sync", tmp_path.stat().st_ino)]
 
 
 def test_replacing_without_a_folder_it_can_make_raises_oserror(tmp_path):

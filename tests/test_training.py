@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import list_files, run_stage
+from conftest import LAST, LOG, RUN, assert_same_run, list_files, read_log, run_stage
 from PIL import Image
 from torch import nn
 
@@ -169,11 +169,6 @@ def test_noise_of_a_step_is_a_function_of_seed_and_step_only():
 # One step
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def trainer(tiny, tmp_path, cache):
     """`trainer(*flags)` is a new run of the dual model of three steps per epoch."""
@@ -266,55 +261,6 @@ def test_training_lowers_the_loss_of_a_set_that_is_learnt_quickly(trainer):
 
 
 # Runs
-
-
-@pytest.fixture(scope="session")
-def straight(stage, tiny, cache, tmp_path_factory):
-    """Runs of four epochs without a stop, by their further flags; a folder each."""
-    folders = {}
-
-    def run(*flags):
-        if flags not in folders:
-            folder = tmp_path_factory.mktemp("straight")
-            stage(train_lift, *tiny(folder), "--cache_dir", cache, *RUN, "--epochs", 4, *flags)
-            folders[flags] = folder
-        return folders[flags]
-
-    return run
-
-
-# A remainder that fills no batch, and a learning rate at which six steps matter.
-RUN = ("--limit", 14, "--lr", 0.005, "--save_every", 2, "--ema_decay", 0.9)
-LAST = "checkpoints/lift_dual_timestep_last.pth"
-LOG = "logs/lift_dual_timestep"
-
-
-def read_log(folder, name="metrics.jsonl"):
-    return [json.loads(line) for line in (folder / LOG / name).read_text().splitlines()]
-
-
-def assert_same(one, other):
-    """Nested containers and tensors are equal bit for bit."""
-    assert type(one) is type(other)
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_same(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for left, right in zip(one, other, strict=True):
-            assert_same(left, right)
-    else:
-        assert one == other
-
-
-def assert_same_run(folder, reference):
-    assert_same(read_checkpoint(folder / LAST), read_checkpoint(reference / LAST))
-    for name in ("metrics.jsonl", "samples_4ep_fine.png", "samples_4ep_coarse.png"):
-        assert (folder / LOG / name).read_bytes() == (reference / LOG / name).read_bytes()
-    assert [row["step"] for row in read_log(folder, "speed.jsonl")] == [row["step"] for row in read_log(reference)]
 
 
 @pytest.mark.parametrize("flags", [(), ("--flip",)])
