@@ -41,7 +41,8 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any], recomputed: Sequen
         for hook in hooks:
             hook.remove()
     del result
-    return sum(outside.values()) + max((sum(place.values()) for place in inside.values()), default=0)
+    largest = max((sum(place[key] for key in place.keys() - outside.keys()) for place in inside.values()), default=0)
+    return sum(outside.values()) + largest
 
 
 def for_batch(measure: Callable[[int], int], batch_size: int) -> int:

@@ -103,7 +103,7 @@ class RunLog:
         try:
             action(self.board)
         except OSError as error:
-            print(f"warning: TensorBoard stops here, {self.folder} cannot be written ({error})", file=sys.stderr)
+            print(f"warning: TensorBoard has a gap, {self.folder} cannot be written ({error})", file=sys.stderr)
             self.board = None
 
     def write(self, row: Mapping[str, Any], speed: Mapping[str, float], curves: Mapping[str, float]) -> None:
@@ -127,6 +127,8 @@ class RunLog:
         """Bring everything to the disk; raises OSError if the rows cannot be."""
         self.metrics.write()
         self.speed.write()
+        if self.board is None:
+            self.board = SummaryWriter(str(self.folder / "tensorboard"))
         self._on_board(lambda board: board.flush())
 
     def close(self) -> None:

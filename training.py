@@ -638,6 +638,7 @@ def _run(trainer: Trainer, images: ImageSet) -> None:
     processes.wait()  # Nobody writes before everybody has read.
     if is_main:
         remove_temporaries(trainer.last_file.parent, FILE_STEMS[trainer.model_type] + "_")
+        remove_temporaries(trainer.log_dir, "")
     if trainer.step >= total_steps:
         if is_main:
             trainer.draw_grids(None, StopRequest(), only_missing=True)

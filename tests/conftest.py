@@ -1,5 +1,6 @@
 """What several test files share: one thread, no network, and a way to run a stage in this process."""
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -18,7 +19,9 @@ import torch
 
 import cli
 import train_lift
+import training
 from checkpoint import read_checkpoint
+from distributed import Processes
 
 # Images of 16x16 pixels are quicker on one thread, and sums do not depend on the machine then.
 torch.set_num_threads(1)
@@ -138,8 +141,6 @@ def tiny():
         places = {"--output_dir": "checkpoints", "--log_dir": "logs", "--cache_dir": "cache"}
         return [*TINY, *(word for flag, name in places.items() for word in (flag, str(folder / name)))]
 
-    import training
-
     # The sample grids would take most of the time of such a run.
     with mock.patch.object(training, "GRID_STEPS", 2):
         yield flags
@@ -163,3 +164,18 @@ def straight(stage, tiny, cache, tmp_path_factory):
         return folders[flags]
 
     return run
+
+
+@pytest.fixture
+def trainer(tiny, tmp_path, cache):
+    """`trainer(*flags)` is a new run of the dual model of three steps per epoch."""
+
+    def make(*flags) -> training.Trainer:
+        parser = argparse.ArgumentParser()
+        training.add_training_arguments(parser)
+        args = parser.parse_args([*tiny(tmp_path), "--cache_dir", str(cache), *map(str, flags)])
+        run = training.Trainer("dual", args, cli.load_training_images(args), Processes("cpu"))
+        run.prepare()
+        return run
+
+    return make

@@ -1,25 +1,28 @@
-import argparse
+import functools
 import json
 import math
 import shutil
+import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import LAST, LOG, RUN, assert_same_run, list_files, read_log, run_stage
+from conftest import LAST, LOG, RUN, assert_same, assert_same_run, list_files, read_log, run_stage
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-import cli
 import train_baseline
 import train_lift
 import training
-from checkpoint import MODEL_CLASSES, checkpoint_file, load_model, read_checkpoint
+from checkpoint import MODEL_CLASSES, build_model, checkpoint_file, load_model, read_checkpoint
 from data import coarse, load_images, to_float
-from distributed import Processes
+from device import resolve_precision
+from memory_estimate import for_batch, saved_bytes
 from scheduler import DDIMScheduler
 from synthetic import synthetic_images
-from training import Trainer, diffusion_loss, draw_batch, step_generator
+from training import Trainer, diffusion_loss, draw_batch, step_generator, training_memory
 
 CPU = torch.device("cpu")
 # Which timesteps each model is shown, of the fine and of the coarse scale.
@@ -167,21 +170,6 @@ def test_noise_of_a_step_is_a_function_of_seed_and_step_only():
 
 
 # One step
-
-
-@pytest.fixture
-def trainer(tiny, tmp_path, cache):
-    """`trainer(*flags)` is a new run of the dual model of three steps per epoch."""
-
-    def make(*flags) -> Trainer:
-        parser = argparse.ArgumentParser()
-        training.add_training_arguments(parser)
-        args = parser.parse_args([*tiny(tmp_path), "--cache_dir", str(cache), *flags])
-        trainer = Trainer("dual", args, cli.load_training_images(args), Processes("cpu"))
-        trainer.prepare()
-        return trainer
-
-    return make
 
 
 def run_steps(trainer, count):
@@ -491,3 +479,199 @@ def test_a_corrupt_image_is_named_and_left_out_on_request_only(refused, stage, t
     assert "5 images of" in ended.output
     config = load_model(tmp_path / "checkpoints/baseline_2ep.pth").config
     assert config["skip_bad_images"] is True and config["dataset"] == str(folder)
+
+
+# Execution
+
+
+def test_a_float16_run_scales_its_loss_and_resumes_with_the_scale(stage, tiny, cache, tmp_path):
+    flags = ["--cache_dir", cache, *RUN, "--precision", "fp16", "--epochs"]
+    scaler = torch.amp.GradScaler
+    with mock.patch.object(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, growth_interval=2)):
+        stage(train_lift, *tiny(tmp_path / "once"), *flags, 2)
+        stage(train_lift, *tiny(tmp_path / "twice"), *flags, 1, "--save_every", 1)
+        stage(train_lift, *tiny(tmp_path / "twice"), *flags, 2, "--resume")
+    once, twice = (read_checkpoint(tmp_path / name / LAST) for name in ("once", "twice"))
+    # Doubled after every second one of six steps.
+    assert once["loss_scaler"]["scale"] == 2.0**16 * 2**3
+    assert once["config"]["precision"] == "fp16"
+    for key in ("model_state", "ema_state", "optimizer", "loss_scaler"):
+        assert_same(once[key], twice[key])
+
+
+def test_an_overflow_of_float16_halves_the_scale_and_skips_the_step(trainer):
+    run = trainer("--precision", "fp16")
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = parameters_of(run.model)
+    run_steps(run, 1)
+    assert run.scaler.get_scale() == 2.0**39 and run.bad_steps["total"] == 1
+    assert all(torch.equal(old, new) for old, new in zip(before, parameters_of(run.model), strict=True))
+
+
+def test_recomputed_activations_give_the_same_bits(stage, tiny, cache, tmp_path, straight):
+    stage(train_lift, *tiny(tmp_path), "--cache_dir", cache, *RUN, "--epochs", 4, "--recompute")
+    assert_same_run(tmp_path, straight())
+
+
+def test_a_compiled_run_gives_the_same_up_to_rounding(stage, tiny, cache, tmp_path, straight):
+    flags = [*tiny(tmp_path), "--cache_dir", cache, *RUN, "--epochs", 4, "--compile"]
+    # The same graphs without the minutes that generating machine code takes.
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager")):
+        assert "cpu, fp32, compiled\n" in stage(train_lift, *flags).output
+    for row, other in zip(read_log(tmp_path), read_log(straight()), strict=True):
+        assert {name: pytest.approx(value, rel=1e-4) for name, value in row.items()} == other
+
+
+def test_a_machine_that_cannot_compile_says_so_and_trains(stage, tiny, cache, tmp_path, straight):
+    flags = [*tiny(tmp_path), "--cache_dir", cache, *RUN, "--epochs", 4, "--compile"]
+
+    def failing(model):
+        def call(*_):
+            raise RuntimeError("no compiler\nand much more")
+
+        return call
+
+    with mock.patch.object(torch, "compile", failing):
+        output = stage(train_lift, *flags).output
+    assert "note: compiling failed (RuntimeError: no compiler); going on without\n" in output
+    assert (tmp_path / LOG / "metrics.jsonl").read_bytes() == (straight() / LOG / "metrics.jsonl").read_bytes()
+
+
+def test_deterministic_kernels_are_asked_for_and_no_longer_than_the_run(stage, tiny, cache, tmp_path, straight):
+    seen = []
+    train_step = Trainer.train_step
+
+    def watching(self, *batch):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return train_step(self, *batch)
+
+    with mock.patch.object(Trainer, "train_step", watching):
+        for folder, flags in (("a", ["--deterministic"]), ("b", [])):
+            stage(train_lift, *tiny(tmp_path / folder), "--cache_dir", cache, *RUN, "--epochs", 4, *flags)
+            assert_same_run(tmp_path / folder, straight())
+    assert seen == [True] * 12 + [False] * 12
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_names_the_batch_and_the_flags_that_help(refused, tiny, cache, tmp_path, straight, error):
+    straight()
+    flags = [*tiny(tmp_path), "--cache_dir", cache, *RUN, "--accumulate", 2]
+    with mock.patch.object(training, "diffusion_loss", mock.Mock(side_effect=error)):
+        message = run_stage(train_lift, *flags).message
+    for part in ("out of memory", "batch of 4", "--accumulate 4", "--recompute", "--precision", "--hidden_dims"):
+        assert part in message
+    assert len(message.splitlines()) == 1
+
+
+def test_other_errors_of_the_device_are_not_taken_for_a_lack_of_memory(tiny, cache, tmp_path, straight):
+    straight()
+    with mock.patch.object(training, "diffusion_loss", mock.Mock(side_effect=RuntimeError("illegal access"))):
+        message = run_stage(train_lift, *tiny(tmp_path), "--cache_dir", cache).message
+    assert message == "error: illegal access"
+
+
+def test_a_dry_run_says_what_would_be_run_and_writes_nothing(stage, tiny, cache, tmp_path, straight):
+    straight()
+    flags = [*tiny(tmp_path), "--cache_dir", cache, *RUN, "--precision", "auto", "--device", "cpu", "--dry_run"]
+    output = stage(train_lift, *flags).output
+    assert not list(tmp_path.iterdir())
+    parameters = sum(p.numel() for p in build_model(read_checkpoint(straight() / LAST)["config"]).parameters())
+    for part in (f"{parameters:,} parameters", "3 steps per epoch", "lr = 0.005", "position: step 0 of 6"):
+        assert part in output
+    assert f"precision = {resolve_precision(CPU, 'auto')}\n" in output
+    # A run that could not go on is refused before it is tried.
+    refusal = run_stage(train_lift, *tiny(straight()), "--cache_dir", cache, *RUN, "--epochs", 8, "--dry_run")
+    assert refusal.status == 1 and "exists already" in refusal.message
+
+
+def test_saved_bytes_are_those_of_the_chain_rule():
+    model = nn.Sequential(nn.Linear(10, 20), nn.SiLU(), nn.Linear(20, 5))
+    x = torch.zeros(3, 10)
+    # Each linear map needs its input for the gradient of its weights, and the SiLU its own.
+    assert saved_bytes(model, lambda: model(x)) == 3 * (10 + 20 + 20) * 4
+    assert saved_bytes(model, lambda: model[2](model[1](model[0](x))), [model[0]]) == 3 * (10 + 20 + 20) * 4
+    blocks = [nn.Sequential(nn.Linear(20, width), nn.SiLU(), nn.Linear(width, 20)) for width in (40, 30)]
+    deep = nn.Sequential(nn.Linear(10, 20), *blocks, nn.Linear(20, 5))
+    # The inputs of the four, and inside the larger block those of the SiLU and of the second linear map.
+    assert saved_bytes(deep, lambda: deep(x), blocks) == 3 * (10 + 20 + 20 + 20 + 40 + 40) * 4
+    assert for_batch(lambda n: 7 + 5 * n, 64) == 7 + 5 * 64
+
+
+def test_memory_of_a_run_is_that_of_its_parts(trainer):
+    memory = training_memory(trainer())
+    weights = sum(p.numel() for p in trainer().parameters) * 4
+    expected = {"weights": weights, "gradients": weights, "AdamW": 2 * weights, "EMA": weights, "data set": 12 * 768}
+    assert {name: memory[name] for name in expected} == expected
+    assert training_memory(trainer("--ema_decay", 0))["EMA"] == 0
+    # Half the images at a time keep half as much, and recomputing them less still.
+    halved, less = (training_memory(trainer(*flags))["activations"] for flags in (["--accumulate", 2], ["--recompute"]))
+    assert halved < 0.55 * memory["activations"] and less < 0.6 * memory["activations"]
+
+
+def board(folder):
+    """The scalars `{name: [(step, value)]}` and the names of images that TensorBoard shows of a run."""
+    events = EventAccumulator(str(folder / LOG / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags["scalars"]}, tags["images"]
+
+
+def test_the_board_shows_what_the_log_says_and_the_loss_per_timestep(straight):
+    scalars, images = board(straight())
+    rows = read_log(straight())
+    for name in ("loss_64", "loss_32", "grad_norm", "lr"):
+        assert [step for step, _ in scalars[name]] == list(range(1, 13))
+        assert [value for _, value in scalars[name]] == pytest.approx([row[name] for row in rows], rel=1e-6)
+    assert {"images_per_second", "memory_gib"} <= scalars.keys()
+    assert {name.split("/")[0] for name in images} == {"samples_fine", "samples_coarse"}
+    # Four images a step fall in a few of ten bins; weighted by how many they are, they give the mean again.
+    bins = {name: values for name, values in scalars.items() if "_by_t/" in name}
+    labels = {f"{scale}_by_t/{k * 100:03d}-{k * 100 + 99:03d}" for scale in ("loss_64", "loss_32") for k in range(10)}
+    assert bins.keys() <= labels and len(bins) > 12
+
+
+def test_bins_are_means_over_the_images_whose_timestep_is_in_them(trainer):
+    run = trainer("--batch_size", 12)
+    batch = run.draw(*next(run.batches.epoch(0)))
+    with torch.no_grad():
+        losses = diffusion_loss(run.model, "dual", run.scheduler, batch)
+    run_steps(run, 1)
+    row, curves = run.row()
+    expected = {}
+    for name, t in (("loss_64", batch.t_64), ("loss_32", batch.t_32)):
+        assert row[name] == pytest.approx(losses[name].mean().item(), rel=1e-6)
+        for k in range(10):
+            chosen = losses[name][(t >= 100 * k) & (t < 100 * (k + 1))]
+            if len(chosen):
+                expected[f"{name}_by_t/{100 * k:03d}-{100 * k + 99:03d}"] = pytest.approx(
+                    chosen.mean().item(), rel=1e-5
+                )
+    assert curves == expected
+
+
+def test_weights_and_biases_gets_the_settings_and_one_run_for_all_its_parts(
+    stage, tiny, cache, tmp_path, monkeypatch, straight
+):
+    wandb = mock.Mock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for epochs in (2, 4):
+        resume = ["--resume", "auto"]
+        stage(train_lift, *tiny(tmp_path), "--cache_dir", cache, *RUN, "--epochs", epochs, "--wandb", *resume)
+    first, second = (call.kwargs for call in wandb.init.call_args_list)
+    assert first["id"] == second["id"] and first["resume"] == "allow" and first["sync_tensorboard"]
+    assert first["config"]["lr"] == 0.005 and first["name"] == "lift_dual_timestep"
+    assert wandb.init.return_value.finish.call_count == 2
+    assert_same_run(tmp_path, straight())
+
+
+def test_weights_and_biases_that_is_missing_is_named(tiny, cache, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    ended = run_stage(train_lift, *tiny(tmp_path), "--cache_dir", cache, "--wandb")
+    assert ended.status == 1 and "--wandb needs the wandb package" in ended.message
