@@ -75,6 +75,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="compile the network, which takes minutes at the start (with a GPU)",
     )
+    add("--cuda_graphs", action="store_true", help="replay the compiled network as CUDA graphs, for small batches")
     add("--accumulate", type=cli.positive_int, default=1, metavar="N", help="run a step in N parts, for less memory")
     add("--recompute", action="store_true", help="recompute activations in the backward pass, for less memory")
     add("--deterministic", action="store_true", help="deterministic kernels only, for equal bits on a GPU")
@@ -219,6 +220,8 @@ class Trainer:
             )
         }  # fmt: skip
         self.compile = self.device.type == "cuda" if args.compile is None else args.compile
+        if args.cuda_graphs and not (self.compile and self.device.type == "cuda"):
+            raise ValueError(f"--cuda_graphs needs a compiled network on a GPU, not {self.device}; leave it out.")
         self.execution = {
             "device": self.device.type,
             "processes": processes.count,
@@ -335,7 +338,7 @@ class Trainer:
     def prepare(self) -> None:
         """Compile the network and share it among the processes; before the first step."""
         if self.compile:
-            compiled = torch.compile(self.model)
+            compiled = torch.compile(self.model, mode="reduce-overhead" if self.args.cuda_graphs else None)
             try:
                 # Only the first call compiles, and shows whether this machine can.
                 batch = self.draw(*next(self.batches.epoch(0)))

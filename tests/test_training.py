@@ -453,6 +453,7 @@ def test_a_snapshot_is_no_resume_file(refused, tiny, cache, tmp_path, straight):
         (["--beta_schedule", "cosine_zero_terminal"], 1, ("cosine_zero_terminal", "zero SNR")),
         (["--device", "77"], 1, ("--device 77",)),
         (["--device", "tpu"], 1, ("--device tpu",)),
+        (["--cuda_graphs"], 1, ("--cuda_graphs", "cpu")),
         (["--epochs", 0], 2, ("--epochs", "'0'")),
         (["--seed", -1], 2, ("--seed", "'-1'")),
         (["--output_dir", __file__], 1, (__file__,)),
@@ -525,7 +526,7 @@ def test_a_compiled_run_gives_the_same_up_to_rounding(stage, tiny, cache, tmp_pa
 def test_a_machine_that_cannot_compile_says_so_and_trains(stage, tiny, cache, tmp_path, straight):
     flags = [*tiny(tmp_path), "--cache_dir", cache, *RUN, "--epochs", 4, "--compile"]
 
-    def failing(model):
+    def failing(model, mode):
         def call(*_):
             raise RuntimeError("no compiler\nand much more")
 
