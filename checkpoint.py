@@ -6,6 +6,7 @@ adds what training needs to go on (RESUME_KEYS); random numbers follow from seed
 a checksum, which is compared when it is read.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -72,10 +73,14 @@ def save_checkpoint(file: str | os.PathLike, content: dict[str, Any], keep: int 
             torch.save({"format_version": FORMAT_VERSION} | content, temporary)
     except (OSError, RuntimeError) as error:  # The writer of torch.save reports a full disk as a RuntimeError.
         folder = next(parent for parent in Path(file).absolute().parents if parent.is_dir())
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        needed, free = bytes_of(content), shutil.disk_usage(folder).free
+        reason = str(error).splitlines()[0]
+        if isinstance(error, OSError):
+            reason = error.strerror or reason
+        elif free < needed:
+            reason = os.strerror(errno.ENOSPC)
         raise OSError(
-            f"{file} could not be saved: it needs {bytes_of(content):,} bytes, and {shutil.disk_usage(folder).free:,} "
-            f"are free there ({reason})"
+            f"{file} could not be saved: it needs at least {needed:,} bytes, and {free:,} are free there ({reason})"
         ) from error
 
 

@@ -294,6 +294,10 @@ class Trainer:
             # With --resume auto a log without a checkpoint is of a run that stopped before its first save.
             if resume is None and (self.log_dir / METRICS_FILE).exists():
                 taken.append(self.log_dir / METRICS_FILE)
+            if taken and resume == "auto":
+                raise ValueError(
+                    f"{taken[0]} exists, but no {self.last_file} to go on from; pass another --output_dir."
+                )
             if taken:
                 raise ValueError(
                     f"{taken[0]} exists already; pass --resume to continue its run, or another --output_dir and "
@@ -505,27 +509,42 @@ class Trainer:
             self.model.train()
         return [to_uint8(images).cpu() for images in samples.images]
 
-    def draw_grids(self, log: RunLog | None, stop: StopRequest, only_missing: bool = False) -> None:
-        """Draw the samples of the snapshot of this very step, or only missing ones, unless asked to stop."""
-        files = {scale: self.log_dir / f"samples_{self.epoch}ep_{scale}.png" for scale in ("fine", "coarse")}
-        has_snapshot = self.step % len(self.batches) == 0 and self.snapshot_file.exists()
-        if only_missing and (files["fine"].exists() or not has_snapshot):
-            return
+    def _grid_file(self, scale: str) -> Path:
+        return self.log_dir / f"samples_{self.epoch}ep_{scale}.png"
+
+    def draw_grids(self, log: RunLog | None, stop: StopRequest) -> None:
+        """Draw samples of both scales to files and on the board, unless asked to stop."""
         try:
             # The fine grid is written last: it says that all are there.
-            for (scale, file), grid in reversed(list(zip(files.items(), self.sample_grids(stop), strict=False))):
-                save_image_grid(grid.numpy(), file, columns=8)
+            for scale, grid in reversed(list(zip(("fine", "coarse"), self.sample_grids(stop), strict=False))):
+                save_image_grid(grid.numpy(), self._grid_file(scale), columns=8)
                 if log is not None:
                     log.images(f"samples_{scale}", grid, self.step)
         except InterruptedError:
             pass  # Resuming draws them.
         except OSError as error:
-            print(f"warning: {files['fine']} could not be written ({error}); training goes on", file=sys.stderr)
+            tqdm.write(f"warning: {self._grid_file('fine')} could not be written ({error})", file=sys.stderr)
 
     @property
-    def snapshot_file(self) -> Path:
-        """The checkpoint of this epoch."""
-        return checkpoint_file(self.args.output_dir, self.model_type, self.epoch)
+    def snapshot_due(self) -> bool:
+        """Whether a saved epoch ends at this step."""
+        ends = self.step > 0 and self.step % len(self.batches) == 0
+        return ends and (self.epoch % self.args.save_every == 0 or self.epoch == self.args.epochs)
+
+    def save_snapshot(self) -> None:
+        """Write the checkpoint of this epoch; raises OSError if that fails."""
+        file = checkpoint_file(self.args.output_dir, self.model_type, self.epoch)
+        save_checkpoint(file, self.snapshot())
+        tqdm.write(f"epoch {self.epoch}: saved {file}")
+
+    def make_up_for_a_kill(self, log: RunLog | None, stop: StopRequest) -> None:
+        """Write what belongs to this step, comes after its resume file, and is not there."""
+        if not self.snapshot_due:
+            return
+        if not checkpoint_file(self.args.output_dir, self.model_type, self.epoch).exists():
+            self.save_snapshot()
+        if not self._grid_file("fine").exists():
+            self.draw_grids(log, stop)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -644,7 +663,7 @@ def _run(trainer: Trainer, images: ImageSet) -> None:
         remove_temporaries(trainer.log_dir, "")
     if trainer.step >= total_steps:
         if is_main:
-            trainer.draw_grids(None, StopRequest(), only_missing=True)
+            trainer.make_up_for_a_kill(None, StopRequest())
             print(*trainer.notes, f"{trainer.last_file} is done: {trainer.epoch} of {args.epochs} epochs.", sep="\n")
         return
     log = RunLog(trainer.log_dir, trainer.step, trainer.config if args.wandb else None) if is_main else None
@@ -658,7 +677,7 @@ def _run(trainer: Trainer, images: ImageSet) -> None:
             )
     with StopRequest() as stop, progress_bar(trainer, total_steps, disable=not is_main) as bar:
         if is_main:
-            trainer.draw_grids(log, stop, only_missing=True)
+            trainer.make_up_for_a_kill(log, stop)
         stopping, _ = processes.any(stop.signal is not None, False)
         window_steps, window_start, last_save = 0, time.perf_counter(), time.monotonic()
         while trainer.step < total_steps and not stopping:
@@ -682,21 +701,17 @@ def _run(trainer: Trainer, images: ImageSet) -> None:
                     shown["images/s"] = speed["images_per_second"]
                     bar.set_postfix_str(", ".join(f"{key} {value:.4g}" for key, value in shown.items()))
                     window_steps, window_start = 0, time.perf_counter()
-                completed = trainer.epoch
-                snapshot_due = epoch_ends and (completed % args.save_every == 0 or completed == args.epochs)
                 overdue = is_main and time.monotonic() - last_save > 60 * args.resume_minutes
                 stopping, save_due = processes.any(stop.signal is not None, overdue)
-                if snapshot_due or save_due or stopping:
+                if trainer.snapshot_due or save_due or stopping:
                     trainer.check_bad_steps()
                     if log is not None:
-                        save(trainer, log, snapshot_due, must=stopping or completed == args.epochs)
+                        save(trainer, log, must=stopping or trainer.step == total_steps)
                     last_save = time.monotonic()
-                if snapshot_due and not stopping:
-                    if log is not None:
-                        bar.write(f"epoch {completed}: saved {trainer.snapshot_file}")
-                        trainer.draw_grids(log, stop)
-                    stopping, _ = processes.any(stop.signal is not None, False)
-                if snapshot_due or save_due:
+                    if trainer.snapshot_due and not stopping:
+                        if log is not None:
+                            trainer.draw_grids(log, stop)
+                        stopping, _ = processes.any(stop.signal is not None, False)
                     window_steps, window_start = 0, time.perf_counter()
                 if stopping:
                     break
@@ -715,19 +730,19 @@ def progress_bar(trainer: Trainer, total_steps: int, disable: bool) -> tqdm:
     return tqdm(total=total_steps, initial=trainer.step, unit="step", mininterval=seconds, disable=disable)
 
 
-def save(trainer: Trainer, log: RunLog, with_snapshot: bool, must: bool) -> None:
-    """Write the resume file, and the snapshot of this epoch before it.
+def save(trainer: Trainer, log: RunLog, must: bool) -> None:
+    """Write the rows of the log, the resume file and, if it is due, the snapshot of this epoch, in this order.
 
     If that fails the run goes on and tries again at the next save, unless it `must` succeed: OSError is raised then.
     """
     try:
         log.flush()
-        if with_snapshot:
-            save_checkpoint(trainer.snapshot_file, trainer.snapshot())
         trainer.save_resume_file()
+        if trainer.snapshot_due:
+            trainer.save_snapshot()
     except OSError as error:
         kept = versions(trainer.last_file)
         last = f"the last good checkpoint is {kept[0] if kept else '(none yet)'}"
         if must:
             raise OSError(f"{error}; {last}") from error
-        print(f"warning: {error}; {last}; training goes on and saves again at the next save", file=sys.stderr)
+        tqdm.write(f"warning: {error}; {last}; training goes on and saves again at the next save", file=sys.stderr)
