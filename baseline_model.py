@@ -4,9 +4,10 @@ import torch
 from torch import nn
 
 from model import TimestepEmbedder, UNet, check_hidden_dims
+from pretrained import PretrainedMixin
 
 
-class BaselineModel(nn.Module):
+class BaselineModel(nn.Module, PretrainedMixin):
     """Noise predictor for one scale: `forward(x_64 [B, C, H, W], t [B])` -> `eps_64 [B, C, H, W]`.
 
     H and W must be multiples of `2 ** len(hidden_dims)`; t lies in [0, 999]. Raises ValueError otherwise.

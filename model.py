@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pretrained import PretrainedMixin
+
 NUM_GROUPS = 8
 NUM_HEADS = 4
 ATTENTION_MIN_CHANNELS = 128
@@ -186,7 +188,7 @@ class UNet(nn.Module):
         return self.head(h)  # [B, out, H, W]
 
 
-class _TwoScaleModel(nn.Module):
+class _TwoScaleModel(nn.Module, PretrainedMixin):
     """What the four two-scale models share: joining the scales at the input, splitting at the output.
 
     Every model also answers to `denoise(xs, ts)`, the form the sampler and the error map call: one noisy

@@ -1,6 +1,7 @@
 """Every stage from training to figures on tiny models, what each refuses, and the shell scripts."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from PIL import Image
 import aggregate_results
 import compute_heatmap_30
 import eval_fid_batch
+import export
 import generate_with_path_30
 import make_figures
 import train_baseline
@@ -40,6 +42,7 @@ STAGES = [
     eval_fid_batch,
     aggregate_results,
     make_figures,
+    export,
 ]
 HARDWARE = ["--device", "cpu", "--precision", "fp32"]
 # Four cells are crossed in four steps, of at most the five cells that a step may move.
@@ -225,6 +228,15 @@ def images_in(folder):
     return {file.name: file.read_bytes() for file in sorted(folder.glob("[0-9]*.png"))}
 
 
+def assert_same_images(some, others):
+    """Up to rounding: kernels add in another order in another batch, which shows as one grey level here and there."""
+    assert some.keys() == others.keys()
+    for name in some:
+        one, other = (np.asarray(Image.open(io.BytesIO(png[name]))).astype(int) for png in (some, others))
+        difference = np.abs(one - other)
+        assert difference.max() <= 1 and difference.mean() < 0.01
+
+
 @pytest.fixture(scope="session")
 def samples(stage, run):
     """`samples(path_type)` is the folder of its five images and what the stage said."""
@@ -278,7 +290,8 @@ def test_an_image_is_the_same_in_every_batch(stage, run, samples, tmp_path, path
     expected, made = images_in(samples(path_type)[0]), images_in(tmp_path / "samples")
     assert len(made) == count
     shared = expected.keys() & made.keys()
-    assert len(shared) == min(count, 5) and all(made[name] == expected[name] for name in shared)
+    assert len(shared) == min(count, 5)
+    assert_same_images({name: made[name] for name in shared}, {name: expected[name] for name in shared})
 
 
 def test_ancestral_noise_belongs_to_the_image_too(stage, run, tmp_path):
@@ -286,7 +299,8 @@ def test_ancestral_noise_belongs_to_the_image_too(stage, run, tmp_path):
     for folder, flags in zip(folders, (["--eta", 1, "--batch_size", 1], ["--eta", 1], []), strict=True):
         stage(generate_with_path_30, *run.generate_flags(folder, count=3), *flags)
     one, many, ddim = map(images_in, folders)
-    assert one == many and not set(one.values()) & set(ddim.values())
+    assert_same_images(one, many)
+    assert not set(one.values()) & set(ddim.values())
 
 
 def test_only_missing_images_are_made(stage, run, samples, tmp_path):

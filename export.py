@@ -1,0 +1,97 @@
+"""Export the model of a checkpoint as a folder that `from_pretrained` and the hub read.
+
+    python export.py checkpoints/lift_dual_timestep_400ep.pth --ema exports/lift_400ep_ema
+    python export.py checkpoints/baseline_400ep.pth exports/baseline_400ep --force
+    hf upload NAME/lift exports/lift_400ep_ema
+
+Writes model.safetensors, config.json (everything needed to sample, and how the model was trained) and README.md (the
+model card). `LIFTDualTimestepModel.from_pretrained("exports/lift_400ep_ema")` gives the model back.
+"""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import cli
+from checkpoint import LoadedModel, load_model
+from model_card import model_card
+from pretrained import CONFIG_FILE, MODEL_KEYS, read_config, write_pretrained
+
+# Other entries of a checkpoint's config may hold places on the machine that trained.
+TRAINING_KEYS = (
+    "limit", "resize_filter", "skip_bad_images", "flip", "data_fingerprint", "epochs", "batch_size", "lr",
+    "lr_schedule", "weight_decay", "grad_clip", "ema_decay", "seed", "precision", "epoch", "step", "weights",
+)  # fmt: skip
+HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags of this stage."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="a checkpoint that training wrote")
+    add("output", metavar="OUT", help="folder")
+    add("--ema", action="store_true", help="export the EMA weights")
+    add("--force", action="store_true", help="replace the export that OUT holds")
+    return parser.parse_args()
+
+
+def public_dataset_name(dataset: str) -> str:
+    """A hub id or "synthetic" as it is, a folder without its place."""
+    if re.fullmatch(HUB_ID, dataset) and not Path(dataset).is_dir():
+        return dataset
+    return Path(dataset).resolve().name
+
+
+def export_config(loaded: LoadedModel, checkpoint: str) -> dict[str, Any]:
+    """What `config.json` says of a loaded checkpoint; raises ValueError if that lacks what sampling needs."""
+    config = loaded.config
+    missing = [key for key in MODEL_KEYS if key not in config]
+    if missing:
+        raise ValueError(f"Checkpoint {checkpoint} does not say its {', '.join(missing)}; train again to export.")
+    dataset = {"dataset": public_dataset_name(config["dataset"])} if "dataset" in config else {}
+    return (
+        {"class_name": type(loaded.model).__name__}
+        | {key: config[key] for key in MODEL_KEYS}
+        | dataset
+        | {key: config[key] for key in TRAINING_KEYS if key in config}
+        | {"weights_fingerprint": loaded.fingerprint}
+    )
+
+
+def check_output(folder: Path, force: bool) -> None:
+    """Raise ValueError if `folder` holds files, unless they are an export that `force` allows to replace."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; pass a folder as OUT.")
+    # Hidden files are those of git, of the hub's client, or of an export that was killed.
+    if not folder.exists() or all(entry.name.startswith(".") for entry in folder.iterdir()):
+        return
+    if not force:
+        raise ValueError(f"{folder} holds files already; pass --force to replace an export, or another OUT.")
+    try:
+        read_config(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} holds files but no {CONFIG_FILE} of an export, so --force does not replace them; pass another "
+            "OUT."
+        ) from error
+
+
+def main() -> None:
+    """Export."""
+    args = parse_args()
+    folder = Path(args.output)
+    check_output(folder, args.force)
+    loaded = load_model(args.checkpoint, args.ema)
+    config = export_config(loaded, args.checkpoint)
+    num_parameters = sum(p.numel() for p in loaded.model.parameters())
+    write_pretrained(folder, loaded.model, config, model_card(config, num_parameters))
+    print(
+        f"{config['class_name']} with {num_parameters:,} parameters, {loaded.weights} weights of epoch "
+        f"{config['epoch']}, in {folder}: model.safetensors, config.json, README.md"
+    )
+
+
+if __name__ == "__main__":
+    cli.run_stage(main)
