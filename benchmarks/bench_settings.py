@@ -47,6 +47,12 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Contestant:
     """One combination: a model of its own with its optimizer, and the times of its steps."""
 
@@ -71,8 +77,7 @@ class Contestant:
             sum(values.mean() for values in losses.values()).backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         self.seconds.append(time.perf_counter() - start)
 
 
