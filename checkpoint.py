@@ -34,8 +34,8 @@ MODEL_CLASSES = {
 FILE_STEMS = {name: name for name in MODEL_CLASSES} | {"dual": "lift_dual_timestep"}
 REQUIRED_KEYS = ("format_version", "model_state", "ema_state", "config", "epoch", "step")
 # Of a resume file: AdamW, learning rate, loss scale of fp16, sums since the last row of the log, counts of skipped
-# steps, and how the run was executed, which does not change what it computes but may change its rounding.
-RESUME_KEYS = ("optimizer", "lr_schedule", "loss_scaler", "window", "bad_steps", "execution")
+# steps, rows that a full disk kept out of the log, and how the run was executed, which may change its rounding.
+RESUME_KEYS = ("optimizer", "lr_schedule", "loss_scaler", "window", "bad_steps", "unwritten_rows", "execution")
 
 
 class DamagedCheckpointError(ValueError):
@@ -98,7 +98,12 @@ def read_checkpoint(file: str | os.PathLike, device: torch.device | str = "cpu")
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile
         content = torch.load(file, map_location=device, weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # A damaged zip or pickle raises whatever the damage happens to hit.
+        # Not the file, but what lies between it and here; seeking within a file cut short is an invalid argument.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         raise DamagedCheckpointError(
             f"Checkpoint {file} is damaged or not a checkpoint ({type(error).__name__}); use another or train again."
         ) from error
@@ -113,23 +118,23 @@ def read_checkpoint(file: str | os.PathLike, device: torch.device | str = "cpu")
     return content
 
 
-def read_resume_file(file: str | os.PathLike) -> tuple[dict[str, Any], Path, list[str]]:
-    """The newest whole version of a resume file: its content, its name, and a sentence about each damaged newer one.
+def read_resume_file(file: str | os.PathLike) -> tuple[dict[str, Any], Path, list[Path]]:
+    """The newest whole version of a resume file: its content, its name, and the newer versions that are damaged.
 
     Raises what `read_checkpoint` raises if no version is whole, and ValueError for a file that is no resume file.
     """
-    complaints = []
+    damaged = []
     for version in versions(file) or [Path(file)]:
         try:
             content = read_checkpoint(version)
         except DamagedCheckpointError as error:
-            complaints.append(str(error).partition(";")[0])
+            damaged.append(version)
             last_error = error
             continue
         missing = [key for key in RESUME_KEYS if key not in content]
         if missing:
             raise ValueError(f"{version} lacks {', '.join(missing)}; resume needs the _last.pth of a run.")
-        return content, version, complaints
+        return content, version, damaged
     raise last_error
 
 

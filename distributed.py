@@ -4,12 +4,15 @@ A process is told by RANK, WORLD_SIZE and LOCAL_RANK, and finds the others by MA
 RANK it is alone, and everything here answers at once.
 """
 
+import hashlib
 import os
 
 import torch
 import torch.distributed as dist
 
 from device import select_device
+
+ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 class Processes:
@@ -20,11 +23,12 @@ class Processes:
     """
 
     def __init__(self, device_name: str | None = None):
-        alone = "RANK" not in os.environ
-        self.rank, self.count, self.local_rank = (
-            default if alone else int(os.environ[name])
-            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
+        self.rank, self.count, self.local_rank = 0, 1, 0
+        if "RANK" in os.environ:
+            missing = [name for name in ENVIRONMENT if name not in os.environ]
+            if missing:
+                raise ValueError(f"RANK is set but {', '.join(missing)} not; start with torchrun, or unset RANK.")
+            self.rank, self.count, self.local_rank = (int(os.environ[name]) for name in ENVIRONMENT)
         self.is_main = self.rank == 0
         self.device = self._device(device_name)
         if self.count > 1:
@@ -67,9 +71,13 @@ class Processes:
         dist.all_reduce(votes, dist.ReduceOp.MAX)
         return votes.bool().tolist()
 
-    def wait(self) -> None:
-        """Wait until every process has come here."""
-        self.any(False)
+    def agree(self, text: str) -> bool:
+        """Whether every process says the same; waits for all of them."""
+        number = int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
+        extremes = torch.tensor([number, -number])
+        if self.count > 1:
+            dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        return extremes.sum().item() == 0
 
     def close(self) -> None:
         """Leave the group."""

@@ -7,13 +7,17 @@ would see. docs/training.md says what is promised and where the time goes.
 
 import argparse
 import copy
+import json
 import math
 import os
 import resource
 import signal
+import socket
 import sys
+import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +38,7 @@ from distributed import Processes
 from memory_estimate import for_batch, saved_bytes
 from path import diagonal
 from plots import save_image_grid
-from run_log import METRICS_FILE, RunLog
+from run_log import METRICS_FILE, SETTINGS_FILE, RunLog
 from safe_write import remove_temporaries, versions
 from sampler import image_seeds, sample_seeds, scale_shapes
 from scheduler import PREDICTION_TYPES, SCHEDULE_NAMES, DDIMScheduler
@@ -45,9 +49,9 @@ GRID_IMAGES = 32
 GRID_STEPS = 18
 SCALES = ("64", "32")
 # What may differ between a run and its resumption; everything else in the config must be the same.
-RESUMABLE_KEYS = frozenset({"epochs", "dataset"})  # The data themselves are compared by their fingerprint.
+FREE_KEYS = frozenset({"epochs", "dataset"})  # The data themselves are compared by their fingerprint.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-OUT_OF_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory")
+OUT_OF_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -167,28 +171,52 @@ def diffusion_loss(
 class StopRequest:
     """While entered, SIGTERM, SIGINT and SIGUSR1 ask the run to end after its step: `signal` is then the name.
 
+    Before there is something to save, which `running` says, the request ends the process at once with status 0.
     Launchers pass a signal on that the process has got already, so what comes within a second of the first is the same
     request; a later one ends the process at once, with status 128 + its number.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self.running = False
 
     def __enter__(self) -> "StopRequest":
-        self.before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        # Python runs handlers between its own instructions only, and a process may hang within one: a thread reads the
+        # signals as well.
+        self.inbox, self.outbox = socket.socketpair()
+        self.outbox.setblocking(False)
+        self.fd_before = signal.set_wakeup_fd(self.outbox.fileno(), warn_on_full_buffer=False)
+        self.handlers_before = {number: signal.signal(number, self._mark) for number in STOP_SIGNALS}
+        self.watcher = threading.Thread(target=self._watch, daemon=True)
+        self.watcher.start()
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.handlers_before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self.fd_before)
+        self.outbox.close()  # Ends the thread.
+        self.watcher.join()
+        self.inbox.close()
 
-    def _receive(self, number: int, _) -> None:
-        if self.signal is None:
-            self.signal, self.time = signal.Signals(number).name, time.monotonic()
-            # Printing from a handler may meet a print that it interrupts.
-            os.write(2, f"\n{self.signal}: stopping after this step; once more to stop at once\n".encode())
-        elif time.monotonic() - self.time > 1:
-            os._exit(128 + number)
+    def _mark(self, number: int, _) -> None:
+        self.signal = self.signal or signal.Signals(number).name
+
+    def _watch(self) -> None:
+        first = None
+        while received := self.inbox.recv(1):
+            number = received[0]
+            if number not in STOP_SIGNALS:
+                continue
+            name = signal.Signals(number).name
+            if first is not None and time.monotonic() - first > 1:
+                os._exit(128 + number)
+            elif first is None and not self.running:
+                os.write(2, f"\nstopped by {name} before the first step; the same command starts again\n".encode())
+                os._exit(0)
+            elif first is None:
+                first = time.monotonic()
+                os.write(2, f"\n{name}: stopping after this step; once more to stop at once\n".encode())
 
 
 class Trainer:
@@ -199,7 +227,8 @@ class Trainer:
 
     Raises ValueError if `output_dir` or the log folder holds an earlier run that `--resume` does not continue, if a
     resumed run differs in anything but the place of the data and, at constant rate, the epochs, for a resolution that
-    the levels of the model do not divide, and for a batch that processes and parts cannot share evenly.
+    the levels of the model do not divide, for a batch that processes and parts cannot share evenly, and for CUDA graphs
+    where there can be none.
     """
 
     def __init__(self, model_type: str, args: argparse.Namespace, images: ImageSet, processes: Processes):
@@ -222,17 +251,25 @@ class Trainer:
         self.compile = self.device.type == "cuda" if args.compile is None else args.compile
         if args.cuda_graphs and not (self.compile and self.device.type == "cuda"):
             raise ValueError(f"--cuda_graphs needs a compiled network on a GPU, not {self.device}; leave it out.")
+        if args.cuda_graphs and args.accumulate > 1:
+            # A graph replayed for the second part would write over the gradients of the first.
+            raise ValueError("--cuda_graphs and --accumulate exclude each other; leave one of them out.")
         self.execution = {
             "device": self.device.type,
             "processes": processes.count,
             "accumulate": args.accumulate,
             "compile": self.compile,
+            "cuda_graphs": args.cuda_graphs,
+            "deterministic": args.deterministic,
             "torch": str(torch.__version__),
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
         }
         self.last_file = checkpoint_file(args.output_dir, model_type, "last")
         self.log_dir = Path(args.log_dir) / FILE_STEMS[model_type]
         self.notes: list[str] = []
-        saved = self._read_resume_file()
+        self.damaged: list[Path] = []  # Newer than the resume file that this run goes on from.
+        self.owed: dict[Path, dict] = {}  # Snapshots that a full disk kept from being written.
+        saved = self._find_earlier_run()
         self.scheduler = DDIMScheduler(beta_schedule=args.beta_schedule, prediction_type=args.prediction_type).to(
             self.device
         )
@@ -270,6 +307,7 @@ class Trainer:
         self.bad_steps = {
             name: torch.zeros((), dtype=torch.int64, device=self.device) for name in ("total", "in_row", "longest")
         }
+        self.unwritten_rows: dict[str, str] = {}
         if saved is not None:
             self._restore(saved)
         self.network: nn.Module = self.model  # What a step calls: the model, compiled and shared as asked for.
@@ -284,45 +322,65 @@ class Trainer:
         """The kind of model, a key of `checkpoint.MODEL_CLASSES`."""
         return self.config["model_type"]
 
-    def _read_resume_file(self) -> dict | None:
+    @property
+    def settings(self) -> dict:
+        """What of the config decides what is computed, and is the same in every part of a run."""
+        free = FREE_KEYS - ({"epochs"} if self.args.lr_schedule == "cosine" else set())  # Which depends on its end.
+        return {name: value for name, value in self.config.items() if name not in free}
+
+    def _find_earlier_run(self) -> dict | None:
         """The content of the resume file if this run continues one, after comparing the settings."""
         resume, found = self.args.resume, versions(self.last_file)
-        if not found and resume == "required":
-            raise FileNotFoundError(f"{self.last_file} does not exist; leave --resume out to start a new run.")
-        if resume is None or not found:
+        log_file, settings_file = self.log_dir / METRICS_FILE, self.log_dir / SETTINGS_FILE
+        saved = None
+        if resume is not None and found:
+            saved, file, self.damaged = read_resume_file(self.last_file)
+            if self.args.precision == "auto":
+                self.config["precision"] = saved["config"]["precision"]
+            self._compare(saved["config"], f"{file} was trained")
+            self.notes += [f"warning: {name} is damaged; going on from {file}" for name in self.damaged]
+            self.notes += self._differences(saved["execution"])
+        elif resume == "required":
+            hint = "leave --resume out to start a new run" if not settings_file.exists() else "pass --resume auto"
+            raise FileNotFoundError(f"{self.last_file} does not exist; {hint}.")
+        else:
             taken = sorted(self.last_file.parent.glob(self.last_file.name.replace("_last", "_*")))
-            # With --resume auto a log without a checkpoint is of a run that stopped before its first save.
-            if resume is None and (self.log_dir / METRICS_FILE).exists():
-                taken.append(self.log_dir / METRICS_FILE)
             if taken and resume == "auto":
-                raise ValueError(
-                    f"{taken[0]} exists, but no {self.last_file} to go on from; pass another --output_dir."
-                )
+                raise ValueError(f"{taken[0]} exists, but no {self.last_file} to resume; pass another --output_dir.")
             if taken:
                 raise ValueError(
                     f"{taken[0]} exists already; pass --resume to continue its run, or another --output_dir and "
                     "--log_dir."
                 )
-            return None
-        content, file, complaints = read_resume_file(self.last_file)
-        saved = content["config"]
-        if self.args.precision == "auto":
-            self.config["precision"] = saved["precision"]
-        # A cosine schedule depends on where it ends.
-        free = RESUMABLE_KEYS - ({"epochs"} if saved.get("lr_schedule") == "cosine" else set())
-        # The fingerprint comes last, so that the flag that changed the data is named rather than it.
-        for key in sorted(self.config.keys() | saved.keys(), key=lambda key: (key == "data_fingerprint", key)):
-            if key not in free and saved.get(key) != self.config.get(key):
+            if resume is None and log_file.exists() and log_file.stat().st_size:
                 raise ValueError(
-                    f"{file} was trained with {key} = {saved.get(key)}, not {self.config.get(key)}; "
-                    "resume with the same value or start in another --output_dir."
+                    f"{log_file} exists already; pass --resume auto to start its run again, or another --log_dir."
                 )
-        self.notes += [f"warning: {complaint}; going on from {file}" for complaint in complaints]
+        # The rows of another run would be lost. Without a resume file they are of a run that ended before its first.
+        if settings_file.exists() and log_file.exists() and log_file.stat().st_size:
+            self._compare(json.loads(settings_file.read_text()), f"{log_file} is of a run")
+        return saved
+
+    def _compare(self, saved: dict, what: str) -> None:
+        """Raise ValueError, naming the first setting that differs from a saved one."""
+        settings = self.settings
+        # What follows from another flag comes last, so that the flag is named.
+        for key in sorted(settings, key=lambda key: (key == "data_fingerprint", key == "epochs", key)):
+            if saved.get(key) != settings[key]:
+                raise ValueError(
+                    f"{what} with {key} = {saved.get(key)}, not {settings[key]}; resume with the same value or start "
+                    "in another --output_dir and --log_dir."
+                )
+
+    def _differences(self, before: dict) -> list[str]:
+        """A sentence about each way in which a resumed run is executed differently."""
+        notes = []
         for key, value in self.execution.items():
-            if content["execution"].get(key, value) != value:
-                before = content["execution"][key]
-                self.notes.append(f"note: {key} is {value} and was {before}, so that roundings may differ")
-        return content
+            if before.get(key, value) == value:
+                continue
+            consequence = "other noise is drawn from here on" if key == "device" else "roundings may differ"
+            notes.append(f"note: {key} is {value} and was {before[key]}, so that {consequence}")
+        return notes
 
     def _restore(self, saved: dict) -> None:
         self.model.load_state_dict(saved["model_state"])
@@ -338,25 +396,34 @@ class Trainer:
         self.step = saved["step"]
         self.window = {name: value.to(self.device) for name, value in saved["window"].items()}
         self.bad_steps = {name: value.to(self.device) for name, value in saved["bad_steps"].items()}
+        self.unwritten_rows = saved["unwritten_rows"]
 
     def prepare(self) -> None:
         """Compile the network and share it among the processes; before the first step."""
         if self.compile:
-            compiled = torch.compile(self.model, mode="reduce-overhead" if self.args.cuda_graphs else None)
+            self.network = torch.compile(self.model, mode="reduce-overhead" if self.args.cuda_graphs else None)
+            reason = ""
             try:
-                # Only the first call compiles, and shows whether this machine can.
-                batch = self.draw(*next(self.batches.epoch(0)))
-                self._backward(batch.rows(slice(self.part_size)), compiled)
-                self.network = compiled
+                self._rehearse()  # Only the first call compiles, and shows whether this machine can.
             except Exception as error:  # Compilers and drivers fail in ways of their own.
                 if is_out_of_memory(error):
                     raise
-                reason = str(error).strip().split("\n")[0]
-                self.notes.append(f"note: compiling failed ({type(error).__name__}: {reason}); going on without")
-            self.optimizer.zero_grad(set_to_none=True)
+                reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            [failed] = self.processes.any(bool(reason))
+            if failed:
+                self.notes.append(f"note: compiling failed ({reason or 'in another process'}); going on without")
+                self.network, self.compile, self.execution["compile"] = self.model, False, False
         if self.processes.count > 1:
             devices = None if self.device.type == "cpu" else [self.device]
             self.network = DistributedDataParallel(self.network, devices, gradient_as_bucket_view=True)
+            # The first backward pass orders the sums over processes for all that follow, in a resumed run as well.
+            self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Compute gradients as in a step, and forget them."""
+        batch = self.draw(*next(self.batches.epoch(0)))
+        self._backward(batch.rows(slice(self.part_size)), self.network)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def draw(self, x_64: torch.Tensor, x_32: torch.Tensor) -> TrainingBatch:
         """This process's share of a step: noise is drawn for all images of the step, so that shares do not matter."""
@@ -389,8 +456,7 @@ class Trainer:
 
     def _average(self) -> None:
         if self.ema is not None:
-            with torch.no_grad():
-                self.update_ema(self.ema_parameters, self.parameters, self.step)
+            self.update_ema(self.ema_parameters, self.parameters, self.step)
 
     def train_step(self, x_64: torch.Tensor, x_32: torch.Tensor) -> dict[str, torch.Tensor]:
         """One optimizer and EMA step on all images of the step; returns the mean losses and the gradient norm.
@@ -482,19 +548,20 @@ class Trainer:
             "loss_scaler": self.scaler.state_dict(),
             "window": self.window,
             "bad_steps": self.bad_steps,
+            "unwritten_rows": self.unwritten_rows,
             "execution": self.execution,
         }
         save_checkpoint(self.last_file, self.snapshot() | rest, self.args.keep_last)
 
     @torch.no_grad()
-    def sample_grids(self, stop: StopRequest) -> list[torch.Tensor]:
+    def sample_grids(self, stop: StopRequest | None = None) -> list[torch.Tensor]:
         """Samples of the EMA (else raw) weights along the t-uniform diagonal, uint8, one tensor per scale.
 
         Raises InterruptedError if a stop is asked for meanwhile.
         """
 
         def give_up_if_asked(*_) -> None:
-            if stop.signal is not None:
+            if stop is not None and stop.signal is not None:
                 raise InterruptedError
 
         model = (self.model if self.ema is None else self.ema).eval()
@@ -512,7 +579,7 @@ class Trainer:
     def _grid_file(self, scale: str) -> Path:
         return self.log_dir / f"samples_{self.epoch}ep_{scale}.png"
 
-    def draw_grids(self, log: RunLog | None, stop: StopRequest) -> None:
+    def draw_grids(self, log: RunLog | None = None, stop: StopRequest | None = None) -> None:
         """Draw samples of both scales to files and on the board, unless asked to stop."""
         try:
             # The fine grid is written last: it says that all are there.
@@ -531,18 +598,37 @@ class Trainer:
         ends = self.step > 0 and self.step % len(self.batches) == 0
         return ends and (self.epoch % self.args.save_every == 0 or self.epoch == self.args.epochs)
 
-    def save_snapshot(self) -> None:
-        """Write the checkpoint of this epoch; raises OSError if that fails."""
-        file = checkpoint_file(self.args.output_dir, self.model_type, self.epoch)
-        save_checkpoint(file, self.snapshot())
-        tqdm.write(f"epoch {self.epoch}: saved {file}")
+    @property
+    def snapshot_file(self) -> Path:
+        """The checkpoint of this epoch."""
+        return checkpoint_file(self.args.output_dir, self.model_type, self.epoch)
 
-    def make_up_for_a_kill(self, log: RunLog | None, stop: StopRequest) -> None:
+    def save_snapshots(self) -> None:
+        """Write the checkpoint of this epoch if it is due, and those that could not be written before.
+
+        Raises OSError if that fails; it is tried again at the next call.
+        """
+        if self.snapshot_due:
+            self.owed[self.snapshot_file] = self.snapshot()
+        try:
+            for file, content in list(self.owed.items()):
+                save_checkpoint(file, content)
+                del self.owed[file]
+                tqdm.write(f"epoch {content['epoch']}: saved {file}")
+        except OSError:
+            # Training changes these weights in place.
+            self.owed = {file: copy.deepcopy(content) for file, content in self.owed.items()}
+            raise
+
+    def make_up_for_a_kill(self, log: RunLog | None = None, stop: StopRequest | None = None) -> None:
         """Write what belongs to this step, comes after its resume file, and is not there."""
         if not self.snapshot_due:
             return
-        if not checkpoint_file(self.args.output_dir, self.model_type, self.epoch).exists():
-            self.save_snapshot()
+        try:
+            if not self.snapshot_file.exists():
+                self.save_snapshots()
+        except OSError as error:
+            tqdm.write(f"warning: {error}", file=sys.stderr)
         if not self._grid_file("fine").exists():
             self.draw_grids(log, stop)
 
@@ -555,25 +641,31 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe(trainer: Trainer, images: ImageSet) -> str:
-    """What a run is, in one line."""
+    """What a run is, in one line, and what there is to know about it, in one line each."""
     parameters = sum(p.numel() for p in trainer.parameters)
     execution = trainer.execution
     details = [str(trainer.device), trainer.config["precision"]]
     details += [f"{execution['processes']} processes"] * (execution["processes"] > 1)
     details += [f"{execution['accumulate']} parts per step"] * (execution["accumulate"] > 1)
-    details += ["compiled"] * (trainer.network is not trainer.model and trainer.compile)
-    return (
+    details += ["compiled"] * trainer.compile
+    notes = list(trainer.notes)
+    if trainer.args.prediction_type == "epsilon" and trainer.scheduler.snr[-1] < MIN_EPSILON_SNR:
+        notes.append(
+            f"warning: at t=999 schedule '{trainer.args.beta_schedule}' has so little signal that a noise prediction "
+            "says nothing of the image there; --prediction_type v does."
+        )
+    line = (
         f"{trainer.model_type}: {parameters:,} parameters, {len(images)} images of '{images.name}' at "
         f"{trainer.args.resolution}x{trainer.args.resolution}, {len(trainer.batches)} steps per epoch, "
         f"{', '.join(details)}"
     )
+    return "\n".join([line, *notes])
 
 
 def training_memory(trainer: Trainer) -> dict[str, int]:
     """Bytes that one process keeps during a step, by what they are for, without the working space of kernels."""
     weights = bytes_of(trainer.model.state_dict())
     recomputed = trainer.model.unet.blocks() if trainer.model.unet.recompute else []
-    trainer.model.unet.recompute = False
 
     def measure(images: int) -> int:
         def forward() -> dict[str, torch.Tensor]:
@@ -583,13 +675,17 @@ def training_memory(trainer: Trainer) -> dict[str, int]:
 
         return saved_bytes(trainer.model, forward, recomputed)
 
+    # What recomputing leaves out is counted by what it would keep.
+    trainer.model.unet.recompute = False
+    activations = for_batch(measure, trainer.part_size)
+    trainer.model.unet.recompute = bool(recomputed)
     return {
         "weights": weights,
         "gradients": weights,
         "AdamW": 2 * weights,
         "EMA": 0 if trainer.ema is None else weights,
         "data set": trainer.batches.pixels.nbytes,
-        "activations": for_batch(measure, trainer.part_size),
+        "activations": activations,
     }
 
 
@@ -615,134 +711,188 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def out_of_memory_message(args: argparse.Namespace, processes: int) -> str:
+    """What failed and which flags help."""
+    # The next number of parts that divides the batch, if there is one.
+    parts = range(args.accumulate + 1, args.batch_size // processes + 1)
+    accumulate = next((n for n in parts if args.batch_size % (processes * n) == 0), None)
+    ways = [f"--accumulate {accumulate} or more"] * (accumulate is not None)
+    ways += ["--recompute"] * (not args.recompute) + ["--precision bf16"] * (args.precision in ("auto", "fp32"))
+    return (
+        f"out of memory with a batch of {args.batch_size} images at {args.resolution}x{args.resolution} "
+        f"({processes} process(es), --accumulate {args.accumulate}); use {', '.join(ways)}, more GPUs, a smaller "
+        "--batch_size, or smaller --hidden_dims."
+    )
+
+
 def train(model_type: str, args: argparse.Namespace) -> None:
     """Train one model to `args.epochs` epochs, saving every `args.save_every`, at a stop signal and at the end.
 
     Raises what `Trainer` raises, RuntimeError if memory runs out or too many steps in a row are not finite, OSError if
-    the last save fails, and ValueError if another process trains in the same folder.
+    the last save fails, and ValueError if another process trains in the same folders.
     """
-    processes = Processes(args.device)
-    choose_kernels(processes.device, args.deterministic)
-    images = cli.load_training_images(args)
-    lock = FileLock(checkpoint_file(args.output_dir, model_type, "last").with_suffix(".lock"))
-    if processes.is_main and not args.dry_run:
-        # A place that cannot be written to is found out now rather than at the first save.
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    with StopRequest() as stop:
+        processes = Processes(args.device)
+        choose_kernels(processes.device, args.deterministic)
+        images = cli.load_training_images(args)
         try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(f"another process is training in {args.output_dir}; wait for it or stop it.") from error
-    try:
-        trainer = Trainer(model_type, args, images, processes)
-        if args.dry_run:
-            if processes.is_main:
-                print(describe(trainer, images), describe_dry_run(trainer), sep="\n")
-        else:
-            _run(trainer, images)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RuntimeError(
-            f"out of memory with a batch of {args.batch_size} images at {args.resolution}x{args.resolution} "
-            f"({processes.count} process(es), --accumulate {args.accumulate}); use --accumulate "
-            f"{2 * args.accumulate} or more, --recompute, --precision bf16, more GPUs, or smaller --hidden_dims."
-        ) from error
-    finally:
-        lock.release()
-    processes.close()
+            if args.dry_run:
+                trainer = Trainer(model_type, args, images, processes)
+                if processes.is_main:
+                    print(describe(trainer, images), describe_dry_run(trainer), sep="\n")
+            else:
+                with locked(model_type, args) if processes.is_main else nullcontext():
+                    _run(Trainer(model_type, args, images, processes), images, stop)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RuntimeError(out_of_memory_message(args, processes.count)) from error
+        processes.close()
 
 
-def _run(trainer: Trainer, images: ImageSet) -> None:
+@contextmanager
+def locked(model_type: str, args: argparse.Namespace) -> Iterator[None]:
+    """Keep other processes from training where this one does; raises ValueError if one is there already."""
+    with ExitStack() as stack:
+        for folder in (Path(args.output_dir), Path(args.log_dir) / FILE_STEMS[model_type]):
+            # A place that cannot be written to is found out now rather than at the first save.
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(FileLock(folder / f"{FILE_STEMS[model_type]}.lock", timeout=0))
+            except Timeout as error:
+                raise ValueError(f"another process is training in {folder}; wait for it or stop it.") from error
+        yield
+
+
+def _run(trainer: Trainer, images: ImageSet, stop: StopRequest) -> None:
     """From the trainer's position to its last epoch, or to a stop signal."""
     args, processes, is_main = trainer.args, trainer.processes, trainer.processes.is_main
-    steps_per_epoch = len(trainer.batches)
-    total_steps = args.epochs * steps_per_epoch
-    processes.wait()  # Nobody writes before everybody has read.
+    total_steps = args.epochs * len(trainer.batches)
+    # Nobody writes before everybody has read.
+    if not processes.agree(json.dumps([trainer.step, total_steps, trainer.settings], sort_keys=True)):
+        raise ValueError(
+            f"the processes found different data, settings or versions of {trainer.last_file}; give all of them the "
+            "same files and flags."
+        )
     if is_main:
         remove_temporaries(trainer.last_file.parent, FILE_STEMS[trainer.model_type] + "_")
         remove_temporaries(trainer.log_dir, "")
+        for file in trainer.damaged:
+            # It must not take the place of a whole version when the next one is saved.
+            file.rename(file.with_name(f"{file.name}.damaged"))
     if trainer.step >= total_steps:
         if is_main:
-            trainer.make_up_for_a_kill(None, StopRequest())
+            trainer.make_up_for_a_kill()
             print(*trainer.notes, f"{trainer.last_file} is done: {trainer.epoch} of {args.epochs} epochs.", sep="\n")
         return
-    log = RunLog(trainer.log_dir, trainer.step, trainer.config if args.wandb else None) if is_main else None
     trainer.prepare()
-    if is_main:
-        print(describe(trainer, images), *trainer.notes, sep="\n")
-        if args.prediction_type == "epsilon" and trainer.scheduler.snr[-1] < MIN_EPSILON_SNR:
-            print(
-                f"warning: at t=999 schedule '{args.beta_schedule}' has so little signal that a noise prediction says "
-                "nothing of the image there; --prediction_type v does."
-            )
-    with StopRequest() as stop, progress_bar(trainer, total_steps, disable=not is_main) as bar:
+    with ExitStack() as stack:
+        log = None
         if is_main:
+            log = RunLog(trainer.log_dir, trainer.step, trainer.settings, args.wandb, trainer.unwritten_rows)
+            stack.callback(log.close)
+            print(describe(trainer, images))
+        bar = stack.enter_context(progress_bar(trainer, total_steps))
+        stop.running = True
+        if log is not None:
             trainer.make_up_for_a_kill(log, stop)
-        stopping, _ = processes.any(stop.signal is not None, False)
-        window_steps, window_start, last_save = 0, time.perf_counter(), time.monotonic()
-        while trainer.step < total_steps and not stopping:
-            bar.set_description(f"{trainer.model_type} epoch {trainer.epoch + 1}/{args.epochs}")
-            for x_64, x_32 in trainer.batches.epoch(trainer.epoch, trainer.step % steps_per_epoch):
-                trainer.train_step(x_64, x_32)
-                window_steps += 1
-                bar.update()
-                epoch_ends = trainer.step % steps_per_epoch == 0
-                if trainer.step % args.log_every == 0 or epoch_ends:
-                    row, curves = trainer.row()
-                    trainer.check_bad_steps()
-                    seconds = time.perf_counter() - window_start
-                    speed = {
-                        "images_per_second": round(window_steps * args.batch_size / seconds, 1),
-                        "memory_gib": round(peak_memory(trainer.device) / 2**30, 3),
-                    }
-                    if log is not None:
-                        log.write(row, speed, curves)
-                    shown = {key: row[key] for key in ("loss_64", "loss_32", "bad_steps") if row.get(key)}
-                    shown["images/s"] = speed["images_per_second"]
-                    bar.set_postfix_str(", ".join(f"{key} {value:.4g}" for key, value in shown.items()))
-                    window_steps, window_start = 0, time.perf_counter()
-                overdue = is_main and time.monotonic() - last_save > 60 * args.resume_minutes
-                stopping, save_due = processes.any(stop.signal is not None, overdue)
-                if trainer.snapshot_due or save_due or stopping:
-                    trainer.check_bad_steps()
-                    if log is not None:
-                        save(trainer, log, must=stopping or trainer.step == total_steps)
-                    last_save = time.monotonic()
-                    if trainer.snapshot_due and not stopping:
-                        if log is not None:
-                            trainer.draw_grids(log, stop)
-                        stopping, _ = processes.any(stop.signal is not None, False)
-                    window_steps, window_start = 0, time.perf_counter()
-                if stopping:
-                    break
-    if log is not None:
-        log.close()
-        if trainer.step < total_steps:
-            print(
-                f"stopped by {stop.signal or 'another process'} after step {trainer.step} of {total_steps}, saved in "
-                f"{trainer.last_file}; the same command with --resume auto goes on from there."
-            )
+        stopped = _loop(trainer, log, bar, stop)
+    if is_main and stopped:
+        print(
+            f"stopped by {stop.signal or 'another process'} after step {trainer.step} of {total_steps}, saved in "
+            f"{trainer.last_file}; the same command with --resume auto goes on from there."
+        )
 
 
-def progress_bar(trainer: Trainer, total_steps: int, disable: bool) -> tqdm:
+def progress_bar(trainer: Trainer, total_steps: int) -> tqdm:
     """Epoch, step, losses, images/s and the time left; a line now and then where nobody watches."""
     seconds = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(total=total_steps, initial=trainer.step, unit="step", mininterval=seconds, disable=disable)
+    hidden = not trainer.processes.is_main
+    return tqdm(total=total_steps, initial=trainer.step, unit="step", mininterval=seconds, disable=hidden)
+
+
+class Clock:
+    """Steps, and the seconds that they took without saving and sampling."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin again."""
+        self.steps, self.start = 0, time.perf_counter()
+
+    def images_per_second(self, batch_size: int) -> float:
+        """Of the steps since the start."""
+        return self.steps * batch_size / (time.perf_counter() - self.start)
+
+
+def _loop(trainer: Trainer, log: RunLog | None, bar: tqdm, stop: StopRequest) -> bool:
+    """Every step from the trainer's position on; returns whether a signal ended it."""
+    args, processes = trainer.args, trainer.processes
+    steps_per_epoch = len(trainer.batches)
+    clock, last_save = Clock(), time.monotonic()
+    [stopping] = processes.any(stop.signal is not None)
+    while trainer.epoch < args.epochs and not stopping:
+        bar.set_description(f"{trainer.model_type} epoch {trainer.epoch + 1}/{args.epochs}")
+        for x_64, x_32 in trainer.batches.epoch(trainer.epoch, trainer.step % steps_per_epoch):
+            trainer.train_step(x_64, x_32)
+            clock.steps += 1
+            bar.update()
+            if trainer.step % args.log_every == 0 or trainer.step % steps_per_epoch == 0:
+                write_row(trainer, log, bar, clock)
+                trainer.check_bad_steps()
+                clock.restart()
+            overdue = processes.is_main and time.monotonic() - last_save > 60 * args.resume_minutes
+            stopping, save_due = processes.any(stop.signal is not None, overdue)
+            if trainer.snapshot_due or save_due or stopping:
+                trainer.check_bad_steps()
+                if log is not None:
+                    save(trainer, log, must=stopping or trainer.epoch == args.epochs)
+                if trainer.snapshot_due and not stopping:
+                    if log is not None:
+                        trainer.draw_grids(log, stop)
+                    [stopping] = processes.any(stop.signal is not None)
+                last_save = time.monotonic()
+                clock.restart()
+            if stopping:
+                break
+    return stopping
+
+
+def write_row(trainer: Trainer, log: RunLog | None, bar: tqdm, clock: Clock) -> None:
+    """Close the window of the log and show it everywhere."""
+    row, curves = trainer.row()
+    speed = {
+        "images_per_second": round(clock.images_per_second(trainer.args.batch_size), 1),
+        "memory_gib": round(peak_memory(trainer.device) / 2**30, 3),
+    }
+    if log is not None:
+        log.write(row, speed, curves)
+    shown = {key: row[key] for key in ("loss_64", "loss_32", "bad_steps") if row.get(key)}
+    shown["images/s"] = speed["images_per_second"]
+    bar.set_postfix_str(", ".join(f"{key} {value:.4g}" for key, value in shown.items()))
 
 
 def save(trainer: Trainer, log: RunLog, must: bool) -> None:
-    """Write the rows of the log, the resume file and, if it is due, the snapshot of this epoch, in this order.
+    """Write the rows of the log, the resume file and the snapshots that are due, in this order.
 
     If that fails the run goes on and tries again at the next save, unless it `must` succeed: OSError is raised then.
+    Rows that cannot be written go into the resume file instead.
     """
+    problems = []
     try:
         log.flush()
+    except OSError as error:
+        problems.append(str(error))
+    trainer.unwritten_rows = log.unwritten_rows
+    try:
         trainer.save_resume_file()
-        if trainer.snapshot_due:
-            trainer.save_snapshot()
+        trainer.save_snapshots()
     except OSError as error:
         kept = versions(trainer.last_file)
         last = f"the last good checkpoint is {kept[0] if kept else '(none yet)'}"
         if must:
             raise OSError(f"{error}; {last}") from error
-        tqdm.write(f"warning: {error}; {last}; training goes on and saves again at the next save", file=sys.stderr)
+        problems.append(f"{error}; {last}; training goes on")
+    for problem in problems:
+        tqdm.write(f"warning: {problem}; it is saved again at the next save", file=sys.stderr)

@@ -3,7 +3,7 @@
 
 # Print the comment block at the top of the calling script when asked for help.
 if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
-    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' "$0"
+    sed -n '2,/^set -euo/{/^#SBATCH/d;/^#/s/^# \{0,1\}//p}' "$0"
     exit 0
 fi
 
@@ -32,6 +32,18 @@ check_epochs() {
     local word
     for word in "$@"; do
         [[ $word =~ ^[0-9]+$ ]] || refuse "'$word' is not an epoch"
+    done
+}
+
+# Wait for a process in the background to end and return its status. A trap that runs meanwhile must count the request
+# to stop in stop_requests: it ends `wait` early, with a status that is not the process's.
+stop_requests=0
+wait_for() {
+    local before status
+    while true; do
+        before=$stop_requests status=0
+        wait "$1" || status=$?
+        [[ $stop_requests != "$before" ]] || return "$status"
     done
 }
 
@@ -74,9 +86,14 @@ CACHE_DIR=${CACHE_DIR:-cache}
 NUM_WORKERS=${NUM_WORKERS:-4}
 DEVICE=${DEVICE:-}                     # 0, cuda:1 or cpu; empty: the first GPU if there is one
 PRECISION=${PRECISION:-auto}
+GPUS_PER_JOB=${GPUS_PER_JOB:-1}        # of train.sh, for one model; BATCH_SIZE is the sum over them
 
 hardware_flags=(--precision "$PRECISION" --num_workers "$NUM_WORKERS" --cache_dir "$CACHE_DIR")
 [[ -z $DEVICE ]] || hardware_flags+=(--device "$DEVICE")
+training_flags=(--dataset "$DATASET" --resolution "$RESOLUTION" --hidden_dims "$HIDDEN_DIMS" --epochs "$EPOCHS")
+training_flags+=(--batch_size "$BATCH_SIZE" --lr "$LR" --ema_decay "$EMA_DECAY" --save_every "$SAVE_EVERY")
+training_flags+=(--seed "$SEED" --output_dir "$CHECKPOINT_DIR" --log_dir "$LOG_DIR" "${hardware_flags[@]}")
+[[ -z $LIMIT ]] || training_flags+=(--limit "$LIMIT")
 path_flags=(--num_steps "$NUM_STEPS" --max_jump "$MAX_JUMP" --factor "$FACTOR")
 sampling_flags=("${path_flags[@]}" --spacing "$SPACING" --eta "$ETA" --end "$END")
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from distributed import Processes
 # Images of 16x16 pixels are quicker on one thread, and sums do not depend on the machine then.
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = (
     "--dataset synthetic --limit 12 --resolution 16 --hidden_dims 8,16 --batch_size 4 --epochs 2 --log_every 1 "
     "--device cpu --precision fp32"
@@ -94,7 +96,9 @@ def assert_same(one, other):
 
 
 def assert_same_run(folder, reference):
-    assert_same(read_checkpoint(folder / LAST), read_checkpoint(reference / LAST))
+    """Same resume file, but for how it was come by, log and samples."""
+    ours, theirs = (read_checkpoint(place / LAST) | {"execution": {}} for place in (folder, reference))
+    assert_same(ours, theirs)
     for name in ("metrics.jsonl", "samples_4ep_fine.png", "samples_4ep_coarse.png"):
         assert (folder / LOG / name).read_bytes() == (reference / LOG / name).read_bytes()
     assert [row["step"] for row in read_log(folder, "speed.jsonl")] == [row["step"] for row in read_log(reference)]
@@ -179,3 +183,19 @@ def trainer(tiny, tmp_path, cache):
         return run
 
     return make
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the scripts whose `python` writes the commands it is given into a file."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for file in ROOT.glob("requirements*.txt"):
+        shutil.copy(file, tmp_path)
+    stamp = b"".join(file.read_bytes() for file in sorted(tmp_path.glob("requirements*.txt")))
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        (tmp_path / f".venv/installed-{name}").write_bytes(stamp)
+    python = tmp_path / ".venv/bin/python"
+    python.write_text('#!/bin/bash\n[[ $1 == -c ]] && { echo 0; exit; }\nprintf "%s\\0" "$@" $\'\\n\' >>commands\n')
+    python.chmod(0o755)
+    return tmp_path

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from children import FORKS, SignalAt, signalling, train_in_child
-from conftest import LAST, LOG, RUN, read_log
+from conftest import LAST, LOG, RUN, assert_same_run, read_log
 
 import distributed
 import train_lift
@@ -123,6 +123,40 @@ def test_one_process_goes_on_where_another_number_of_them_stopped(stage, ranks, 
     assert_nearly_the_same_run(tmp_path, straight())
 
 
+def test_three_processes_resume_bit_for_bit(ranks, tiny, cache, tmp_path, straight):
+    straight()  # The images are in the cache then.
+
+    def flags(folder, *more):
+        common = ["--cache_dir", cache, *RUN, "--batch_size", 6, "--limit", 18, "--epochs", 4]
+        return [*map(str, [*tiny(folder), *common, *more])]
+
+    parts = {1: [("training:Trainer", "train_step", SignalAt(4))]}
+    for folder, more, patches in (("once", (), {}), ("twice", (), parts), ("twice", ("--resume",), {})):
+        for process in ranks(3, flags(tmp_path / folder, *more), patches):
+            process.join(120)
+            assert process.exitcode == 0
+    assert_same_run(tmp_path / "twice", tmp_path / "once")
+
+
+def test_processes_that_read_different_things_do_not_train(ranks, flags, tmp_path):
+    different = {1: [("training:Trainer", "_find_earlier_run", OtherSeed())]}
+    for process in ranks(2, flags, different):
+        process.join(120)
+        assert process.exitcode == 1
+    assert not list(tmp_path.rglob("*.pth")) and not list(tmp_path.rglob("*.jsonl"))
+
+
+class OtherSeed:
+    """Makes a method of the trainer that changes the seed before its work."""
+
+    def __call__(self, method):
+        def changed(trainer):
+            trainer.config["seed"] += 1
+            return method(trainer)
+
+        return changed
+
+
 def test_a_step_in_parts_is_a_whole_step(stage, flags, tmp_path, straight):
     assert "2 parts per step" in stage(train_lift, *flags, "--accumulate", 2).output
     assert_nearly_the_same_run(tmp_path, straight())
@@ -136,7 +170,9 @@ def test_shares_and_parts_make_up_the_batch_of_one_process(trainer, count, accum
     shares = []
     for rank in range(count):
         run.processes.rank, run.processes.count = rank, count
-        shares.append(run.draw(*images))
+        share = run.draw(*images)
+        size = len(share.x_64) // accumulate
+        shares += [share.rows(slice(start, start + size)) for start in range(0, len(share.x_64), size)]
     for field, parts in zip(whole, zip(*shares, strict=True), strict=True):
         assert torch.equal(field, torch.cat(parts))
 
@@ -187,6 +223,13 @@ def test_shares_are_even_and_in_order(environment):
         environment(rank, 4, gpus=0)
         shares += list(range(12))[Processes().share(12)]
     assert shares == list(range(12))
+
+
+def test_half_an_environment_is_named(environment, monkeypatch):
+    environment(0, 2, gpus=0)
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(ValueError, match="^RANK is set but LOCAL_RANK not; start with torchrun, or unset RANK"):
+        Processes("cpu")
 
 
 def test_a_process_alone_needs_no_group(monkeypatch):

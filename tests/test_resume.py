@@ -80,10 +80,10 @@ def seconds(straight, tiny, cache, tmp_path_factory):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
 def test_killed_at_a_random_moment(stage, child, flags, tmp_path, straight, seconds, number, attempt):
     process = child([*flags, "--resume", "auto"])
-    process.join(random.uniform(0, seconds))
+    process.join(random.Random(attempt).uniform(0, seconds))
     os.kill(process.pid, number) if process.is_alive() else None
     process.join()
-    # Before its loop and after it, SIGTERM ends a process as it does any other.
+    # A process that comes to its end is not killed, nor is one that does not listen yet stopped with 0.
     assert process.exitcode in (0, -number)
     finish(stage, flags)
     assert_same_run(tmp_path, straight())
@@ -238,7 +238,20 @@ def test_a_damaged_newest_resume_file_is_named_and_the_one_before_it_used(stage,
     last, older = versions(tmp_path / LAST)
     last.write_bytes(damage(last.read_bytes()))
     ended = stage(train_lift, *flags, "--resume")
-    assert f"warning: Checkpoint {last} is damaged" in ended.output and f"going on from {older}" in ended.output
+    assert f"warning: {last} is damaged; going on from {older}" in ended.output
+    assert_same_run(tmp_path, straight())
+    assert last.with_name(f"{last.name}.damaged").exists()
+
+
+def test_a_kill_after_a_damaged_newest_file_still_leaves_a_whole_one(stage, child, flags, tmp_path, straight):
+    halfway(stage, flags)
+    last = versions(tmp_path / LAST)[0]
+    last.write_bytes(truncate(last.read_bytes()))
+    # The settings, two logs, and then the first rename of the first save.
+    process = child([*flags, "--resume"], ("os", "replace", KillAt(4, after=True)))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    finish(stage, flags)
     assert_same_run(tmp_path, straight())
 
 
@@ -345,6 +358,49 @@ def test_a_full_disk_costs_no_step_and_no_row(flags, tmp_path, straight, capfd, 
     assert ended.status == 0, ended.message
     assert_same_run(tmp_path, straight())
     assert read_checkpoint(tmp_path / LAST)["step"] == 12
+    # The snapshot that there was no room for was written when there was.
+    for epoch in (2, 4):
+        name = f"checkpoints/lift_dual_timestep_{epoch}ep.pth"
+        assert_same(read_checkpoint(tmp_path / name), read_checkpoint(straight() / name))
+
+
+# The thread that writes for TensorBoard dies of it and is replaced.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_rows_that_a_full_disk_kept_out_of_the_log_come_through_a_stop(stage, flags, tmp_path, straight):
+    append = run_log.JsonLines.write
+
+    def full(self, sync=True):
+        raise OSError(f"{self.file} could not be written")
+
+    with mock.patch.object(run_log.JsonLines, "write", full), signalling(4):
+        stage(train_lift, *flags)
+    assert run_log.JsonLines.write is append
+    assert read_log(tmp_path) == []
+    finish(stage, flags)
+    assert_same_run(tmp_path, straight())
+
+
+def test_a_row_that_does_not_fit_names_its_file_and_the_bytes(tmp_path):
+    file = run_log.JsonLines(tmp_path / "rows.jsonl", 0)
+    file.append({"step": 1})
+    with NoRoom(15):
+        file.append({"step": 2})
+        with pytest.raises(
+            OSError, match=r"rows\.jsonl could not be written: it needs 12 bytes more \(File too large\)"
+        ):
+            file.write()
+    assert (tmp_path / "rows.jsonl").read_text() == '{"step": 1}\n' and file.pending == '{"step": 2}\n'
+    file.append({"step": 3})
+    assert [row["step"] for row in run_log.read_metrics(tmp_path / "rows.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), PermissionError(13, "Permission denied"), OSError(5, "I/O error")])
+def test_what_lies_between_a_file_and_the_run_is_not_taken_for_damage(stage, flags, tmp_path, error):
+    halfway(stage, flags)
+    before = list_files(tmp_path)
+    with mock.patch.object(torch, "load", mock.Mock(side_effect=error)):
+        assert run_stage(train_lift, *flags, "--resume").status == 1
+    assert list_files(tmp_path) == before
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

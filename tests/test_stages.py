@@ -691,22 +691,6 @@ SCRIPTS = sorted(ROOT.glob("scripts/*.sh"))
 RUNNABLE = [script for script in SCRIPTS if script.name != "common.sh"]
 
 
-@pytest.fixture
-def checkout(tmp_path):
-    """A copy of the scripts whose `python` writes the commands it is given into a file."""
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
-    for file in ROOT.glob("requirements*.txt"):
-        shutil.copy(file, tmp_path)
-    stamp = b"".join(file.read_bytes() for file in sorted(tmp_path.glob("requirements*.txt")))
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    for name in ("requirements.txt", "requirements-dev.txt"):
-        (tmp_path / f".venv/installed-{name}").write_bytes(stamp)
-    python = tmp_path / ".venv/bin/python"
-    python.write_text('#!/bin/bash\n[[ $1 == -c ]] && { echo 0; exit; }\nprintf "%s\\0" "$@" $\'\\n\' >>commands\n')
-    python.chmod(0o755)
-    return tmp_path
-
-
 def run_script(checkout, name, *arguments, **settings):
     """The process, and the commands given to Python."""
     environment = {"PATH": os.environ["PATH"], "PYTHON": "false", **settings}

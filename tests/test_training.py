@@ -13,6 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+import cli
 import train_baseline
 import train_lift
 import training
@@ -20,6 +21,7 @@ from checkpoint import MODEL_CLASSES, build_model, checkpoint_file, load_model, 
 from data import coarse, load_images, to_float
 from device import resolve_precision
 from memory_estimate import for_batch, saved_bytes
+from model import ResidualBlock
 from scheduler import DDIMScheduler
 from synthetic import synthetic_images
 from training import Trainer, diffusion_loss, draw_batch, step_generator, training_memory
@@ -380,8 +382,31 @@ def test_a_finished_run_says_so_and_does_nothing(stage, tiny, cache, straight):
 
 
 def test_resume_auto_starts_afresh_where_nothing_was_saved(stage, tiny, cache, tmp_path, straight):
-    shutil.copytree(straight("--flip") / LOG, tmp_path / LOG)
+    shutil.copytree(straight() / LOG, tmp_path / LOG)
     stage(train_lift, *tiny(tmp_path), "--cache_dir", cache, *RUN, "--epochs", 4, "--resume", "auto")
+    assert_same_run(tmp_path, straight())
+
+
+def test_the_log_of_a_run_with_other_settings_is_not_touched(refused, stage, tiny, cache, tmp_path, straight):
+    shutil.copytree(straight("--flip") / LOG, tmp_path / LOG)
+    flags = [*tiny(tmp_path), "--cache_dir", cache, *RUN, "--epochs", 4, "--resume"]
+    says = (tmp_path / LOG / "metrics.jsonl", "flip = True, not False", "--log_dir")
+    refused(train_lift, *flags, "auto", says=says)
+    shutil.copytree(straight() / "checkpoints", tmp_path / "checkpoints", dirs_exist_ok=True)
+    refused(train_lift, *flags, "required", says=says)
+
+
+def test_a_run_that_ended_before_its_first_save_starts_again(stage, tiny, cache, tmp_path, straight):
+    flags = [*tiny(tmp_path), "--cache_dir", cache, *RUN, "--epochs", 4]
+    with mock.patch.object(training, "diffusion_loss", mock.Mock(side_effect=MemoryError)):
+        assert "out of memory" in run_stage(train_lift, *flags).message
+    # Nothing was computed, so that nothing is in the way.
+    with mock.patch.object(Trainer, "save_resume_file", mock.Mock(side_effect=KeyboardInterrupt)):
+        assert run_stage(train_lift, *flags).status == 130
+    # Some steps were, and the message says how to go on.
+    assert "--resume auto" in run_stage(train_lift, *flags).message
+    assert "--resume auto" in run_stage(train_lift, *flags, "--resume").message
+    stage(train_lift, *flags, "--resume", "auto")
     assert_same_run(tmp_path, straight())
 
 
@@ -510,7 +535,17 @@ def test_an_overflow_of_float16_halves_the_scale_and_skips_the_step(trainer):
 
 
 def test_recomputed_activations_give_the_same_bits(stage, tiny, cache, tmp_path, straight):
-    stage(train_lift, *tiny(tmp_path), "--cache_dir", cache, *RUN, "--epochs", 4, "--recompute")
+    calls = []
+    forward = ResidualBlock.forward
+
+    def counting(self, *inputs):
+        calls.append(self)
+        return forward(self, *inputs)
+
+    with mock.patch.object(ResidualBlock, "forward", counting):
+        stage(train_lift, *tiny(tmp_path), "--cache_dir", cache, *RUN, "--epochs", 4, "--recompute")
+    # Two levels of four blocks and two in the middle: twice in twelve steps, once in both calls of two grids.
+    assert len(calls) == 10 * (12 * 2 + 2 * 2)
     assert_same_run(tmp_path, straight())
 
 
@@ -538,7 +573,7 @@ def test_a_machine_that_cannot_compile_says_so_and_trains(stage, tiny, cache, tm
     assert (tmp_path / LOG / "metrics.jsonl").read_bytes() == (straight() / LOG / "metrics.jsonl").read_bytes()
 
 
-def test_deterministic_kernels_are_asked_for_and_no_longer_than_the_run(stage, tiny, cache, tmp_path, straight):
+def test_deterministic_kernels_are_asked_for_by_those_runs_alone(stage, tiny, cache, tmp_path, straight):
     seen = []
     train_step = Trainer.train_step
 
@@ -551,6 +586,14 @@ def test_deterministic_kernels_are_asked_for_and_no_longer_than_the_run(stage, t
             stage(train_lift, *tiny(tmp_path / folder), "--cache_dir", cache, *RUN, "--epochs", 4, *flags)
             assert_same_run(tmp_path / folder, straight())
     assert seen == [True] * 12 + [False] * 12
+
+
+def test_cuda_graphs_and_parts_exclude_each_other(trainer):
+    args = trainer().args
+    args.cuda_graphs, args.accumulate, args.compile = True, 2, True
+    gpu = mock.Mock(device=torch.device("cuda"), count=1)
+    with pytest.raises(ValueError, match=r"^--cuda_graphs and --accumulate exclude each other"):
+        Trainer("dual", args, cli.load_training_images(args), gpu)
 
 
 @pytest.mark.parametrize(
@@ -672,7 +715,6 @@ def test_weights_and_biases_gets_the_settings_and_one_run_for_all_its_parts(
     assert_same_run(tmp_path, straight())
 
 
-def test_weights_and_biases_that_is_missing_is_named(tiny, cache, tmp_path, monkeypatch):
+def test_weights_and_biases_that_is_missing_is_named(refused, tiny, cache, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    ended = run_stage(train_lift, *tiny(tmp_path), "--cache_dir", cache, "--wandb")
-    assert ended.status == 1 and "--wandb needs the wandb package" in ended.message
+    refused(train_lift, *tiny(tmp_path), "--cache_dir", cache, "--wandb", says=("--wandb needs the wandb package",))
