@@ -879,20 +879,23 @@ def save(trainer: Trainer, log: RunLog, must: bool) -> None:
     If that fails the run goes on and tries again at the next save, unless it `must` succeed: OSError is raised then.
     Rows that cannot be written go into the resume file instead.
     """
-    problems = []
+    problems, lost = [], False
     try:
         log.flush()
     except OSError as error:
-        problems.append(str(error))
+        problems.append(error)
     trainer.unwritten_rows = log.unwritten_rows
-    try:
-        trainer.save_resume_file()
-        trainer.save_snapshots()
-    except OSError as error:
-        kept = versions(trainer.last_file)
-        last = f"the last good checkpoint is {kept[0] if kept else '(none yet)'}"
-        if must:
-            raise OSError(f"{error}; {last}") from error
-        problems.append(f"{error}; {last}; training goes on")
+    for write in (trainer.save_resume_file, trainer.save_snapshots):
+        try:
+            write()
+        except OSError as error:
+            problems.append(error)
+            lost = must
+    if not problems:
+        return
+    kept = versions(trainer.last_file)
+    last = f"the last good checkpoint is {kept[0] if kept else '(none yet)'}"
+    if lost:
+        raise OSError(f"{problems[-1]}; {last}") from problems[-1]
     for problem in problems:
-        tqdm.write(f"warning: {problem}; it is saved again at the next save", file=sys.stderr)
+        tqdm.write(f"warning: {problem}; {last}; training goes on and tries again at the next save", file=sys.stderr)

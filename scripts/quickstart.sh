@@ -16,5 +16,7 @@ export LOG_DIR=${LOG_DIR:-logs/quickstart} TRAIN_ARGS=${TRAIN_ARGS:---resume aut
 source "$(dirname "$0")/common.sh"
 [[ $# == 0 ]] || refuse "unknown argument '$1'"
 
+# train.sh ends with 0 when it is stopped, and what it has not trained cannot be scored.
+trap 'exit 130' INT
 ./scripts/train.sh both
 ./scripts/eval_all.sh --ema
