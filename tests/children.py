@@ -73,28 +73,21 @@ class SleepAt:
         return sleeping
 
 
-def signalling(*steps, number=signal.SIGTERM):
-    """A `train_step` in which this process gets a signal at each of these steps."""
-    train_step = Trainer.train_step
-
-    def step(self, *batch):
-        if self.step in steps:
-            os.kill(os.getpid(), number)
-        return train_step(self, *batch)
-
-    return mock.patch.object(Trainer, "train_step", step)
-
-
 class SignalAt:
-    """Makes a `train_step` in which its process gets SIGUSR1 at one step."""
+    """Makes a `train_step` in which its process gets a signal at each of these steps."""
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, *steps, number=signal.SIGUSR1):
+        self.steps, self.number = steps, number
 
     def __call__(self, train_step):
         def signalled(trainer, *batch):
-            if trainer.step == self.step:
-                os.kill(os.getpid(), signal.SIGUSR1)
+            if trainer.step in self.steps:
+                os.kill(os.getpid(), self.number)
             return train_step(trainer, *batch)
 
         return signalled
+
+
+def signalling(*steps, number=signal.SIGTERM):
+    """A patch by which this very process gets a signal at each of these steps."""
+    return mock.patch.object(Trainer, "train_step", SignalAt(*steps, number=number)(Trainer.train_step))
