@@ -77,7 +77,8 @@ INTRODUCTION = (
 )
 TWO_CLOCKS = (
     "On the diagonal both scales have the same timestep. `compute_heatmap_30.py` finds other paths, from the "
-    "checkpoint that this model was exported from; `load_schedule` of `path.py` reads those of a `schedule.json`."
+    "checkpoint that this model was exported from; `load_schedule` of `schedule_file.py` reads those of a "
+    "`schedule.json`."
 )
 ONE_CLOCK = "The diagonal, in any number of steps, is the only kind of path that this model can follow."
 APPROXIMATE_INPUT = (

@@ -1,39 +1,37 @@
-"""Paths through the timesteps of one or more scales: what they are, how to make them, how to store them.
+"""Paths through the timesteps of one or more scales: what they are, and how to make them by hand or as optima.
 
 A path is a list of N + 1 points, one timestep per scale (fine first), from noise to clean. Sampling along
-it costs N network evaluations, one at every point but the last. The optimiser works on a grid of n timesteps
+it costs N network evaluations, one at every point but the last. The optimisers work on a grid of n timesteps
 whose index 0 is noise and whose index n - 1 is clean; a pair of grid indices is called a cell.
+
+Hand-made paths are a spacing, made by `diagonal`, and an offset between the scales, which `log_snr_shift` and
+`lead` add to any diagonal. The optimisers find the exact optimum of a sum of step costs: the published
+trapezoid of an error map, or the KL divergence of the sampled chain from a map of denoising errors.
 """
 
+import functools
 import hashlib
 import json
 import math
 import operator
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike
 
-from safe_write import replacing
+SPACINGS = ("uniform_t", "published", "uniform_log_snr", "karras")
+GRID_SPACINGS = ("uniform_t", "uniform_log_snr")
+KARRAS_RHO = 7.0
+# Up to this many cells per step it is faster to hold the costs of all steps: 13 MB on a grid of 100 x 100.
+LARGEST_WINDOWED_JUMP = 12
 
-SPACINGS = ("uniform_t", "published", "uniform_log_snr")
-SCHEDULE_FORMAT_VERSION = 1
-# What a schedule file says beyond the path itself; a loaded path carries it in its provenance.
-SCHEDULE_DETAILS = (
-    "log_snr",
-    "solver",
-    "criterion",
-    "cost",
-    "path_fingerprint",
-    "model_fingerprint",
-    "data_fingerprint",
-    "beta_schedule",
-)
+Cells = list[tuple[int, int]]
+CellAt = Callable[[ArrayLike, ArrayLike], tuple[ArrayLike, ArrayLike]]
+# Costs of steps from cells to cells, each a pair of indices or of index arrays, which broadcast.
+StepCost = Callable[[tuple[ArrayLike, ArrayLike], tuple[ArrayLike, ArrayLike]], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -106,55 +104,216 @@ def diagonal(
     num_steps: int,
     spacing: str = "uniform_t",  # one of SPACINGS
     num_scales: int = 2,  # 1 for a model with a single timestep
-    log_snr: ArrayLike | None = None,  # [num_train_timesteps], only for "uniform_log_snr"
+    log_snr: ArrayLike | None = None,  # [num_train_timesteps], only for "uniform_log_snr" and "karras"
     num_train_timesteps: int = 1000,
+    start: int | None = None,  # timestep of the first point; None for num_train_timesteps - 1
 ) -> Path:
-    """Path of exactly num_steps steps on which all scales move together, with T = num_train_timesteps.
+    """Path of exactly num_steps steps on which all scales move together, from timestep S = start to 0.
 
     spacing:
-        "uniform_t": N + 1 points, even in t from T - 1 to 0, rounded.
-        "published": multiples of the stride T // N, from N strides down to 0 (990, 935, ..., 55, 0 for
-            N = 18); starts at T - 1 where N divides T, and well below T - 1 where T // N cuts off much.
-        "uniform_log_snr": N + 1 targets, even in log SNR from log_snr[T - 1] to log_snr[0], each at the
-            timestep of nearest log SNR; timesteps that coincide are moved apart towards noise, ends stay.
+        "uniform_t": N + 1 points, even in t, rounded.
+        "published": multiples of the stride (S + 1) // N, from N strides down to 0 (990, 935, ..., 55, 0 for
+            N = 18); starts at S where N divides S + 1, and well below S where the division cuts off much.
+        "uniform_log_snr": N + 1 targets, even in log SNR from log_snr[S] to log_snr[0], each at the timestep
+            of nearest log SNR; timesteps that coincide are moved apart towards noise, ends stay.
+        "karras": targets even in σ̂^(1/ρ), σ̂ = SNR^-½ and ρ = 7 (arXiv 2206.00364, eq. 5, with the N + 1
+            levels of this path, the last of them σ̂ at timestep 0), each put on a timestep as above.
 
-    Raises ValueError for an unknown spacing, num_steps outside 1..T - 1, num_scales < 1, and, for
-    "uniform_log_snr", a table that is missing, of the wrong length, not finite (zero terminal SNR) or not
-    strictly decreasing.
+    Raises ValueError for an unknown spacing, a start outside 1..num_train_timesteps - 1, num_steps outside
+    1..S, num_scales < 1, and, for a spacing by log SNR, a table that is missing, of the wrong length, not
+    finite up to S (zero terminal SNR) or not strictly decreasing.
     """
-    last = num_train_timesteps - 1
-    if not 1 <= num_steps <= last:
-        raise ValueError(
-            f"num_steps is {num_steps} but {num_train_timesteps} timesteps allow 1 to {last}; choose within"
-        )
+    start = _check_start(start, num_train_timesteps)
     if num_scales < 1:
         raise ValueError(f"num_scales is {num_scales}; a path needs at least 1 scale")
-    if spacing == "uniform_t":
-        timesteps = np.rint(np.linspace(last, 0, num_steps + 1)).astype(np.int64)
-    elif spacing == "published":
-        stride = num_train_timesteps // num_steps
-        timesteps = np.minimum(stride * np.arange(num_steps, -1, -1), last)
-    elif spacing == "uniform_log_snr":
-        table = _check_log_snr_table(log_snr, num_train_timesteps)
-        targets = np.linspace(table[-1], table[0], num_steps + 1)
-        timesteps = _move_apart(_nearest_timesteps(table, targets), last)
-    else:
-        raise ValueError(f"spacing {spacing!r} is unknown; choose one of {', '.join(SPACINGS)}")
-    points = tuple((int(t),) * num_scales for t in timesteps)
-    return Path(points, "diagonal", {"spacing": spacing, "num_train_timesteps": num_train_timesteps})
+    timesteps = _spaced(num_steps, spacing, start, 0, log_snr, num_train_timesteps)
+    provenance = {"spacing": spacing, "num_train_timesteps": num_train_timesteps, "start": start}
+    return Path(tuple((t,) * num_scales for t in timesteps), "diagonal", provenance)
 
 
-def timestep_grid(n: int = 30, num_train_timesteps: int = 1000) -> np.ndarray:
-    """Timesteps of the n grid lines, int64 [n], even from num_train_timesteps - 1 to 0, truncated.
+def log_snr_shift(
+    base: Path,
+    shift: float,  # of log SNR; > 0: the coarse scale is ahead (cleaner)
+    log_snr: ArrayLike,  # [num_train_timesteps]
+) -> Path:
+    """Two-scale path with λ_32 = λ_64 + shift, where t_64 goes along the diagonal `base`.
 
-    Index 0 is noise. Equals torch.linspace(999, 0, n).long() for the published n = 30. It is computed in
-    integers: at some other n, float32 falls just below a whole value and would be truncated one too low.
+    t_32 of a point is the timestep of nearest log SNR between the ends of the base. The first and the last
+    point are those of the base, in both scales. No point repeats, because t_64 falls at every step.
 
-    Raises ValueError unless 2 <= n <= num_train_timesteps.
+    Raises ValueError if the scales of the base do not move together, a shift that is not finite, and a table
+    that is too short or does not fall strictly; -inf is allowed at the first timestep of the base.
     """
-    if not 2 <= n <= num_train_timesteps:
-        raise ValueError(f"a grid of {n} timesteps is impossible; choose between 2 and {num_train_timesteps}")
-    return np.arange(n - 1, -1, -1, dtype=np.int64) * (num_train_timesteps - 1) // (n - 1)
+    timesteps = _diagonal_timesteps(base)
+    if not math.isfinite(shift):
+        raise ValueError(f"the shift of log SNR is {shift}; it must be finite")
+    table = _check_log_snr_table(log_snr, timesteps[0])
+    inner = np.clip(table[timesteps[1:-1]] + shift, table[-1], table[0])
+    coarse = [timesteps[0], *_nearest_timesteps(table, inner).tolist(), 0]
+    points = tuple(zip(timesteps, coarse, strict=True))
+    return Path(points, "log_snr_shift", {"base": base.provenance, "shift": float(shift)})
+
+
+def lead(base: Path, k: int) -> Path:
+    """Two-scale path whose coarse scale is k points ahead on the diagonal `base`; for k < 0 the fine one is.
+
+    With s_0, ..., s_N the timesteps of the base, point i >= 1 is (s_i, s_min(i + k, N)), and point 0 is
+    (s_0, s_0), so that the first step of the scale ahead goes k + 1 points. No point repeats, because the
+    other scale falls at every step.
+
+    Raises ValueError if the scales of the base do not move together.
+    """
+    timesteps = _diagonal_timesteps(base)
+    ahead = [timesteps[0], *(timesteps[min(i + abs(k), base.nfe)] for i in range(1, base.nfe + 1))]
+    scales = (timesteps, ahead) if k >= 0 else (ahead, timesteps)
+    return Path(tuple(zip(*scales, strict=True)), "lead", {"base": base.provenance, "k": k})
+
+
+def cascade(
+    num_steps: int,
+    log_snr: ArrayLike | None = None,  # [num_train_timesteps], only for "uniform_log_snr" and "karras"
+    coarse_steps: int | None = None,  # None for num_steps // 2
+    remaining: int = 0,  # timestep at which the coarse scale waits for the fine one
+    spacing: str = "uniform_t",  # of both legs; one of SPACINGS but "published"
+    num_train_timesteps: int = 1000,
+    start: int | None = None,  # timestep of the first point; None for num_train_timesteps - 1
+) -> Path:
+    """Path that denoises the coarse scale first, then the fine one: a cascade within one model.
+
+    The coarse scale goes from start to `remaining` in coarse_steps steps while t_64 stays at start; then the
+    fine scale goes from start to 0 in the other num_steps - coarse_steps steps while the coarse one is held.
+    The last point is (0, 0), so that the last step also takes the coarse scale from `remaining` to 0. Each leg
+    is spaced as a `diagonal` from its first to its last timestep; "published" is refused, because its strides
+    cut off the start.
+
+    Raises ValueError unless 1 <= coarse_steps < num_steps and 0 <= remaining < start, if a leg has more steps
+    than timesteps, and for what `diagonal` refuses.
+    """
+    points, provenance = _one_after_the_other(
+        num_steps, log_snr, coarse_steps, remaining, spacing, num_train_timesteps, start
+    )
+    return Path(tuple((t_64, t_32) for t_32, t_64 in points), "cascade", provenance)
+
+
+def fine_first(
+    num_steps: int,
+    log_snr: ArrayLike | None = None,  # [num_train_timesteps], only for "uniform_log_snr" and "karras"
+    fine_steps: int | None = None,  # None for num_steps // 2
+    remaining: int = 0,  # timestep at which the fine scale waits for the coarse one
+    spacing: str = "uniform_t",  # of both legs; one of SPACINGS but "published"
+    num_train_timesteps: int = 1000,
+    start: int | None = None,  # timestep of the first point; None for num_train_timesteps - 1
+) -> Path:
+    """The `cascade` with the scales exchanged: the fine scale first, in fine_steps steps; a control for it.
+
+    Raises ValueError as `cascade` does.
+    """
+    points, provenance = _one_after_the_other(
+        num_steps, log_snr, fine_steps, remaining, spacing, num_train_timesteps, start
+    )
+    return Path(points, "fine_first", provenance)
+
+
+def timestep_grid(
+    n: int = 30,
+    num_train_timesteps: int = 1000,
+    spacing: str = "uniform_t",  # one of GRID_SPACINGS
+    start: int | None = None,  # noisiest timestep; None for num_train_timesteps - 1
+    log_snr: ArrayLike | None = None,  # [num_train_timesteps], only for "uniform_log_snr"
+) -> np.ndarray:
+    """Timesteps of the n grid lines, int64 [n], from start to 0; index 0 is noise.
+
+    "uniform_t" is even and truncated, and equals torch.linspace(999, 0, n).long() for the published n = 30. It is
+    computed in integers: at some other n, float32 falls just below a whole value and would be truncated one too
+    low. "uniform_log_snr" is the spacing of that name of `diagonal`.
+
+    Raises ValueError unless 2 <= n <= start + 1, and for what `diagonal` refuses.
+    """
+    start = _check_start(start, num_train_timesteps)
+    if not 2 <= n <= start + 1:
+        raise ValueError(f"a grid of {n} timesteps is impossible; choose between 2 and {start + 1}")
+    if spacing not in GRID_SPACINGS:
+        raise ValueError(f"spacing {spacing!r} is unknown; choose one of {', '.join(GRID_SPACINGS)}")
+    if spacing == "uniform_t":
+        return np.arange(n - 1, -1, -1, dtype=np.int64) * start // (n - 1)
+    return np.array(_spaced(n - 1, spacing, start, 0, log_snr, num_train_timesteps), dtype=np.int64)
+
+
+class Readings(NamedTuple):
+    """What the cost of a step reads at one of its two ends: arrays that broadcast, maps >= 0."""
+
+    map_64: ArrayLike
+    map_32: ArrayLike
+    clock_64: ArrayLike  # log SNR for `trapezoid_cost`, SNR for `kl_cost`
+    clock_32: ArrayLike
+
+
+def trapezoid_cost(start: Readings, end: Readings) -> np.ndarray:
+    """Published cost of a step, a trapezoid in λ = log SNR for each scale, from its readings at both ends:
+
+    (E_64[start] + E_64[end]) / 2 · |Δλ_64| + (E_32[start] + E_32[end]) / 2 · |Δλ_32|
+    """
+    delta_64 = np.abs(end.clock_64 - start.clock_64)
+    delta_32 = np.abs(end.clock_32 - start.clock_32)
+    return (start.map_64 + end.map_64) / 2 * delta_64 + (start.map_32 + end.map_32) / 2 * delta_32
+
+
+def band_readings(scales: Readings) -> Readings:
+    """What the low and the detail band of the fine image are to `kl_cost`, from the readings of the two scales.
+
+    With a = γ_64 and b = γ_32, both images together show the details at SNR a and the low band at SNR q = a + b/4,
+    with the denoising errors (docs/theory.md, section 7; for any law of images)
+
+        M_low = 4 m_32,    M_detail = m_64 - 4 m_32.
+
+    The details take the place of the fine scale (map_64, clock_64), the low band that of the coarse one. M_detail is
+    0 where measured maps would make it negative. M_low Δq + M_detail Δa = m_64 Δa + m_32 Δb where they do not.
+    """
+    low = 4 * scales.map_32
+    return Readings(np.maximum(scales.map_64 - low, 0), low, scales.clock_64, scales.clock_64 + scales.clock_32 / 4)
+
+
+def kl_cost(
+    start: Readings, end: Readings, weight: float = 0.0, symmetric: bool = False, bands: bool = False
+) -> np.ndarray:
+    """Cost in nats of a step of a sampler that keeps its estimate of x during the step (docs/theory.md, section 4).
+
+    With m_s(k) the denoising error E‖x_s - E[x_s | z]‖² at point k, summed over dimensions in x-space:
+
+    - weight 0: ½ Σ_s m_s(k) · (γ_s' - γ_s), the left Riemann sum. Less the information gained in the step it is
+      the KL divergence of the sampled step from the true one (Girsanov); that information (I-MMSE, Guo, Shamai
+      and Verdú 2005) adds up to the same on every path between the same ends, so that the best path of this
+      cost is the best path of the KL, though the cost is not the KL.
+    - weight p in (0, 1], or symmetric at weight 0: ½ Σ_s (m_s(k) - m_s(k + 1)) · (W(γ_s') - W(γ_s)), where W is
+      the integral of w(γ) = γ^-p. The part to subtract is the integral of w · m along the path, which depends
+      on the path unless p = 0, so that here it is subtracted step by step.
+
+    The second form at p = 0 is not the first less the information. It is the left minus the right Riemann sum;
+    where the maps fall along every axis the information of the step lies between the two, so that the second
+    form is an upper bound of the step's KL, and to leading order in the step it is twice that KL. (For Gaussian
+    x it is the KL in one direction plus that in the other.) For p > 0 it is likewise about twice the weighted
+    excess of the left Riemann sum over the integral. A measured map that rises somewhere can make it negative.
+
+    bands: sum over the two bands of the fine image in place of the two scales, s = low with M_low at SNR q and
+    s = detail with M_detail at SNR a (`band_readings`). The second form is then
+
+        ½ (M_low(k) - M_low(k + 1)) · (W(q') - W(q)) + ½ (M_detail(k) - M_detail(k + 1)) · (W(a') - W(a)).
+
+    At weight 0 this is the same number wherever m_64 >= 4 m_32. For p > 0 it is not, and weights on scales leave a
+    loophole: moving the coarse clock alone resolves the low band at the price of m_32, a quarter of its error, so
+    that their optimum does little else (docs/theory.md, section 5). Weights on bands close it.
+
+    Raises ValueError for a weight outside 0..1.
+    """
+    if not 0 <= weight <= 1:
+        raise ValueError(f"the weight of the KL criterion is {weight}; choose an exponent from 0 to 1")
+    if bands:
+        start, end = band_readings(start), band_readings(end)
+    delta_64 = _weigh(end.clock_64, weight) - _weigh(start.clock_64, weight)
+    delta_32 = _weigh(end.clock_32, weight) - _weigh(start.clock_32, weight)
+    if weight == 0 and not symmetric:
+        return (start.map_64 * delta_64 + start.map_32 * delta_32) / 2
+    return ((start.map_64 - end.map_64) * delta_64 + (start.map_32 - end.map_32) * delta_32) / 2
 
 
 def step_cost(
@@ -164,15 +323,31 @@ def step_cost(
     start: tuple[ArrayLike, ArrayLike],  # cell (i, j), or arrays of i and of j
     end: tuple[ArrayLike, ArrayLike],  # cell (i, j), or arrays that broadcast with start
 ) -> np.ndarray:
-    """Published cost of the step from cell start to cell end, a trapezoid in λ = log SNR for each scale:
-
-    (E_64[start] + E_64[end]) / 2 · |Δλ_64| + (E_32[start] + E_32[end]) / 2 · |Δλ_32|
+    """Published cost (`trapezoid_cost`) of the step from cell start to cell end.
 
     A cell is (i, j) = (index of t_64, index of t_32); indices broadcast, and so does the result.
     """
-    delta_64 = np.abs(log_snr[end[0]] - log_snr[start[0]])
-    delta_32 = np.abs(log_snr[end[1]] - log_snr[start[1]])
-    return (error_64[start] + error_64[end]) / 2 * delta_64 + (error_32[start] + error_32[end]) / 2 * delta_32
+    return trapezoid_cost(*(_read(error_64, error_32, log_snr, cell) for cell in (start, end)))
+
+
+def kl_step_cost(
+    mmse_64: np.ndarray,  # [n, n]
+    mmse_32: np.ndarray,  # [n, n]
+    snr: np.ndarray,  # [n]
+    start: tuple[ArrayLike, ArrayLike],  # cell (i, j), or arrays of i and of j
+    end: tuple[ArrayLike, ArrayLike],  # cell (i, j), or arrays that broadcast with start
+    weight: float = 0.0,
+    symmetric: bool = False,
+    bands: bool = False,
+) -> np.ndarray:
+    """KL cost in nats (`kl_cost`) of the step from cell start to cell end; broadcasts like `step_cost`."""
+    return kl_cost(*(_read(mmse_64, mmse_32, snr, cell) for cell in (start, end)), weight, symmetric, bands)
+
+
+def path_cost(step: StepCost, cells: Sequence[Sequence[int]]) -> float:
+    """Sum of step(start, end) over the steps of a path of cells, called once with arrays of indices [N]."""
+    index = np.asarray(cells).T  # [2, N+1]
+    return float(np.sum(step(tuple(index[:, :-1]), tuple(index[:, 1:]))))
 
 
 def check_steps(n: int, num_steps: int, max_jump: int) -> None:
@@ -217,9 +392,10 @@ def find_optimal_path_n_steps_lambda(
     and rising, max_jump < 1, and a num_steps that no path has: num_steps · max_jump < n - 1 or
     num_steps > 2(n - 1).
     """
-    maps = _check_maps(error_64, error_32, log_snr)
-    check_steps(len(maps[2]), num_steps, max_jump)
-    return find_optimal_paths_all_steps(*maps, max_steps=num_steps, max_jump=max_jump)[num_steps]
+    maps = _check_maps("log_snr", log_snr, error_64=error_64, error_32=error_32)
+    n = len(maps[-1])
+    check_steps(n, num_steps, max_jump)
+    return _cheapest_paths(functools.partial(step_cost, *maps), _same_cell, (n, n), [num_steps], max_jump)[num_steps]
 
 
 def find_optimal_paths_all_steps(
@@ -236,19 +412,81 @@ def find_optimal_paths_all_steps(
 
     Raises ValueError for bad maps, max_jump < 1, and max_steps · max_jump < n - 1.
     """
-    error_64, error_32, log_snr = _check_maps(error_64, error_32, log_snr)
-    n = len(log_snr)
-    check_steps(n, min(max_steps, 2 * (n - 1)), max_jump)
-    max_jump = min(max_jump, n - 1)
+    maps = _check_maps("log_snr", log_snr, error_64=error_64, error_32=error_32)
+    n = len(maps[-1])
+    max_steps = min(max_steps, 2 * (n - 1))
+    check_steps(n, max_steps, max_jump)
+    steps = range(math.ceil((n - 1) / max_jump), max_steps + 1)
+    return _cheapest_paths(functools.partial(step_cost, *maps), _same_cell, (n, n), steps, max_jump)
 
-    jump = np.arange(max_jump + 1)
-    i, j = np.arange(n)[:, None, None, None], np.arange(n)[None, :, None, None]
-    from_i, from_j = i - jump[:, None], j - jump  # [n, 1, m+1, 1], [1, n, 1, m+1]
-    start = (np.maximum(from_i, 0), np.maximum(from_j, 0))
-    arrival_costs = step_cost(error_64, error_32, log_snr, start, (i, j))  # [n, n, m+1, m+1]
-    arrival_costs[(from_i < 0) | (from_j < 0)] = np.inf
-    arrival_costs[:, :, 0, 0] = np.inf
-    return _cheapest_paths(arrival_costs, min(max_steps, 2 * (n - 1)))
+
+def kl_path(
+    mmse_64: ArrayLike,  # [n, n]
+    mmse_32: ArrayLike,  # [n, n]
+    snr: ArrayLike,  # [n]
+    num_steps: int,
+    weight: float = 0.0,
+    start: int | tuple[int, int] = 0,
+    end: int | tuple[int, int] | None = None,
+    diagonal: bool = False,
+    symmetric: bool = False,
+    bands: bool = False,
+) -> tuple[Cells, float]:
+    """Path of exactly num_steps steps with the least KL divergence (`kl_cost`); returns (cells, cost in nats).
+
+    mmse_64, mmse_32: [n, n], >= 0, denoising error E‖x_s - x̂_s‖² summed over the dimensions of a scale, in
+        x-space, indexed (index of t_64, index of t_32); index 0 is noise, n - 1 clean.
+    snr: [n], SNR of the grid lines, rising with the index, >= 0, and > 0 for weight 1.
+    weight: exponent p of w(γ) = γ^-p, 0 to 1. symmetric: the second form of `kl_cost` at weight 0 as well.
+    bands: weigh the bands of the fine image instead of the scales (`kl_cost`); for weight > 0 the sound choice.
+    start, end: cells (i, j), or one index for both axes; None ends at n - 1.
+    diagonal: only cells with i = j, the same cost and code, for one clock or a fair comparison.
+    cells: num_steps + 1 pairs (i, j); no axis ever falls, and every step moves at least one of them, by any
+        number of cells.
+    cost: sum of `kl_step_cost` over the steps, in float64.
+
+    The optimum is exact. Among paths of equal cost it takes the one whose last step is smallest in t_64, then
+    in t_32, and so on backwards.
+
+    Raises ValueError for maps of wrong shape, infinite, NaN or negative entries, an snr that is not finite,
+    rising and in range, a weight outside 0..1, a start or end outside the grid, an end not beyond the start, a
+    diagonal between cells off the diagonal, and num_steps outside 1..M, M the one-cell moves from start to end.
+    """
+    step, cell_at, shape = _kl_problem(mmse_64, mmse_32, snr, weight, start, end, diagonal, symmetric, bands)
+    most = sum(shape) - 2
+    if not 1 <= num_steps <= most:
+        raise ValueError(
+            f"{num_steps} steps cannot all move between the start and the end cell, which allow 1 to {most}; "
+            "change num_steps or refine the grid"
+        )
+    return _cheapest_paths(step, cell_at, shape, [num_steps])[num_steps]
+
+
+def kl_paths_all_steps(
+    mmse_64: ArrayLike,  # [n, n]
+    mmse_32: ArrayLike,  # [n, n]
+    snr: ArrayLike,  # [n]
+    max_steps: int,
+    weight: float = 0.0,
+    start: int | tuple[int, int] = 0,
+    end: int | tuple[int, int] | None = None,
+    diagonal: bool = False,
+    symmetric: bool = False,
+    bands: bool = False,
+) -> dict[int, tuple[Cells, float]]:
+    """Best `kl_path` for every number of steps up to max_steps, from one forward pass.
+
+    Arguments, path and cost as in `kl_path`. Returns {N: (cells, cost)} for N from 1 to max_steps or to the
+    number of one-cell moves from start to end, ascending. The cost never rises with N where both maps (or the
+    errors of both bands) fall along both axes, as those of an ideal denoiser do: splitting a step then never raises
+    its cost. A measured map that rises somewhere gives no such promise.
+
+    Raises ValueError as `kl_path` does, and for max_steps < 1.
+    """
+    step, cell_at, shape = _kl_problem(mmse_64, mmse_32, snr, weight, start, end, diagonal, symmetric, bands)
+    if max_steps < 1:
+        raise ValueError(f"max_steps is {max_steps}; a path needs at least 1 step")
+    return _cheapest_paths(step, cell_at, shape, range(1, min(max_steps, sum(shape) - 2) + 1))
 
 
 def path_from_cells(cells: Sequence[Sequence[int]], t_grid: ArrayLike, kind: str, provenance: dict[str, Any]) -> Path:
@@ -293,104 +531,6 @@ def leads(path: Path, t_grid: ArrayLike | None = None) -> dict[str, Any]:
     }
 
 
-def save_schedule(
-    path: Path,
-    file: str | os.PathLike,
-    log_snr: ArrayLike,  # [num_train_timesteps], log SNR of every timestep
-    solver: dict[str, Any],  # such as {"name": "ddim", "eta": 0.0, "end": "clean"}
-    criterion: str | None = None,  # what the path was optimised for
-    cost: float | None = None,  # value of the criterion
-    model_fingerprint: str | None = None,
-    data_fingerprint: str | None = None,
-    beta_schedule: str | None = None,
-) -> None:
-    """Write a path as a schedule file: JSON with the points as timesteps and as log SNR, and the solver.
-
-    A log SNR of -inf (zero terminal SNR) is written as null. The file appears complete or not at all, and a
-    failure leaves an earlier file of that name as it was. What `load_schedule` put into the provenance is not
-    carried over: the arguments given here hold.
-
-    Raises ValueError if the table is too short for the path or holds NaN or +inf, or if a value is not JSON,
-    and FileNotFoundError if the folder does not exist.
-    """
-    file = FilePath(file)
-    table = np.asarray(log_snr, dtype=np.float64)
-    noisiest = max(path.points[0])
-    if table.ndim != 1 or len(table) <= noisiest:
-        raise ValueError(
-            f"log_snr has shape {list(table.shape)} but the path for {file} starts at timestep {noisiest}; "
-            "pass the table of all training timesteps"
-        )
-    if np.isnan(table).any() or np.isposinf(table).any():
-        raise ValueError(f"log_snr holds NaN or +inf, so the schedule for {file} cannot be written; check the table")
-    content = {
-        "format_version": SCHEDULE_FORMAT_VERSION,
-        "kind": path.kind,
-        "nfe": path.nfe,
-        "num_scales": path.num_scales,
-        "points": path.points,
-        "log_snr": [[None if np.isneginf(table[t]) else float(table[t]) for t in point] for point in path.points],
-        "solver": solver,
-        "criterion": criterion,
-        "cost": None if cost is None else float(cost),
-        "path_fingerprint": path.fingerprint(),
-        "model_fingerprint": model_fingerprint,
-        "data_fingerprint": data_fingerprint,
-        "beta_schedule": beta_schedule,
-        "provenance": {key: value for key, value in path.provenance.items() if key not in SCHEDULE_DETAILS},
-    }
-    try:
-        text = json.dumps(content, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"schedule {file} must hold finite JSON types only ({error})") from error
-    if not file.parent.is_dir():
-        raise FileNotFoundError(f"folder {file.parent} for schedule {file.name} does not exist; create it first")
-    with replacing(file) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def load_schedule(file: str | os.PathLike) -> Path:
-    """Read a schedule file; the path can be replayed without the model or the map that made it.
-
-    The provenance of the path holds what the path was saved with, plus log_snr, solver, criterion, cost,
-    path_fingerprint, model_fingerprint, data_fingerprint and beta_schedule from the file.
-
-    Raises FileNotFoundError if there is no such file, and ValueError if it is not JSON, not a schedule, of a
-    later format version, or if its points are invalid or not those it was written with.
-    """
-    file = FilePath(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"schedule file {file} does not exist; check the name or save a schedule first")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"schedule file {file} is not JSON ({error}); save it again") from error
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if type(version) is not int or version < 1:
-        raise ValueError(f"{file} is not a schedule file: it has no format_version; pass a file that LIFT saved")
-    if version > SCHEDULE_FORMAT_VERSION:
-        raise ValueError(
-            f"schedule file {file} has format version {version} but this code reads only up to "
-            f"{SCHEDULE_FORMAT_VERSION}; update LIFT"
-        )
-    required = ("kind", "nfe", "num_scales", "points", *SCHEDULE_DETAILS, "provenance")
-    missing = [key for key in required if key not in content]
-    if missing:
-        raise ValueError(f"{file} is not a complete schedule file: it lacks {', '.join(missing)}; save it again")
-    try:
-        path = Path(content["points"], content["kind"], content["provenance"])
-        path = Path(path.points, path.kind, path.provenance | {key: content[key] for key in SCHEDULE_DETAILS})
-    except ValueError as error:
-        raise ValueError(f"schedule file {file} holds no valid path: {error}") from error
-    stated = (content["nfe"], content["num_scales"], content["path_fingerprint"])
-    if stated != (path.nfe, path.num_scales, path.fingerprint()):
-        raise ValueError(
-            f"schedule file {file} was changed after it was saved: its points do not match its nfe, "
-            "num_scales and path_fingerprint; save it again"
-        )
-    return path
-
-
 def _as_points(points: Any) -> tuple[tuple[int, ...], ...]:
     try:
         points = tuple(tuple(point) for point in points)
@@ -402,21 +542,100 @@ def _as_points(points: Any) -> tuple[tuple[int, ...], ...]:
         raise ValueError(f"a path needs points of one integer per scale ({error})") from error
 
 
-def _check_log_snr_table(log_snr: ArrayLike | None, num_train_timesteps: int) -> np.ndarray:
-    if log_snr is None:
-        raise ValueError("spacing 'uniform_log_snr' needs the table log_snr; pass the log_snr of the scheduler")
+def _check_start(start: int | None, num_train_timesteps: int) -> int:
+    last = num_train_timesteps - 1
+    if start is None:
+        return last
+    if not 1 <= start <= last:
+        raise ValueError(f"the path starts at timestep {start} but the schedule has 1 to {last}; choose within")
+    return operator.index(start)
+
+
+def _check_log_snr_table(log_snr: ArrayLike, start: int) -> np.ndarray:
+    # The part of the table that a path from `start` can visit; the start itself may be pure noise.
     table = np.asarray(log_snr, dtype=np.float64)
-    if table.shape != (num_train_timesteps,):
-        raise ValueError(f"log_snr has shape {list(table.shape)} but must have [{num_train_timesteps}]")
-    if not np.isfinite(table).all():
-        t = int(np.flatnonzero(~np.isfinite(table))[0])
+    if table.ndim != 1 or len(table) <= start:
         raise ValueError(
-            f"log_snr is {table[t]} at t = {t} (zero terminal SNR gives -inf at the last timestep), so "
-            "'uniform_log_snr' has no range to divide; use spacing 'uniform_t'"
+            f"log_snr has shape {list(table.shape)} but the path starts at timestep {start}; "
+            "pass the table of all training timesteps"
         )
-    if not (np.diff(table) < 0).all():
-        raise ValueError("log_snr must fall strictly with t; pass the table in order of timesteps")
+    table = table[: start + 1]
+    if not (np.isfinite(table[:-1]).all() and (np.diff(table) < 0).all()):
+        raise ValueError("log_snr must be finite and fall strictly with t; pass the table in order of timesteps")
     return table
+
+
+def _spaced(
+    num_steps: int, spacing: str, start: int, end: int, log_snr: ArrayLike | None, num_train_timesteps: int
+) -> list[int]:
+    if not 1 <= num_steps <= start - end:
+        raise ValueError(
+            f"num_steps is {num_steps} from timestep {start} to {end}, which allow 1 to {start - end}; choose within"
+        )
+    if spacing == "uniform_t":
+        return np.rint(np.linspace(start, end, num_steps + 1)).astype(int).tolist()
+    if spacing == "published":
+        stride = (start + 1) // num_steps
+        return np.minimum(stride * np.arange(num_steps, -1, -1), start).tolist()
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing {spacing!r} is unknown; choose one of {', '.join(SPACINGS)}")
+    if log_snr is None:
+        raise ValueError(f"spacing {spacing!r} needs the table log_snr; pass the log_snr of the scheduler")
+    if np.shape(log_snr) != (num_train_timesteps,):
+        raise ValueError(f"log_snr has shape {list(np.shape(log_snr))} but must have [{num_train_timesteps}]")
+    table = _check_log_snr_table(log_snr, start)
+    if not np.isfinite(table[start]):
+        raise ValueError(
+            f"log_snr is {table[start]} at t = {start} (zero terminal SNR), so spacing {spacing!r} has no range to "
+            "divide; start below it or use spacing 'uniform_t'"
+        )
+    if spacing == "uniform_log_snr":
+        targets = np.linspace(table[start], table[end], num_steps + 1)
+    else:
+        # σ̂^(1/ρ) = exp(-λ / 2ρ).
+        roots = np.exp(-table[[start, end]] / (2 * KARRAS_RHO))
+        targets = -2 * KARRAS_RHO * np.log(np.linspace(*roots, num_steps + 1))
+    return _move_apart(_nearest_timesteps(table, targets), start).tolist()
+
+
+def _one_after_the_other(
+    num_steps: int,
+    log_snr: ArrayLike | None,
+    first_steps: int | None,
+    remaining: int,
+    spacing: str,
+    num_train_timesteps: int,
+    start: int | None,
+) -> tuple[tuple[tuple[int, int], ...], dict[str, Any]]:
+    # Points (timestep of the scale that goes first, timestep of the other), and how they were made.
+    start = _check_start(start, num_train_timesteps)
+    first_steps = num_steps // 2 if first_steps is None else first_steps
+    if not 1 <= first_steps < num_steps:
+        raise ValueError(
+            f"{first_steps} of {num_steps} steps are for the scale that goes first; give both scales at least 1"
+        )
+    if not 0 <= remaining < start:
+        raise ValueError(f"the first scale waits at timestep {remaining}; choose 0 to {start - 1}, below the start")
+    if spacing == "published":
+        raise ValueError("spacing 'published' does not begin at the start of a leg; choose another spacing")
+    leg = _spaced(first_steps, spacing, start, remaining, log_snr, num_train_timesteps)
+    other_leg = _spaced(num_steps - first_steps, spacing, start, 0, log_snr, num_train_timesteps)
+    points = (*((t, start) for t in leg), *((remaining, t) for t in other_leg[1:-1]), (0, 0))
+    provenance = {
+        "spacing": spacing,
+        "num_train_timesteps": num_train_timesteps,
+        "start": start,
+        "first_steps": first_steps,
+        "remaining": remaining,
+    }
+    return points, provenance
+
+
+def _diagonal_timesteps(base: Path) -> list[int]:
+    for k, point in enumerate(base.points):
+        if len(set(point)) > 1:
+            raise ValueError(f"point {k} of the base path is {point}; its scales must move together, as on a diagonal")
+    return [point[0] for point in base.points]
 
 
 def _nearest_timesteps(table: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -431,62 +650,149 @@ def _move_apart(timesteps: np.ndarray, last: int) -> np.ndarray:
     return np.minimum(lifted, last) - k
 
 
-def _check_maps(
-    error_64: ArrayLike, error_32: ArrayLike, log_snr: ArrayLike
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    log_snr = np.asarray(log_snr, dtype=np.float64)
-    if log_snr.ndim != 1 or len(log_snr) < 2:
-        raise ValueError(f"log_snr has shape {list(log_snr.shape)} but must be [n] with n >= 2, one per grid line")
-    if not np.isfinite(log_snr).all():
-        line = int(np.flatnonzero(~np.isfinite(log_snr))[0])
+def _check_maps(clock_name: str, clock: ArrayLike, **maps: ArrayLike) -> list[np.ndarray]:
+    # The maps in the order given and then the clock of their grid lines, as float64.
+    clock = np.asarray(clock, dtype=np.float64)
+    if clock.ndim != 1 or len(clock) < 2:
+        raise ValueError(f"{clock_name} has shape {list(clock.shape)} but must be [n] with n >= 2, one per grid line")
+    if not np.isfinite(clock).all():
+        line = int(np.flatnonzero(~np.isfinite(clock))[0])
         raise ValueError(
-            f"log_snr is {log_snr[line]} at grid index {line}; start the grid below the timestep of zero SNR"
+            f"{clock_name} is {clock[line]} at grid index {line}; start the grid below the timestep of zero SNR"
         )
-    if not (np.diff(log_snr) > 0).all():
-        raise ValueError("log_snr must rise strictly with the grid index; pass it from noise (index 0) to clean")
-    n = len(log_snr)
-    maps = []
-    for name, error in (("error_64", error_64), ("error_32", error_32)):
-        error = np.asarray(error, dtype=np.float64)
-        if error.shape != (n, n):
-            raise ValueError(f"{name} has shape {list(error.shape)} but the {n} entries of log_snr ask for [{n}, {n}]")
-        bad = ~(np.isfinite(error) & (error >= 0))
+    if not (np.diff(clock) > 0).all():
+        raise ValueError(f"{clock_name} must rise strictly with the grid index; pass it from noise (index 0) to clean")
+    n = len(clock)
+    checked = []
+    for name, values in maps.items():
+        values = np.asarray(values, dtype=np.float64)
+        if values.shape != (n, n):
+            raise ValueError(
+                f"{name} has shape {list(values.shape)} but the {n} entries of {clock_name} ask for [{n}, {n}]"
+            )
+        bad = ~(np.isfinite(values) & (values >= 0))
         if bad.any():
             cell = tuple(int(index) for index in np.argwhere(bad)[0])
-            raise ValueError(f"{name} is {error[cell]} at cell {cell}; errors must be finite and not negative")
-        maps.append(error)
-    return maps[0], maps[1], log_snr
+            raise ValueError(f"{name} is {values[cell]} at cell {cell}; errors must be finite and not negative")
+        checked.append(values)
+    return [*checked, clock]
 
 
-def _cheapest_paths(arrival_costs: np.ndarray, max_steps: int) -> dict[int, tuple[list[tuple[int, int]], float]]:
-    # arrival_costs[i, j, di, dj] is the cost of the step (i - di, j - dj) -> (i, j), inf where forbidden.
-    n, jumps = arrival_costs.shape[0], arrival_costs.shape[2]
-    # Cost of reaching each cell, behind a margin of inf that stands for cells outside the grid.
-    reached = np.full((n + jumps - 1, n + jumps - 1), np.inf)
-    reached[jumps - 1, jumps - 1] = 0.0
-    # Entry [i, j, di, dj] is the cost of reaching (i - di, j - dj); a view, so it follows every update.
-    before = sliding_window_view(reached, (jumps, jumps))[:, :, ::-1, ::-1]  # [n, n, m+1, m+1]
-    totals = np.empty_like(arrival_costs)
-    rows = np.arange(n * n)
-    best_moves = []  # Per step: di · jumps + dj of the best move into each cell.
-    optima = {}
-    for num_steps in range(1, max_steps + 1):
-        np.add(before, arrival_costs, out=totals)
-        flat = totals.reshape(n * n, jumps * jumps)
-        best = flat.argmin(axis=1)
-        reached[jumps - 1 :, jumps - 1 :] = flat[rows, best].reshape(n, n)
-        best_moves.append(best)
-        cost = float(reached[-1, -1])
-        if math.isfinite(cost):
-            optima[num_steps] = (_trace_back(best_moves, n, jumps), cost)
-    return optima
+def _read(map_64: np.ndarray, map_32: np.ndarray, clock: np.ndarray, cell: tuple[ArrayLike, ArrayLike]) -> Readings:
+    return Readings(map_64[cell], map_32[cell], clock[cell[0]], clock[cell[1]])
 
 
-def _trace_back(best_moves: list[np.ndarray], n: int, jumps: int) -> list[tuple[int, int]]:
-    i = j = n - 1
-    cells = [(i, j)]
-    for best in reversed(best_moves):
-        di, dj = divmod(int(best[i * n + j]), jumps)
-        i, j = i - di, j - dj
-        cells.append((i, j))
+def _weigh(snr: ArrayLike, weight: float) -> np.ndarray:
+    # The integral of γ^-p up to a constant.
+    return np.log(snr) if weight == 1 else np.power(snr, 1 - weight) / (1 - weight)
+
+
+def _same_cell(i: ArrayLike, j: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
+    return i, j
+
+
+def _kl_problem(
+    mmse_64: ArrayLike,
+    mmse_32: ArrayLike,
+    snr: ArrayLike,
+    weight: float,
+    start: int | tuple[int, int],
+    end: int | tuple[int, int] | None,
+    diagonal: bool,
+    symmetric: bool,
+    bands: bool,
+) -> tuple[StepCost, CellAt, tuple[int, int]]:
+    maps = _check_maps("snr", snr, mmse_64=mmse_64, mmse_32=mmse_32)
+    snr, n = maps[-1], len(maps[-1])
+    if snr[0] < 0 or (weight == 1 and snr[0] == 0):
+        raise ValueError(f"snr is {snr[0]} at grid index 0; it must be at least 0, and above 0 for weight 1")
+    (i, j), (last_i, last_j) = (
+        _as_points([cell if isinstance(cell, Sequence) else (cell, cell)])[0]
+        for cell in (start, n - 1 if end is None else end)
+    )
+    if not (0 <= i <= last_i < n and 0 <= j <= last_j < n and (i, j) != (last_i, last_j)):
+        raise ValueError(
+            f"no path leads from cell {(i, j)} to cell {(last_i, last_j)} on a grid with indices 0 to {n - 1}; "
+            "choose an end beyond the start in one axis at least and behind it in none"
+        )
+    step = functools.partial(kl_step_cost, *maps, weight=weight, symmetric=symmetric, bands=bands)
+    if not diagonal:
+        return step, lambda row, column: (i + row, j + column), (last_i - i + 1, last_j - j + 1)
+    if i != j or last_i != last_j:
+        raise ValueError(f"cells {(i, j)} and {(last_i, last_j)} do not both lie on the diagonal; use i = j for each")
+    return step, lambda _, column: (i + column, i + column), (1, last_i - i + 1)
+
+
+def _cheapest_paths(
+    step: StepCost,
+    cell_at: CellAt,  # cells of rows and columns
+    shape: tuple[int, int],  # rows and columns, from the start in their first corner to the end in their last
+    steps: Sequence[int],
+    max_jump: int | None = None,  # rows and columns that a step may cross at most
+) -> dict[int, tuple[Cells, float]]:
+    max_jump = max(shape) - 1 if max_jump is None else min(max_jump, max(shape) - 1)
+    find_minima = _minima_by_step if max_jump <= LARGEST_WINDOWED_JUMP else _minima_by_cell
+    # Only minima are kept: the moves are found again later.
+    minima = find_minima(step, cell_at, shape, max(steps), max_jump)
+    return {n: (_trace_back(minima[: n + 1], step, cell_at, max_jump), float(minima[n, -1, -1])) for n in steps}
+
+
+def _minima_by_step(
+    step: StepCost, cell_at: CellAt, shape: tuple[int, int], num_steps: int, max_jump: int
+) -> np.ndarray:
+    # Least cost of reaching each cell in 0, 1, ... steps: [num_steps+1, rows, columns], inf where there is no way.
+    # Costs of all steps are held at once, so that a number of steps takes two array operations.
+    rows, columns = (np.arange(size) for size in shape)
+    jumps = np.arange(max_jump + 1)
+    # Start cells off the grid take any cost here, since the margin of inf stands for them below.
+    from_rows = np.maximum(rows - jumps[:, None], 0)[:, None, :, None]  # [J, 1, rows, 1]
+    from_columns = np.maximum(columns - jumps[:, None], 0)[:, None]  # [J, 1, columns]
+    costs = step(cell_at(from_rows, from_columns), cell_at(rows[:, None], columns))  # [J, J, rows, columns]
+    costs[0, 0] = np.inf  # A step must move.
+    padded = np.full((num_steps + 1, max_jump + shape[0], max_jump + shape[1]), np.inf)
+    padded[0, max_jump, max_jump] = 0.0
+    minima = padded[:, max_jump:, max_jump:]
+    # Entry [k, di, dj, i, j] is the cost of reaching (i - di, j - dj); a view, so it follows every update.
+    before = sliding_window_view(padded, shape, axis=(1, 2))[:, ::-1, ::-1]
+    for reached, before_move in zip(minima[1:], before, strict=False):
+        (before_move + costs).min((0, 1), out=reached)
+    return minima
+
+
+def _minima_by_cell(
+    step: StepCost, cell_at: CellAt, shape: tuple[int, int], num_steps: int, max_jump: int
+) -> np.ndarray:
+    # As `_minima_by_step`, with the costs of the steps from one row at a time, for jumps with too many to hold.
+    rows, columns = shape
+    reach = max_jump + 1
+    every = np.arange(columns)
+    minima = np.full((num_steps + 1, rows, columns), np.inf)
+    minima[0, 0, 0] = 0.0
+    for row in range(rows):
+        to_rows = np.arange(row, min(row + reach, rows))
+        start = cell_at(row, every[:, None, None])
+        costs = step(start, cell_at(to_rows[:, None], every))  # [columns, to_rows, columns]
+        costs[every, 0, every] = np.inf  # A step must move.
+        # Every cell is complete for all numbers of steps once the cells before it have been left.
+        for column in range(columns):
+            ahead = slice(column, column + reach)
+            reached = minima[1:, row : row + reach, ahead]
+            through = minima[:-1, row, column, None, None] + costs[column, :, ahead]
+            np.minimum(reached, through, out=reached)
+    return minima
+
+
+def _trace_back(minima: np.ndarray, step: StepCost, cell_at: CellAt, max_jump: int) -> Cells:
+    row, column = minima.shape[1] - 1, minima.shape[2] - 1
+    cells = [cell_at(row, column)]
+    for reached in minima[-2::-1]:
+        first_row, first_column = max(row - max_jump, 0), max(column - max_jump, 0)
+        from_rows, from_columns = np.arange(first_row, row + 1), np.arange(first_column, column + 1)
+        costs = step(cell_at(from_rows[:, None], from_columns), cells[-1])
+        # Moves in order of size, the fine axis first, so that argmin takes the smallest of equal ones.
+        totals = (reached[first_row : row + 1, first_column : column + 1] + costs)[::-1, ::-1]
+        totals[0, 0] = np.inf
+        rows_back, columns_back = divmod(int(totals.argmin()), len(from_columns))
+        row, column = row - rows_back, column - columns_back
+        cells.append(cell_at(row, column))
     return cells[::-1]
