@@ -112,7 +112,9 @@ class DDIMScheduler:
         if isinstance(t, int):
             value = 1.0 if t == CLEAN else self.alphas_cumprod[t]
             return torch.as_tensor(value, dtype=x.dtype, device=x.device)
-        return self.alphas_cumprod[t].to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+        # CLEAN looks up the last entry, which is then replaced.
+        values = torch.where(t == CLEAN, 1.0, self.alphas_cumprod[t])
+        return values.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
     def add_noise(self, x: torch.Tensor, noise: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
         """`sqrt(abar_t) x + sqrt(1 - abar_t) noise`; x and noise `[B, C, H, W]`, t an int or int64 `[B]`."""
@@ -134,23 +136,30 @@ class DDIMScheduler:
         convert = x0_from_epsilon if self.prediction_type == "epsilon" else x0_from_v
         return convert(x, prediction, self._alpha_bar(t, x))
 
+    def predict_epsilon(self, prediction: torch.Tensor, t: int | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The noise `[B, C, H, W]`, not clamped, that a prediction at (x, t) stands for."""
+        if self.prediction_type == "epsilon":
+            return prediction
+        return epsilon_from_x0(x, self.predict_x0(prediction, t, x), self._alpha_bar(t, x))
+
     def step(
         self,
         noise_pred: torch.Tensor,
-        t: int,
-        t_next: int,
+        t: int | torch.Tensor,
+        t_next: int | torch.Tensor,
         x: torch.Tensor,
         eta: float = 0.0,
         noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One DDIM step of x `[B, C, H, W]` from timestep t to t_next < t (arXiv 2010.02502, eq. 12 and 16).
 
-        noise_pred: what the network returned, in this schedule's prediction type. t_next: a timestep, or
-        `CLEAN` (-1) for abar = 1. eta: 0 is deterministic DDIM, 1 the ancestral sampler of DDPM; above 0 it
-        needs `noise` like x. The noise is derived again from the clamped clean image. Raises ValueError for
-        a step that does not lower the noise, eta outside [0, 1], or missing noise.
+        noise_pred: what the network returned, in this schedule's prediction type. t, t_next: one for all images, or
+        int64 `[B]` each; t_next is a timestep, or `CLEAN` (-1) for abar = 1. eta: 0 is deterministic DDIM, 1 the
+        ancestral sampler of DDPM; above 0 it needs `noise` like x. The noise is derived again from the clamped clean
+        image. Raises ValueError for a step that does not lower the noise, eta outside [0, 1], or missing noise.
         """
-        if not CLEAN <= t_next < t < self.num_train_timesteps:
+        falls = (t_next < t) & (t_next >= CLEAN) & (t < self.num_train_timesteps)
+        if not (falls if isinstance(falls, bool) else falls.all()):
             raise ValueError(
                 f"A DDIM step must go from a timestep in 0..{self.num_train_timesteps - 1} to a lower one "
                 f"or to {CLEAN} (clean); got {t} to {t_next}."

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,15 @@ import torch
 from baseline_model import BaselineModel
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
 from path import Path, diagonal, find_optimal_path_n_steps_lambda, path_from_cells, timestep_grid
-from sampler import IMAGES_PER_SEED, SeededNoise, image_seeds, sample, sample_seeds, scale_shapes
+from sampler import (
+    IMAGES_PER_SEED,
+    SeededNoise,
+    image_seeds,
+    sample,
+    sample_greedy,
+    sample_seeds,
+    scale_shapes,
+)
 from scheduler import CLEAN, DDIMScheduler
 
 
@@ -352,3 +362,100 @@ def test_shared_clock_model_refuses_a_path_off_the_diagonal():
     model = LIFTBaselineModel(hidden_dims=(8, 8)).eval()
     with pytest.raises(ValueError, match="can only follow a diagonal path"):
         sample(model.denoise, DDIMScheduler(), PATHS["cascade"], start_noise(PATHS["cascade"]))
+
+
+RUNGS = (999, 850, 600, 300, 80, 0)
+
+
+def uneven(xs, ts):
+    """Two clocks that matter differently from image to image."""
+    strength = (40 * xs[0].flatten(1).mean(1)).sigmoid()[:, None, None, None]
+    levels = [torch.sin(t.double() / 150)[:, None, None, None] for t in ts]
+    fine = 0.6 * xs[0] + 0.3 * strength * levels[1] * torch.tanh(3 * xs[0])
+    return fine, 0.5 * xs[1] + (1 - strength) * levels[0] * torch.sin(4 * xs[1])
+
+
+def greedy_reference(denoise, scheduler, noise):
+    """One image, by trying every move with `sample`-like plain steps; returns its points and calls."""
+    sigma = scheduler.snr.pow(-0.5)
+    at, xs, calls, points = (0, 0), tuple(noise), 1, []
+    last = len(RUNGS) - 2
+
+    def epsilons(xs, at):
+        return denoise(xs, tuple(torch.tensor([RUNGS[k]]) for k in at))
+
+    while True:
+        points.append(tuple(RUNGS[k] for k in at))
+        if at == (last, last):
+            return [*points, (0, 0)], calls
+        now, options = epsilons(xs, at), []
+        for move in ((1, 0), (0, 1), (1, 1)):
+            to = tuple(a + m for a, m in zip(at, move, strict=True))
+            if max(to) > last:
+                continue
+            moved = tuple(
+                scheduler.step(e, RUNGS[a], RUNGS[b], x) if b > a else x
+                for e, a, b, x in zip(now, at, to, xs, strict=True)
+            )
+            calls += 1
+            parts = zip(epsilons(moved, to), now, at, to, strict=True)
+            errors = [(sigma[RUNGS[b]] - sigma[RUNGS[a]]).item() * (f - e).norm().item() / 2 for f, e, a, b in parts]
+            options.append((math.hypot(*errors) / sum(move), to, moved))
+        _, at, xs = min(options, key=lambda option: option[0])
+
+
+def test_greedy_images_choose_as_a_plain_loop_does():
+    scheduler, noise = DDIMScheduler(), start_noise(PATHS["diagonal"], batch=6, dtype=torch.float64)
+    result = sample_greedy(uneven, scheduler, RUNGS, noise)
+    for k in range(6):
+        points, calls = greedy_reference(uneven, scheduler, [x[k : k + 1] for x in noise])
+        found = [tuple(p) for p in result.points[k].tolist()]
+        assert found[: len(points)] == points
+        assert set(found[len(points) :]) <= {(0, 0)}
+        assert result.nfe[k] == calls
+    assert len({tuple(map(tuple, p)) for p in result.points.tolist()}) > 1  # Images differ, or nothing was chosen.
+
+
+def test_greedy_images_are_those_of_the_paths_they_took():
+    scheduler, noise = DDIMScheduler(), start_noise(PATHS["diagonal"], batch=5, dtype=torch.float64)
+    result = sample_greedy(uneven, scheduler, RUNGS, noise)
+    for k, points in enumerate(result.points.tolist()):
+        path = two_scale(*dict.fromkeys(map(tuple, points)))
+        alone = sample(uneven, scheduler, path, [x[k : k + 1] for x in noise])
+        for x, y in zip(result.images, alone.images, strict=True):
+            torch.testing.assert_close(x[k : k + 1], y, rtol=1e-9, atol=1e-9)
+
+
+def test_greedy_counts_every_call_of_every_image():
+    rows = []
+
+    def count(xs, ts):
+        rows.append(len(xs[0]))
+        return uneven(xs, ts)
+
+    result = sample_greedy(count, DDIMScheduler(), RUNGS, start_noise(PATHS["diagonal"], batch=4, dtype=torch.float64))
+    assert result.nfe.sum() == sum(rows)
+    assert (result.nfe > len(RUNGS) - 1).all()
+
+
+def test_greedy_with_one_step_is_one_call():
+    noise = start_noise(PATHS["diagonal"])
+    result = sample_greedy(fading, DDIMScheduler(), (999, 0), noise)
+    assert result.nfe.tolist() == [1, 1]
+    expected = sample(fading, DDIMScheduler(), diagonal(1), noise).images
+    for x, y in zip(result.images, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("rungs", [(999,), (999, 400), (999, 999, 0), (0,), (500, 900, 0)])
+def test_greedy_refuses_rungs_that_do_not_fall_to_clean(rungs):
+    with pytest.raises(ValueError, match="rungs falling to 0"):
+        sample_greedy(fading, DDIMScheduler(), rungs, start_noise(PATHS["diagonal"]))
+
+
+def test_greedy_refuses_one_scale_and_zero_snr():
+    with pytest.raises(ValueError, match="2 scales"):
+        sample_greedy(fading, DDIMScheduler(), RUNGS, start_noise(PATHS["one scale"]))
+    scheduler = DDIMScheduler(beta_schedule="cosine_zero_terminal", prediction_type="v")
+    with pytest.raises(ValueError, match="SNR at timestep 999 is 0"):
+        sample_greedy(fading, scheduler, RUNGS, start_noise(PATHS["diagonal"]))

@@ -279,3 +279,28 @@ def test_eta_is_checked():
             DDIMScheduler().step(noise, 5, 4, x, eta=eta, noise=noise)
     with pytest.raises(ValueError, match=r"^A step with eta = 0\.5 needs noise"):
         DDIMScheduler().step(noise, 5, 4, x, eta=0.5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "x0", "v"])
+def test_a_timestep_per_image_is_as_many_steps(prediction_type):
+    scheduler = DDIMScheduler(prediction_type=prediction_type)
+    g = torch.Generator().manual_seed(0)
+    x, prediction = (torch.randn(4, 3, 4, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    t, t_next = torch.tensor([999, 400, 30, 0]), torch.tensor([500, 399, CLEAN, CLEAN])
+    together = scheduler.step(prediction, t, t_next, x)
+    for k in range(4):
+        row = slice(k, k + 1)
+        alone = scheduler.step(prediction[row], int(t[k]), int(t_next[k]), x[row])
+        torch.testing.assert_close(together[row], alone, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="lower one"):
+        scheduler.step(prediction, t, torch.tensor([500, 400, CLEAN, CLEAN]), x)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "x0", "v"])
+def test_noise_that_a_prediction_stands_for(prediction_type):
+    scheduler = DDIMScheduler(prediction_type=prediction_type)
+    g = torch.Generator().manual_seed(1)
+    x, noise = (torch.randn(3, 1, 4, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    t = torch.tensor([900, 400, 3])
+    noisy, target = scheduler.add_noise(x, noise, t), scheduler.target(x, noise, t)
+    torch.testing.assert_close(scheduler.predict_epsilon(target, t, noisy), noise, rtol=1e-9, atol=1e-9)
