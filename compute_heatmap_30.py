@@ -2,10 +2,14 @@
 
     python compute_heatmap_30.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema --device 0
     python compute_heatmap_30.py --checkpoint FILE --output results/heatmap_30_400ep.pth --K 4 --num_images 16
+    python compute_heatmap_30.py --checkpoint FILE --coarse 10 --K 1           # a thinned grid, interpolated
+    python compute_heatmap_30.py --checkpoint FILE --maps mse                  # all that KL paths need
+    torchrun --standalone --nproc_per_node=4 compute_heatmap_30.py --checkpoint FILE
     python compute_heatmap_30.py --plot_only --output results/heatmap_30_400ep_ema.pth
 
-Writes results/heatmap_30_{epoch}ep[_ema].pth and two figures beside it: the errors with their optimal
-paths (.png), and the four Jacobian blocks (_blocks.png). Images are those the checkpoint was trained on.
+Writes results/heatmap_30_{epoch}ep[_ema].pth and two figures beside it: the published errors with their optimal
+paths (.png), and the maps themselves, Jacobian blocks and denoising errors (_maps.png). Images are those the
+checkpoint was trained on. A run that is stopped and started again goes on from its .part files.
 """
 
 import argparse
@@ -18,11 +22,21 @@ import torch
 import cli
 from checkpoint import load_model
 from data import to_float
-from device import autocast, resolve_precision, select_device
-from error_map import error_map, load_heatmap, published_errors, save_heatmap
-from path import check_steps, find_optimal_paths_all_steps, leads, path_from_cells, timestep_grid
-from path_choice import add_path_arguments, heatmap_file, path_errors
-from plots import plot_blocks, plot_heatmap_pair
+from device import autocast, resolve_precision
+from distributed import Processes
+from error_map import (
+    DIFFERENTIATED,
+    MAPS,
+    PartFiles,
+    error_map,
+    largest_deviation,
+    load_heatmap,
+    published_errors,
+    save_heatmap,
+)
+from map_plots import plot_heatmap_pair, plot_maps
+from path import GRID_SPACINGS, check_steps, find_optimal_paths_all_steps, leads, path_from_cells, timestep_grid
+from path_choice import PATH_SETTINGS, add_path_arguments, heatmap_file, path_errors
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,6 +49,11 @@ def parse_args() -> argparse.Namespace:
     add("--grid", type=cli.positive_int, default=30, help="grid lines per axis (30)")
     add("--K", type=cli.positive_int, default=4, help="Hutchinson probes (4)")
     add("--num_images", type=cli.positive_int, default=16, help="images averaged over (16)")
+    add("--maps", choices=MAPS, default="all", help="blocks need 2K backward passes, mse none (all)")
+    add("--of", choices=DIFFERENTIATED, default="eps", help="differentiate the noise predicted, or the image (eps)")
+    add("--coarse", type=cli.positive_int, default=None, metavar="M", help="measure M lines per axis, interpolate")
+    add("--grid_spacing", choices=GRID_SPACINGS, default="uniform_t", help="of the grid lines (uniform_t)")
+    add("--start", type=cli.positive_int, default=999, help="noisiest timestep of the grid (999)")
     add("--batch_size", type=cli.positive_int, default=None, help="samples per network call (the images)")
     add("--seed", type=cli.seed, default=42, help="choice of images, noise and probes (42)")
     add("--plot_only", action="store_true", help="draw the figures of an existing --output")
@@ -49,14 +68,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def path_fields(content: dict, args: argparse.Namespace) -> dict:
-    """What follows from a map for a factor and a rule for steps: errors, and the optimal paths for every N."""
-    error_64, error_32 = published_errors(content, args.factor)
-    fields = {"factor": args.factor, "num_steps": args.num_steps, "max_jump": args.max_jump}
+    """What follows from a map for a factor, a normalisation and a rule for steps: errors, optimal paths for every N."""
+    error_64, error_32 = published_errors(content, args.factor, args.normalisation)
+    fields = {name: getattr(args, name) for name in PATH_SETTINGS}
     fields |= {"error_64": error_64, "error_32": error_32, "error_total": error_64 + error_32}
     t_grid = content["t_grid"].tolist()
     costs, all_steps = {}, {}
     for name in ("64", "total"):
-        errors = path_errors(content, f"dp_{name}", args.factor)
+        errors = path_errors(content, f"dp_{name}", args.factor, args.normalisation)
         optima = find_optimal_paths_all_steps(*errors, 2 * (len(t_grid) - 1), args.max_jump)
         all_steps[name] = {n: {"cells": [list(c) for c in cells], "cost": cost} for n, (cells, cost) in optima.items()}
         cells, costs[name] = optima[args.num_steps]
@@ -66,43 +85,49 @@ def path_fields(content: dict, args: argparse.Namespace) -> dict:
 
 
 def draw(content: dict, file: Path) -> None:
-    """The figures of one heatmap, beside it, and how its paths lead."""
-    t_grid = content["t_grid"].numpy()
-    grids = t_grid, content["log_snr_grid"].numpy()
+    """The figures of one heatmap, beside it, and how its published paths lead."""
+    t_grid, log_snr_grid = content["t_grid"].numpy(), content["log_snr_grid"].numpy()
     label = f"epoch {content['epoch']}, {content['weights']} weights"
+    maps = content.get("jacobian", {}) | {name: content[name] for name in ("mse_64", "mse_32") if name in content}
+    maps_file = file.with_name(f"{file.stem}_maps.png")
+    plot_maps(maps, log_snr_grid, t_grid, maps_file, label, content["of"])
+    print(f"figure {maps_file}")
+    if "jacobian" not in content:
+        return
     plot_heatmap_pair(
         content["error_64"].numpy(),
         content["error_total"].numpy(),
-        *grids,
+        t_grid,
+        log_snr_grid,
         content["samples_64"],
         content["samples_total"],
         file.with_suffix(".png"),
         f"{label}, factor {content['factor']}, {content['num_steps']} steps",
     )
-    blocks = {name: block.numpy() for name, block in content["jacobian"].items()}
-    plot_blocks(blocks, *grids, file.with_name(f"{file.stem}_blocks.png"), label)
     for name in ("64", "total"):
         lead = leads(path_from_cells(content[f"samples_{name}"], t_grid, f"dp_{name}", {}), t_grid)
         print(
             f"DP-{name.title()}: t_32 ahead at {lead['ahead']} of {lead['points']} points, behind at {lead['behind']}, "
             f"largest lead {lead['largest_lead']} cells"
         )
-    print(f"figures {file.with_suffix('.png')} and {file.stem}_blocks.png")
+    print(f"figure {file.with_suffix('.png')}")
 
 
-def compute(args: argparse.Namespace) -> tuple[dict, Path]:
+def compute(args: argparse.Namespace, processes: Processes) -> tuple[dict, Path]:
     """The map with its settings, and the file it belongs in; an existing file with equal settings is reused."""
-    device = select_device(args.device)
-    check_steps(args.grid, args.num_steps, args.max_jump)
+    device = processes.device
+    if args.maps != "mse":  # Of which no published path is made.
+        check_steps(args.grid, args.num_steps, args.max_jump)
     loaded = load_model(args.checkpoint, args.ema, device)
     if loaded.config["model_type"] != "dual":
         raise ValueError(
             f"{args.checkpoint} is a '{loaded.config['model_type']}' model; an error map needs two clocks."
         )
-    if loaded.scheduler.snr[-1] == 0:
+    log_snr = loaded.scheduler.log_snr.numpy()
+    if args.start < len(log_snr) and loaded.scheduler.snr[args.start] == 0:
         raise ValueError(
-            f"{args.checkpoint} was trained with schedule '{loaded.config['beta_schedule']}', whose noise prediction "
-            "is undefined at its noisy end, so that it has no error map; use --path_type diagonal."
+            f"{args.checkpoint} was trained with schedule '{loaded.config['beta_schedule']}', whose SNR is 0 at "
+            f"timestep {args.start}, where a map has no log SNR; pass a --start below it, such as {args.start - 1}."
         )
     file = Path(args.output or heatmap_file("results", loaded.config["epoch"], loaded.weights, args.grid))
     images = cli.load_training_images(args, loaded.config)
@@ -123,6 +148,11 @@ def compute(args: argparse.Namespace) -> tuple[dict, Path]:
         "batch": args.num_images,
         "seed": args.seed,
         "grid": args.grid,
+        "grid_spacing": args.grid_spacing,
+        "start": args.start,
+        "maps": args.maps,
+        "of": args.of,
+        "coarse": args.coarse,
         "precision": resolve_precision(device, args.precision),
     }
     if file.exists() and not args.force:
@@ -130,35 +160,61 @@ def compute(args: argparse.Namespace) -> tuple[dict, Path]:
         different = [name for name, value in settings.items() if content.get(name) != value]
         if different:
             raise ValueError(f"{file} exists with another {', '.join(different)}; pass --force or another --output.")
-        print(f"the map of {file} has these settings and is kept")
+        if processes.is_main:
+            print(f"the map of {file} has these settings and is kept")
         return content, file
     chosen = np.random.default_rng(args.seed).choice(len(images), args.num_images, replace=False)
     x_64 = to_float(torch.from_numpy(images.pixels[np.sort(chosen)])).to(device)
-    content = error_map(
-        loaded.model.denoise,
-        loaded.scheduler,
-        x_64,
-        timestep_grid(args.grid).tolist(),
-        num_probes=args.K,
-        seed=args.seed,
-        batch_size=args.batch_size or args.num_images,
-        autocast=functools.partial(autocast, device, args.precision),
-    )
+
+    def measure(timesteps: np.ndarray, precision: str, **options) -> dict:
+        return error_map(
+            loaded.model.denoise,
+            loaded.scheduler,
+            x_64,
+            timesteps.tolist(),
+            num_probes=args.K,
+            seed=args.seed,
+            batch_size=args.batch_size or args.num_images,
+            autocast=functools.partial(autocast, device, precision),
+            maps=args.maps,
+            of=args.of,
+            **options,
+        )
+
+    grid = timestep_grid(args.grid, loaded.config["num_train_timesteps"], args.grid_spacing, args.start, log_snr)
+    precision = settings["precision"]
+    if args.precision == "auto" and precision != "fp32":
+        few = grid[sorted({0, len(grid) // 2, len(grid) - 1})]
+        deviation = largest_deviation(*(measure(few, kind, progress=False) for kind in (precision, "fp32")))
+        if not deviation <= 1:
+            precision = "fp32"
+        if processes.is_main:
+            print(f"{settings['precision']} differs from fp32 by at most {deviation:.2g} standard errors: {precision}")
+    parts = PartFiles(file, settings | {"used": precision})
+    content = measure(grid, precision, coarse=args.coarse, processes=processes, parts=parts)
+    content["used_precision"] = precision
     # The file calls these K and batch, as published.
     del content["num_probes"], content["num_images"]
+    if processes.is_main:
+        save_heatmap(file, content | settings)
+        parts.remove()
     return content | settings, file
 
 
 def main() -> None:
-    """Compute or reuse the map, find the paths, then draw."""
+    """Compute or reuse the map, find the published paths, then draw."""
     args = parse_args()
-    content, file = (load_heatmap(args.output), Path(args.output)) if args.plot_only else compute(args)
-    check_steps(len(content["t_grid"]), args.num_steps, args.max_jump)
-    wanted = {"factor": args.factor, "num_steps": args.num_steps, "max_jump": args.max_jump}
-    known = {name: content.get(name) for name in wanted}
-    content |= path_fields(content, args)
-    if not args.plot_only and known != wanted:
-        save_heatmap(file, content)
+    processes = Processes("cpu" if args.plot_only else args.device)
+    content, file = (load_heatmap(args.output), Path(args.output)) if args.plot_only else compute(args, processes)
+    processes.close()
+    if not processes.is_main:
+        return
+    if "jacobian" in content:
+        check_steps(len(content["t_grid"]), args.num_steps, args.max_jump)
+        known = {name: content.get(name) for name in PATH_SETTINGS}
+        content |= path_fields(content, args)
+        if not args.plot_only and any(known[name] != getattr(args, name) for name in PATH_SETTINGS):
+            save_heatmap(file, content)
     draw(content, file)
     print(f"heatmap {file}")
 

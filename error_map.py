@@ -10,27 +10,36 @@ Squared Frobenius norms come from random projections (Hutchinson 1990; of Jacobi
 products, because fused attention has no forward-mode derivative. Every cell sees the same images, noise and
 probes (common random numbers), so that neighbouring cells differ by their timesteps alone.
 
-Shapes: n grid lines, B images, K probes, S samples in one call of the denoiser, each an image in a cell.
+Shapes: n grid lines, B images, K probes, M measured cells, S samples in one call of the denoiser, each an
+image in a cell.
 """
 
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from distributed import Processes
+from map_interpolation import interpolate_map
 from safe_write import replacing
-from scheduler import DDIMScheduler, epsilon_from_x0
+from scheduler import DDIMScheduler
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # Fine first.
 
-HEATMAP_FORMAT_VERSION = 1
+HEATMAP_FORMAT_VERSION = 2  # 2 has denoising errors per image, and says what was measured.
 BLOCKS = ("HH", "HL", "LH", "LL")
+MSES = ("mse_64", "mse_32", "mse_64_low")
+MAPS = ("all", "blocks", "mse")
+DIFFERENTIATED = ("eps", "x0")
+SECONDS_BETWEEN_PARTS = 30
 
 # Weight of the squared Jacobian norm as a function of S = SNR; "B" is the published default.
 CHAIN_RULE_FACTORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -38,6 +47,13 @@ CHAIN_RULE_FACTORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "B": lambda snr: 1 / (snr * (1 + snr)),
     "C": lambda snr: snr / (4 * (1 + snr) ** 2),
     "D": lambda snr: 1 / (4 * (1 + snr) ** 2),
+}
+
+# What the squared norm of a scale's block is divided by, from its pixels H·W and its dimensions C·H·W.
+NORMALISATIONS: dict[str, Callable[[int, int], int]] = {
+    "published": lambda num_pixels, num_dims: num_pixels**2,
+    "per_dim": lambda num_pixels, num_dims: num_dims,
+    "sum": lambda num_pixels, num_dims: 1,
 }
 
 
@@ -51,6 +67,11 @@ def error_map(
     batch_size: int = 16,  # largest S in one call; samples of several cells may share one
     autocast: Callable[[], AbstractContextManager] | None = None,  # entered around every call
     progress: bool = True,
+    maps: str = "all",  # one of MAPS
+    of: str = "eps",  # one of DIFFERENTIATED: the Jacobian of the noise or of the clean image predicted
+    coarse: int | None = None,  # measure this many lines per axis, and interpolate
+    processes: Processes | None = None,  # that share the cells
+    parts: "PartFiles | None" = None,  # where unfinished work is kept
 ) -> dict[str, Any]:
     """Squared Jacobian norms and denoising errors of a two-scale denoiser in all n x n cells of a grid.
 
@@ -60,7 +81,10 @@ def error_map(
     since one call may hold several cells or part of one. It runs on the device and in the dtype of
     images_64; only gradients of its inputs are taken. The coarse image is the 2x2 mean of the fine one.
     Noise and probes are drawn once from `seed`, on the CPU, independently per image. The whole map costs
-    about n² B / batch_size calls with 2K backward passes each.
+    n² B / batch_size calls, with 2K backward passes each unless `maps` is "mse".
+
+    With `coarse` m < n, m lines per axis, evenly chosen, are measured, and the maps of every image are
+    interpolated in log space over log SNR; so are m further cells off those lines, which tell the error.
 
     Returns, on the CPU, all float64 `[n, n]` (row i: t_64, column j: t_32) unless stated:
         t_grid int64 `[n]`; snr_grid, log_snr_grid float64 `[n]`
@@ -68,16 +92,26 @@ def error_map(
         jacobian_per_image: float32 `[4, n, n, B]`, blocks in the order of `BLOCKS`, mean over probes
         mse_64, mse_32, mse_64_se, mse_32_se: E‖ε_s - ε̂_s‖² / SNR(t_s) = E‖x_s - x̂_s‖², total over the
             C·H·W dimensions of scale s, in units of x², mean over images
-        num_probes, num_images, num_pixels_64 (H·W), num_pixels_32 (H·W/4), seed: int
+        mse_64_low, mse_64_low_se: the part of mse_64 in the low band of the fine image, 4 ‖A (x_64 - x̂_64)‖² with A
+            the 2x2 mean; the rest is in its details. A perfect denoiser has mse_64_low = 4 mse_32
+        mse_per_image: float32 `[3, n, n, B]`: fine, coarse, low band of the fine
+        eps_mse_64, eps_mse_32, eps_mse_64_se, eps_mse_32_se: E‖ε_s - ε̂_s‖² per dimension
+        measured: bool; where the map was measured and kept, not interpolated
+        interpolation_error: with `coarse`, a dict over the blocks and `MSES` of the median and largest relative error
+            at the held-out cells, and "cells", which these are; else None
+        num_probes, num_images, num_pixels_64 (H·W), num_pixels_32 (H·W/4), num_dims_64 (C·H·W), num_dims_32,
+        seed: int; of: str
+    `maps` "blocks" leaves the mse keys out, "mse" those of the Jacobian.
 
     A standard error is the sample deviation (ddof 1) over images of the mean over probes, divided by √B.
     Images, each with its own noise and probes, are the independent draws, so this covers all three sources
     of chance, whereas K·B products would not be independent draws. With one image it is taken over the
     probes and says how well the norm for that image and noise is known; where there is only one value it
-    is NaN. Errors of different cells are correlated: to compare cells, resample `jacobian_per_image`.
+    is NaN. Errors of different cells are correlated: to compare cells, resample the values per image.
 
     Raises ValueError for images or a grid of the wrong kind, zero SNR on the grid, num_probes or batch_size
-    below 1, and a denoiser that returns other shapes or detached predictions.
+    below 1, an impossible `maps`, `of` or `coarse`, and a denoiser that returns other shapes, detached
+    predictions, or what is not finite.
     """
     timesteps = _check_grid(t_grid, scheduler)  # [n]
     _check_images(images_64)
@@ -85,69 +119,148 @@ def error_map(
     for name, value in (("num_probes", num_probes), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value} but must be at least 1.")
+    for name, value, choices in (("maps", maps, MAPS), ("of", of, DIFFERENTIATED)):
+        if value not in choices:
+            raise ValueError(f"{name} is '{value}' but must be one of {', '.join(choices)}.")
+    if coarse is not None and not 2 <= coarse < num_lines:
+        raise ValueError(f"coarse is {coarse} but a grid of {num_lines} lines can be thinned to 2 to {num_lines - 1}.")
 
-    device = images_64.device
     images = (images_64, F.avg_pool2d(images_64, 2))  # [B, C, H, W], half
-    noise, probes = _draw(images, num_probes, seed)  # [B, ...], [K, B, ...]
-    tables = scheduler.to(device)
+    lines = np.arange(num_lines) if coarse is None else np.rint(np.linspace(0, num_lines - 1, coarse)).astype(int)
+    held_out = [] if coarse is None else _held_out_cells(lines, num_lines, coarse, seed)
+    cells = torch.tensor([(i, j) for i in lines for j in lines] + held_out)  # [M, 2]
+    norms, mses = _measure(
+        denoise,
+        scheduler,
+        images,
+        timesteps[cells],
+        num_probes if maps != "mse" else 0,
+        seed,
+        batch_size,
+        autocast or nullcontext,
+        of,
+        progress,
+        processes,
+        parts,
+    )  # [4, K, M, B], [3, M, B]
 
-    # Samples are numbered cell by cell, and a call takes any run of them.
-    num_samples = num_lines**2 * num_images
-    norms = torch.empty(len(BLOCKS), num_probes, num_samples, dtype=torch.float64)
-    mses = torch.empty(2, num_samples, dtype=torch.float64)
-    with tqdm(total=num_lines**2, desc="error map", unit="cell", disable=not progress) as bar:
-        for start in range(0, num_samples, batch_size):
-            stop = min(start + batch_size, num_samples)
-            cell, image = _divmod(torch.arange(start, stop), num_images)  # [S], [S]
-            ts = tuple(timesteps[line].to(device) for line in _divmod(cell, num_lines))
-            image = image.to(device)
-            norms[:, :, start:stop], mses[:, start:stop] = _evaluate(
-                denoise,
-                tables,
-                tuple(x[image] for x in images),
-                tuple(e[image] for e in noise),
-                tuple(w[:, image] for w in probes),
-                ts,
-                autocast or nullcontext,
-            )
-            bar.update(stop // num_images - start // num_images)
-
-    norms = norms.view(len(BLOCKS), num_probes, num_lines, num_lines, num_images)
-    mses = mses.view(2, num_lines, num_lines, num_images)
-    per_image = norms.mean(1)  # [4, n, n, B]
-    norms_se = _standard_error(per_image, -1) if num_images > 1 else _standard_error(norms[..., 0], 1)
-    mses_se = _standard_error(mses, -1)  # [2, n, n]
-    return {
+    log_snr_grid = scheduler.log_snr.cpu()[timesteps]
+    measured = torch.zeros(num_lines, num_lines, dtype=torch.bool)
+    measured[tuple(cells[: len(lines) ** 2].T)] = True
+    values = {}  # Name -> [M, B], mean over probes.
+    if maps != "mse":
+        values |= dict(zip(BLOCKS, norms.mean(1), strict=True))
+    if maps != "blocks":
+        values |= dict(zip(MSES, mses, strict=True))
+    spread = {name: _whole_map(value, lines, log_snr_grid) for name, value in values.items()}  # [n, n, B]
+    interpolation_error = None
+    if coarse is not None:
+        interpolation_error = _interpolation_error(values, spread, held_out)
+    num_dims = [x[0].numel() for x in images]
+    snr_grid = scheduler.snr.cpu()[timesteps]
+    result = {
         "t_grid": timesteps,
-        "snr_grid": scheduler.snr.cpu()[timesteps],
-        "log_snr_grid": scheduler.log_snr.cpu()[timesteps],
-        "jacobian": dict(zip(BLOCKS, per_image.mean(-1), strict=True)),
-        "jacobian_se": dict(zip(BLOCKS, norms_se, strict=True)),
-        "jacobian_per_image": per_image.float(),
-        "mse_64": mses[0].mean(-1),
-        "mse_32": mses[1].mean(-1),
-        "mse_64_se": mses_se[0],
-        "mse_32_se": mses_se[1],
+        "snr_grid": snr_grid,
+        "log_snr_grid": log_snr_grid,
+        "measured": measured,
+        "interpolation_error": interpolation_error,
         "num_probes": num_probes,
         "num_images": num_images,
         "num_pixels_64": images[0].shape[-2] * images[0].shape[-1],
         "num_pixels_32": images[1].shape[-2] * images[1].shape[-1],
+        "num_dims_64": num_dims[0],
+        "num_dims_32": num_dims[1],
         "seed": seed,
+        "of": of,
     }
+    if maps != "mse":
+        errors = {name: _standard_error(spread[name], -1) for name in BLOCKS}
+        if num_images == 1:
+            probes = norms.permute(0, 2, 3, 1)[:, :, 0]  # [4, M, K]
+            errors = {
+                name: _standard_error(_whole_map(values, lines, log_snr_grid), -1)
+                for name, values in zip(BLOCKS, probes, strict=True)
+            }
+        result |= {
+            "jacobian": {name: spread[name].mean(-1) for name in BLOCKS},
+            "jacobian_se": errors,
+            "jacobian_per_image": torch.stack([spread[name] for name in BLOCKS]).float(),
+        }
+    if maps != "blocks":
+        result["mse_per_image"] = torch.stack([spread[name] for name in MSES]).float()
+        for name in MSES:
+            result |= {name: spread[name].mean(-1), f"{name}_se": _standard_error(spread[name], -1)}
+        for name, snr, count in zip(MSES[:2], (snr_grid[:, None], snr_grid), num_dims, strict=True):
+            result |= {f"eps_{kind}": result[kind] * snr / count for kind in (name, f"{name}_se")}
+    return result
 
 
-def published_errors(result: dict[str, Any], factor: str = "B") -> Pair:
+def largest_deviation(result: dict[str, Any], reference: dict[str, Any]) -> float:
+    """The largest difference between two maps of one grid, in standard errors of the reference.
+
+    Over all cells of all Jacobian blocks and denoising errors that both hold. NaN where a standard error is.
+    """
+    triples = [(result[n], reference[n], reference[f"{n}_se"]) for n in MSES if n in result]
+    if "jacobian" in result:
+        triples += [(result["jacobian"][b], reference["jacobian"][b], reference["jacobian_se"][b]) for b in BLOCKS]
+    return torch.stack([(one - other).abs() / error for one, other, error in triples]).max().item()
+
+
+class PartFiles:
+    """Unfinished work of an error map, kept beside the file it will become: `{file}.part{rank}` per process.
+
+    settings: JSON types; whatever the values depend on. Parts of other settings, and damaged ones, count as none.
+    """
+
+    def __init__(self, file: str | os.PathLike, settings: dict[str, Any]):
+        self._file = Path(file)
+        self._settings = settings
+
+    def _names(self) -> list[Path]:
+        return sorted(self._file.parent.glob(f"{self._file.name}.part[0-9]*"))
+
+    def read(self) -> list[dict[str, torch.Tensor]]:
+        """What earlier processes finished: `done` bool `[M·B]` and the values there, one dict each."""
+        found = []
+        for name in self._names():
+            try:
+                part = torch.load(name, weights_only=True)
+                if part.pop("settings") == self._settings:
+                    found.append(part)
+            except Exception:  # A damaged zip or pickle raises whatever the damage happens to hit.
+                continue
+        return found
+
+    def write(self, rank: int, part: dict[str, torch.Tensor]) -> None:
+        """Replace the part of one process."""
+        with replacing(self._file.with_name(f"{self._file.name}.part{rank}")) as temporary:
+            torch.save(part | {"settings": self._settings}, temporary)
+
+    def remove(self) -> None:
+        """Delete all parts, once the map itself is safe."""
+        for name in self._names():
+            name.unlink(missing_ok=True)
+
+
+def published_errors(result: dict[str, Any], factor: str = "B", normalisation: str = "published") -> Pair:
     """The published error maps of the two scales, from what `error_map` returned.
 
-    `error_s = ‖∂ε_s/∂x_s‖²_F / (H_s W_s)² · f(SNR(t_s))` with f from `CHAIN_RULE_FACTORS`. The SNR of the
-    fine scale varies along axis 0 and that of the coarse scale along axis 1. Channels are not counted.
-    Returns (error_64, error_32), float64 `[n, n]` each. Raises ValueError for an unknown factor.
+    `error_s = ‖∂ε_s/∂x_s‖²_F / N_s · f(SNR(t_s))` with f from `CHAIN_RULE_FACTORS` and N from
+    `NORMALISATIONS`: (H_s W_s)² as published, C H_s W_s for "per_dim", 1 for "sum". The SNR of the fine scale
+    varies along axis 0 and that of the coarse scale along axis 1.
+    Returns (error_64, error_32), float64 `[n, n]` each. Raises ValueError for an unknown factor or
+    normalisation, and for maps without Jacobian.
     """
     if factor not in CHAIN_RULE_FACTORS:
         raise ValueError(f"Unknown chain-rule factor '{factor}'; choose one of {', '.join(CHAIN_RULE_FACTORS)}.")
+    if normalisation not in NORMALISATIONS:
+        raise ValueError(f"Unknown normalisation '{normalisation}'; choose one of {', '.join(NORMALISATIONS)}.")
+    if "jacobian" not in result:
+        raise ValueError("This heatmap holds denoising errors only; compute it again with --maps all.")
     weight = CHAIN_RULE_FACTORS[factor](result["snr_grid"])  # [n]
-    error_64 = result["jacobian"]["HH"] / result["num_pixels_64"] ** 2 * weight[:, None]
-    error_32 = result["jacobian"]["LL"] / result["num_pixels_32"] ** 2 * weight[None, :]
+    divide = NORMALISATIONS[normalisation]
+    error_64 = result["jacobian"]["HH"] / divide(result["num_pixels_64"], result["num_dims_64"]) * weight[:, None]
+    error_32 = result["jacobian"]["LL"] / divide(result["num_pixels_32"], result["num_dims_32"]) * weight[None, :]
     return error_64, error_32
 
 
@@ -169,10 +282,15 @@ def load_heatmap(file: str | os.PathLike) -> dict[str, Any]:
         content = torch.load(file, weights_only=True)
     except Exception as error:  # A damaged zip or pickle raises whatever the damage happens to hit.
         raise ValueError(f"Heatmap {file} is damaged ({type(error).__name__}); compute it again.") from error
-    if not isinstance(content, dict) or not {"format_version", "jacobian", "t_grid", "fingerprint"} <= content.keys():
+    if not isinstance(content, dict) or not {"format_version", "t_grid", "fingerprint"} <= content.keys():
         raise ValueError(f"{file} is not a heatmap; make one with compute_heatmap_30.py.")
     if content["format_version"] > HEATMAP_FORMAT_VERSION:
         raise ValueError(f"Heatmap {file} has format version {content['format_version']}; update LIFT to read it.")
+    if content["format_version"] < HEATMAP_FORMAT_VERSION:
+        raise ValueError(
+            f"Heatmap {file} has format version {content['format_version']}, which holds too little; compute it again "
+            "(compute_heatmap_30.py --force)."
+        )
     return content
 
 
@@ -201,7 +319,8 @@ def _check_images(images_64: torch.Tensor) -> None:
         raise ValueError(f"images_64 has shape {shape} but needs at least one image of even height and width.")
 
 
-def _draw(images: Pair, num_probes: int, seed: int) -> tuple[Pair, Pair]:
+def draw_noise_and_probes(images: Pair, num_probes: int, seed: int) -> tuple[Pair, Pair]:
+    """Normal noise like the images, and probes of ±1 `[K, B, ...]`, fine first, from a seed on every device alike."""
     generator = torch.Generator().manual_seed(seed)
     # Noise comes first, so that it does not change with the number of probes.
     noise = tuple(torch.randn(x.shape, generator=generator).to(x) for x in images)
@@ -209,8 +328,76 @@ def _draw(images: Pair, num_probes: int, seed: int) -> tuple[Pair, Pair]:
     return noise, probes
 
 
-def _divmod(index: torch.Tensor, divisor: int) -> Pair:
-    return index // divisor, index % divisor
+def _held_out_cells(lines: np.ndarray, num_lines: int, count: int, seed: int) -> list[tuple[int, int]]:
+    off = np.setdiff1d(np.arange(num_lines), lines)
+    rng = np.random.default_rng(seed)
+    # Each row and column of the plane is visited before one is visited again.
+    rows, columns = (np.concatenate([rng.permutation(off) for _ in range(-(-count // len(off)))]) for _ in range(2))
+    return [(int(i), int(j)) for i, j in zip(rows[:count], columns[:count], strict=True)]
+
+
+def _measure(
+    denoise, scheduler, images, ts, num_probes, seed, batch_size, autocast, of, progress, processes, parts
+) -> Pair:
+    # ts is [M, 2]. Samples are numbered cell by cell, and a call takes any run of them.
+    num_images, num_cells, device = len(images[0]), len(ts), images[0].device
+    num_samples = num_cells * num_images
+    noise, probes = draw_noise_and_probes(images, num_probes, seed)  # [B, ...], [K, B, ...]
+    tables = scheduler.to(device)
+
+    norms = torch.zeros(len(BLOCKS), num_probes, num_samples, dtype=torch.float64)
+    mses = torch.zeros(len(MSES), num_samples, dtype=torch.float64)
+    done = torch.zeros(num_samples, dtype=torch.bool)
+    for part in parts.read() if parts else ():
+        new = part["done"] & ~done
+        norms[..., new], mses[:, new] = part["norms"][..., new], part["mses"][:, new]
+        done |= new
+    # Nobody may write before everybody has read, or the processes would not share what is left alike.
+    if processes:
+        processes.any(False)
+    rank, count = (processes.rank, processes.count) if processes else (0, 1)
+    todo = (~done).nonzero()[:, 0].tensor_split(count)[rank]
+
+    def save() -> None:
+        if parts and done.any():
+            parts.write(rank, {"done": done, "norms": norms, "mses": mses})
+
+    saved = time.monotonic()
+    bar = tqdm(total=num_cells, desc="error map", unit="cell", disable=not progress or rank > 0)
+    try:
+        with bar:
+            bar.update(done.sum().item() // num_images)
+            for samples in filter(len, todo.split(batch_size)):  # What has no rows splits into one part.
+                cell, image = samples // num_images, (samples % num_images).to(device)  # [S], [S]
+                values = _evaluate(
+                    denoise,
+                    tables,
+                    tuple(x[image] for x in images),
+                    tuple(e[image] for e in noise),
+                    tuple(w[:, image] for w in probes),
+                    tuple(t.to(device) for t in ts[cell].T),
+                    autocast,
+                    of,
+                )
+                # Found here, what is not finite ends the run at once, and is not kept in its part.
+                if not all(v.isfinite().all() for v in values):
+                    raise ValueError("The denoiser returns what is not finite here; its weights may be damaged.")
+                norms[..., samples], mses[:, samples] = values
+                done[samples] = True
+                bar.update(min(num_cells, done.sum().item() * count // num_images) - bar.n)
+                if time.monotonic() - saved > SECONDS_BETWEEN_PARTS:
+                    save()
+                    saved = time.monotonic()
+    except BaseException:
+        save()
+        raise
+    if count > 1:
+        save()
+        mine = torch.zeros(num_samples, dtype=torch.float64)
+        # What was read from parts is known to every process, and counts once.
+        mine[done if rank == 0 else todo] = 1.0
+        norms, mses = processes.sum(norms * mine), processes.sum(mses * mine)
+    return norms.view(*norms.shape[:2], num_cells, num_images), mses.view(len(MSES), num_cells, num_images)
 
 
 def _evaluate(
@@ -221,29 +408,64 @@ def _evaluate(
     probes: Pair,  # [K, S, ...]
     ts: Pair,  # [S], [S]
     autocast: Callable[[], AbstractContextManager],
+    of: str,
 ) -> Pair:
-    # Returns ‖Jᵀw‖² [4, K, S] and the denoising errors [2, S].
-    with torch.enable_grad():
-        xs = tuple(scheduler.add_noise(x, e, t).requires_grad_() for x, e, t in zip(images, noise, ts, strict=True))
+    # Returns ‖Jᵀw‖² [4, K, S] and the denoising errors [3, S].
+    num_probes = len(probes[0])
+    xs = tuple(scheduler.add_noise(x, e, t) for x, e, t in zip(images, noise, ts, strict=True))
+    with torch.set_grad_enabled(num_probes > 0):
+        xs = tuple(x.requires_grad_(num_probes > 0) for x in xs)
         with autocast():
             predictions = denoise(xs, ts)
         _check_predictions(predictions, xs)
-        epsilons = [_epsilon(scheduler, p.to(x.dtype), t, x) for p, x, t in zip(predictions, xs, ts, strict=True)]
-    num_probes = len(probes[0])
+        predictions = [p.to(x.dtype) for p, x in zip(predictions, xs, strict=True)]
+        epsilons = [scheduler.predict_epsilon(p, t, x) for p, x, t in zip(predictions, xs, ts, strict=True)]
+        outputs = epsilons
+        if of == "x0":
+            outputs = [scheduler.predict_x0(p, t, x) for p, x, t in zip(predictions, xs, ts, strict=True)]
     norms = []
-    for scale, (epsilon, ws) in enumerate(zip(epsilons, probes, strict=True)):
+    for scale, (output, ws) in enumerate(zip(outputs, probes, strict=True)):
         for k, w in enumerate(ws):
             last = scale == 1 and k == num_probes - 1
             # One pass per probe is as fast as vmap over the probes and holds 1/K of its gradients, and a
             # prediction that ignores one scale has a zero block there.
-            grads = torch.autograd.grad(epsilon, xs, w, retain_graph=not last, materialize_grads=True)
+            grads = torch.autograd.grad(output, xs, w, retain_graph=not last, materialize_grads=True)
             norms.append(torch.stack([_sum_of_squares(g) for g in grads]))  # [2, S]
-    norms = torch.stack(norms).view(2, num_probes, 2, -1).transpose(1, 2)  # [out, in, K, S]
-    mses = [
-        _sum_of_squares(e - epsilon.detach()) / scheduler.snr[t]
-        for e, epsilon, t in zip(noise, epsilons, ts, strict=True)
-    ]
-    return norms.flatten(0, 1), torch.stack(mses)
+    shape = (2, num_probes, 2, len(ts[0]))
+    norms = torch.stack(norms).view(shape) if norms else torch.zeros(shape, dtype=torch.float64)
+    with torch.no_grad():
+        if scheduler.prediction_type == "epsilon":
+            errors, scales = [e - p for e, p in zip(noise, epsilons, strict=True)], [scheduler.snr[t] for t in ts]
+        else:
+            x0s = [scheduler.predict_x0(p, t, x) for p, x, t in zip(predictions, xs, ts, strict=True)]
+            errors, scales = [x - x0 for x, x0 in zip(images, x0s, strict=True)], [1.0, 1.0]
+        mses = [_sum_of_squares(error) / scale for error, scale in zip(errors, scales, strict=True)]
+        mses.append(4 * _sum_of_squares(F.avg_pool2d(errors[0], 2)) / scales[0])
+    return norms.transpose(1, 2).flatten(0, 1).cpu(), torch.stack(mses).cpu()  # [out and in, K, S], [3, S]
+
+
+def _whole_map(values: torch.Tensor, lines: np.ndarray, log_snr_grid: torch.Tensor) -> torch.Tensor:
+    # values [M, B], the product of `lines` first -> [n, n, B].
+    num_lines, count = len(log_snr_grid), len(lines)
+    grid = values[: count**2].view(count, count, -1)
+    if count == num_lines:
+        return grid
+    known = log_snr_grid[lines].numpy()
+    whole = interpolate_map(grid.permute(2, 0, 1).numpy(), known, log_snr_grid.numpy())  # [B, n, n]
+    whole[:, lines[:, None], lines] = grid.permute(2, 0, 1)  # To the last bit.
+    return torch.from_numpy(whole).permute(1, 2, 0).contiguous()
+
+
+def _interpolation_error(values: dict, spread: dict, held_out: list[tuple[int, int]]) -> dict[str, Any]:
+    report = {"cells": [list(cell) for cell in held_out]}
+    rows, columns = (list(index) for index in zip(*held_out, strict=True))
+    for name, value in values.items():
+        truth = value[-len(held_out) :].mean(-1)  # [held out]
+        if not truth.any():
+            continue
+        error = (spread[name][rows, columns].mean(-1) / truth - 1).abs()
+        report[name] = {"median": error.quantile(0.5).item(), "max": error.max().item()}
+    return report
 
 
 def _check_predictions(predictions: Pair, xs: Pair) -> None:
@@ -255,18 +477,11 @@ def _check_predictions(predictions: Pair, xs: Pair) -> None:
                 f"The denoiser returned a {name} prediction of shape {list(prediction.shape)} for images of "
                 f"shape {list(x.shape)}; both must agree."
             )
-        if not prediction.requires_grad:
+        if torch.is_grad_enabled() and not prediction.requires_grad:
             raise ValueError(
                 f"The {name} prediction of the denoiser carries no gradient; run it outside torch.no_grad() "
                 "and do not detach what it returns."
             )
-
-
-def _epsilon(scheduler: DDIMScheduler, prediction: torch.Tensor, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    if scheduler.prediction_type == "epsilon":
-        return prediction
-    alpha_bar = scheduler.alphas_cumprod[t].to(x.dtype)[:, None, None, None]  # [S, 1, 1, 1]
-    return epsilon_from_x0(x, scheduler.predict_x0(prediction, t, x), alpha_bar)
 
 
 def _sum_of_squares(x: torch.Tensor) -> torch.Tensor:

@@ -21,11 +21,11 @@ from checkpoint import LoadedModel, load_model
 from data import read_png, save_png, to_uint8
 from device import autocast, resolve_precision, select_device
 from path import Path as SamplingPath
-from path import save_schedule
 from path_choice import PATH_TYPES, add_path_arguments, choose_path, heatmap_file
 from plots import plot_trajectory, save_image_grid
 from safe_write import replacing
 from sampler import ENDS, image_seeds, sample_seeds, scale_shapes
+from schedule_file import save_schedule
 
 GRID_IMAGES = 64
 

@@ -3,23 +3,42 @@
     python make_figures.py losses logs/baseline logs/lift_dual_timestep --output results/losses.png
     python make_figures.py paths results/samples/*/schedule.json --output results/paths.png
     python make_figures.py scores results/fid_results.csv --metric swd --output results/swd.png
+    python make_figures.py cross_jacobian raw=results/heatmap_30_400ep.pth EMA=results/heatmap_30_400ep_ema.pth \
+        --output results/cross_jacobian.png
+    python make_figures.py paths_epochs results/heatmap_30_*ep*.pth --output results/paths_epochs.png
     python make_figures.py samples "Baseline=results/samples/a" "LIFT=results/samples/b" --output results/rows.png
 
-Heatmaps are drawn by compute_heatmap_30.py, one sampling trajectory by generate_with_path_30.py.
+One heatmap is drawn by compute_heatmap_30.py, one sampling trajectory by generate_with_path_30.py.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from cli import positive_int, run_stage
 from data import read_png
-from path import load_schedule
-from plots import plot_losses, plot_path_comparison, plot_samples, plot_scores
+from error_map import load_heatmap
+from map_plots import plot_cross_jacobian, plot_path_comparison, plot_paths_across_epochs
+from path import Path as PathOfTimesteps
+from path_choice import PATH_SETTINGS
+from plots import plot_losses, plot_samples, plot_scores
 from results_table import COLUMN_TITLES, GROUP_FIELDS, VALUE_FIELDS, aggregate, read_rows
 from run_log import METRICS_FILE, read_metrics
+from schedule_file import load_schedule
 from scheduler import DDIMScheduler
+
+# Published J_HL/J_HH of AFHQ 64x64 at (t_64, t_32), given there in per cent.
+PUBLISHED_RATIOS = {
+    (999, 999): 0.0004,
+    (999, 826): 0.0007,
+    (999, 654): 0.0011,
+    (999, 482): 0.0016,
+    (999, 310): 0.0020,
+    (999, 137): 0.0072,
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,6 +48,8 @@ def parse_args() -> argparse.Namespace:
     for name, inputs, text in (
         ("losses", "log folder, or NAME=FOLDER", "training loss against the step"),
         ("paths", "schedule file, or NAME=FILE", "paths beside each other"),
+        ("paths_epochs", "heatmap file", "published paths, epochs side by side"),
+        ("cross_jacobian", "heatmap file, or NAME=FILE", "how much each scale's prediction depends on the other scale"),
         ("scores", "results table", "a metric against the epoch, or beside each other for one epoch"),
         ("samples", "NAME=FOLDER of PNGs", "samples of equal seeds beside each other"),
     ):
@@ -72,12 +93,61 @@ def draw_losses(args: argparse.Namespace) -> None:
 def draw_paths(args: argparse.Namespace) -> None:
     """Paths of one noise schedule, whose log SNR is on the second axis."""
     paths = {name: load_schedule(file) for name, file in named(args.inputs).items()}
-    schedules = {path.provenance.get("beta_schedule") for path in paths.values()}
+    log_snr = log_snr_table({path.provenance.get("beta_schedule") for path in paths.values()})
+    plot_path_comparison(paths, log_snr, args.output, args.title)
+
+
+def log_snr_table(schedules: set[str | None]) -> np.ndarray:
+    """Log SNR of every timestep of the one noise schedule that paths share."""
     if len(schedules) > 1 or None in schedules:
         known = ", ".join(sorted(str(name) for name in schedules))
         raise ValueError(f"These paths are of noise schedules {known}; draw one figure for each known one.")
-    log_snr = DDIMScheduler(beta_schedule=schedules.pop(), prediction_type="v").log_snr.numpy()
-    plot_path_comparison(paths, log_snr, args.output, args.title)
+    return DDIMScheduler(beta_schedule=schedules.pop(), prediction_type="v").log_snr.numpy()
+
+
+def load_jacobians(file: Path) -> dict[str, Any]:
+    """A heatmap file that holds Jacobian blocks."""
+    content = load_heatmap(file)
+    if "jacobian" not in content:
+        raise ValueError(f"{file} holds denoising errors only; compute it again with --maps all.")
+    return content
+
+
+def draw_paths_epochs(args: argparse.Namespace) -> None:
+    """Published paths of one rule, as each heatmap holds them."""
+    contents, panels = [load_jacobians(Path(file)) for file in args.inputs], {}
+    for file, content in zip(args.inputs, contents, strict=True):
+        if "timesteps_total" not in content:
+            raise ValueError(f"{file} holds no paths yet; run the compute_heatmap_30.py that made it again.")
+    for name in PATH_SETTINGS:
+        values = sorted({str(content[name]) for content in contents})
+        if len(values) > 1:
+            raise ValueError(f"These heatmaps hold paths of {name} {' and '.join(values)}; draw one figure for each.")
+    for file, content in zip(args.inputs, contents, strict=True):
+        key = content["epoch"], content["weights"]
+        if key in panels:
+            raise ValueError(f"{file} is a second heatmap of epoch {key[0]} with {key[1]} weights; pass one of each.")
+        panels[key] = {
+            f"DP-{name.title()}": PathOfTimesteps(content[f"timesteps_{name}"], f"dp_{name}", {})
+            for name in ("64", "total")
+        }
+    log_snr = log_snr_table({content["beta_schedule"] for content in contents})
+    plot_paths_across_epochs(panels, log_snr, args.output, args.title)
+
+
+def draw_cross_jacobian(args: argparse.Namespace) -> None:
+    """Heatmaps of one grid, beside the published ratios where the grid has their line."""
+    contents = {name: load_jacobians(file) for name, file in named(args.inputs).items()}
+    first = next(iter(contents.values()))
+    for name, content in contents.items():
+        if not torch.equal(content["log_snr_grid"], first["log_snr_grid"]):
+            raise ValueError(f"'{name}' is on another grid than '{next(iter(contents))}'; draw one figure for each.")
+        if content["of"] != "eps":
+            raise ValueError(f"'{name}' differentiates {content['of']}; pass heatmaps of --of eps.")
+    blocks = {name: content["jacobian"] for name, content in contents.items()}
+    ratios = {name: {"ratio_HL": b["HL"] / b["HH"], "ratio_LH": b["LH"] / b["LL"]} for name, b in blocks.items()}
+    published = PUBLISHED_RATIOS if first["t_grid"][0] == 999 else None
+    plot_cross_jacobian(ratios, first["log_snr_grid"], first["t_grid"], args.output, args.title, published)
 
 
 def read_samples(folder: Path, count: int) -> dict[str, np.ndarray]:
@@ -118,14 +188,15 @@ def draw_scores(args: argparse.Namespace) -> None:
 def main() -> None:
     """Draw one figure."""
     args = parse_args()
-    if args.figure == "losses":
-        draw_losses(args)
-    elif args.figure == "paths":
-        draw_paths(args)
-    elif args.figure == "scores":
-        draw_scores(args)
-    else:
-        draw_samples(args)
+    draw = {
+        "losses": draw_losses,
+        "paths": draw_paths,
+        "paths_epochs": draw_paths_epochs,
+        "cross_jacobian": draw_cross_jacobian,
+        "scores": draw_scores,
+        "samples": draw_samples,
+    }
+    draw[args.figure](args)
     print(args.output)
 
 

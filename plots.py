@@ -1,4 +1,4 @@
-"""Every figure of LIFT: error maps with paths, Jacobian blocks, path comparisons, losses, samples, scores.
+"""Figures of losses, samples, scores and costs; `map_plots` has those of maps and paths in the plane of timesteps.
 
 Each `plot_*` function takes data (numpy arrays, CPU tensors, nested lists) and the name of a PNG file, which
 appears complete or not at all. Colours are safe for colour-blind readers, and every curve also has its own
@@ -8,23 +8,21 @@ marker, so that figures survive grey print.
 import math
 import os
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.textpath import TextPath
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from path import Path
 from safe_write import replacing
 
 DPI = 150
@@ -42,90 +40,16 @@ STYLE = {
 }
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")  # 9 and 8 colours pair up differently 72 times.
-COARSE_LABEL = r"coarse timestep $t_{32}$  (noise $\rightarrow$ clean)"
-FINE_LABEL = r"fine timestep $t_{64}$  (noise $\rightarrow$ clean)"
-BLOCK_TITLES = {
-    "HH": r"$J_{HH} = \partial\varepsilon_{64}\,/\,\partial x_{64}$",
-    "HL": r"$J_{HL} = \partial\varepsilon_{64}\,/\,\partial x_{32}$",
-    "LH": r"$J_{LH} = \partial\varepsilon_{32}\,/\,\partial x_{64}$",
-    "LL": r"$J_{LL} = \partial\varepsilon_{32}\,/\,\partial x_{32}$",
-}
 LOSS_TITLES = {"loss_64": "fine scale", "loss_32": "coarse scale"}
 ERROR_BARS = {"ecolor": "0.15", "elinewidth": 1, "capsize": 3, "capthick": 1}  # Dark, to show on a marker.
 WEIGHTS_TITLES = {"raw": "raw weights", "ema": "EMA"}
 METRIC_TITLES = {"fid": "FID", "swd": "sliced Wasserstein distance"} | {
     f"swd_{size}": f"sliced Wasserstein distance, level {size}" for size in (64, 32, 16)
 }
+NFE_LABEL = "network evaluations (NFE)"
 # Scores that differ in one of these must not share a figure.
 COMPARABLE = ("dataset", "num_images", "nfe", "metric_features", "reference_fingerprint")
 MAX_TRAJECTORY_COLUMNS = 10
-
-Cells = Sequence[tuple[int, int]]
-
-
-def plot_heatmap(
-    error: ArrayLike,  # [n, n], row: index of t_64, column: index of t_32; index 0 is noise
-    t_grid: ArrayLike,  # [n], timesteps of the grid lines
-    log_snr_grid: ArrayLike,  # [n], their log SNR
-    file: str | os.PathLike,
-    title: str,
-    colorbar_label: str,
-    paths: Mapping[str, Cells] | None = None,  # name -> cells (i, j)
-) -> None:
-    """Draw one n x n map on a logarithmic colour scale, with paths over it.
-
-    Cell (i, j) is centred at x = j, y = i, noise at the lower left; timesteps are on the lower and left axis,
-    log SNR on the upper and right one. Cells that are not positive and finite stay light grey. Raises
-    ValueError for shapes that disagree and for paths that leave the map.
-    """
-    _save(_heatmap_figure(error, t_grid, log_snr_grid, title, colorbar_label, paths), file)
-
-
-def plot_heatmap_pair(
-    error_64: ArrayLike,  # [n, n], as in `plot_heatmap`
-    error_total: ArrayLike,  # [n, n]
-    t_grid: ArrayLike,
-    log_snr_grid: ArrayLike,
-    cells_64: Cells,
-    cells_total: Cells,
-    file: str | os.PathLike,
-    title: str = "",
-) -> None:
-    """Draw the fine error with its path DP-64, and beside it the total error with its path DP-Total.
-
-    Both panels share one colour scale, so that they compare. Conventions and errors as in `plot_heatmap`.
-    """
-    figure = _heatmap_pair_figure(error_64, error_total, t_grid, log_snr_grid, cells_64, cells_total, title)
-    _save(figure, file)
-
-
-def plot_blocks(
-    jacobian: Mapping[str, ArrayLike],  # "HH", "HL", "LH", "LL" -> [n, n], mean ‖J‖²_F
-    t_grid: ArrayLike,
-    log_snr_grid: ArrayLike,
-    file: str | os.PathLike,
-    title: str = "",
-) -> None:
-    """Draw the four Jacobian blocks, each with a colour scale of its own; conventions as in `plot_heatmap`.
-
-    The cross blocks are orders of magnitude below the others, so a shared scale would show nothing of them.
-    Raises ValueError for a missing block and for shapes that disagree.
-    """
-    _save(_blocks_figure(jacobian, t_grid, log_snr_grid, title), file)
-
-
-def plot_path_comparison(
-    paths: Mapping[str, Path],
-    log_snr_table: ArrayLike,  # [num_train_timesteps], log SNR of every timestep
-    file: str | os.PathLike,
-    title: str,
-) -> None:
-    """Draw paths of one or two scales: in the (t_32, t_64) plane, and as timesteps against the point index.
-
-    Paths of one scale appear in the second panel only, which stands alone if there is no other path. Raises
-    ValueError for no path, a path of more than two scales, or a table shorter than a path needs.
-    """
-    _save(_path_comparison_figure(paths, log_snr_table, title), file)
 
 
 def plot_losses(
@@ -138,7 +62,7 @@ def plot_losses(
     finite, are skipped.
     Raises ValueError if nothing is left to draw.
     """
-    _save(_losses_figure(runs), file)
+    save_figure(_losses_figure(runs), file)
 
 
 def image_grid(
@@ -196,7 +120,7 @@ def plot_samples(
     than 2400 pixels; rows may differ in C, H and W and are shown at the size of the first. Raises ValueError for no
     row and for rows of unequal N.
     """
-    _save(_samples_figure(rows, title), file)
+    save_figure(_samples_figure(rows, title), file)
 
 
 def plot_trajectory(
@@ -211,7 +135,7 @@ def plot_trajectory(
     At most ten points are shown, evenly chosen, the first and the last among them, each with its timestep.
     Raises ValueError if images and points do not pair up.
     """
-    _save(_trajectory_figure(fine, coarse, points, title), file)
+    save_figure(_trajectory_figure(fine, coarse, points, title), file)
 
 
 def plot_scores(
@@ -229,224 +153,113 @@ def plot_scores(
     raw weights filled and EMA open. Rows whose mean is None are skipped. Raises ValueError if nothing is left
     to draw, if rows differ in one of `COMPARABLE`, and if two rows are the same point of the same curve.
     """
-    _save(_scores_figure(rows, metric, title, names or {}), file)
+    save_figure(_scores_figure(rows, metric, title, names or {}), file)
 
 
-def _save(figure: Figure, file: str | os.PathLike) -> None:
+def plot_cost_against_nfe(
+    curves: Mapping[str, Mapping[int, float]],  # family of paths -> NFE -> cost
+    file: str | os.PathLike,
+    title: str = "",
+    ylabel: str = "cost of the path",
+    optimum: str | None = None,  # the family drawn thick
+) -> None:
+    """Draw the cost of paths against the network evaluations they take, on logarithmic axes, one curve per family.
+
+    Every NFE that occurs has a tick, and a number where there is room. Raises ValueError if there is no curve or an
+    empty one, for an NFE or a cost that is not positive and finite, and for an optimum that is not among the curves.
+    """
+    save_figure(_cost_against_nfe_figure(curves, title, ylabel, optimum), file)
+
+
+def plot_criteria(
+    points: Mapping[str, tuple[ArrayLike, ArrayLike]],  # criterion -> (cost [m], distance [m]) of m paths
+    groups: Sequence[str],  # [m], family of each path
+    file: str | os.PathLike,
+    title: str = "",
+    rho: Mapping[str, float] | None = None,  # criterion -> Spearman correlation of cost and distance
+    distance_label: str = "exact distance",
+) -> None:
+    """Draw what each criterion says of many paths against their exact distance to the truth, one panel each.
+
+    Axes are logarithmic and distances share one; a family has the same colour and marker everywhere. Panels come
+    in the order given, four in a row at most, with ρ in the title. Raises ValueError for no criterion, arrays
+    that differ in length from `groups`, values that are not positive and finite, and a criterion without its ρ.
+    """
+    save_figure(_criteria_figure(points, groups, title, rho, distance_label), file)
+
+
+def plot_factorial(
+    table: Sequence[Mapping[str, Any]],  # rows with schedule, spacing, offset, nfe, model, value, and maybe sd
+    file: str | os.PathLike,
+    title: str = "",
+    ylabel: str = "FID",
+) -> None:
+    """Draw a score against NFE for every schedule (rows of panels), spacing (columns) and offset (curves).
+
+    Every offset is a curve; rows whose model is "baseline" are a dashed one, whatever their offset. If there are
+    several other models, each has its own curves. Axes are logarithmic and shared, sd is an error bar unless it is
+    None or absent, and numbers may be text. Panels and curves come in the order of their first row. Raises
+    ValueError for no row, a value or NFE that is not positive and finite, and two rows that are the same point.
+    """
+    save_figure(_factorial_figure(table, title, ylabel), file)
+
+
+def save_figure(figure: Figure, file: str | os.PathLike) -> None:
+    """Write a figure as a PNG that appears complete or not at all."""
     with rc_context(STYLE), replacing(file) as temporary:
         # Said outright because a user's matplotlibrc could crop or tint the page.
         figure.savefig(temporary, format="png", dpi=DPI, facecolor="white", bbox_inches=figure.bbox_inches)
 
 
-def _legend_columns(count: int) -> int:
-    return math.ceil(count / math.ceil(count / 4))
+def even_columns(count: int, most: int = 4) -> int:
+    """How many columns, at most `most`, spread count entries evenly over as few rows as that allows."""
+    return math.ceil(count / math.ceil(count / most))
 
 
-def _style(k: int) -> dict[str, str]:
+def curve_style(k: int) -> dict[str, str]:
+    """Colour and marker of curve k of a figure."""
     return {"color": COLORS[k % len(COLORS)], "marker": MARKERS[k % len(MARKERS)]}
 
 
-@rc_context(STYLE)
-def _heatmap_figure(error, t_grid, log_snr_grid, title, colorbar_label, paths) -> Figure:
-    figure = Figure(figsize=(6.0, 5.6), layout="compressed")
-    axes = figure.subplots()
-    error, t_grid, log_snr_grid = _check_map("error", error, t_grid, log_snr_grid)
-    image = _draw_map(axes, error, t_grid, log_snr_grid, _log_norm(error))
-    for k, (name, cells) in enumerate((paths or {}).items()):
-        _draw_cells(axes, name, cells, len(t_grid), k)
-    figure.colorbar(image, ax=axes, label=colorbar_label, pad=0.03, aspect=28)
-    if paths:
-        figure.legend(loc="outside lower center", ncols=_legend_columns(len(paths)))
-    figure.suptitle(title)
-    return figure
+def spread_out(positions: Sequence[float], gap: float) -> list[int]:
+    """Indices of the positions that are gap or more from every earlier one kept: the first counts most."""
+    kept: list[int] = []
+    for k, position in enumerate(positions):
+        if all(abs(position - positions[other]) >= gap for other in kept):
+            kept.append(k)
+    return kept
 
 
-@rc_context(STYLE)
-def _heatmap_pair_figure(error_64, error_total, t_grid, log_snr_grid, cells_64, cells_total, title) -> Figure:
-    error_64, t_grid, log_snr_grid = _check_map("error_64", error_64, t_grid, log_snr_grid)
-    error_total, _, _ = _check_map("error_total", error_total, t_grid, log_snr_grid)
-    norm = _log_norm(np.stack([error_64, error_total]))
-    figure = Figure(figsize=(10.6, 5.4), layout="compressed")
-    panels = figure.subplots(1, 2)
-    contents = (
-        ("fine error $E_{64}$", error_64, "DP-64", cells_64),
-        ("total error $E_{64} + E_{32}$", error_total, "DP-Total", cells_total),
-    )
-    for k, (axes, (heading, error, name, cells)) in enumerate(zip(panels, contents, strict=True)):
-        image = _draw_map(axes, error, t_grid, log_snr_grid, norm)
-        axes.set_title(heading)
-        _draw_cells(axes, name, cells, len(t_grid), k)
-    figure.colorbar(image, ax=panels[-1], label="error per unit of log SNR", pad=0.02, aspect=28)
-    figure.legend(loc="outside lower center", ncols=2)
-    figure.suptitle(title)
-    return figure
+def log_axis(axes: Axes, name: str = "y") -> None:
+    """Make axis "x" or "y" logarithmic, with numbers whether its data span many decades or a part of one.
+
+    Call it once everything is drawn: the numbers are those that fit the axis as it is.
+    """
+    axes.set(**{f"{name}scale": "log"})
+    axis, gap = (axes.yaxis, 0.09) if name == "y" else (axes.xaxis, 0.18)  # Numbers are wider than high.
+    low, high = axis.get_view_interval()
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    # Rounder numbers first, because they take the room of others.
+    round_numbers = ((1,), (2, 5), (1.5, 3, 4, 7), (6, 8, 9))
+    ticks = [factor * 10.0**k for factors in round_numbers for k in decades for factor in factors]
+    ticks = _spread_ticks([tick for tick in ticks if low <= tick <= high], low, high, gap)
+    if len(ticks) < 3:
+        even = MaxNLocator(5 if name == "y" else 4).tick_values(low, high)
+        ticks = _spread_ticks([tick for tick in even if low <= tick <= high], low, high, gap)
+    plain = all(1e-4 < tick < 99_999 for tick in ticks)
+    axis.set_ticks(ticks, [f"{tick:g}" if plain else _scientific(tick) for tick in ticks])
+    axis.set_minor_formatter(NullFormatter())
 
 
-@rc_context(STYLE)
-def _blocks_figure(jacobian, t_grid, log_snr_grid, title) -> Figure:
-    missing = [block for block in BLOCK_TITLES if block not in jacobian]
-    if missing:
-        raise ValueError(f"the Jacobian blocks lack {', '.join(missing)}; pass all of HH, HL, LH and LL")
-    figure = Figure(figsize=(10.6, 9.4), layout="compressed")
-    for axes, (block, heading) in zip(figure.subplots(2, 2).flat, BLOCK_TITLES.items(), strict=True):
-        values, t, log_snr = _check_map(f"block {block}", jacobian[block], t_grid, log_snr_grid)
-        image = _draw_map(axes, values, t, log_snr, _log_norm(values))
-        axes.set_title(heading)
-        figure.colorbar(image, ax=axes, label=rf"$\|J_{{{block}}}\|_F^2$", pad=0.03, aspect=28)
-    figure.suptitle(title)
-    return figure
+def _spread_ticks(ticks: Sequence[float], low: float, high: float, gap: float) -> list[float]:
+    kept = spread_out([math.log(tick) for tick in ticks], gap * math.log(high / low))
+    return sorted(ticks[k] for k in kept)
 
 
-def _check_map(name: str, values, t_grid, log_snr_grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    values = np.asarray(values, dtype=np.float64)
-    t_grid, log_snr_grid = np.asarray(t_grid), np.asarray(log_snr_grid, dtype=np.float64)
-    n = t_grid.size
-    if values.shape != (n, n) or t_grid.shape != (n,) or log_snr_grid.shape != (n,):
-        raise ValueError(
-            f"{name} has shape {list(values.shape)}, t_grid {list(t_grid.shape)} and log_snr_grid "
-            f"{list(log_snr_grid.shape)}; pass [n, n], [n] and [n]"
-        )
-    return values, t_grid, log_snr_grid
-
-
-def _log_norm(values: np.ndarray) -> LogNorm:
-    positive = values[np.isfinite(values) & (values > 0)]
-    low, high = (positive.min(), positive.max()) if positive.size else (0.1, 10.0)
-    # A constant map still needs a range, and at least half a decade keeps tick labels apart.
-    widen = max(1.0, math.sqrt(10**0.5 * low / high))
-    return LogNorm(low / widen, high * widen)
-
-
-def _draw_map(axes: Axes, values: np.ndarray, t_grid: np.ndarray, log_snr_grid: np.ndarray, norm: LogNorm) -> AxesImage:
-    shown = np.ma.masked_where(~(np.isfinite(values) & (values > 0)), values)
-    axes.set_facecolor("0.85")
-    # Without an extent, imshow centres cell (i, j) at x = j, y = i.
-    image = axes.imshow(shown, cmap="viridis", norm=norm, origin="lower", interpolation="nearest")
-    n = len(t_grid)
-    stride = max(1, math.ceil((n - 1) / 6))
-    lines = [*(i for i in range(0, n, stride) if n - 1 - i > stride / 2), n - 1]
-    axes.set_xticks(lines, [str(t) for t in t_grid[lines]])
-    axes.set_yticks(lines, [str(t) for t in t_grid[lines]])
-    axes.set_xlabel(COARSE_LABEL)
-    axes.set_ylabel(FINE_LABEL)
-    log_snr_labels = [_log_snr_label(value) for value in log_snr_grid[lines]]
-    top, right = axes.secondary_xaxis("top"), axes.secondary_yaxis("right")
-    top.set_xticks(lines, log_snr_labels)
-    right.set_yticks(lines, log_snr_labels)
-    top.set_xlabel(r"$\lambda_{32}$ = log SNR")
-    right.set_ylabel(r"$\lambda_{64}$ = log SNR")
-    return image
-
-
-def _log_snr_label(value: float) -> str:
-    return ("∞" if value > 0 else "−∞") if np.isinf(value) else f"{value:.1f}".replace("-", "−")
-
-
-def _draw_cells(axes: Axes, name: str, cells: Cells, n: int, k: int) -> None:
-    outside = [tuple(cell) for cell in cells if not all(0 <= index < n for index in cell)]
-    if outside:
-        raise ValueError(f"path {name} visits cell {outside[0]} but the map has indices 0 to {n - 1}")
-    rows, columns = [i for i, _ in cells], [j for _, j in cells]
-    # Drawn on its own, because a path effect would outline markers and line alike and cut the line up.
-    axes.plot(columns, rows, color="white", linewidth=4.5, solid_joinstyle="round", zorder=3)
-    axes.plot(
-        columns,
-        rows,
-        label=name,
-        linewidth=2,
-        markersize=6,
-        markeredgecolor="white",
-        markeredgewidth=0.8,
-        clip_on=False,  # Half of the first and of the last marker would be lost at a border.
-        zorder=3,
-        **_style(k),
-    )
-
-
-@rc_context(STYLE)
-def _path_comparison_figure(paths: Mapping[str, Path], log_snr_table: ArrayLike, title: str) -> Figure:
-    table = np.asarray(log_snr_table, dtype=np.float64)
-    if not paths:
-        raise ValueError("there is no path to compare; pass at least one")
-    for name, path in paths.items():
-        if path.num_scales > 2:
-            raise ValueError(f"path {name} has {path.num_scales} scales; only paths of 1 or 2 can be drawn")
-        if table.ndim != 1 or max(path.points[0]) >= len(table):
-            raise ValueError(
-                f"log_snr_table has shape {list(table.shape)} but path {name} starts at timestep "
-                f"{max(path.points[0])}; pass the table of all training timesteps"
-            )
-    last = len(table) - 1
-    if any(path.num_scales == 2 for path in paths.values()):
-        figure = Figure(figsize=(11.0, 5.4), layout="constrained")
-        plane, curves = figure.subplots(1, 2, width_ratios=(1, 1.15))
-        _draw_plane(plane, paths, last)
-    else:
-        figure = Figure(figsize=(6.4, 5.0), layout="constrained")
-        curves = figure.subplots()
-    _draw_timesteps(curves, paths, table)
-    handles = [Line2D([], [], label=name, markersize=5, **_style(k)) for k, name in enumerate(paths)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=_legend_columns(len(paths)))
-    figure.suptitle(title)
-    return figure
-
-
-def _draw_plane(axes: Axes, paths: Mapping[str, Path], last: int) -> None:
-    axes.plot([last, 0], [last, 0], color="0.6", linewidth=1, linestyle=(0, (1, 1.5)))
-    for k, path in enumerate(paths.values()):
-        if path.num_scales == 2:
-            fine, coarse = zip(*path.points, strict=True)
-            axes.plot(coarse, fine, linewidth=1.5, markersize=4.5, clip_on=False, **_style(k))
-    axes.set_aspect("equal", adjustable="box")
-    # Reversed like the error maps: noise at the lower left, clean at the upper right.
-    axes.set_xlim(last * 1.03, -last * 0.03)
-    axes.set_ylim(last * 1.03, -last * 0.03)
-    axes.set_xlabel(COARSE_LABEL)
-    axes.set_ylabel(FINE_LABEL)
-    axes.grid(True)
-    axes.set_title("paths in the plane of timesteps", loc="left")
-
-
-def _draw_timesteps(axes: Axes, paths: Mapping[str, Path], table: np.ndarray) -> None:
-    for k, path in enumerate(paths.values()):
-        style = _style(k)
-        fine = [point[0] for point in path.points]
-        axes.plot(fine, linewidth=1.4, markersize=4.5, **style)
-        if path.num_scales == 2:
-            # Open markers let a fine curve that coincides show through.
-            coarse = [point[1] for point in path.points]
-            axes.plot(coarse, linewidth=1.4, markersize=4.5, linestyle="--", markerfacecolor="white", **style)
-    last = len(table) - 1
-    axes.set_ylim(-last * 0.03, last * 1.03)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("point of the path (network calls so far)")
-    axes.set_ylabel("timestep $t$")
-    axes.grid(True)
-    axes.set_title("timesteps along the path", loc="left")
-    scales = [
-        Line2D([], [], color="0.3", marker="o", label="$t_{64}$"),
-        Line2D([], [], color="0.3", linestyle="--", marker="o", markerfacecolor="white", label="$t_{32}$"),
-    ]
-    if any(path.num_scales == 2 for path in paths.values()):
-        axes.legend(handles=scales, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0, handlelength=3.5)
-    ticks = _log_snr_ticks(table)
-    right = axes.secondary_yaxis("right")
-    right.set_yticks(list(ticks), list(ticks.values()))
-    right.set_ylabel(r"$\lambda$ = log SNR")
-
-
-def _log_snr_ticks(table: np.ndarray) -> dict[float, str]:
-    """Positions (in timesteps) and labels of even log SNRs that are far enough apart to be read."""
-    last = len(table) - 1
-    ticks = {0.0: _log_snr_label(table[0]), float(last): _log_snr_label(table[-1])}
-    finite = np.flatnonzero(np.isfinite(table))
-    low, high = table[finite].min(), table[finite].max()
-    for log_snr in sorted(np.arange(2 * math.ceil(low / 2), high, 2), key=abs):
-        # The table falls with t, and np.interp wants it rising.
-        t = float(np.interp(log_snr, table[finite][::-1], finite[::-1]))
-        if all(abs(t - other) > 0.045 * last for other in ticks):
-            ticks[t] = f"{log_snr:.0f}".replace("-", "−")
-    return ticks
+def _scientific(value: float) -> str:
+    mantissa, exponent = f"{value:.4e}".split("e")
+    power = f"10^{{{int(exponent)}}}"
+    return f"${power}$" if float(mantissa) == 1 else f"${float(mantissa):g}\\cdot{power}$"
 
 
 @rc_context(STYLE)
@@ -467,14 +280,14 @@ def _losses_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         for label, (steps, losses) in by_label.items():
             outline = [Stroke(linewidth=3.5, foreground="white"), Normal()]
             axes.plot(steps, _running_mean(losses), color=colors[label], linewidth=1.8, path_effects=outline)
-        _log_axis(axes)
+        log_axis(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("training step")
         axes.set_ylabel("training loss (mean squared error)")
         axes.set_title(LOSS_TITLES[key])
         axes.grid(True, which="both")
     handles = [Line2D([], [], color=color, linewidth=1.8, label=label) for label, color in colors.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=_legend_columns(len(runs)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=even_columns(len(runs)))
     return figure
 
 
@@ -493,16 +306,6 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     reach = np.minimum(reach, k)
     first, stop = k - reach, np.minimum(k + reach + 1, len(values))
     return (sums[stop] - sums[first]) / (stop - first)
-
-
-def _log_axis(axes: Axes) -> None:
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    # Losses often span less than a decade, where decades alone would leave the axis without a number.
-    subs = (1, 2, 5) if high / low > 10 else (1, 1.5, 2, 3, 4, 5, 7)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _as_images(images: ArrayLike) -> np.ndarray:
@@ -648,8 +451,8 @@ def _scores_figure(
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(FixedLocator(sorted(epochs), nbins=12))
         axes.set_ylabel(label)
-        handles = [Line2D([], [], label=name, **_style(k)) for k, name in enumerate(series)]
-        figure.legend(handles=handles, loc="outside lower center", ncols=_legend_columns(len(series)))
+        handles = [Line2D([], [], label=name, **curve_style(k)) for k, name in enumerate(series)]
+        figure.legend(handles=handles, loc="outside lower center", ncols=even_columns(len(series)))
     handles = [
         Line2D([], [], **{"color": "0.3", "marker": "o", "label": name, **_weights_style(kind)})
         for kind, name in WEIGHTS_TITLES.items()
@@ -669,7 +472,7 @@ def _draw_score_curves(axes: Axes, series: Mapping[str, Mapping[str, Mapping[int
         for weights, scores in by_weights.items():
             epochs = sorted(scores)
             means, deviations = zip(*(scores[epoch] for epoch in epochs), strict=True)
-            look = {**_style(k), **_weights_style(weights)}
+            look = {**curve_style(k), **_weights_style(weights)}
             axes.errorbar(epochs, means, deviations, linewidth=1.5, markersize=5, **ERROR_BARS, **look)
     axes.grid(True)
 
@@ -680,7 +483,7 @@ def _draw_score_dots(axes: Axes, series: Mapping[str, Mapping[str, Mapping[int, 
         start = y
         for weights in filter(by_weights.get, WEIGHTS_TITLES):
             for mean, deviation in by_weights[weights].values():
-                look = {**_style(k), **_weights_style(weights), "linestyle": "none"}
+                look = {**curve_style(k), **_weights_style(weights), "linestyle": "none"}
                 axes.errorbar(mean, y, xerr=deviation, markersize=7, **ERROR_BARS, **look)
                 known = math.isfinite(deviation)
                 text = f"{mean:#.4g} ± {deviation:#.2g}" if known else f"{mean:#.4g}"
@@ -696,3 +499,144 @@ def _draw_score_dots(axes: Axes, series: Mapping[str, Mapping[str, Mapping[int, 
     low, high = axes.get_xlim()
     axes.set_xlim(low - 0.02 * (high - low), high + 0.3 * (high - low))  # Room for the last value.
     axes.grid(True, axis="x")
+
+
+def _check_positive(what: str, values: ArrayLike) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    bad = ~(np.isfinite(values) & (values > 0))
+    if bad.any():
+        raise ValueError(f"{what} is {values[bad][0]:g}; logarithmic axes need positive, finite values")
+    return values
+
+
+def _nfe_axis(axes: Axes, nfes: Sequence[int], gap: float) -> list[int]:
+    # Ticks at every NFE, numbers where they are gap of the axis apart, the ends and what comes first preferred.
+    axes.set_xscale("log")
+    order = list(dict.fromkeys([min(nfes), max(nfes), *nfes]))
+    logs = np.log(order)
+    labelled = sorted(order[k] for k in spread_out(logs, gap * (logs.max() - logs.min())))
+    axes.set_xticks(labelled, [str(nfe) for nfe in labelled])
+    axes.set_xticks([nfe for nfe in order if nfe not in labelled], minor=True)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    return labelled
+
+
+@rc_context(STYLE)
+def _cost_against_nfe_figure(
+    curves: Mapping[str, Mapping[int, float]], title: str, ylabel: str, optimum: str | None
+) -> Figure:
+    if not curves or not all(curves.values()):
+        raise ValueError("there is no cost to draw, or a curve without any; pass at least one per curve")
+    if optimum is not None and optimum not in curves:
+        raise ValueError(f"the optimum '{optimum}' is not among the curves {', '.join(curves)}")
+    figure = Figure(figsize=(7.6, 5.2), layout="constrained")
+    axes = figure.subplots()
+    counts = Counter(nfe for curve in curves.values() for nfe in curve)
+    # What most curves have is labelled first.
+    labelled = _nfe_axis(axes, sorted(counts, key=lambda nfe: (-counts[nfe], nfe)), gap=0.05)
+    for k, (name, curve) in enumerate(curves.items()):
+        nfes = sorted(curve)
+        _check_positive(f"an NFE of {name}", nfes)
+        costs = _check_positive(f"a cost of {name}", [curve[nfe] for nfe in nfes])
+        # Dozens of markers would hide the curve.
+        marked = [m for m, nfe in enumerate(nfes) if len(nfes) <= 12 or nfe in labelled]
+        look = (
+            {"linewidth": 3, "markersize": 8, "zorder": 3} if name == optimum else {"linewidth": 1.4, "markersize": 5}
+        )
+        axes.plot(nfes, costs, label=name, markevery=marked, **look, **curve_style(k))
+    log_axis(axes)
+    axes.set_xlabel(NFE_LABEL)
+    axes.set_ylabel(ylabel)
+    axes.grid(True)
+    figure.legend(loc="outside lower center", ncols=even_columns(len(curves), most=3))
+    figure.suptitle(title)
+    return figure
+
+
+@rc_context(STYLE)
+def _criteria_figure(points, groups, title, rho, distance_label) -> Figure:
+    if not points:
+        raise ValueError("there is no criterion to draw; pass at least one")
+    groups = np.asarray(groups)
+    columns = even_columns(len(points))
+    rows = math.ceil(len(points) / columns)
+    figure = Figure(figsize=(0.8 + 2.6 * columns, 1.0 + 2.5 * rows), layout="constrained")
+    slots = figure.add_gridspec(rows, columns)
+    families = list(dict.fromkeys(groups.tolist()))
+    first = None
+    for k, (criterion, (costs, distances)) in enumerate(points.items()):
+        costs = _check_positive(f"a cost of {criterion}", costs)
+        distances = _check_positive(f"a distance of {criterion}", distances)
+        if not costs.shape == distances.shape == groups.shape or groups.ndim != 1:
+            raise ValueError(
+                f"{criterion} has costs {list(costs.shape)} and distances {list(distances.shape)} but groups has "
+                f"{list(groups.shape)}; pass [m] of each"
+            )
+        if rho is None or criterion not in rho:
+            raise ValueError(f"the Spearman correlation of {criterion} is missing; pass it in rho")
+        axes = figure.add_subplot(slots[divmod(k, columns)], sharey=first)
+        first = first or axes
+        for f, family in enumerate(families):
+            chosen = groups == family
+            look = {"linestyle": "none", "markersize": 4, "alpha": 0.7, "markeredgewidth": 0}
+            axes.plot(costs[chosen], distances[chosen], **look, **curve_style(f))
+        log_axis(axes, "x")
+        if k % columns:
+            axes.tick_params(labelleft=False)
+        else:
+            axes.set_ylabel(distance_label)
+        if k + columns >= len(points):
+            axes.set_xlabel("cost of the path")
+        name = "\n".join(textwrap.wrap(criterion, 28))
+        axes.set_title(f"{name}\n$\\rho$ = {rho[criterion]:.2f}".replace("-", "−"), fontsize=10)
+        axes.grid(True)
+    log_axis(first)
+    handles = [Line2D([], [], linestyle="none", label=name, **curve_style(f)) for f, name in enumerate(families)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=even_columns(len(families)))
+    figure.suptitle(title)
+    return figure
+
+
+@rc_context(STYLE)
+def _factorial_figure(table: Sequence[Mapping[str, Any]], title: str, ylabel: str) -> Figure:
+    if not table:
+        raise ValueError("there is no row to draw; pass at least one")
+    several = len({row["model"] for row in table} - {"baseline"}) > 1
+    series: dict[tuple[str, str], dict[str, dict[int, tuple[float, float]]]] = {}
+    for row in table:
+        offset = f"{row['model']}, {row['offset']}" if several else row["offset"]
+        name = "baseline" if row["model"] == "baseline" else offset
+        scores = series.setdefault((row["schedule"], row["spacing"]), {}).setdefault(name, {})
+        nfe, sd = int(row["nfe"]), row.get("sd")
+        where = f"{name} with schedule {row['schedule']}, spacing {row['spacing']} at NFE {nfe}"
+        if nfe in scores:
+            raise ValueError(f"{where} has two values; pass one row per point")
+        _check_positive(f"the NFE or the value of {where}", [nfe, float(row["value"])])
+        scores[nfe] = (float(row["value"]), math.nan if sd is None else float(sd))
+    schedules, spacings = (list(dict.fromkeys(row[key] for row in table)) for key in ("schedule", "spacing"))
+    offsets = list(dict.fromkeys(name for curves in series.values() for name in curves if name != "baseline"))
+    styles = {name: curve_style(k) | {"linestyle": "-"} for k, name in enumerate(offsets)}
+    styles["baseline"] = {"color": "0.25", "marker": "x", "linestyle": "--"}
+    figure = Figure(figsize=(max(5.0, 1.0 + 3.2 * len(spacings)), 1.4 + 2.9 * len(schedules)), layout="constrained")
+    panels = figure.subplots(len(schedules), len(spacings), sharex=True, sharey=True, squeeze=False)
+    nfes = sorted({nfe for curves in series.values() for scores in curves.values() for nfe in scores})
+    for (schedule, spacing), curves in series.items():
+        axes = panels[schedules.index(schedule), spacings.index(spacing)]
+        for name, scores in curves.items():
+            present = sorted(scores)
+            values, deviations = zip(*(scores[nfe] for nfe in present), strict=True)
+            axes.errorbar(present, values, deviations, linewidth=1.5, markersize=5, **ERROR_BARS, **styles[name])
+    for (row, column), axes in np.ndenumerate(panels):
+        axes.set_title(f"{schedules[row]}, {spacings[column]}")
+        axes.grid(True)
+    log_axis(panels[0, 0])
+    _nfe_axis(panels[0, 0], nfes, gap=0.085)
+    for axes in panels[:, 0]:
+        axes.set_ylabel(ylabel)
+    for axes in panels[-1]:
+        axes.set_xlabel(NFE_LABEL)
+    shown = [*offsets, *(["baseline"] if any("baseline" in curves for curves in series.values()) else [])]
+    handles = [Line2D([], [], label=name, linewidth=1.5, **styles[name]) for name in shown]
+    figure.legend(handles=handles, loc="outside lower center", ncols=even_columns(len(shown)))
+    figure.suptitle(title)
+    return figure

@@ -1,15 +1,33 @@
 """The error map against exact Jacobians, closed forms and Gaussian images, whose optimal denoiser is known."""
 
 import math
+import os
+import socket
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from children import FORKS
+from conftest import assert_same
 
-from error_map import BLOCKS, CHAIN_RULE_FACTORS, error_map, published_errors
+import error_map as error_map_module
+from distributed import Processes
+from error_map import (
+    BLOCKS,
+    CHAIN_RULE_FACTORS,
+    MSES,
+    PartFiles,
+    error_map,
+    largest_deviation,
+    load_heatmap,
+    published_errors,
+    save_heatmap,
+)
+from gaussian import GaussianDenoiser, Spectrum, jacobian_maps, mse_maps
 from model import LIFTDualTimestepModel
-from path import timestep_grid
+from path import find_optimal_path_n_steps_lambda, leads, path_from_cells, timestep_grid
+from path_choice import heatmap_path, path_errors
 from scheduler import DDIMScheduler
 
 
@@ -60,9 +78,17 @@ def small_model():
     return model
 
 
-@pytest.fixture(scope="module")
-def against_exact():
+@pytest.fixture(scope="module", params=["eps", "x0"])
+def against_exact(request):
     model, scheduler, t_grid = small_model(), DDIMScheduler(), [999, 600, 0]
+
+    def differentiated(*xs, ts):
+        outputs = model(*xs, *ts)
+        if request.param == "eps":
+            return outputs
+        abars = [scheduler.alphas_cumprod[t].view(-1, 1, 1, 1) for t in ts]
+        return tuple((x - (1 - a).sqrt() * e) / a.sqrt() for x, e, a in zip(xs, outputs, abars, strict=True))
+
     seen = {}
 
     def denoise(xs, ts):
@@ -70,12 +96,12 @@ def against_exact():
             seen[int(t_64), int(t_32)] = (x_64.detach()[None], x_32.detach()[None])
         return model(*xs, *ts)
 
-    result = run(denoise, images(b=1, h=8, w=8), t_grid, scheduler=scheduler, num_probes=200, seed=3)
+    result = run(denoise, images(b=1, h=8, w=8), t_grid, scheduler=scheduler, num_probes=200, seed=3, of=request.param)
     exact = {name: torch.zeros(3, 3, dtype=torch.float64) for name in BLOCKS}
     for i, t_64 in enumerate(t_grid):
         for j, t_32 in enumerate(t_grid):
             ts = (torch.tensor([t_64]), torch.tensor([t_32]))
-            rows = torch.func.jacrev(lambda a, b, ts=ts: model(a, b, *ts), argnums=(0, 1))(*seen[t_64, t_32])
+            rows = torch.func.jacrev(lambda a, b, ts=ts: differentiated(a, b, ts=ts), argnums=(0, 1))(*seen[t_64, t_32])
             for name, jacobian in zip(BLOCKS, [block for row in rows for block in row], strict=True):
                 exact[name][i, j] = jacobian.square().sum()
     return result, exact, model
@@ -92,16 +118,23 @@ def test_blocks_of_a_model_agree_with_its_exact_jacobian(against_exact, name):
     assert exact[name].max() > 2 * exact[name].min()
 
 
-def test_estimates_are_unbiased_over_seeds():
+@pytest.mark.parametrize("of", ["eps", "x0"])
+def test_estimates_are_unbiased_over_seeds(of):
     model, x = small_model().requires_grad_(False), images(b=1, h=8, w=8)
     t = torch.tensor([400])
 
     def at_fixed_point(xs, ts):  # Noise differs between seeds, so it is taken out: the Jacobian is one matrix.
         return model(*(x.detach() * 0.5 + a - a.detach() for x, a in zip(pair, xs, strict=True)), t, t)
 
+    def differentiated(*xs):
+        if of == "eps":
+            return model(*xs, t, t)
+        abar = DDIMScheduler().alphas_cumprod[400]
+        return tuple((x - (1 - abar).sqrt() * e) / abar.sqrt() for x, e in zip(xs, model(*xs, t, t), strict=True))
+
     pair = (x, F.avg_pool2d(x, 2))
-    rows = torch.func.jacrev(lambda a, b: model(a, b, t, t), argnums=(0, 1))(*(0.5 * p for p in pair))
-    runs = [run(at_fixed_point, x, [400], num_probes=1, seed=seed)["jacobian"] for seed in range(200)]
+    rows = torch.func.jacrev(differentiated, argnums=(0, 1))(*(0.5 * p for p in pair))
+    runs = [run(at_fixed_point, x, [400], num_probes=1, seed=seed, of=of)["jacobian"] for seed in range(200)]
     for name, jacobian in zip(BLOCKS, [block for row in rows for block in row], strict=True):
         values = torch.stack([r[name][0, 0] for r in runs])
         assert values.std() > 0
@@ -369,3 +402,569 @@ def test_mistakes_raise_one_clear_sentence(options, message):
     with pytest.raises(ValueError, match=message) as caught:
         run(**{"denoise": identity, "x": images(), "t_grid": [999, 0]} | options)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+# Gaussian images, whose optimal denoiser and its maps are known
+
+
+def gaussian_model(prediction_type="epsilon"):
+    """The exact denoiser of 4x4 images whose variances span two decades, and its schedule."""
+    generator = torch.Generator().manual_seed(11)
+    low, high = (10 ** (2 * torch.rand(shape, generator=generator) - 1.5) for shape in ((1, 2, 2), (3, 1, 2, 2)))
+    scheduler = DDIMScheduler(prediction_type=prediction_type)
+    return GaussianDenoiser(scheduler, low.double(), high.double()), scheduler
+
+
+def gaussian_run(count, t_grid, prediction_type="epsilon", **options):
+    denoiser, scheduler = gaussian_model(prediction_type)
+    x = denoiser.draw(count, torch.Generator().manual_seed(12))
+    options = {"scheduler": scheduler, "num_probes": 1, "batch_size": 4096, "seed": 13} | options
+    return run(denoiser.denoise, x, t_grid, **options), denoiser.spectrum()
+
+
+@pytest.mark.parametrize("spacing", ["uniform_t", "uniform_log_snr"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "x0", "v"])
+def test_denoising_errors_of_gaussian_images_are_those_of_the_closed_form(prediction_type, spacing):
+    t_grid = timestep_grid(6, spacing=spacing, log_snr=DDIMScheduler().log_snr.numpy())
+    result, spectrum = gaussian_run(4000, t_grid.tolist(), prediction_type, maps="mse")
+    for name, truth, dims in zip(
+        ("mse_64", "mse_32"), mse_maps(spectrum, result["log_snr_grid"]), (16, 4), strict=True
+    ):
+        error = result[f"{name}_se"]
+        assert ((result[name] - truth).abs() < 3.5 * error).all()
+        assert (error < 0.03 * truth).all() and truth.max() > 50 * truth.min()
+        # The transposed map is another one.
+        assert ((result[name].T - truth).abs() > 10 * error).any()
+        snr = result["snr_grid"][:, None] if name == "mse_64" else result["snr_grid"]
+        eps_error = result[f"eps_{name}_se"]
+        assert ((result[f"eps_{name}"] - truth * snr / dims).abs() < 3.5 * eps_error).all()
+        torch.testing.assert_close(eps_error, error * snr / dims)
+    # The best coarse prediction is the low band of the best fine one.
+    torch.testing.assert_close(result["mse_64_low"], 4 * result["mse_32"])
+    torch.testing.assert_close(result["mse_64_low_se"], 4 * result["mse_32_se"])
+
+
+def test_errors_in_noise_are_per_dimension_means_of_what_the_network_gets_wrong():
+    scheduler, x, t_grid, wrong = DDIMScheduler(), images(b=5, c=2), [900, 300], []
+
+    def offset(xs, ts):  # ε̂ = x_t + 1/10 stands for an error that is computed here from the noise in x_t.
+        clean = (x, F.avg_pool2d(x, 2))
+        abars = [scheduler.alphas_cumprod[t].view(-1, 1, 1, 1) for t in ts]
+        noise = [(n - a.sqrt() * c) / (1 - a).sqrt() for n, a, c in zip(xs, abars, clean, strict=True)]
+        wrong.append([(n + 0.1 - e).square().flatten(1).mean(1) for n, e in zip(xs, noise, strict=True)])
+        return tuple(n + 0.1 for n in xs)
+
+    result = run(offset, x, t_grid, scheduler=scheduler, batch_size=5, maps="mse")
+    for scale, name in enumerate(("eps_mse_64", "eps_mse_32")):
+        per_image = torch.stack([cell[scale] for cell in wrong]).view(2, 2, 5)
+        torch.testing.assert_close(result[name], per_image.mean(-1))
+        torch.testing.assert_close(result[f"{name}_se"], per_image.std(-1) / 5**0.5)
+
+
+def test_denoising_errors_do_not_depend_on_the_prediction_type():
+    one, other, third = (gaussian_run(6, [999, 500, 0], kind)[0] for kind in ("epsilon", "x0", "v"))
+    for result in (other, third):
+        for name in ("mse_64", "mse_32", "eps_mse_64", "jacobian", "mse_32_se"):
+            torch.testing.assert_close(result[name], one[name], rtol=1e-7, atol=0)
+        assert not any(t.requires_grad for t in result.values() if isinstance(t, torch.Tensor))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "x0", "v"])
+@pytest.mark.parametrize("t_grid", [[900, 400, 50]])
+def test_jacobians_of_the_clean_image_are_those_of_the_closed_form(prediction_type, t_grid):
+    result, spectrum = gaussian_run(1, t_grid, prediction_type, num_probes=2000, of="x0")
+    for name, truth in jacobian_maps(spectrum, result["log_snr_grid"], of="x0").items():
+        assert ((result["jacobian"][name] - truth).abs() < 3.5 * result["jacobian_se"][name] + 1e-9 * truth).all()
+        assert (result["jacobian_se"][name] < 0.05 * truth).all()
+    assert result["of"] == "x0"
+
+
+def test_measured_errors_are_one_gradient():
+    """Both denoising errors are derivatives of one function, twice the information: ∂mse_64/∂b = ∂mse_32/∂a."""
+    t_grid = [560, 530, 500]
+    result, spectrum = gaussian_run(40_000, t_grid, maps="mse", batch_size=40_000)
+    snr = result["snr_grid"]
+    fine, coarse, _ = result["mse_per_image"].double()
+    along_b = (fine[1, 2] - fine[1, 0]) / (snr[2] - snr[0])  # [B]
+    along_a = (coarse[2, 1] - coarse[0, 1]) / (snr[2] - snr[0])
+    difference = along_b - along_a
+    error = difference.std() / len(difference) ** 0.5
+    assert difference.mean().abs() < 3 * error
+    # Which says something, because the sampling error is small and single images are far from it.
+    truth = -(spectrum.low / (1 + spectrum.low * snr[1] * 1.25)).square().sum() / 4
+    assert error < 0.03 * truth.abs()
+    for one in (along_b, along_a):
+        assert one.mean().item() == pytest.approx(truth.item(), rel=0.06)
+
+
+def test_parts_of_a_map_are_those_of_the_whole():
+    model, x = small_model(), images(b=2, h=8, w=8)
+    gradients = []
+
+    def denoise(xs, ts):
+        gradients.append((torch.is_grad_enabled(), xs[0].requires_grad))
+        return model(*xs, *ts)
+
+    whole, blocks, mse = (run(denoise, x, [900, 300, 0], maps=m, batch_size=6) for m in ("all", "blocks", "mse"))
+    assert gradients == [(True, True)] * 6 + [(False, False)] * 3
+    assert mse["num_probes"] == 4
+    for part, gone in ((blocks, "mse"), (mse, "jacobian")):
+        assert whole.keys() - part.keys() == {key for key in whole if gone in key} != set()
+        assert_same({key: whole[key] for key in part}, part)
+    assert blocks.keys() & mse.keys() == whole.keys() - {key for key in whole if "mse" in key or "jacobian" in key}
+    per_image = whole["jacobian_per_image"].double().mean(-1)
+    torch.testing.assert_close(per_image, torch.stack([*whole["jacobian"].values()]), rtol=1e-6, atol=0)
+    per_image = whole["mse_per_image"].double().mean(-1)
+    torch.testing.assert_close(per_image, torch.stack([whole[name] for name in MSES]), rtol=1e-6, atol=0)
+    assert whole["measured"].all() and whole["interpolation_error"] is None
+
+
+# Thinned maps
+
+
+@pytest.fixture(scope="module")
+def thinned():
+    """The whole map of 16 lines, 8 of them measured and the rest interpolated, and what the latter cost."""
+    calls = []
+    denoiser, scheduler = gaussian_model()
+    t_grid = timestep_grid(16, spacing="uniform_log_snr", log_snr=scheduler.log_snr.numpy()).tolist()
+
+    def denoise(xs, ts):
+        calls.append(list(zip(*(t.tolist() for t in ts), strict=True)))
+        return denoiser.denoise(xs, ts)
+
+    x = denoiser.draw(200, torch.Generator().manual_seed(3))
+    options = {"scheduler": scheduler, "num_probes": 1, "batch_size": 200, "seed": 4}
+    whole = run(denoise, x, t_grid, **options)
+    calls.clear()
+    return whole, run(denoise, x, t_grid, coarse=8, **options), calls
+
+
+def values_of(result):
+    return result["jacobian"] | {name: result[name] for name in MSES}
+
+
+def test_a_thinned_map_measures_its_lines_and_as_many_cells_off_them(thinned):
+    _, thin, calls = thinned
+    lines = [0, 2, 4, 6, 9, 11, 13, 15]  # The nearest to 15/7 apart.
+    t_grid = thin["t_grid"].tolist()
+    cells = [(i, j) for i in lines for j in lines]
+    assert thin["measured"].nonzero().tolist() == [list(cell) for cell in cells]
+    held_out = thin["interpolation_error"]["cells"]
+    assert len(held_out) == 8 and all(i not in lines and j not in lines for i, j in held_out)
+    assert len({i for i, _ in held_out}) == len({j for _, j in held_out}) == 8
+    assert calls == [[(t_grid[i], t_grid[j])] * 200 for i, j in [*cells, *held_out]]
+
+
+def test_measured_cells_of_a_thinned_map_are_those_of_the_whole(thinned):
+    whole, thin, _ = thinned
+    measured = thin["measured"]
+    assert whole.keys() == thin.keys()
+    for name in ("jacobian_per_image", "mse_per_image"):
+        assert torch.equal(thin[name][:, measured], whole[name][:, measured])
+        assert not torch.equal(thin[name], whole[name])
+    for name, values in values_of(whole).items():
+        assert torch.equal(values_of(thin)[name][measured], values[measured])
+    for name in ("mse_64_se", "mse_32_se", "eps_mse_64", "eps_mse_32_se"):
+        assert torch.equal(thin[name][measured], whole[name][measured])
+    for name in BLOCKS:
+        assert torch.equal(thin["jacobian_se"][name][measured], whole["jacobian_se"][name][measured])
+
+
+def test_interpolation_error_is_that_of_the_held_out_cells(thinned):
+    whole, thin, _ = thinned
+    report = thin["interpolation_error"]
+    assert report.keys() == {*values_of(whole), "cells"}
+    rows, columns = np.array(report["cells"]).T
+    for name, values in values_of(whole).items():
+        error = np.abs(values_of(thin)[name].numpy() / values.numpy() - 1)
+        assert report[name]["median"] == pytest.approx(np.median(error[rows, columns]), rel=1e-6)
+        assert report[name]["max"] == pytest.approx(error[rows, columns].max(), rel=1e-6)
+        # These few cells, which are off the lines of both axes, stand for all others: few of those are worse.
+        away = error[~thin["measured"].numpy()]
+        assert 0 < np.median(away) < report[name]["median"] and np.quantile(away, 0.8) < report[name]["max"]
+        assert away.max() < 2.5 * report[name]["max"] < 0.6
+
+
+def test_one_image_and_a_zero_block_can_be_thinned():
+    result = run(linear, images(b=1), timestep_grid(6).tolist(), coarse=3, num_probes=2)
+    assert (result["jacobian_se"]["HH"] < 1e-9).all() and result["mse_64_se"].isnan().all()
+    result = run(identity, images(b=2), timestep_grid(6).tolist(), coarse=3)
+    assert (result["jacobian"]["HL"] == 0).all() and "HL" not in result["interpolation_error"]
+    torch.testing.assert_close(result["jacobian"]["HH"], torch.full((6, 6), 16.0).double(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("coarse", [-1, 0, 1, 4, 5])
+def test_impossible_thinning_is_refused(coarse):
+    message = f"^coarse is {coarse} but a grid of 4 lines can be thinned to 2 to 3.$"
+    with pytest.raises(ValueError, match=message):
+        run(identity, images(), timestep_grid(4).tolist(), coarse=coarse)
+
+
+@pytest.mark.parametrize("coarse", [2, 3, 4, 5, 6, 7, 8])
+def test_every_possible_thinning_is_exact_for_log_linear_maps(coarse):
+    snr = DDIMScheduler().snr
+
+    def denoise(xs, ts):  # ‖J_HH‖² = 16 SNR_64^0.6 SNR_32^-0.2.
+        s_64, s_32 = (snr[t].view(-1, 1, 1, 1) for t in ts)
+        return s_64**0.3 * s_32**-0.1 * xs[0], xs[1]
+
+    options = {"num_probes": 1, "maps": "blocks"}
+    whole, thin = (run(denoise, images(), timestep_grid(9).tolist(), coarse=c, **options) for c in (None, coarse))
+    torch.testing.assert_close(thin["jacobian"]["HH"], whole["jacobian"]["HH"], rtol=1e-9, atol=0)
+    assert thin["measured"].sum() == coarse**2 and len(thin["interpolation_error"]["cells"]) == coarse
+    assert thin["interpolation_error"]["HH"]["max"] < 1e-9
+
+
+# Work that is interrupted, and shared
+
+
+SETTINGS = {"K": 2, "name": "map"}
+T_GRID = [950, 600, 300, 20]
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Counting:
+    """A denoiser that counts its samples, and raises at a call."""
+
+    def __init__(self, raises_at=None, failure=Interrupted):
+        self.model, self.raises_at, self.failure = small_model(), raises_at, failure
+        self.sizes = []
+
+    def __call__(self, xs, ts):
+        if len(self.sizes) == self.raises_at:
+            raise self.failure
+        self.sizes.append(len(xs[0]))
+        return self.model(*xs, *ts)
+
+
+def measure(denoise, file=None, **options):
+    parts = None if file is None else PartFiles(file, options.pop("settings", SETTINGS))
+    options = {"num_probes": 2, "batch_size": 6, "seed": 7} | options
+    return run(denoise, images(b=3, h=8, w=8), T_GRID, parts=parts, **options)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return measure(Counting())
+
+
+@pytest.mark.parametrize("failure", [Interrupted, KeyboardInterrupt])
+def test_an_interrupted_map_goes_on_where_it_stopped(tmp_path, uninterrupted, failure):
+    file = tmp_path / "map.pth"
+    for calls in (2, 4):  # Of 8 in all.
+        denoise = Counting(calls, failure)
+        with pytest.raises(failure):
+            measure(denoise, file)
+        assert [f.name for f in tmp_path.iterdir()] == ["map.pth.part0"]
+    rest = Counting()
+    assert_same(measure(rest, file), uninterrupted)
+    assert rest.sizes == [6, 6]
+
+
+def test_nothing_is_computed_again_whatever_the_batch(tmp_path, uninterrupted):
+    file = tmp_path / "map.pth"
+    with pytest.raises(Interrupted):
+        measure(Counting(3), file, batch_size=5)
+    rest = Counting()
+    result = measure(rest, file, batch_size=7)
+    assert sum(rest.sizes) == 48 - 15
+    for name in ("jacobian", "mse_64", "mse_32_se"):
+        torch.testing.assert_close(result[name], uninterrupted[name], rtol=1e-12, atol=0)
+
+
+def test_a_finished_part_needs_no_call(tmp_path, uninterrupted, monkeypatch):
+    monkeypatch.setattr(error_map_module, "SECONDS_BETWEEN_PARTS", -1)
+    measure(Counting(), tmp_path / "map.pth")
+    assert_same(measure(Counting(raises_at=0), tmp_path / "map.pth"), uninterrupted)
+
+
+def test_work_is_kept_every_now_and_then(tmp_path, monkeypatch):
+    monkeypatch.setattr(error_map_module, "SECONDS_BETWEEN_PARTS", -1)
+    parts, seen = PartFiles(tmp_path / "map.pth", SETTINGS), []
+    counting = Counting()
+
+    def denoise(xs, ts):
+        seen.append([part["done"].sum().item() for part in parts.read()])
+        return counting(xs, ts)
+
+    measure(denoise, tmp_path / "map.pth")
+    assert seen == [[], *([k] for k in range(6, 48, 6))]
+    parts.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_done_leaves_no_part(tmp_path):
+    with pytest.raises(Interrupted):
+        measure(Counting(0), tmp_path / "map.pth")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(file.read_bytes()[:-60]),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_text("no part"),
+        lambda file: torch.save([1, 2], file),
+        lambda file: torch.save({"done": torch.ones(48, dtype=torch.bool)}, file),
+    ],
+    ids=["cut", "empty", "text", "list", "without settings"],
+)
+def test_damaged_parts_count_as_none(tmp_path, uninterrupted, damage):
+    with pytest.raises(Interrupted):
+        measure(Counting(3), tmp_path / "map.pth")
+    damage(tmp_path / "map.pth.part0")
+    again = Counting()
+    assert_same(measure(again, tmp_path / "map.pth"), uninterrupted)
+    assert sum(again.sizes) == 48
+
+
+def test_parts_of_other_settings_and_of_other_files_count_as_none(tmp_path, uninterrupted):
+    with pytest.raises(Interrupted):
+        measure(Counting(3), tmp_path / "map.pth", settings=SETTINGS | {"K": 3})
+    with pytest.raises(Interrupted):
+        measure(Counting(3), tmp_path / "other.pth")
+    again = Counting()
+    assert_same(measure(again, tmp_path / "map.pth"), uninterrupted)
+    assert sum(again.sizes) == 48
+    PartFiles(tmp_path / "map.pth", {}).remove()
+    assert [file.name for file in tmp_path.iterdir()] == ["other.pth.part0"]
+
+
+def test_a_thinned_map_is_resumed_too(tmp_path):
+    whole = measure(Counting(), coarse=3)
+    with pytest.raises(Interrupted):
+        measure(Counting(4), tmp_path / "map.pth", coarse=3)
+    rest = Counting()
+    assert_same(measure(rest, tmp_path / "map.pth", coarse=3), whole)
+    assert sum(rest.sizes) == 3 * (9 + 3) - 24
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [{}, {"maps": "mse"}, {"maps": "blocks"}, {"coarse": 2}])
+def test_a_denoiser_that_is_not_finite_is_named_and_not_kept(tmp_path, bad, options, monkeypatch):
+    monkeypatch.setattr(error_map_module, "SECONDS_BETWEEN_PARTS", -1)
+    counting = Counting()
+
+    def denoise(xs, ts):
+        fine, coarse = counting(xs, ts)
+        return fine * torch.where(ts[1] < 100, bad, 1.0).view(-1, 1, 1, 1), coarse
+
+    with pytest.raises(ValueError, match="^The denoiser returns what is not finite here; its weights may be damaged.$"):
+        measure(denoise, tmp_path / "map.pth", **options)
+    rest = Counting()
+    assert_same(measure(rest, tmp_path / "map.pth", **options), measure(Counting(), **options))
+    assert 0 < sum(rest.sizes) < sum(counting.sizes) + sum(rest.sizes)
+
+
+def measure_in_child(environment, folder, raises_at):
+    """One of several processes: it shares a map, and leaves what it got and how many samples it saw."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    processes = Processes("cpu")
+    denoise = Counting(raises_at)
+    try:
+        result = measure(denoise, folder / "map.pth", processes=processes)
+    finally:
+        torch.save(denoise.sizes, folder / f"sizes{processes.rank}.pth")
+    torch.save(result, folder / f"result{processes.rank}.pth")
+    processes.close()
+
+
+@pytest.fixture
+def together(tmp_path):
+    """`together(2, raises_at={rank: call})` measures in processes; samples that each saw, and their exit codes."""
+    started = []
+
+    def start(count, raises_at=()):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+        ranks = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        calls = [dict(raises_at).get(rank) for rank in range(count)]
+        processes = [
+            FORKS.Process(target=measure_in_child, args=(environment, tmp_path, call))
+            for environment, call in zip(ranks, calls, strict=True)
+        ]
+        started.extend(processes)
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        sizes = [sum(torch.load(tmp_path / f"sizes{rank}.pth")) for rank in range(count)]
+        return sizes, [process.exitcode for process in processes]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def assert_nearly_same(result, other):
+    assert result.keys() == other.keys()
+    for name in ("jacobian", "jacobian_se", "mse_64", "mse_32", "mse_64_se", "mse_32_se", "eps_mse_64"):
+        torch.testing.assert_close(result[name], other[name], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_several_processes_share_the_cells_and_agree(together, tmp_path, uninterrupted, count):
+    sizes, codes = together(count)
+    assert codes == [0] * count
+    assert sizes == {2: [24, 24], 5: [10, 10, 10, 9, 9]}[count]
+    results = [torch.load(tmp_path / f"result{rank}.pth") for rank in range(count)]
+    for result in results:
+        assert_same(result, results[0])
+    assert_nearly_same(results[0], uninterrupted)
+
+
+def test_another_number_of_processes_goes_on(together, tmp_path, uninterrupted):
+    with pytest.raises(Interrupted):
+        measure(Counting(2), tmp_path / "map.pth")
+    # Two share what is left, 36 samples, and one of them dies.
+    sizes, codes = together(2, {1: 1})
+    assert sizes == [18, 6] and 0 not in codes
+    assert sorted(file.name for file in tmp_path.glob("map*")) == ["map.pth.part0", "map.pth.part1"]
+    rest = Counting()
+    assert_nearly_same(measure(rest, tmp_path / "map.pth"), uninterrupted)
+    assert sum(rest.sizes) == 48 - 12 - 24
+
+
+def test_parts_of_all_are_counted_once(together, tmp_path, uninterrupted):
+    sizes, codes = together(2, {0: 3, 1: 2})
+    assert sizes == [18, 12] and 0 not in codes
+    sizes, codes = together(3)
+    assert sum(sizes) == 48 - 30 and codes == [0] * 3
+    for rank in range(3):
+        assert_nearly_same(torch.load(tmp_path / f"result{rank}.pth"), uninterrupted)
+    sizes, codes = together(2)
+    assert sizes == [0, 0] and codes == [0] * 2
+    assert_nearly_same(torch.load(tmp_path / "result1.pth"), uninterrupted)
+
+
+# What is made of a map
+
+
+def test_normalisations_by_hand():
+    norms = {"HH": torch.tensor([[6.0, 12.0], [18.0, 24.0]]), "LL": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
+    result = {"jacobian": {name: norm.double() for name, norm in norms.items()}}
+    result |= {"snr_grid": torch.tensor([0.5, 2.0]).double(), "log_snr_grid": torch.tensor([0.5, 2.0]).log().double()}
+    result |= {"num_pixels_64": 8, "num_pixels_32": 2, "num_dims_64": 24, "num_dims_32": 6}
+    # Factor B is 1/(0.5 · 1.5) = 4/3 and 1/(2 · 3) = 1/6.
+    expected = {
+        "published": ([[6 / 48, 12 / 48], [18 / 384, 24 / 384]], [[1 / 3, 2 / 24], [3 / 3, 4 / 24]]),
+        "per_dim": ([[1 / 3, 2 / 3], [1 / 8, 1 / 6]], [[2 / 9, 1 / 18], [2 / 3, 1 / 9]]),
+        "sum": ([[8, 16], [3, 4]], [[4 / 3, 1 / 3], [4, 2 / 3]]),
+    }
+    for normalisation, errors in expected.items():
+        for ours, by_hand in zip(published_errors(result, "B", normalisation), errors, strict=True):
+            np.testing.assert_allclose(ours, by_hand, rtol=1e-6)
+        for kind, weight in (("dp_64", 0), ("dp_total", 1)):
+            error_64, error_32, log_snr = path_errors(result, kind, "B", normalisation)
+            np.testing.assert_allclose(error_64, errors[0], rtol=1e-6)
+            np.testing.assert_allclose(error_32, weight * np.array(errors[1]), rtol=1e-6)
+            np.testing.assert_allclose(log_snr, [-math.log(2), math.log(2)], rtol=1e-6)
+    with pytest.raises(ValueError, match="^Unknown normalisation 'mean'; choose one of published, per_dim, sum.$"):
+        published_errors(result, "B", "mean")
+    del result["jacobian"]
+    with pytest.raises(
+        ValueError, match="^This heatmap holds denoising errors only; compute it again with --maps all.$"
+    ):
+        published_errors(result)
+
+
+def test_largest_deviation_by_hand():
+    def flat(value, error):
+        jacobian = {name: torch.full((2, 2), value).double() for name in BLOCKS}
+        jacobian_se = {name: torch.full((2, 2), error).double() for name in BLOCKS}
+        maps = {"jacobian": jacobian, "jacobian_se": jacobian_se}
+        for name in ("mse_64", "mse_32"):
+            maps |= {name: torch.full((2, 2), value).double(), f"{name}_se": torch.full((2, 2), error).double()}
+        return maps
+
+    reference, other = flat(5.0, 0.5), flat(5.0, 99.0)
+    assert largest_deviation(other, reference) == 0
+    other["mse_32"][1, 0] = 4.0
+    assert largest_deviation(other, reference) == pytest.approx(2)
+    other["jacobian"]["LH"][0, 1] = 6.25
+    assert largest_deviation(other, reference) == pytest.approx(2.5)
+    without = {name: value for name, value in other.items() if "jacobian" not in name}
+    assert largest_deviation(without, reference) == pytest.approx(2)
+    reference["jacobian_se"]["HH"][0, 0] = math.nan
+    assert math.isnan(largest_deviation(other, reference))
+
+
+@pytest.fixture(scope="module")
+def power_law():
+    """The maps of perfectly denoised 64x64 images with a power spectrum, on the published grid."""
+    scheduler, t_grid = DDIMScheduler(), torch.from_numpy(timestep_grid(30))
+    result = {
+        "t_grid": t_grid,
+        "snr_grid": scheduler.snr[t_grid],
+        "log_snr_grid": scheduler.log_snr[t_grid],
+        "fingerprint": "none",
+        "num_pixels_64": 64 * 64,
+        "num_pixels_32": 32 * 32,
+        "num_dims_64": 3 * 64 * 64,
+        "num_dims_32": 3 * 32 * 32,
+    }
+    return result | {"jacobian": jacobian_maps(Spectrum.power_law(), result["log_snr_grid"])}
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "ahead", "largest_lead", "cost"),
+    [("published", 17, 8, 1.18085), ("per_dim", 17, 5, 644.872), ("sum", 3, 1, 4.95100e6)],
+)
+def test_the_published_lead_of_the_coarse_scale_is_its_weight(power_law, normalisation, ahead, largest_lead, cost):
+    errors = [error.numpy() for error in published_errors(power_law, "B", normalisation)]
+    cells, found = find_optimal_path_n_steps_lambda(*errors, power_law["log_snr_grid"].numpy(), 18, 5)
+    t_grid = power_law["t_grid"].numpy()
+    lead = leads(path_from_cells(cells, t_grid, "dp_total", {}), t_grid)
+    assert (lead["ahead"], lead["behind"], lead["points"]) == (ahead, 0, 19)
+    assert lead["largest_lead"] == largest_lead and found == pytest.approx(cost, rel=1e-5)
+    path, same = heatmap_path(power_law, "dp_total", 18, 5, "B", normalisation)
+    assert path.provenance["cells"] == [list(cell) for cell in cells] and same == found
+    # Scaling both maps alike moves nothing.
+    assert find_optimal_path_n_steps_lambda(*(3 * e for e in errors), power_law["log_snr_grid"], 18, 5)[0] == cells
+
+
+def test_a_jacobian_without_content_costs_about_as_much(power_law):
+    """‖I‖²/(1 - ᾱ) for any images: the clocks do not interact, and each takes the best trapezoids of its own."""
+    alpha_bar = DDIMScheduler().alphas_cumprod[power_law["t_grid"]]
+    norms = {"HH": (3 * 64**2 / (1 - alpha_bar))[:, None], "LL": 3 * 32**2 / (1 - alpha_bar)}
+    flat = power_law | {"jacobian": {name: norm.expand(30, 30) for name, norm in norms.items()}}
+    x, snr = flat["log_snr_grid"].numpy(), flat["snr_grid"].numpy()
+    error = 3 / (64**2 * snr)
+    best = np.full(30, np.inf)  # The least cost from line 0 to each line in so many moves of at most 5 lines.
+    best[0] = 0
+    for _ in range(18):
+        moves = [[best[i] + (error[i] + error[j]) / 2 * (x[j] - x[i]) for i in range(max(0, j - 5), j + 1)]
+                 for j in range(30)]  # fmt: skip
+        best = np.array([min(costs) for costs in moves])
+    for kind, times in (("dp_64", 1), ("dp_total", 5)):  # A coarse pixel counts four times.
+        path, cost = heatmap_path(flat, kind, 18, 5)
+        assert cost == pytest.approx(times * best[-1], rel=1e-9) and len(path.points) == 19
+        with_content = heatmap_path(power_law, kind, 18, 5)[1]
+        assert with_content == pytest.approx(cost, rel=0.01)
+    assert best[-1] == pytest.approx(0.2374, rel=1e-3)
+
+
+# Files
+
+
+def test_a_heatmap_file_is_what_was_saved(tmp_path):
+    content = run(linear, images(b=2), timestep_grid(5).tolist(), coarse=3, maps="all") | {"fingerprint": "none"}
+    save_heatmap(tmp_path / "map.pth", content)
+    assert_same(load_heatmap(tmp_path / "map.pth"), {"format_version": 2} | content)
+    assert [file.name for file in tmp_path.iterdir()] == ["map.pth"]
+
+
+@pytest.mark.parametrize(("version", "says"), [(1, "which holds too little; compute it again"), (3, "update LIFT")])
+def test_heatmap_files_of_other_versions_are_named(tmp_path, version, says):
+    file = tmp_path / "map.pth"
+    torch.save({"format_version": version, "t_grid": torch.zeros(3), "fingerprint": "none"}, file)
+    with pytest.raises(ValueError, match=f"^Heatmap {file} has format version {version}.*{says}"):
+        load_heatmap(file)

@@ -1,43 +1,27 @@
 import numpy as np
 import pytest
 import torch
+from figure_checks import check_file, check_layout, render
 from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
 
 import plots
-from path import Path, diagonal, path_from_cells, timestep_grid
 from plots import (
     image_grid,
-    plot_blocks,
-    plot_heatmap,
-    plot_heatmap_pair,
+    plot_cost_against_nfe,
+    plot_criteria,
+    plot_factorial,
     plot_losses,
-    plot_path_comparison,
     plot_samples,
     plot_scores,
     plot_trajectory,
     save_image_grid,
+    spread_out,
 )
 from results_table import DESCRIPTION_FIELDS, RESULT_KEY, VALUE_FIELDS, aggregate
-from scheduler import DDIMScheduler
 
-N = 30
-LOG_SNR = DDIMScheduler().log_snr.numpy()
-T_GRID = timestep_grid(N)
-LOG_SNR_GRID = LOG_SNR[T_GRID]
 RNG = np.random.default_rng(0)
-ERROR = np.exp(RNG.uniform(-9, 0, (N, N)))
-BLOCKS = {block: np.exp(RNG.uniform(-9, 0, (N, N))) for block in ("HH", "HL", "LH", "LL")}
-CELLS = [(0, 0), (0, 2), (3, 7), (4, 7), (20, 25), (29, 29)]
-OTHER_CELLS = [(i, i) for i in range(N)]
-PATHS = {
-    "diagonal": diagonal(18),
-    "DP": path_from_cells(CELLS, T_GRID, "dp_total", {}),
-    "baseline": diagonal(18, num_scales=1),
-}
 IMAGES = RNG.integers(0, 256, (6, 3, 16, 16), dtype=np.uint8)
 COARSE = RNG.integers(0, 256, (6, 3, 8, 8), dtype=np.uint8)
 POINTS = [(999, 999), (900, 700), (500, 300), (200, 100), (50, 0), (0, 0)]
@@ -45,6 +29,32 @@ RUNS = {
     "baseline": [{"step": 50 * k, "epoch": k, "loss_64": 1 / (k + 1)} for k in range(40)],
     "dual": [{"step": 50 * k, "epoch": k, "loss_64": 2 / (k + 1), "loss_32": 3 / (k + 1)} for k in range(40)],
 }
+COSTS = {
+    "optimum": {n: 4 + 20 / n for n in range(6, 59)},
+    "diagonal": {n: 5 + 30 / n for n in (6, 10, 18, 50)},
+    "published": {18: 7.5},
+}
+DISTANCES = np.exp(RNG.normal(size=60))
+FAMILIES = ["diagonal", "optimum", "random"] * 20
+# Costs of a narrow range, of a common one, and of many decades.
+CRITERIA = {
+    f"criterion {k} of a name that is too long for one line": (
+        DISTANCES**power * np.exp(RNG.normal(size=60)),
+        DISTANCES,
+    )
+    for k, power in enumerate((0.02, 1, 8, 1, 1))
+}
+CRITERIA["narrow"] = (1.04 * DISTANCES**0.005, DISTANCES)
+RHO = {name: 1 - 0.3 * k for k, name in enumerate(CRITERIA)}
+SPACINGS = ("uniform_t", "uniform_log_snr", "published")
+FACTORIAL = [
+    {"schedule": schedule, "spacing": spacing, "offset": offset, "nfe": str(nfe), "model": model}
+    | {"value": 20 + k + 300 / nfe, "sd": 1.5 if nfe == 18 else None}
+    for schedule in ("cosine_clipped", "cosine")
+    for spacing in SPACINGS
+    for k, (model, offset) in enumerate((("lift", "diagonal"), ("lift", "dp_64"), ("baseline", None)))
+    for nfe in (4, 6, 8, 10, 18, 50)
+]
 
 
 def scores(epochs, **extra):
@@ -58,30 +68,13 @@ def scores(epochs, **extra):
     ]
 
 
-def render(figure):
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())  # [H, W, 4], row 0 on top
-
-
-def heatmap_figure(error=ERROR, paths=None):
-    return plots._heatmap_figure(error, T_GRID, LOG_SNR_GRID, "title", "error", paths)
-
-
 FIGURES = {
-    "heatmap": (
-        lambda file: plot_heatmap(ERROR, T_GRID, LOG_SNR_GRID, file, "title", "error", {"DP": CELLS}),
-        (900, 840),
-    ),
-    "pair": (
-        lambda file: plot_heatmap_pair(ERROR, 2 * ERROR, T_GRID, LOG_SNR_GRID, CELLS, OTHER_CELLS, file),
-        (1590, 810),
-    ),
-    "blocks": (lambda file: plot_blocks(BLOCKS, T_GRID, LOG_SNR_GRID, file), (1590, 1410)),
-    "paths": (lambda file: plot_path_comparison(PATHS, LOG_SNR, file, "title"), (1650, 810)),
     "losses": (lambda file: plot_losses(RUNS, file), (1710, 690)),
     "curves": (lambda file: plot_scores(scores([200, 400]), "fid", file), (1140, 780)),
     "dots": (lambda file: plot_scores(scores([400]), "fid", file), (1110, 513)),
+    "costs": (lambda file: plot_cost_against_nfe(COSTS, file, optimum="optimum"), (1140, 780)),
+    "criteria": (lambda file: plot_criteria(CRITERIA, FAMILIES, file, rho=RHO), (1290, 900)),
+    "factorial": (lambda file: plot_factorial(FACTORIAL, file), (1590, 1080)),
     "samples": (lambda file: plot_samples({"a": IMAGES, "b": COARSE}, file, "title"), None),
     "trajectory": (lambda file: plot_trajectory(IMAGES, COARSE, POINTS, file), None),
     "grid": (lambda file: save_image_grid(IMAGES, file, columns=4, scale=3), (4 * 50 + 2, 2 * 50 + 2)),
@@ -90,18 +83,7 @@ FIGURES = {
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_file_is_a_picture_of_the_announced_size(name, tmp_path):
-    draw, size = FIGURES[name]
-    draw(tmp_path / "new" / "figure.png")
-    with Image.open(tmp_path / "new" / "figure.png") as picture:
-        picture.load()
-        assert picture.format == "PNG"
-        assert picture.info["dpi"] == pytest.approx((150, 150), abs=0.1)
-        assert len(np.unique(np.asarray(picture.convert("L")))) > 20
-        if size is None:
-            assert 500 < picture.width < 3000 and 150 < picture.height < 1000
-        else:
-            assert picture.size == pytest.approx(size, abs=1)
-    assert [file.name for file in (tmp_path / "new").iterdir()] == ["figure.png"]
+    check_file(*FIGURES[name], tmp_path)
 
 
 @pytest.mark.parametrize("name", ["dots", "trajectory", "grid"])
@@ -128,223 +110,20 @@ def test_page_does_not_depend_on_users_matplotlibrc(tmp_path):
     assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "odd.png").read_bytes()
 
 
-# Error maps
+LAID_OUT = {
+    "losses": lambda: plots._losses_figure(RUNS),
+    "curves": lambda: plots._scores_figure(scores([200, 400]), "fid", "title", {}),
+    "dots": lambda: plots._scores_figure(scores([400]), "fid", "title", {}),
+    "costs": lambda: plots._cost_against_nfe_figure(COSTS, "title", "KL (nats)", "optimum"),
+    "criteria": lambda: plots._criteria_figure(CRITERIA, FAMILIES, "title", RHO, "exact $W_2^2$"),
+    "factorial": lambda: plots._factorial_figure(FACTORIAL, "title", "FID"),
+    "one panel": lambda: plots._factorial_figure(FACTORIAL[:18], "title", "FID"),
+}
 
 
-def test_cell_is_centred_at_its_index():
-    error = np.full((N, N), 1e-3)
-    error[3, 7] = 1.0
-    figure = heatmap_figure(error)
-    pixels = render(figure)
-    axes = figure.axes[0]
-    norm, cmap = axes.images[0].norm, axes.images[0].cmap
-
-    def color_at(x, y):
-        column, row = axes.transData.transform((x, y))
-        return pixels[pixels.shape[0] - 1 - int(row), int(column), :3]
-
-    bright, dark = np.array([cmap(norm(value), bytes=True)[:3] for value in (1.0, 1e-3)])
-    assert np.abs(bright.astype(int) - dark).max() > 100
-    for dx in (-0.35, 0, 0.35):
-        for dy in (-0.35, 0, 0.35):
-            assert (color_at(7 + dx, 3 + dy) == bright).all()
-    for x, y in ((6, 3), (8, 3), (7, 2), (7, 4), (3, 7), (7 - 0.65, 3), (7, 3 + 0.65)):
-        assert (color_at(x, y) == dark).all()
-
-
-def test_noise_is_at_the_lower_left_of_the_map():
-    figure = heatmap_figure()
-    render(figure)
-    x_noise, y_noise = figure.axes[0].transData.transform((0, 0))
-    x_clean, y_clean = figure.axes[0].transData.transform((N - 1, N - 1))
-    assert x_noise < x_clean and y_noise < y_clean
-
-
-@pytest.mark.parametrize("n", [2, 8, 30, 50])
-def test_ticks_name_timestep_and_log_snr_of_their_line(n):
-    t_grid = timestep_grid(n)
-    error = np.ones((n, n))
-    figure = plots._heatmap_figure(error, t_grid, LOG_SNR[t_grid], "title", "error", None)
-    render(figure)
-    main = figure.axes[0]
-    top, right = main.child_axes
-    for axis in (main.xaxis, main.yaxis, top.xaxis, right.yaxis):
-        lines = axis.get_majorticklocs().astype(int)
-        texts = [label.get_text() for label in axis.get_majorticklabels()]
-        assert lines[0] == 0 and lines[-1] == n - 1 and len(lines) == len(texts) <= 8
-        if axis in (main.xaxis, main.yaxis):
-            assert texts == [str(t_grid[line]) for line in lines]
-        else:
-            values = [float(text.replace("−", "-")) for text in texts]
-            np.testing.assert_allclose(values, LOG_SNR[t_grid[lines]], atol=0.0501)
-    # A secondary axis shows the same cells only while its limits are those of the map.
-    assert top.get_xlim() == main.get_xlim() and right.get_ylim() == main.get_ylim()
-
-
-def test_infinite_log_snr_is_named():
-    log_snr = LOG_SNR_GRID.copy()
-    log_snr[0] = -np.inf
-    figure = plots._heatmap_figure(ERROR, T_GRID, log_snr, "title", "error", None)
-    render(figure)
-    assert figure.axes[0].child_axes[0].get_xticklabels()[0].get_text() == "−∞"
-
-
-def named_lines(axes):
-    return {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
-
-
-def test_paths_run_through_cell_centres_with_a_white_outline():
-    axes = heatmap_figure(paths={"one": CELLS, "two": OTHER_CELLS}).axes[0]
-    lines = named_lines(axes)
-    assert list(lines) == ["one", "two"]
-    for name, cells in (("one", CELLS), ("two", OTHER_CELLS)):
-        np.testing.assert_array_equal(lines[name].get_xdata(), [j for _, j in cells])
-        np.testing.assert_array_equal(lines[name].get_ydata(), [i for i, _ in cells])
-        below = axes.lines[axes.lines.index(lines[name]) - 1]
-        np.testing.assert_array_equal(below.get_xydata(), lines[name].get_xydata())
-        assert to_rgba(below.get_color()) == (1, 1, 1, 1)
-        assert below.get_linewidth() > lines[name].get_linewidth()
-    assert lines["one"].get_marker() != lines["two"].get_marker()
-    assert lines["one"].get_color() != lines["two"].get_color()
-
-
-def test_pair_shows_each_error_with_its_own_path_on_one_scale():
-    figure = plots._heatmap_pair_figure(ERROR, 3 * ERROR, T_GRID, LOG_SNR_GRID, CELLS, OTHER_CELLS, "title")
-    fine, total = figure.axes[:2]
-    for axes, error, name, cells in ((fine, ERROR, "DP-64", CELLS), (total, 3 * ERROR, "DP-Total", OTHER_CELLS)):
-        np.testing.assert_array_equal(axes.images[0].get_array(), error)
-        (line,) = named_lines(axes).values()
-        assert line.get_label() == name
-        np.testing.assert_array_equal(line.get_xydata(), np.array(cells)[:, ::-1])
-        assert axes.images[0].norm.vmin == pytest.approx(ERROR.min())
-        assert axes.images[0].norm.vmax == pytest.approx(3 * ERROR.max())
-
-
-def test_blocks_are_where_their_titles_say():
-    figure = plots._blocks_figure(BLOCKS, T_GRID, LOG_SNR_GRID, "title")
-    maps = [axes for axes in figure.axes if axes.images]
-    for axes, block in zip(maps, ("HH", "HL", "LH", "LL"), strict=True):
-        assert f"J_{{{block}}}" in axes.get_title()
-        np.testing.assert_array_equal(axes.images[0].get_array(), BLOCKS[block])
-        assert axes.images[0].norm.vmax == pytest.approx(BLOCKS[block].max())
-
-
-def laid_out(name):
-    return {
-        "heatmap": lambda: heatmap_figure(paths={f"path {k}": CELLS for k in range(5)}),
-        "pair": lambda: plots._heatmap_pair_figure(ERROR, ERROR, T_GRID, LOG_SNR_GRID, CELLS, CELLS, "title"),
-        "blocks": lambda: plots._blocks_figure(BLOCKS, T_GRID, LOG_SNR_GRID, "title"),
-        "paths": lambda: plots._path_comparison_figure(PATHS, LOG_SNR, "title"),
-        "losses": lambda: plots._losses_figure(RUNS),
-        "curves": lambda: plots._scores_figure(scores([200, 400]), "fid", "title", {}),
-        "dots": lambda: plots._scores_figure(scores([400]), "fid", "title", {}),
-    }[name]()
-
-
-@pytest.mark.parametrize("name", ["heatmap", "pair", "blocks", "paths", "losses", "curves", "dots"])
+@pytest.mark.parametrize("name", LAID_OUT)
 def test_nothing_overlaps_or_leaves_the_page(name):
-    figure = laid_out(name)
-    render(figure)
-    renderer = figure.canvas.get_renderer()
-    # The tight box of axes includes ticks, labels, titles, legends and secondary axes.
-    boxes = [axes.get_tightbbox(renderer) for axes in figure.axes]
-    boxes += [legend.get_window_extent(renderer) for legend in figure.legends]
-    boxes += [text.get_window_extent(renderer) for text in figure.texts if text.get_text()]
-    for k, box in enumerate(boxes):
-        assert box.x0 >= -0.5 and box.y0 >= -0.5
-        assert box.x1 <= figure.bbox.width + 0.5 and box.y1 <= figure.bbox.height + 0.5
-        for other in boxes[:k]:
-            overlap_x = min(box.x1, other.x1) - max(box.x0, other.x0)
-            overlap_y = min(box.y1, other.y1) - max(box.y0, other.y0)
-            assert overlap_x <= 0.5 or overlap_y <= 0.5
-    for axes in figure.axes:
-        if axes.get_legend() is not None:
-            assert axes.get_legend().get_window_extent(renderer).y0 >= axes.bbox.y1 - 0.5
-
-
-def test_cells_without_a_logarithm_stay_grey():
-    error = np.ones((N, N))
-    error[0, 0], error[5, 5], error[9, 9] = 0, np.nan, np.inf
-    mask = heatmap_figure(error).axes[0].images[0].get_array().mask
-    assert {tuple(cell) for cell in np.argwhere(mask)} == {(0, 0), (5, 5), (9, 9)}
-    render(heatmap_figure(np.zeros((N, N))))
-
-
-def test_maps_may_be_tensors(tmp_path):
-    arrays, tensors = tmp_path / "arrays.png", tmp_path / "tensors.png"
-    plot_heatmap(ERROR, T_GRID, LOG_SNR_GRID, arrays, "title", "error")
-    plot_heatmap(*map(torch.as_tensor, (ERROR, T_GRID, LOG_SNR_GRID)), tensors, "title", "error")
-    assert arrays.read_bytes() == tensors.read_bytes()
-
-
-def test_bad_maps_are_refused(tmp_path):
-    file = tmp_path / "figure.png"
-    with pytest.raises(ValueError, match=r"error has shape \[30, 29\]"):
-        plot_heatmap(ERROR[:, 1:], T_GRID, LOG_SNR_GRID, file, "title", "error")
-    with pytest.raises(ValueError, match=r"path DP visits cell \(3, 30\)"):
-        plot_heatmap(ERROR, T_GRID, LOG_SNR_GRID, file, "title", "error", {"DP": [(0, 0), (3, 30)]})
-    with pytest.raises(ValueError, match="lack LH"):
-        plot_blocks({k: v for k, v in BLOCKS.items() if k != "LH"}, T_GRID, LOG_SNR_GRID, file)
-    assert not file.exists()
-
-
-# Paths
-
-
-def test_path_panels_hold_the_timesteps():
-    figure = plots._path_comparison_figure(PATHS, LOG_SNR, "title")
-    plane, curves = figure.axes
-    reference, *lines = plane.lines
-    np.testing.assert_array_equal(reference.get_xydata(), [[999, 999], [0, 0]])
-    two_scales = [PATHS["diagonal"], PATHS["DP"]]
-    assert len(lines) == 2  # The path of one scale has no place in the plane.
-    for line, path in zip(lines, two_scales, strict=True):
-        np.testing.assert_array_equal(line.get_xydata(), np.array(path.points)[:, ::-1])
-    styles = [(line.get_linestyle(), list(line.get_ydata())) for line in curves.lines]
-    expected = [
-        (linestyle, [point[scale] for point in path.points])
-        for path in PATHS.values()
-        for scale, linestyle in zip(range(path.num_scales), ("-", "--"), strict=False)
-    ]
-    assert styles == expected
-    assert all(list(line.get_xdata()) == list(range(len(line.get_ydata()))) for line in curves.lines)
-
-
-def test_paths_of_one_scale_alone_have_one_panel():
-    figure = plots._path_comparison_figure({"baseline": PATHS["baseline"]}, LOG_SNR, "title")
-    assert len(figure.axes) == 1 and len(figure.axes[0].lines) == 1
-
-
-def test_eight_paths_look_different():
-    paths = {f"path {k}": Path(((999, 999), (500, 100 * k), (0, 0)), "test", {}) for k in range(8)}
-    figure = plots._path_comparison_figure(paths, LOG_SNR, "title")
-    handles = figure.legends[0].legend_handles
-    assert len({handle.get_color() for handle in handles}) == len({handle.get_marker() for handle in handles}) == 8
-
-
-@pytest.mark.parametrize("beta_schedule", ["cosine_clipped", "linear", "cosine_zero_terminal"])
-def test_log_snr_ticks_agree_with_the_table(beta_schedule):
-    table = DDIMScheduler(beta_schedule=beta_schedule, prediction_type="v").log_snr.numpy()
-    ticks = plots._log_snr_ticks(table)
-    assert {0.0, 999.0} <= ticks.keys() and len(ticks) >= 5
-    assert min(np.diff(sorted(ticks))) > 40
-    for t, text in ticks.items():
-        if text == "−∞":
-            assert table[int(t)] == -np.inf
-        else:
-            low, high = table[int(np.ceil(t))], table[int(np.floor(t))]
-            assert low - 0.051 <= float(text.replace("−", "-")) <= high + 0.051
-
-
-def test_impossible_comparisons_are_refused(tmp_path):
-    file = tmp_path / "figure.png"
-    with pytest.raises(ValueError, match="no path"):
-        plot_path_comparison({}, LOG_SNR, file, "title")
-    with pytest.raises(ValueError, match="path three has 3 scales"):
-        plot_path_comparison({"three": diagonal(5, num_scales=3)}, LOG_SNR, file, "title")
-    with pytest.raises(ValueError, match=r"shape \[999\] but path diagonal starts at timestep 999"):
-        plot_path_comparison(PATHS, LOG_SNR[:-1], file, "title")
-    assert not file.exists()
+    check_layout(LAID_OUT[name]())
 
 
 # Losses
@@ -584,4 +363,120 @@ def test_scores_that_do_not_compare_are_refused(tmp_path):
         plot_scores(scores([200], num_images="500") + scores([400], num_images="15803"), "fid", file)
     with pytest.raises(ValueError, match="baseline diagonal has two values of fid with raw weights at epoch 200"):
         plot_scores(scores([200, 400]) + scores([200]), "fid", file)
+    assert not file.exists()
+
+
+# Costs, criteria and the factorial comparison
+
+
+def test_positions_that_are_kept_stand_apart():
+    assert spread_out([0, 10, 1, 5, 2, 9, 7], gap=2) == [0, 1, 3, 4, 6]
+    assert spread_out([], gap=1) == []
+
+
+@pytest.mark.parametrize("low, high", [(1.0401, 1.0404), (1.04, 1.07), (0.2, 0.7), (3e-3, 40), (1e-7, 1e9)])
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_numbers_of_a_logarithmic_axis_are_its_ticks(low, high, name):
+    axes = Figure().subplots()
+    axes.plot([low, high], [low, high])
+    plots.log_axis(axes, name)
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    ticks = axis.get_majorticklocs()
+    view = axis.get_view_interval()
+    assert axis.get_scale() == "log" and 2 <= len(ticks) <= 12
+    assert view[0] <= ticks[0] and ticks[-1] <= view[1] and (np.diff(ticks) > 0).all()
+    for tick, label in zip(ticks, axis.get_majorticklabels(), strict=True):
+        text = label.get_text().strip("$").replace("\\cdot10^", "e").replace("10^", "1e").strip("}").replace("{", "")
+        assert float(text) == pytest.approx(tick, rel=1e-5)
+
+
+def test_costs_are_drawn_against_nfe_with_the_optimum_thick():
+    figure = plots._cost_against_nfe_figure(COSTS, "title", "KL (nats)", "optimum")
+    (axes,) = figure.axes
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    assert axes.get_ylabel() == "KL (nats)" and "NFE" in axes.get_xlabel()
+    for line, (name, curve) in zip(axes.lines, COSTS.items(), strict=True):
+        assert line.get_label() == name
+        np.testing.assert_allclose(line.get_xydata(), list(curve.items()))
+    widths = [line.get_linewidth() for line in axes.lines]
+    assert widths[0] > 2 * max(widths[1:])
+    # The NFE that several families have are named before others, and every other one has a tick.
+    labels = {int(tick): text.get_text() for tick, text in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)}
+    assert {6, 10, 18, 50, 58} <= labels.keys() and all(text == str(nfe) for nfe, text in labels.items())
+    assert sorted([*labels, *axes.get_xticks(minor=True)]) == list(range(6, 59))
+
+
+def test_costs_that_cannot_be_drawn_are_refused(tmp_path):
+    file = tmp_path / "figure.png"
+    with pytest.raises(ValueError, match="no cost to draw"):
+        plot_cost_against_nfe({"a": {}}, file)
+    with pytest.raises(ValueError, match="a cost of a is nan"):
+        plot_cost_against_nfe({"a": {4: 1.0, 8: float("nan")}}, file)
+    with pytest.raises(ValueError, match="optimum 'b' is not among the curves a"):
+        plot_cost_against_nfe({"a": {4: 1.0}}, file, optimum="b")
+    assert not file.exists()
+
+
+def test_every_criterion_has_a_panel_with_its_families():
+    figure = plots._criteria_figure(CRITERIA, FAMILIES, "title", RHO, "exact distance")
+    assert len(figure.axes) == len(CRITERIA) == 6
+    for axes, (name, (costs, distances)) in zip(figure.axes, CRITERIA.items(), strict=True):
+        assert axes.get_xscale() == axes.get_yscale() == "log"
+        assert axes.get_title().replace("\n", " ").startswith(name)
+        assert axes.get_title().endswith(f"= {RHO[name]:.2f}".replace("-", "−"))
+        for k, line in enumerate(axes.lines):
+            np.testing.assert_array_equal(line.get_xydata(), np.stack([costs[k::3], distances[k::3]], axis=1))
+        assert len({line.get_color() for line in axes.lines}) == len({line.get_marker() for line in axes.lines}) == 3
+    assert len({axes.get_ylim() for axes in figure.axes}) == 1
+    legend = figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == FAMILIES[:3]
+    assert [handle.get_color() for handle in legend.legend_handles] == [line.get_color() for line in axes.lines]
+
+
+def test_criteria_that_do_not_pair_up_are_refused(tmp_path):
+    file, costs = tmp_path / "figure.png", np.ones(3)
+    with pytest.raises(ValueError, match="no criterion"):
+        plot_criteria({}, [], file)
+    with pytest.raises(ValueError, match=r"kl has costs \[3\] and distances \[3\] but groups has \[2\]"):
+        plot_criteria({"kl": (costs, costs)}, ["a", "b"], file, rho={"kl": 1})
+    with pytest.raises(ValueError, match="correlation of kl is missing"):
+        plot_criteria({"kl": (costs, costs)}, ["a", "b", "c"], file)
+    with pytest.raises(ValueError, match="a distance of kl is 0"):
+        plot_criteria({"kl": (costs, costs - 1)}, ["a", "b", "c"], file, rho={"kl": 1})
+    assert not file.exists()
+
+
+def test_factorial_panels_hold_their_schedule_and_spacing():
+    figure = plots._factorial_figure(FACTORIAL, "title", "FID")
+    titles = [f"{schedule}, {spacing}" for schedule in ("cosine_clipped", "cosine") for spacing in SPACINGS]
+    assert [axes.get_title() for axes in figure.axes] == titles
+    for axes in figure.axes:
+        rows = [row for row in FACTORIAL if f"{row['schedule']}, {row['spacing']}" == axes.get_title()]
+        assert axes.get_xscale() == axes.get_yscale() == "log" and len(axes.containers) == 3
+        for k, container in enumerate(axes.containers):
+            line, _, (bars,) = container.lines
+            curve = rows[6 * k : 6 * k + 6]
+            np.testing.assert_allclose(line.get_xydata(), [[int(row["nfe"]), row["value"]] for row in curve])
+            assert line.get_linestyle() == ("--" if curve[0]["model"] == "baseline" else "-")
+            # Only NFE 18 has a deviation.
+            known = [segment for segment in map(np.asarray, bars.get_segments()) if np.isfinite(segment).all()]
+            (bar,) = [segment for segment in known if len(segment)]
+            np.testing.assert_allclose(bar, [[18, curve[4]["value"] - 1.5], [18, curve[4]["value"] + 1.5]])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["diagonal", "dp_64", "baseline"]
+
+
+def test_several_models_have_their_own_curves():
+    rows = [row | {"model": model} for row in FACTORIAL[:6] for model in ("raw", "EMA")]
+    figure = plots._factorial_figure(rows, "title", "FID")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["raw, diagonal", "EMA, diagonal"]
+
+
+def test_factorials_that_do_not_fit_are_refused(tmp_path):
+    file = tmp_path / "figure.png"
+    with pytest.raises(ValueError, match="no row"):
+        plot_factorial([], file)
+    with pytest.raises(ValueError, match="diagonal with schedule cosine_clipped, spacing uniform_t at NFE 4 has two"):
+        plot_factorial(FACTORIAL + FACTORIAL[:1], file)
+    with pytest.raises(ValueError, match="the value of diagonal .* is -1"):
+        plot_factorial([FACTORIAL[0] | {"value": -1}], file)
     assert not file.exists()

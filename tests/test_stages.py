@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import list_files, run_stage
+from conftest import assert_same, list_files, run_stage
 from PIL import Image
 
 import aggregate_results
@@ -30,8 +31,9 @@ from checkpoint import load_model
 from data import load_images
 from error_map import load_heatmap
 from metrics import sliced_wasserstein
-from path import diagonal, find_optimal_path_n_steps_lambda, load_schedule
+from path import diagonal, find_optimal_path_n_steps_lambda
 from results_table import RESULT_FIELDS, read_rows
+from schedule_file import load_schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = [
@@ -121,7 +123,7 @@ def test_a_heatmap_holds_the_published_paths_of_its_errors(run):
         assert content[f"samples_{name}"] == [list(cell) for cell in cells]
         assert content[f"timesteps_{name}"] == [[content["t_grid"][i].item() for i in cell] for cell in cells]
         assert content["costs"][name] == pytest.approx(cost)
-    for suffix in (".png", "_blocks.png"):
+    for suffix in (".png", "_maps.png"):
         with Image.open(run.heatmap.with_name(run.heatmap.stem + suffix)) as figure:
             assert min(figure.size) > 300
 
@@ -139,7 +141,7 @@ def test_figures_of_a_heatmap_are_drawn_again(stage, run, tmp_path):
     before = list_files(tmp_path)
     stage(compute_heatmap_30, "--plot_only", "--output", tmp_path / "map.pth", *STEPS)
     after = list_files(tmp_path)
-    assert after.keys() == {"map.pth", "map.png", "map_blocks.png"} and after["map.pth"] == before["map.pth"]
+    assert after.keys() == {"map.pth", "map.png", "map_maps.png"} and after["map.pth"] == before["map.pth"]
 
 
 def test_a_heatmap_is_kept_or_replaced(stage, refused, run, tmp_path, drawn):
@@ -188,6 +190,17 @@ def test_default_names_tell_epoch_and_weights(stage, run, tmp_path, drawn):
         (["--device", 77], 1, ("--device 77",)),
         (["--dataset", "./missing"], 1, ("./missing", "not a folder")),
         (["--limit", 3, "--num_images", 4], 1, ("--num_images 4", "3 images")),
+        (["--coarse", 1], 1, ("coarse is 1", "4 lines", "2 to 3")),
+        (["--coarse", 4], 1, ("coarse is 4", "4 lines", "2 to 3")),
+        (["--coarse", 0], 2, ("--coarse", "'0'")),
+        (["--start", 1000], 1, ("1000", "999")),
+        (["--start", 2], 1, ("grid of 4", "2 and 3")),
+        (["--start", 0], 2, ("--start", "'0'")),
+        (["--grid_spacing", "even"], 2, ("--grid_spacing", "'even'", "uniform_log_snr")),
+        (["--maps", "none"], 2, ("--maps", "'none'", "blocks")),
+        (["--of", "v"], 2, ("--of", "'v'", "x0")),
+        (["--normalisation", "mean"], 2, ("--normalisation", "'mean'", "per_dim")),
+        (["--gird", 4], 2, ("--gird",)),
     ],
 )
 def test_heatmap_refuses(refused, run, tmp_path, flags, status, says):
@@ -209,6 +222,193 @@ def test_an_error_map_needs_images_like_those_of_training(refused, run, tmp_path
     load_images(str(tmp_path / "grey"), 16, run.cache)
     flags = [*run.heatmap_flags(tmp_path / "map.pth"), "--dataset", tmp_path / "grey"]
     refused(compute_heatmap_30, *flags, says=(tmp_path / "grey", "1 channel(s)", run.lift, "--dataset"))
+
+
+@pytest.fixture(scope="module")
+def zero_terminal(stage, tiny, run, tmp_path_factory):
+    """A checkpoint whose schedule ends at zero SNR."""
+    folder = tmp_path_factory.mktemp("zero")
+    flags = ("--beta_schedule", "linear_zero_terminal", "--prediction_type", "v", "--epochs", 1)
+    stage(train_lift, *tiny(folder), "--cache_dir", run.cache, *flags)
+    return folder / "checkpoints/lift_dual_timestep_1ep.pth"
+
+
+def test_a_map_starts_below_zero_snr(stage, refused, run, zero_terminal, tmp_path, drawn):
+    flags = [*run.heatmap_flags(tmp_path / "map.pth"), "--checkpoint", zero_terminal]
+    says = (zero_terminal, "'linear_zero_terminal'", "SNR is 0 at timestep 999", "--start", "998")
+    refused(compute_heatmap_30, *flags, says=says, keeps=(run.folder,))
+    stage(compute_heatmap_30, *flags, "--start", 998, "--grid_spacing", "uniform_log_snr")
+    content = load_heatmap(tmp_path / "map.pth")
+    assert content["start"] == content["t_grid"][0] == 998 and content["log_snr_grid"].isfinite().all()
+    # Even in log SNR, as far as timesteps allow.
+    log_snr = load_model(zero_terminal).scheduler.log_snr
+    nearest = [(log_snr - x).abs()[1:-1].argmin() + 1 for x in np.linspace(log_snr[998], log_snr[0], 4)[1:-1]]
+    assert content["t_grid"].tolist() == [998, *nearest, 0]
+    assert not any(t.requires_grad for t in content.values() if isinstance(t, torch.Tensor))
+
+
+def test_a_heatmap_of_the_first_version_is_named_and_replaced(stage, refused, run, tmp_path, drawn):
+    file = tmp_path / "map.pth"
+    torch.save(load_heatmap(run.heatmap) | {"format_version": 1}, file)
+    says = (file, "format version 1", "compute it again", "--force")
+    refused(compute_heatmap_30, *run.heatmap_flags(file), says=says)
+    refused(compute_heatmap_30, "--plot_only", "--output", file, says=says)
+    flags = run.generate_flags(tmp_path / "samples", "dp_64")
+    refused(generate_with_path_30, *flags, "--heatmap", file, says=says)
+    stage(compute_heatmap_30, *run.heatmap_flags(file), "--force")
+    torch.testing.assert_close(load_heatmap(file)["jacobian"], load_heatmap(run.heatmap)["jacobian"])
+
+
+@pytest.fixture
+def denoiser(monkeypatch):
+    """`denoiser(make)`: heatmaps are computed with what `make` makes of the function of the model."""
+
+    def replace(make):
+        def load(*arguments):
+            loaded = load_model(*arguments)
+            loaded.model.denoise = make(loaded.model.denoise)
+            return loaded
+
+        monkeypatch.setattr(compute_heatmap_30, "load_model", load)
+
+    return replace
+
+
+def test_a_network_that_is_not_finite_is_named(refused, run, tmp_path, denoiser):
+    denoiser(lambda denoise: lambda xs, ts: tuple(x * float("nan") for x in denoise(xs, ts)))
+    flags = run.heatmap_flags(tmp_path / "map.pth")
+    refused(compute_heatmap_30, *flags, says=("not finite", "damaged"), keeps=(run.folder,))
+
+
+def test_an_interrupted_heatmap_goes_on(stage, run, tmp_path, drawn, denoiser):
+    calls = []
+
+    def counting(limit):
+        def make(denoise):
+            def call(xs, ts):
+                if len(calls) == limit:
+                    raise KeyboardInterrupt
+                calls.append(len(xs[0]))
+                return denoise(xs, ts)
+
+            return call
+
+        return make
+
+    flags = run.heatmap_flags(tmp_path / "map.pth")
+    denoiser(counting(5))
+    assert run_stage(compute_heatmap_30, *flags).status == 130
+    assert list_files(tmp_path).keys() == {"map.pth.part0"}
+    # Work with another seed neither uses nor hurts it, once it is done under another name.
+    denoiser(counting(None))
+    stage(compute_heatmap_30, *run.heatmap_flags(tmp_path / "other.pth"), "--seed", 1)
+    assert list_files(tmp_path).keys() == {"map.pth.part0", "other.pth"} and calls == [2] * 21
+    stage(compute_heatmap_30, *flags)
+    assert calls == [2] * (21 + 11)
+    assert list_files(tmp_path).keys() == {"map.pth", "other.pth"}
+    assert_same(load_heatmap(tmp_path / "map.pth"), load_heatmap(run.heatmap))
+
+
+def test_parts_of_other_settings_are_computed_again(stage, run, tmp_path, drawn, denoiser):
+    flags = run.heatmap_flags(tmp_path / "map.pth")
+    calls = []
+
+    def make(denoise):
+        def call(xs, ts):
+            calls.append(len(xs[0]))
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return denoise(xs, ts)
+
+        return call
+
+    denoiser(make)
+    assert run_stage(compute_heatmap_30, *flags, "--seed", 1).status == 130
+    stage(compute_heatmap_30, *flags)
+    assert len(calls) == 4 + 16 and list_files(tmp_path).keys() == {"map.pth"}
+    assert_same(load_heatmap(tmp_path / "map.pth"), load_heatmap(run.heatmap))
+
+
+def test_denoising_errors_alone_are_those_of_the_whole_map(stage, refused, run, tmp_path, drawn):
+    file, whole = tmp_path / "map.pth", load_heatmap(run.heatmap)
+    stage(compute_heatmap_30, *run.heatmap_flags(file), "--maps", "mse")
+    content = load_heatmap(file)
+    assert content["maps"] == "mse" and not {"jacobian", "samples_64", "error_64", "factor"} & content.keys()
+    for name in ("mse_64", "mse_32", "mse_64_low", "mse_64_se", "eps_mse_32"):
+        torch.testing.assert_close(content[name], whole[name])
+    assert "is kept" in stage(compute_heatmap_30, *run.heatmap_flags(file), "--maps", "mse").output
+    refused(compute_heatmap_30, *run.heatmap_flags(file), says=(file, "another maps", "--force"))
+    flags = run.generate_flags(tmp_path / "samples", "dp_64")
+    refused(generate_with_path_30, *flags, "--heatmap", file, says=("denoising errors only", "--maps all"))
+    # No path is made of it here, so that none need be possible.
+    stage(compute_heatmap_30, *run.heatmap_flags(file), "--maps", "mse", "--max_jump", 1, "--num_steps", 2)
+
+
+def test_figures_of_denoising_errors_alone(stage, run, tmp_path):
+    stage(compute_heatmap_30, *run.heatmap_flags(tmp_path / "map.pth"), "--maps", "mse")
+    assert list_files(tmp_path).keys() == {"map.pth", "map_maps.png"}
+    stage(compute_heatmap_30, "--plot_only", "--output", tmp_path / "map.pth")
+
+
+def test_a_thinned_heatmap_says_so(stage, run, tmp_path, drawn):
+    file, whole = tmp_path / "map.pth", load_heatmap(run.heatmap)
+    stage(compute_heatmap_30, *run.heatmap_flags(file), "--coarse", 3, "--maps", "blocks")
+    content = load_heatmap(file)
+    # Lines 0, 2 and 3 of 4: 1.5 rounds to an even number.
+    lines = torch.tensor([0, 2, 3])
+    assert content["coarse"] == 3 and content["measured"].nonzero().tolist() == [
+        [i, j] for i in (0, 2, 3) for j in (0, 2, 3)
+    ]
+    for name in ("HH", "LL"):
+        cells = (lines[:, None], lines)
+        torch.testing.assert_close(content["jacobian"][name][cells], whole["jacobian"][name][cells], rtol=1e-5, atol=0)
+    assert content["interpolation_error"]["cells"] == [[1, 1]] * 3 and "mse_64" not in content
+    assert content["interpolation_error"]["HH"]["max"] > 0 and len(content["samples_total"]) == 5
+
+
+def test_jacobians_of_the_clean_image_are_kept_apart(stage, refused, run, tmp_path, drawn):
+    file, whole = tmp_path / "map.pth", load_heatmap(run.heatmap)
+    stage(compute_heatmap_30, *run.heatmap_flags(file), "--of", "x0")
+    content = load_heatmap(file)
+    assert content["of"] == "x0" and whole["of"] == "eps"
+    # ∂x̂0_64/∂x_32 is ∂ε̂_64/∂x_32 over √SNR_64, whatever the probes.
+    expected = whole["jacobian"]["HL"] / whole["snr_grid"][:, None]
+    # At t = 0, 1 - abar is 1e-4 and has four digits in fp32.
+    torch.testing.assert_close(content["jacobian"]["HL"], expected, rtol=1e-3, atol=0)
+    refused(compute_heatmap_30, *run.heatmap_flags(file), says=(file, "another of", "--force"))
+
+
+@pytest.mark.parametrize(("deviation", "used"), [(0.5, "bf16"), (1.5, "fp32"), (float("nan"), "fp32")])
+def test_bf16_is_used_where_it_changes_less_than_chance(stage, run, tmp_path, drawn, monkeypatch, deviation, used):
+    monkeypatch.setattr(compute_heatmap_30, "resolve_precision", lambda device, name: "bf16")
+    monkeypatch.setattr(compute_heatmap_30, "largest_deviation", lambda *maps: deviation)
+    flags = [*run.heatmap_flags(tmp_path / "map.pth"), "--precision", "auto"]
+    output = stage(compute_heatmap_30, *flags).output
+    assert f"bf16 differs from fp32 by at most {deviation} standard errors: {used}\n" in output
+    ours, exact = (load_heatmap(file)["jacobian"]["HH"] for file in (tmp_path / "map.pth", run.heatmap))
+    assert torch.equal(ours, exact) == (used == "fp32")
+    torch.testing.assert_close(ours, exact, rtol=0.2, atol=0)
+
+
+def test_a_grid_of_two_lines_is_probed_too(stage, run, tmp_path, drawn, monkeypatch):
+    monkeypatch.setattr(compute_heatmap_30, "resolve_precision", lambda device, name: "bf16")
+    flags = [*run.heatmap_flags(tmp_path / "map.pth"), "--precision", "auto", "--grid", 2, "--num_steps", 2]
+    assert "standard errors: " in stage(compute_heatmap_30, *flags).output
+    assert load_heatmap(tmp_path / "map.pth")["t_grid"].tolist() == [999, 0]
+
+
+def test_two_processes_compute_one_heatmap(run, tmp_path):
+    flags = [*run.heatmap_flags(tmp_path / "map.pth"), "--maps", "mse"]  # Of which one figure is quick.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [ROOT / "compute_heatmap_30.py", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count(f"heatmap {tmp_path / 'map.pth'}") == 1
+    assert list_files(tmp_path).keys() == {"map.pth", "map_maps.png"}
+    content, whole = load_heatmap(tmp_path / "map.pth"), load_heatmap(run.heatmap)
+    for name in ("mse_64", "mse_32", "mse_64_se"):
+        torch.testing.assert_close(content[name], whole[name], rtol=1e-5, atol=0)
 
 
 def test_plot_only_needs_a_whole_heatmap(refused, run, tmp_path):
@@ -635,12 +835,14 @@ def figure_inputs(run, table, samples):
     return {
         "losses": [run.folder / "logs/baseline", run.folder / "logs/lift_dual_timestep"],
         "paths": [f"{name}={folder}/schedule.json" for name, folder in folders.items() if name != "baseline"],
+        "paths_epochs": [run.heatmap, "--title", "paths"],
+        "cross_jacobian": [f"raw={run.heatmap}", f"again={run.heatmap}"],
         "scores": [table, "--metric", "swd", "--title", "scores"],
         "samples": [*(f"{name}={folder}" for name, folder in folders.items()), "--columns", 4],
     }
 
 
-@pytest.mark.parametrize("figure", ["losses", "paths", "scores", "samples"])
+@pytest.mark.parametrize("figure", ["losses", "paths", "paths_epochs", "cross_jacobian", "scores", "samples"])
 def test_every_figure_is_drawn(stage, run, table, samples, tmp_path, figure):
     output = tmp_path / "figure.png"
     stage(make_figures, figure, *figure_inputs(run, table, samples)[figure], "--output", output)
@@ -655,6 +857,8 @@ def test_every_figure_is_drawn(stage, run, table, samples, tmp_path, figure):
     [
         (["losses", "missing"], 1, ("missing/metrics.jsonl does not exist", "log folder")),
         (["paths", "a=missing.json"], 1, ("missing.json",)),
+        (["paths_epochs", "HEATMAP", "HEATMAP"], 1, ("second heatmap of epoch 2 with raw weights",)),
+        (["cross_jacobian", "missing.pth"], 1, ("missing.pth does not exist",)),
         (["samples", "a=here", "a=there"], 1, ("'a'", "NAME=")),
         (["samples", "a=missing"], 1, ("missing holds no generated images",)),
         (["scores", "TABLE"], 1, ("fid",)),
@@ -662,8 +866,8 @@ def test_every_figure_is_drawn(stage, run, table, samples, tmp_path, figure):
         (["spirals", "a"], 2, ("'spirals'",)),
     ],
 )
-def test_figures_of_nothing_are_refused(refused, table, tmp_path, flags, status, says):
-    flags = [str(table) if flag == "TABLE" else flag for flag in flags]
+def test_figures_of_nothing_are_refused(refused, run, table, tmp_path, flags, status, says):
+    flags = [{"TABLE": str(table), "HEATMAP": str(run.heatmap)}.get(flag, flag) for flag in flags]
     refused(make_figures, *flags, "--output", tmp_path / "figure.png", says=says, status=status)
 
 
