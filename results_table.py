@@ -44,6 +44,8 @@ COLUMN_TITLES = {
     ("dual", "diagonal"): "LIFT diagonal",
     ("dual", "dp_64"): "LIFT DP-64",
     ("dual", "dp_total"): "LIFT DP-Total",
+    ("dual", "kl_diagonal"): "LIFT KL diagonal",
+    ("dual", "kl"): "LIFT KL",
 }
 
 _DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")

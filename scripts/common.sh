@@ -65,6 +65,8 @@ NUM_IMAGES=${NUM_IMAGES:-}             # empty: as many as there are training im
 NUM_STEPS=${NUM_STEPS:-18}
 MAX_JUMP=${MAX_JUMP:-5}
 FACTOR=${FACTOR:-B}                    # chain-rule factor of the dp paths
+NORMALISATION=${NORMALISATION:-published} # of their errors: published, per_dim, sum
+KL_WEIGHT=${KL_WEIGHT:-1}              # of the kl paths: 0 is KL, 1 weighs log SNR evenly
 SPACING=${SPACING:-uniform_t}          # of the diagonal; published: 990, 935, ..., 55, 0
 ETA=${ETA:-0}
 END=${END:-clean}                      # where the last step lands; published: t0
@@ -94,7 +96,8 @@ training_flags=(--dataset "$DATASET" --resolution "$RESOLUTION" --hidden_dims "$
 training_flags+=(--batch_size "$BATCH_SIZE" --lr "$LR" --ema_decay "$EMA_DECAY" --save_every "$SAVE_EVERY")
 training_flags+=(--seed "$SEED" --output_dir "$CHECKPOINT_DIR" --log_dir "$LOG_DIR" "${hardware_flags[@]}")
 [[ -z $LIMIT ]] || training_flags+=(--limit "$LIMIT")
-path_flags=(--num_steps "$NUM_STEPS" --max_jump "$MAX_JUMP" --factor "$FACTOR")
+criterion_flags=(--max_jump "$MAX_JUMP" --factor "$FACTOR" --normalisation "$NORMALISATION" --kl_weight "$KL_WEIGHT")
+path_flags=(--num_steps "$NUM_STEPS" "${criterion_flags[@]}")
 sampling_flags=("${path_flags[@]}" --spacing "$SPACING" --eta "$ETA" --end "$END")
 
 # Epochs that have a LIFT checkpoint, ascending.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Score everything over all epochs (baseline; LIFT on the diagonal, DP-64, DP-Total), then tabulate.
+# Score everything over all epochs (baseline; LIFT on the diagonal and along optimal paths), then tabulate and draw.
 #
 #   ./scripts/eval_all.sh [--multi-seed] [--force] [--ema]
 #
@@ -61,12 +61,15 @@ generate() {
 generate "LIFT diagonal" lift_dual_timestep diagonal
 generate "LIFT DP-64" lift_dual_timestep dp_64
 generate "LIFT DP-Total" lift_dual_timestep dp_total
+generate "LIFT KL diagonal" lift_dual_timestep kl_diagonal
+generate "LIFT KL" lift_dual_timestep kl
 title="epoch $epoch, $weights weights"
 python make_figures.py samples "${samples[@]}" --output "$RESULTS_DIR/samples_$name.png" \
     --title "$title, $NUM_STEPS network calls"
 python make_figures.py paths "${schedules[@]}" --output "$RESULTS_DIR/paths_$name.png" --title "$title"
 
 python aggregate_results.py --input "$RESULTS_DIR/fid_results.csv" --output "$RESULTS_DIR/fid_table"
+python plan_path.py --heatmap "$(heatmap_name "$epoch")" --output "$RESULTS_DIR/plan_$name" "${criterion_flags[@]}"
 echo "Figures in $RESULTS_DIR: ${figures[*]}"
 heatmap=$(basename "$(heatmap_name "$epoch")" .pth)
-echo "Error map of epoch $epoch: $RESULTS_DIR/$heatmap.png and ${heatmap}_blocks.png; trajectories: samples/*/trajectory.png"
+echo "Error map of epoch $epoch: $RESULTS_DIR/$heatmap.png and ${heatmap}_maps.png; trajectories: samples/*/trajectory.png"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Score LIFT along the optimal paths DP-64 and DP-Total; error maps that exist with these settings are kept.
+# Score LIFT along optimal paths: the published DP-64 and DP-Total, the best diagonal and the best path by denoising
+# error (kl_diagonal, kl). Error maps that exist with these settings are kept.
 #
 #   ./scripts/eval_lift_dp.sh [EPOCH...]
 #
@@ -14,4 +15,4 @@ epochs=("$@")
 for epoch in "${epochs[@]}"; do
     ./scripts/compute_heatmap.sh "$epoch"
 done
-evaluate lift "dp_64 dp_total" "${epochs[@]}"
+evaluate lift "dp_64 dp_total kl_diagonal kl" "${epochs[@]}"

@@ -10,15 +10,17 @@ from scipy.optimize import minimize_scalar
 from gaussian import Spectrum, ddim_output, mse_maps, w2_squared
 from map_interpolation import interpolate_map
 from path import (
+    Readings,
     diagonal,
     find_optimal_path_n_steps_lambda,
+    kl_cost,
     kl_path,
     kl_step_cost,
     path_cost,
     step_cost,
     timestep_grid,
 )
-from path_refine import CRITERIA, refine_path
+from path_refine import CRITERIA, cost_off_grid, refine_path
 from scheduler import DDIMScheduler
 
 KL_FORMS = [
@@ -199,6 +201,53 @@ def test_as_many_steps_as_timesteps_leave_no_freedom():
     refined = refine_path([(k, k) for k in range(9)], t_grid, *maps, log_snr, diagonal=True)
     assert refined.path.points == diagonal(8, num_train_timesteps=9).points
     assert refined.cost == refined.path_cost == refined.grid_cost
+
+
+@pytest.mark.parametrize("form", KL_FORMS)
+def test_the_cost_off_the_grid_is_what_refinement_states_and_that_of_the_closed_form(form):
+    log_snr = DDIMScheduler().log_snr.numpy()
+    t_grid = timestep_grid(30, spacing="uniform_log_snr", log_snr=log_snr)
+    snr = np.exp(log_snr[t_grid])
+    maps = gaussian_maps(snr)
+    cost = cost_off_grid(t_grid, *maps, log_snr, **form)
+    cells, on_grid = kl_path(*maps, snr, 5, **form)
+    assert cost(t_grid[np.array(cells)]) == pytest.approx(on_grid, rel=1e-9)
+    refined = refine_path(cells, t_grid, *maps, log_snr, **form)
+    assert cost(refined.points) == pytest.approx(refined.cost, rel=1e-12)
+    assert cost(refined.path.points) == pytest.approx(refined.path_cost, rel=1e-12)
+    # At timesteps between the lines and between integers, by the formula of the maps.
+    points = np.array([[999.0, 999.0], [700.25, 801.0], [700.25, 420.5], [90.0, 155.75], [12.5, 0.0], [0.0, 0.0]])
+    clocks = np.exp(np.interp(points, np.arange(1000), log_snr))  # [6, 2]
+    # The map of two lines, fine and coarse, has the errors of the point in cell (0, 1).
+    readings = [Readings(*(m[0, 1] for m in gaussian_maps(clock)), *clock) for clock in clocks]
+    expected = sum(kl_cost(*ends, **form) for ends in itertools.pairwise(readings))
+    assert cost(points) == pytest.approx(expected, rel=0.01)
+
+
+def test_log_snr_is_linear_between_timesteps():
+    # Where errors are the same everywhere, the left Riemann sum is half the SNR gained.
+    log_snr, t_grid = fine_table(41), timestep_grid(9, 41)
+    cost = cost_off_grid(t_grid, np.full((9, 9), 3.0), np.full((9, 9), 5.0), log_snr)
+    (a, b), (c, d) = np.exp(np.interp([[30.25, 20.5], [7.75, 3.125]], np.arange(41), log_snr))
+    assert cost([(30.25, 20.5), (19.0, 3.125), (7.75, 3.125)]) == pytest.approx((3 * (c - a) + 5 * (d - b)) / 2)
+
+
+def test_the_published_cost_off_the_grid():
+    log_snr, t_grid = fine_table(41), timestep_grid(9, 41)
+    maps = gaussian_maps(np.exp(log_snr[t_grid]))
+    for error_32 in (maps[1], np.zeros_like(maps[1])):
+        cost = cost_off_grid(t_grid, maps[0], error_32, log_snr, "published")
+        cells, on_grid = find_optimal_path_n_steps_lambda(maps[0], error_32, log_snr[t_grid], 4)
+        assert cost(t_grid[np.array(cells)]) == pytest.approx(on_grid, rel=1e-10)
+        # A point between two steps of one scale changes a trapezoid by no more than its curvature.
+        once, twice = [(40, 20), (35, 20)], [(40, 20), (37.5, 20), (35, 20)]
+        assert cost(twice) == pytest.approx(cost(once), rel=0.02) and cost(twice) != cost(once)
+    # One scale standing still costs nothing, whatever its error.
+    fine_only = cost_off_grid(t_grid, maps[0], np.zeros_like(maps[1]), log_snr, "published")
+    both = cost_off_grid(t_grid, *maps, log_snr, "published")
+    assert both([(40, 20), (35, 20)]) == fine_only([(40, 20), (35, 20)])
+    with pytest.raises(ValueError, match="'w2' is unknown"):
+        cost_off_grid(t_grid, *maps, log_snr, "w2")
 
 
 def test_refine_refuses():
