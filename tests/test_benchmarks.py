@@ -3,6 +3,7 @@
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -10,10 +11,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import bench_heatmap
 import bench_settings
 import bench_train
 
+import train_lift
 from baseline_model import BaselineModel
+from error_map import BLOCKS, error_map
+from scheduler import DDIMScheduler
 
 TINY = ("--resolution", 16, "--hidden_dims", "8,16", "--device", "cpu")
 
@@ -91,3 +96,60 @@ def test_idle_share_of_overlapping_and_separate_kernels(intervals, idle):
 )
 def test_operators_are_told_apart(name, kind):
     assert bench_train.operator_kind(name) == kind
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_bench_heatmap_prints_and_writes_its_tables(stage, tiny, cache, tmp_path, full):
+    stage(train_lift, *tiny(tmp_path), "--cache_dir", cache, "--epochs", 1)
+    file = tmp_path / "report.md"
+    flags = [
+        "--checkpoint",
+        tmp_path / "checkpoints/lift_dual_timestep_1ep.pth",
+        "--output",
+        file,
+        "--cache_dir",
+        cache,
+    ]
+    flags += ["--grid", 4, "--coarse", 3, "--lines", 2, "--rounds", 1, "--num_images", 2, "--device", "cpu"]
+    output = stage(bench_heatmap, *flags, *(() if full else ("--no-full",))).output
+    assert file.read_text() == output
+    assert "4 cells, 2 images, median of 1 turns" in output
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in output.splitlines() if line[:1] == "|"]
+    ways = ["plain, K=4", "ours, K=4", "ours, K=1"]
+    assert [row[0] for row in rows].count("ours, denoising errors") == 1  # Which have no Jacobian to compare.
+    for way in ways:
+        timed, factors = [row[1:] for row in rows if row[0] == way]
+        assert float(timed[0]) > 0 and float(timed[2]) <= float(timed[1]) and len(factors) == 4
+    assert [float(f) for f in next(row[1:] for row in rows[5:] if row[0] == ways[0])] == [1] * 4
+    names = [row[0] for row in rows]
+    for name in ("whole", "--coarse 3", *BLOCKS, "mse_64", "mse_32"):
+        assert names.count(name) == full
+    assert str(tmp_path) not in output
+
+
+def test_images_factors_by_hand():
+    plain = {block: torch.tensor([[1.0, 2.0, 4.0]]) for block in BLOCKS}
+    errors = plain | {"HH": torch.tensor([[2.0, 6.0, 2.0]]), "LL": 0.5 * plain["LL"]}
+    # Squares of the ratios of HH are 4, 9 and 1/4.
+    assert bench_heatmap.images_factors(errors, plain) == {"HH": 4, "HL": 1, "LH": 1, "LL": 0.25}
+
+
+def test_the_plain_way_measures_the_same_blocks():
+    """Where every probe is exact, forward mode and ours must find the same spread over images."""
+    gain = torch.tensor([1.0, 2.0, 5.0])[:, None, None, None]
+
+    def denoise(xs, ts):
+        t_64, t_32 = (t.float().view(-1, 1, 1, 1) / 1000 for t in ts)
+        corner = torch.nn.functional.pad(xs[1][..., None, None], (0, 1, 0, 1)).permute(0, 1, 2, 4, 3, 5).flatten(4)
+        corner = corner.flatten(2, 3)  # Each coarse pixel in one corner of its 2x2 block.
+        fine = gain * ((1 + t_64) * xs[0] + t_32 * corner)
+        return fine, gain * ((2 + t_32) * xs[1] + (3 + t_64) * xs[0][..., ::2, ::2])
+
+    scheduler, t_grid = DDIMScheduler(), [900, 300]
+    x = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    loaded = SimpleNamespace(scheduler=scheduler, model=SimpleNamespace(denoise=denoise))
+    plain = bench_heatmap.plain_map(loaded, x, torch.tensor(t_grid))
+    ours = error_map(denoise, scheduler, x, t_grid, 1, batch_size=3, progress=False, maps="blocks")["jacobian_se"]
+    for block in BLOCKS:
+        torch.testing.assert_close(plain[block].double(), ours[block], rtol=1e-4, atol=0)
+        assert plain[block].max() > 1.05 * plain[block].min() > 0

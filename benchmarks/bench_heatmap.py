@@ -1,0 +1,208 @@
+"""How long an error map takes, beside the plain way, at equal standard error.
+
+    python benchmarks/bench_heatmap.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema --output FILE
+    python benchmarks/bench_heatmap.py --checkpoint FILE --lines 3 --rounds 1 --no-full
+
+The plain way is what one writes first: for every cell and probe two forward-mode passes (JVPs), one tangent per input
+scale, fp32, eager, math attention, 4 probes. Its contestants are `error_map.error_map` with 4 probes, with 1, and
+without any (denoising errors alone). All take the same cells, lines x lines of the grid, in turn, on the same images.
+
+A contestant with fewer probes has larger standard errors. It is charged for that: its time is multiplied by the
+largest, over the four blocks, of the median over cells of (its standard error / that of the plain way)², as if it took
+so many more images. A factor below 1 counts as 1.
+
+Then the whole grid with one probe, and thinned (`--coarse`), whose error is taken at all cells off the measured lines.
+Prints a report in Markdown.
+"""
+
+import argparse
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench_settings import synchronize
+from bench_train import describe_machine, table
+
+import cli
+from checkpoint import LoadedModel, load_model
+from data import coarse as two_by_two_mean
+from data import to_float
+from device import autocast, resolve_precision, select_device
+from error_map import BLOCKS, draw_noise_and_probes, error_map
+from path import timestep_grid
+
+PLAIN_PROBES = 4
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags of this benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", required=True)
+    add("--ema", action="store_true", help="use the EMA weights")
+    add("--grid", type=cli.positive_int, default=30, help="(30)")
+    add("--lines", type=cli.positive_int, default=4, help="lines per axis that all contestants take (4)")
+    add("--coarse", type=cli.positive_int, default=10, help="lines per axis of the thinned map (10)")
+    add("--num_images", type=cli.positive_int, default=16, help="(16)")
+    add("--batch_size", type=cli.positive_int, default=64, help="samples per call of ours (64)")
+    add("--rounds", type=cli.positive_int, default=3, help="turns of each contestant (3)")
+    add("--no-full", dest="full", action="store_false", help="leave the whole grid out")
+    add("--output", default=None, metavar="FILE", help="write the report here too")
+    cli.add_data_arguments(parser, dataset_default=None)
+    cli.add_device_arguments(parser)
+    return parser.parse_args()
+
+
+def plain_map(loaded: LoadedModel, x_64: torch.Tensor, timesteps: np.ndarray) -> dict[str, torch.Tensor]:
+    """Standard errors of the four blocks `[n, n]`, by forward-mode passes one cell and probe at a time."""
+    images = (x_64, two_by_two_mean(x_64))
+    noise, probes = draw_noise_and_probes(images, PLAIN_PROBES, seed=0)
+    zeros = tuple(torch.zeros_like(x) for x in images)
+    norms = torch.zeros(len(BLOCKS), PLAIN_PROBES, len(timesteps), len(timesteps), len(x_64))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        for i, t_64 in enumerate(timesteps.tolist()):
+            for j, t_32 in enumerate(timesteps.tolist()):
+                ts = tuple(torch.full((len(x_64),), t, device=x_64.device) for t in (t_64, t_32))
+                xs = tuple(loaded.scheduler.add_noise(*pair) for pair in zip(images, noise, (t_64, t_32), strict=True))
+                for k in range(PLAIN_PROBES):
+                    for scale in (0, 1):
+                        tangents = [zeros[0], zeros[1]]
+                        tangents[scale] = probes[scale][k]
+                        columns = torch.func.jvp(lambda *x, ts=ts: loaded.model.denoise(x, ts), xs, tuple(tangents))[1]
+                        for out, column in enumerate(columns):
+                            norms[2 * out + scale, k, i, j] = column.flatten(1).square().sum(1).cpu()
+    errors = norms.mean(1).std(-1) / len(x_64) ** 0.5  # [4, n, n]
+    return dict(zip(BLOCKS, errors, strict=True))
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """How long a call takes until the device has finished it, and what it returns."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def images_factors(errors: dict[str, torch.Tensor], plain: dict[str, torch.Tensor]) -> dict[str, float]:
+    """By block, how many times the images a contestant needs for the standard error of the plain way."""
+    return {block: ((errors[block] / plain[block]) ** 2).flatten().quantile(0.5).item() for block in BLOCKS}
+
+
+def interpolation_rows(thinned: dict, whole: dict) -> list[dict[str, Any]]:
+    """Relative error of an interpolated map at every cell that it did not measure, and what it said itself."""
+    rows = []
+    away = ~thinned["measured"]
+    for name in (*BLOCKS, "mse_64", "mse_32"):
+        one, truth = (m["jacobian"][name] if name in BLOCKS else m[name] for m in (thinned, whole))
+        if not truth.any():
+            continue
+        spread = whole["jacobian_se"][name] if name in BLOCKS else whole[f"{name}_se"]
+        error, said = (one / truth - 1).abs()[away], thinned["interpolation_error"][name]
+        rows.append(
+            {
+                "map": name,
+                "median": f"{error.median():.2%}",
+                "95 %": f"{error.quantile(0.95):.2%}",
+                "largest": f"{error.max():.2%}",
+                "median by the held-out cells": f"{said['median']:.2%}",
+                "largest by them": f"{said['max']:.2%}",
+                "standard error of the map, median": f"{(spread / truth)[away].median():.2%}",
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure, print and write."""
+    args = parse_args()
+    device = select_device(args.device)
+    loaded = load_model(args.checkpoint, args.ema, device)
+    images = cli.load_training_images(args, loaded.config)
+    chosen = np.random.default_rng(0).choice(len(images), args.num_images, replace=False)
+    x_64 = to_float(torch.from_numpy(images.pixels[np.sort(chosen)])).to(device)
+    precision = resolve_precision(device, args.precision)
+    grid = timestep_grid(args.grid)
+    few = grid[np.rint(np.linspace(0, args.grid - 1, args.lines)).astype(int)]
+
+    def ours(timesteps: np.ndarray, num_probes: int, maps: str = "blocks", **options) -> dict[str, Any]:
+        return error_map(
+            loaded.model.denoise, loaded.scheduler, x_64, timesteps, num_probes, batch_size=args.batch_size,
+            autocast=functools.partial(autocast, device, precision), progress=False, maps=maps, **options,
+        )  # fmt: skip
+
+    contestants = {
+        f"plain, K={PLAIN_PROBES}": lambda: {"jacobian_se": plain_map(loaded, x_64, few)},
+        f"ours, K={PLAIN_PROBES}": lambda: ours(few, PLAIN_PROBES),
+        "ours, K=1": lambda: ours(few, 1),
+        "ours, denoising errors": lambda: ours(few, 1, "mse"),
+    }
+    for run in contestants.values():  # The first call is slower.
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    results = {}
+    for _ in range(args.rounds):
+        for name, run in contestants.items():
+            spent, results[name] = seconds_of(run, device)
+            seconds[name].append(spent / len(few) ** 2)
+    plain = f"plain, K={PLAIN_PROBES}"
+    per_cell = {name: statistics.median(values) for name, values in seconds.items()}
+    plain_errors = results[plain]["jacobian_se"]
+    factors = {n: images_factors(r["jacobian_se"], plain_errors) for n, r in results.items() if "jacobian_se" in r}
+    charges = {name: max(1.0, *by_block.values()) for name, by_block in factors.items()}
+    rows = [
+        {
+            "way": name,
+            "ms per cell": 1000 * value,
+            "plain / it": per_cell[plain] / value,
+            "plain / it at equal standard error": per_cell[plain] / value / charges[name] if name in charges else "",
+        }
+        for name, value in per_cell.items()
+    ]
+    parameters = sum(p.numel() for p in loaded.model.parameters())
+    sections = {
+        f"{len(few) ** 2} cells, {args.num_images} images, median of {args.rounds} turns": table(rows),
+        "How many times the images for the standard error of the plain way, median over cells": table(
+            [{"way": name} | by_block for name, by_block in factors.items()]
+        ),
+    }
+    if args.full:
+        whole_seconds, whole = seconds_of(lambda: ours(grid, 1, "all"), device)
+        thin_seconds, thinned = seconds_of(lambda: ours(grid, 1, "all", coarse=args.coarse), device)
+        plain_seconds = per_cell[plain] * args.grid**2
+        sections[f"The whole grid of {args.grid} x {args.grid}, K=1, denoising errors with it"] = table(
+            [
+                {
+                    "way": name,
+                    "s": spent,
+                    "plain / it": plain_seconds / spent,
+                    "plain / it at equal standard error": plain_seconds / spent / charges["ours, K=1"],
+                }
+                for name, spent in (("whole", whole_seconds), (f"--coarse {args.coarse}", thin_seconds))
+            ]
+        )
+        sections[f"Relative error of --coarse {args.coarse} at the cells it did not measure"] = table(
+            interpolation_rows(thinned, whole)
+        )
+    title = (
+        f"# Error maps, {parameters:,} parameters at {x_64.shape[-2]}x{x_64.shape[-1]}, {precision} (plain: fp32)\n\n"
+        f"{describe_machine(device)}"
+    )
+    text = "\n\n".join([title, *(f"## {name}\n\n{content}" for name, content in sections.items())])
+    print(text)
+    if args.output is not None:
+        Path(args.output).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    cli.run_stage(main)
