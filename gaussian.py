@@ -360,9 +360,8 @@ def exact_heatmap(
 ) -> dict[str, object]:
     """The exact maps on a grid of timesteps `[n]`, falling, with the keys of `error_map.error_map` that paths need.
 
-    Namely t_grid, snr_grid, log_snr_grid, jacobian, mse_64, mse_32, mse_64_low, num_pixels_*,
-    num_dims_*. Raises ValueError if
-    the dimensions of the spectrum are no multiple of channels, or for zero SNR on the grid.
+    Namely t_grid, snr_grid, log_snr_grid, jacobian, mse_64, mse_32, mse_64_low, num_pixels_*, num_dims_*. Raises
+    ValueError if the dimensions of the spectrum are no multiple of channels, or for zero SNR on the grid.
     """
     dims = len(spectrum.low) + len(spectrum.high)
     if dims % (4 * channels):

@@ -8,12 +8,12 @@
 `gaussian`: for images whose denoiser is known, over families x spacings x number of steps (diagonal, shifts, leads,
 cascades, fine first), and the optimum of every criterion in turn; distances are W2² and KL of the exact output of DDIM
 (KL of the images before the last step's noise is gone, at t = 0), and KL of the frozen-drift chain. On `cosine_clipped`
-as published, and on `cosine` from λ = -10, where the start is right.
+as published, and on `cosine` from the last timestep above λ = -10, where the start is nearly right.
 `trained`: over the paths that `factorial.py trained` scored, on the maps of a network; the distance is the score.
 
 For every criterion: Spearman's ρ within each number of steps, averaged over them (fewer calls are always worse, which
 no criterion needs to know), and the regret, the distance of the path it likes best over the least distance of all
-paths, less 1, likewise averaged. Writes OUTPUT.md and OUTPUT.png.
+paths, less 1, likewise averaged. Writes OUTPUT.md and OUTPUT_{schedule}.png or OUTPUT.png.
 """
 
 import argparse
