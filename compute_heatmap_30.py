@@ -153,7 +153,7 @@ def compute(args: argparse.Namespace, processes: Processes) -> tuple[dict, Path]
         "maps": args.maps,
         "of": args.of,
         "coarse": args.coarse,
-        "precision": resolve_precision(device, args.precision),
+        "precision": args.precision,
     }
     if file.exists() and not args.force:
         content = load_heatmap(file)
@@ -182,17 +182,18 @@ def compute(args: argparse.Namespace, processes: Processes) -> tuple[dict, Path]
         )
 
     grid = timestep_grid(args.grid, loaded.config["num_train_timesteps"], args.grid_spacing, args.start, log_snr)
-    precision = settings["precision"]
+    precision = fast = resolve_precision(device, args.precision)
     if args.precision == "auto" and precision != "fp32":
         few = grid[sorted({0, len(grid) // 2, len(grid) - 1})]
         deviation = largest_deviation(*(measure(few, kind, progress=False) for kind in (precision, "fp32")))
-        if not deviation <= 1:
+        # The cells are shared, and must be alike.
+        if processes.any(not deviation <= 1)[0]:
             precision = "fp32"
         if processes.is_main:
-            print(f"{settings['precision']} differs from fp32 by at most {deviation:.2g} standard errors: {precision}")
+            print(f"{fast} differs from fp32 by at most {deviation:.2g} standard errors: {precision}")
     parts = PartFiles(file, settings | {"used": precision})
     content = measure(grid, precision, coarse=args.coarse, processes=processes, parts=parts)
-    content["used_precision"] = precision
+    content |= {"used_precision": precision, "num_train_timesteps": loaded.config["num_train_timesteps"]}
     # The file calls these K and batch, as published.
     del content["num_probes"], content["num_images"]
     if processes.is_main:

@@ -37,6 +37,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # Fine first.
 HEATMAP_FORMAT_VERSION = 2  # 2 has denoising errors per image, and says what was measured.
 BLOCKS = ("HH", "HL", "LH", "LL")
 MSES = ("mse_64", "mse_32", "mse_64_low")
+CLIPPED_MSES = tuple(f"clipped_{name}" for name in MSES)
 MAPS = ("all", "blocks", "mse")
 DIFFERENTIATED = ("eps", "x0")
 SECONDS_BETWEEN_PARTS = 30
@@ -94,10 +95,12 @@ def error_map(
             C·H·W dimensions of scale s, in units of x², mean over images
         mse_64_low, mse_64_low_se: the part of mse_64 in the low band of the fine image, 4 ‖A (x_64 - x̂_64)‖² with A
             the 2x2 mean; the rest is in its details. A perfect denoiser has mse_64_low = 4 mse_32
-        mse_per_image: float32 `[3, n, n, B]`: fine, coarse, low band of the fine
+        clipped_mse_64, clipped_mse_32, clipped_mse_64_low, each with _se: the same of x̂ clamped to [-1, 1], as the
+            sampler clamps it
+        mse_per_image: float32 `[6, n, n, B]`, in the order of `MSES` and `CLIPPED_MSES`
         eps_mse_64, eps_mse_32, eps_mse_64_se, eps_mse_32_se: E‖ε_s - ε̂_s‖² per dimension
         measured: bool; where the map was measured and kept, not interpolated
-        interpolation_error: with `coarse`, a dict over the blocks and `MSES` of the median and largest relative error
+        interpolation_error: with `coarse`, a dict over blocks and errors of the median and largest relative error
             at the held-out cells, and "cells", which these are; else None
         num_probes, num_images, num_pixels_64 (H·W), num_pixels_32 (H·W/4), num_dims_64 (C·H·W), num_dims_32,
         seed: int; of: str
@@ -142,7 +145,7 @@ def error_map(
         progress,
         processes,
         parts,
-    )  # [4, K, M, B], [3, M, B]
+    )  # [4, K, M, B], [6, M, B]
 
     log_snr_grid = scheduler.log_snr.cpu()[timesteps]
     measured = torch.zeros(num_lines, num_lines, dtype=torch.bool)
@@ -151,7 +154,7 @@ def error_map(
     if maps != "mse":
         values |= dict(zip(BLOCKS, norms.mean(1), strict=True))
     if maps != "blocks":
-        values |= dict(zip(MSES, mses, strict=True))
+        values |= dict(zip(MSES + CLIPPED_MSES, mses, strict=True))
     spread = {name: _whole_map(value, lines, log_snr_grid) for name, value in values.items()}  # [n, n, B]
     interpolation_error = None
     if coarse is not None:
@@ -187,8 +190,8 @@ def error_map(
             "jacobian_per_image": torch.stack([spread[name] for name in BLOCKS]).float(),
         }
     if maps != "blocks":
-        result["mse_per_image"] = torch.stack([spread[name] for name in MSES]).float()
-        for name in MSES:
+        result["mse_per_image"] = torch.stack([spread[name] for name in MSES + CLIPPED_MSES]).float()
+        for name in MSES + CLIPPED_MSES:
             result |= {name: spread[name].mean(-1), f"{name}_se": _standard_error(spread[name], -1)}
         for name, snr, count in zip(MSES[:2], (snr_grid[:, None], snr_grid), num_dims, strict=True):
             result |= {f"eps_{kind}": result[kind] * snr / count for kind in (name, f"{name}_se")}
@@ -200,7 +203,7 @@ def largest_deviation(result: dict[str, Any], reference: dict[str, Any]) -> floa
 
     Over all cells of all Jacobian blocks and denoising errors that both hold. NaN where a standard error is.
     """
-    triples = [(result[n], reference[n], reference[f"{n}_se"]) for n in MSES if n in result]
+    triples = [(result[n], reference[n], reference[f"{n}_se"]) for n in MSES + CLIPPED_MSES if n in result]
     if "jacobian" in result:
         triples += [(result["jacobian"][b], reference["jacobian"][b], reference["jacobian_se"][b]) for b in BLOCKS]
     return torch.stack([(one - other).abs() / error for one, other, error in triples]).max().item()
@@ -214,7 +217,7 @@ class PartFiles:
 
     def __init__(self, file: str | os.PathLike, settings: dict[str, Any]):
         self._file = Path(file)
-        self._settings = settings
+        self._settings = settings | {"format_version": HEATMAP_FORMAT_VERSION}
 
     def _names(self) -> list[Path]:
         return sorted(self._file.parent.glob(f"{self._file.name}.part[0-9]*"))
@@ -346,15 +349,16 @@ def _measure(
     tables = scheduler.to(device)
 
     norms = torch.zeros(len(BLOCKS), num_probes, num_samples, dtype=torch.float64)
-    mses = torch.zeros(len(MSES), num_samples, dtype=torch.float64)
+    mses = torch.zeros(len(MSES + CLIPPED_MSES), num_samples, dtype=torch.float64)
     done = torch.zeros(num_samples, dtype=torch.bool)
     for part in parts.read() if parts else ():
         new = part["done"] & ~done
         norms[..., new], mses[:, new] = part["norms"][..., new], part["mses"][:, new]
         done |= new
-    # Nobody may write before everybody has read, or the processes would not share what is left alike.
-    if processes:
-        processes.any(False)
+    # Nobody writes before everybody has read, and all must have read the same to share what is left: where they do not
+    # see the same files, they start anew.
+    if processes and not processes.agree(str(done.nonzero().tolist())):
+        done[:] = False
     rank, count = (processes.rank, processes.count) if processes else (0, 1)
     todo = (~done).nonzero()[:, 0].tensor_split(count)[rank]
 
@@ -397,7 +401,9 @@ def _measure(
         # What was read from parts is known to every process, and counts once.
         mine[done if rank == 0 else todo] = 1.0
         norms, mses = processes.sum(norms * mine), processes.sum(mses * mine)
-    return norms.view(*norms.shape[:2], num_cells, num_images), mses.view(len(MSES), num_cells, num_images)
+    return norms.view(*norms.shape[:2], num_cells, num_images), mses.view(
+        len(MSES + CLIPPED_MSES), num_cells, num_images
+    )
 
 
 def _evaluate(
@@ -410,7 +416,7 @@ def _evaluate(
     autocast: Callable[[], AbstractContextManager],
     of: str,
 ) -> Pair:
-    # Returns ‖Jᵀw‖² [4, K, S] and the denoising errors [3, S].
+    # Returns ‖Jᵀw‖² [4, K, S] and the denoising errors [6, S].
     num_probes = len(probes[0])
     xs = tuple(scheduler.add_noise(x, e, t) for x, e, t in zip(images, noise, ts, strict=True))
     with torch.set_grad_enabled(num_probes > 0):
@@ -434,14 +440,19 @@ def _evaluate(
     shape = (2, num_probes, 2, len(ts[0]))
     norms = torch.stack(norms).view(shape) if norms else torch.zeros(shape, dtype=torch.float64)
     with torch.no_grad():
+        x0s = [scheduler.predict_x0(p, t, x) for p, x, t in zip(predictions, xs, ts, strict=True)]
+        errors = [x - x0 for x, x0 in zip(images, x0s, strict=True)]
         if scheduler.prediction_type == "epsilon":
-            errors, scales = [e - p for e, p in zip(noise, epsilons, strict=True)], [scheduler.snr[t] for t in ts]
-        else:
-            x0s = [scheduler.predict_x0(p, t, x) for p, x, t in zip(predictions, xs, ts, strict=True)]
-            errors, scales = [x - x0 for x, x0 in zip(images, x0s, strict=True)], [1.0, 1.0]
-        mses = [_sum_of_squares(error) / scale for error, scale in zip(errors, scales, strict=True)]
-        mses.append(4 * _sum_of_squares(F.avg_pool2d(errors[0], 2)) / scales[0])
-    return norms.transpose(1, 2).flatten(0, 1).cpu(), torch.stack(mses).cpu()  # [out and in, K, S], [3, S]
+            # The same number, with more digits where there is little noise.
+            scales = [scheduler.snr[t].rsqrt().to(e.dtype)[:, None, None, None] for t, e in zip(ts, noise, strict=True)]
+            errors = [(p - e) * scale for p, e, scale in zip(epsilons, noise, scales, strict=True)]
+        clipped = [x - x0.clamp(-1, 1) for x, x0 in zip(images, x0s, strict=True)]
+        mses = [
+            value
+            for fine, coarse in (errors, clipped)
+            for value in map(_sum_of_squares, (fine, coarse, 2 * F.avg_pool2d(fine, 2)))
+        ]
+    return norms.transpose(1, 2).flatten(0, 1).cpu(), torch.stack(mses).cpu()  # [out and in, K, S], [6, S]
 
 
 def _whole_map(values: torch.Tensor, lines: np.ndarray, log_snr_grid: torch.Tensor) -> torch.Tensor:

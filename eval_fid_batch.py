@@ -5,7 +5,7 @@
     python eval_fid_batch.py --metrics swd --num_images 1000 --seeds 42 43 44      # needs no weights
 
 Every checkpoint in --checkpoint_dir x path type x seed is one job; its rows are appended to
-results/fid_results.csv. A job whose rows exist is skipped unless --force. DP paths need the heatmap of the
+results/fid_results.csv. A job whose rows exist is skipped unless --force. All but diagonals need the heatmap of the
 same weights (compute_heatmap_30.py). --list_jobs prints the jobs as single commands and stops.
 """
 

@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     add("--ema", action="store_true", help="use the EMA weights")
     add("--path_type", choices=PATH_TYPES, default="diagonal")
     add("--schedule", help="follow the path of this schedule file instead of --path_type")
-    add("--heatmap", help="for the dp paths (results/heatmap_30_{epoch}ep[_ema].pth)")
+    add("--heatmap", help="for the dp and kl paths (results/heatmap_30_{epoch}ep[_ema].pth)")
     add("--num_images", type=cli.positive_int, default=64, help="(64)")
     add("--batch_size", type=cli.positive_int, default=64, help="images per network call (64)")
     add("--seed", type=cli.seed, default=42, help="image k has seed 1000000 * SEED + k (42)")

@@ -35,7 +35,9 @@ def bootstrap_paths(
     """
     maps = np.asarray(maps, dtype=np.float64)
     if maps.ndim != 4 or maps.shape[1] != maps.shape[2] or maps.shape[3] < 2:
-        raise ValueError(f"maps have shape {list(maps.shape)} but must be [M, n, n, B] with at least 2 images B.")
+        raise ValueError(
+            f"maps have shape {list(maps.shape)} but must be [M, n, n, B]; resampling needs 2 images or more."
+        )
     if replicates < 2:
         raise ValueError(f"replicates is {replicates}; at least 2 make a spread.")
     rng = np.random.default_rng(seed)

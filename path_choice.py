@@ -9,7 +9,7 @@ import torch
 
 import cli
 from checkpoint import LoadedModel
-from error_map import CHAIN_RULE_FACTORS, MSES, NORMALISATIONS, load_heatmap, published_errors
+from error_map import CHAIN_RULE_FACTORS, CLIPPED_MSES, MSES, NORMALISATIONS, load_heatmap, published_errors
 from map_interpolation import interpolate_map
 from path import SPACINGS, Path, diagonal, find_optimal_path_n_steps_lambda, kl_path, path_from_cells, timestep_grid
 from path_refine import Refined, refine_path
@@ -54,6 +54,11 @@ def path_errors(
     return error_64.numpy(), error_32.numpy(), heatmap["log_snr_grid"].numpy()
 
 
+def path_mses(heatmap: dict) -> tuple[str, ...]:
+    """The names of the three denoising errors that paths go by: clamped, as the sampler clamps, where measured."""
+    return CLIPPED_MSES if CLIPPED_MSES[0] in heatmap else MSES
+
+
 class KLProblem(NamedTuple):
     """What the KL paths minimise on a heatmap, as `kl_path` and `refine_path` take it.
 
@@ -62,6 +67,8 @@ class KLProblem(NamedTuple):
     there, mse_64 - mse_64_low, and the low band with the lesser of mse_64_low and 4 mse_32, that of the prediction that
     knows more. These two are equal for a perfect denoiser. A network may leave one of them large where the other scale
     is nearly clean, and then a path would see no cost in moving the clock that it leaves unread.
+    Errors are those of the clamped image, which is what the sampler goes by: at high noise that of a network's raw
+    prediction can be several times the variance of the images.
     """
 
     mse_64: np.ndarray  # [n, n], totals in x-space, as the next
@@ -75,7 +82,7 @@ class KLProblem(NamedTuple):
         """The problem of the mean maps of a heatmap. Raises ValueError for one without denoising errors."""
         if "mse_64" not in heatmap:
             raise ValueError("This heatmap holds no denoising errors; compute it again with --maps all.")
-        return cls.of_maps(*(heatmap[name].numpy() for name in MSES), heatmap["snr_grid"].numpy(), weight)
+        return cls.of_maps(*(heatmap[name].numpy() for name in path_mses(heatmap)), heatmap["snr_grid"].numpy(), weight)
 
     @classmethod
     def of_maps(
@@ -110,6 +117,8 @@ def heatmap_path(
     criterion = f"{path_type}, factor {factor}, max_jump {max_jump}"
     if normalisation != "published":
         criterion += f", normalisation {normalisation}"
+    if heatmap.get("of", "eps") != "eps":
+        criterion += f", Jacobian of {heatmap['of']}"
     provenance = {
         "criterion": criterion,
         "cost": cost,
@@ -140,10 +149,15 @@ def kl_refined(
     options = {"weight": weight, "diagonal": diagonal, "bands": problem.bands}
     # A schedule that begins at `end` is like any other.
     refined = refine_path(cells, t_grid - end, *problem[:2], log_snr[end:], **options)
-    points = [tuple(t + end for t in point) for point in refined.path.points[:-1]] + [(0, 0)]
     grid_path = [[t + end for t in point] for point in refined.path.provenance["grid_path"]]
     provenance = refined.path.provenance | {"grid_path": grid_path, "start": int(t_grid[0]), "end": end}
-    return refined._replace(points=refined.points + end, path=Path(points, refined.path.kind, provenance))
+    return refined._replace(points=refined.points + end, path=lift_path(refined.path, end, provenance))
+
+
+def lift_path(path: Path, end: int, provenance: dict | None = None) -> Path:
+    """The path over timesteps that are `end` higher, but for its last point, which is clean."""
+    points = [tuple(t + end for t in point) for point in path.points[:-1]] + [(0,) * path.num_scales]
+    return Path(points, path.kind, path.provenance | {"end": end} if provenance is None else provenance)
 
 
 def kl_lines(heatmap: dict, log_snr: np.ndarray, start: int | None, end: int, num_lines: int) -> np.ndarray:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import cli
-from error_map import BLOCKS, load_heatmap
+from error_map import BLOCKS, CLIPPED_MSES, MSES, load_heatmap
 from map_interpolation import interpolate_map
 from map_plots import plot_path_comparison, plot_path_density
 from path import (
@@ -36,7 +36,16 @@ from path import (
     log_snr_shift,
 )
 from path_bootstrap import bootstrap_paths
-from path_choice import KLProblem, add_criterion_arguments, heatmap_path, kl_lines, kl_refined, path_errors
+from path_choice import (
+    KLProblem,
+    add_criterion_arguments,
+    heatmap_path,
+    kl_lines,
+    kl_refined,
+    lift_path,
+    path_errors,
+    path_mses,
+)
 from path_refine import cost_off_grid, refine_path
 from plots import plot_cost_against_nfe
 from safe_write import replacing
@@ -79,7 +88,7 @@ class Planner:
 
     def __init__(self, heatmap: dict, args: argparse.Namespace):
         self.heatmap, self.args = heatmap, args
-        scheduler = DDIMScheduler(beta_schedule=heatmap["beta_schedule"], prediction_type="v")
+        scheduler = DDIMScheduler(heatmap["num_train_timesteps"], heatmap["beta_schedule"], prediction_type="v")
         self.log_snr = scheduler.log_snr.numpy()
         self.t_grid = heatmap["t_grid"].numpy()
         self.is_kl = args.criterion == "kl"
@@ -117,19 +126,23 @@ class Planner:
 
     def families(self, nfe: int) -> list[Plan]:
         """Every path of so many steps, the optimum first."""
-        table = {"log_snr": self.log_snr, "start": self.start}
+        end = self.args.end
+        # A schedule that begins at `end` is like any other.
+        log_snr = self.log_snr[end:]
+        table = {"log_snr": log_snr, "num_train_timesteps": len(log_snr), "start": self.start - end}
         even = diagonal(nfe, "uniform_log_snr", **table)
+        made = {"diagonal, uniform t": diagonal(nfe, "uniform_t", **table), "diagonal, uniform λ": even}
+        made["diagonal, Karras"] = diagonal(nfe, "karras", **table)
+        for name, sign in (("coarse", 1), ("fine", -1)):
+            made[f"{name} ahead by 1 in λ"] = log_snr_shift(even, sign, log_snr)
+            made[f"{name} 1 point ahead"] = lead(even, sign)
+        if nfe > 1:
+            made["cascade, coarse first"] = cascade(nfe, spacing="uniform_log_snr", **table)
+            made["fine first"] = fine_first(nfe, spacing="uniform_log_snr", **table)
         paths = {"optimal": self.optimum(nfe)}
         if self.is_kl:
             paths["optimal diagonal"] = self.optimum(nfe, on_diagonal=True)
-        paths |= {"diagonal, uniform t": diagonal(nfe, "uniform_t", **table), "diagonal, uniform λ": even}
-        paths["diagonal, Karras"] = diagonal(nfe, "karras", **table)
-        for name, sign in (("coarse", 1), ("fine", -1)):
-            paths[f"{name} ahead by 1 in λ"] = log_snr_shift(even, sign, self.log_snr)
-            paths[f"{name} 1 point ahead"] = lead(even, sign)
-        if nfe > 1:
-            paths["cascade, coarse first"] = cascade(nfe, spacing="uniform_log_snr", **table)
-            paths["fine first"] = fine_first(nfe, spacing="uniform_log_snr", **table)
+        paths |= {name: lift_path(path, end) for name, path in made.items()}
         if self.is_kl and "jacobian" in self.heatmap and self.start == self.t_grid[0]:
             paths |= {f"published {name}": self._published(kind, nfe) for kind, name in PUBLISHED.items()}
         return [Plan(name, path, self.cost(path)) for name, path in paths.items() if path is not None]
@@ -155,7 +168,8 @@ class Planner:
             return self.t_grid, maps, solve
         t_grid = kl_lines(heatmap, self.log_snr, self.start, args.end, max(DENSITY_LINES, nfe + 1))
         lines = self.log_snr[t_grid]
-        values = heatmap["mse_per_image"].double().numpy().transpose(0, 3, 1, 2)  # [3, B, n, n]
+        rows = [(MSES + CLIPPED_MSES).index(name) for name in path_mses(heatmap)]
+        values = heatmap["mse_per_image"][rows].double().numpy().transpose(0, 3, 1, 2)  # [3, B, n, n]
         maps = interpolate_map(values, self.log_snr[self.t_grid], lines).transpose(0, 2, 3, 1)
 
         def solve(*means):

@@ -33,7 +33,7 @@ class GreedySamples(NamedTuple):
 
     images: Images  # fine and coarse, [B, C, H, W]
     nfe: torch.Tensor  # int64 [B], network evaluations spent on each image, those on moves not taken included
-    points: torch.Tensor  # int64 [B, M + 1, 2], timesteps on the way to 0; the last one repeats where a path is shorter
+    points: torch.Tensor  # int64 [B, M + 1, 2], timesteps on the way to 0; shorter paths wait on their last rung
 
 
 class SeededNoise:

@@ -16,7 +16,7 @@ from error_map import CHAIN_RULE_FACTORS, MSES, NORMALISATIONS
 from gaussian import Spectrum, jacobian, mse
 from map_interpolation import interpolate_map
 from path import Readings, kl_cost, trapezoid_cost
-from path_choice import KLProblem
+from path_choice import KLProblem, path_mses
 
 KL_WEIGHTS = (0.25, 0.5, 0.75, 1.0)
 
@@ -63,7 +63,7 @@ def measured_reader(heatmap: dict, log_snr: np.ndarray) -> Reader:
         raise ValueError("This heatmap lacks Jacobians or denoising errors; compute it again with --maps all.")
     known = heatmap["log_snr_grid"].numpy()
     start = int(heatmap["t_grid"][0])
-    maps = [heatmap["jacobian"]["HH"], heatmap["jacobian"]["LL"], *(heatmap[name] for name in MSES)]
+    maps = [heatmap["jacobian"]["HH"], heatmap["jacobian"]["LL"], *(heatmap[name] for name in path_mses(heatmap))]
     wanted = log_snr[start::-1]  # Rising.
     tables = interpolate_map(np.stack([m.numpy() for m in maps]), known, wanted)
 

@@ -13,18 +13,20 @@ curve it follows in the plane of log SNRs as a function of u; any spacing goes w
   of the optimal diagonal.
 - Offsets: the diagonal, the curve of DP-Total, the coarse scale ahead or behind by one unit of log SNR, and the curve
   of the optimal path. Optimal spacing with optimal offset is the optimal path itself.
-- The single-scale baseline takes every spacing, its own optimum among them.
+- The single-scale baseline takes every spacing; in `gaussian` the optimal one is its own, in `trained` that of LIFT.
 
 `gaussian`: optimal means least W2² of the exact output of DDIM; schedules are `cosine_clipped`, and `cosine` from the
 timestep at which λ = -10 (nearly zero terminal SNR). `trained`: optimal means the KL path of weight 1 over bands on
 the heatmap, refined; the value is the sliced Wasserstein distance, and every seed starts all paths from the same noise.
 
-Writes OUTPUT.csv (a row per value; a `trained` run that is started again goes on), OUTPUT.md and OUTPUT.png.
+Writes OUTPUT.csv (a row per value; a `trained` run that is started again goes on), OUTPUT.json (what its scores depend
+on), OUTPUT.md and OUTPUT.png.
 """
 
 import argparse
 import csv
 import itertools
+import json
 import math
 import statistics
 import sys
@@ -43,7 +45,7 @@ from bench_train import table
 import cli
 from checkpoint import LoadedModel, load_model
 from data import to_uint8
-from device import autocast, select_device
+from device import autocast, resolve_precision, select_device
 from error_map import load_heatmap
 from gaussian import Spectrum, ddim_output, exact_heatmap, optimal_points, w2_squared
 from metrics import SlicedWasserstein
@@ -111,7 +113,7 @@ def all_combinations(spacings: dict[str, np.ndarray], curves: dict[str, np.ndarr
 
 
 def optimum(spectrum: Spectrum, nfe: int, first: float, last: float, **kind: bool) -> np.ndarray:
-    """The points of least W2² within the log SNRs first to last of a schedule, where the last step lands on clean."""
+    """The points of least W2² from log SNR first to clean; those beyond `last`, the schedule's end, are put there."""
     points = optimal_points(spectrum, nfe, "w2", first, math.inf, **kind)[0].numpy().clip(max=last)
     points[-1] = last
     return points
@@ -202,6 +204,10 @@ def trained_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     images = cli.load_training_images(args, lift.config)
     metric = SlicedWasserstein(images.pixels, args.num_images, device=device)
     file = FilePath(f"{args.output}.csv")
+    settings = {f"weights_{name}": model.fingerprint for name, model in models.items()}
+    settings |= {"images": images.fingerprint, "num_images": args.num_images}
+    settings["precision"] = resolve_precision(device, args.precision)
+    check_settings(FilePath(f"{args.output}.json"), settings)
     rows = read_csv(file) if file.exists() else []
     done = {(r["seed"], r["model"], r["detail"]): r["value"] for r in rows}
     known = {tuple(str(r[c]) for c in COLUMNS[:6]): r["detail"] for r in rows}
@@ -225,6 +231,18 @@ def trained_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append({name: str(value) for name, value in row.items()})
         write_csv(file, rows)
     return rows
+
+
+def check_settings(file: FilePath, settings: dict[str, Any]) -> None:
+    """Write what the scores depend on, or refuse to add to scores made with something else."""
+    if file.exists():
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        different = [name for name, value in settings.items() if saved.get(name) != value]
+        if different:
+            raise ValueError(f"The scores beside {file} have another {', '.join(different)}; pass another --output.")
+        return
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def score(loaded: LoadedModel, path: Path, seed: int, args, metric: SlicedWasserstein, device: torch.device) -> float:

@@ -133,7 +133,7 @@ def trained_candidates(heatmap: dict, scores: list[dict[str, Any]]) -> list[Cand
     Raises ValueError if no score is of such a path, or if those of this heatmap have other points than were scored.
     """
     schedule = heatmap["beta_schedule"]
-    log_snr = DDIMScheduler(beta_schedule=schedule, prediction_type="v").log_snr.numpy()
+    log_snr = DDIMScheduler(heatmap["num_train_timesteps"], schedule, prediction_type="v").log_snr.numpy()
     channels = heatmap["num_dims_64"] // heatmap["num_pixels_64"]
     read, size = measured_reader(heatmap, log_snr), sizes(heatmap["num_dims_64"], channels)
     key = operator.itemgetter("model", "spacing", "offset", "nfe")

@@ -77,6 +77,7 @@ FORCE=${FORCE:-0}                      # 1: evaluate again what has been evaluat
 GRID=${GRID:-30}
 K=${K:-4}
 HEATMAP_IMAGES=${HEATMAP_IMAGES:-16}
+GRID_SPACING=${GRID_SPACING:-uniform_t} # uniform_log_snr is better for kl paths
 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-64}
 EVAL_ARGS=${EVAL_ARGS:-}               # further flags of eval_fid_batch.py, such as "--inception_weights FILE"
 

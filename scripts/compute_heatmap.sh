@@ -12,7 +12,8 @@ setup_environment requirements.txt
 
 for epoch in "$@"; do
     flags=(--checkpoint "$CHECKPOINT_DIR/lift_dual_timestep_${epoch}ep.pth" --output "$(heatmap_name "$epoch")")
-    flags+=(--grid "$GRID" --K "$K" --num_images "$HEATMAP_IMAGES" "${path_flags[@]}")
+    flags+=(--grid "$GRID" --K "$K" --num_images "$HEATMAP_IMAGES" --grid_spacing "$GRID_SPACING")
+    flags+=("${path_flags[@]}")
     [[ $EMA == 0 ]] || flags+=(--ema)
     [[ $FORCE == 0 ]] || flags+=(--force)
     python compute_heatmap_30.py "${flags[@]}" "${hardware_flags[@]}"

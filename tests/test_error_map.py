@@ -16,6 +16,7 @@ from distributed import Processes
 from error_map import (
     BLOCKS,
     CHAIN_RULE_FACTORS,
+    CLIPPED_MSES,
     MSES,
     PartFiles,
     error_map,
@@ -484,7 +485,7 @@ def test_measured_errors_are_one_gradient():
     t_grid = [560, 530, 500]
     result, spectrum = gaussian_run(40_000, t_grid, maps="mse", batch_size=40_000)
     snr = result["snr_grid"]
-    fine, coarse, _ = result["mse_per_image"].double()
+    fine, coarse = result["mse_per_image"][:2].double()
     along_b = (fine[1, 2] - fine[1, 0]) / (snr[2] - snr[0])  # [B]
     along_a = (coarse[2, 1] - coarse[0, 1]) / (snr[2] - snr[0])
     difference = along_b - along_a
@@ -515,7 +516,7 @@ def test_parts_of_a_map_are_those_of_the_whole():
     per_image = whole["jacobian_per_image"].double().mean(-1)
     torch.testing.assert_close(per_image, torch.stack([*whole["jacobian"].values()]), rtol=1e-6, atol=0)
     per_image = whole["mse_per_image"].double().mean(-1)
-    torch.testing.assert_close(per_image, torch.stack([whole[name] for name in MSES]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(per_image, torch.stack([whole[name] for name in MSES + CLIPPED_MSES]), rtol=1e-6, atol=0)
     assert whole["measured"].all() and whole["interpolation_error"] is None
 
 
@@ -541,7 +542,7 @@ def thinned():
 
 
 def values_of(result):
-    return result["jacobian"] | {name: result[name] for name in MSES}
+    return result["jacobian"] | {name: result[name] for name in MSES + CLIPPED_MSES}
 
 
 def test_a_thinned_map_measures_its_lines_and_as_many_cells_off_them(thinned):
@@ -968,3 +969,29 @@ def test_heatmap_files_of_other_versions_are_named(tmp_path, version, says):
     torch.save({"format_version": version, "t_grid": torch.zeros(3), "fingerprint": "none"}, file)
     with pytest.raises(ValueError, match=f"^Heatmap {file} has format version {version}.*{says}"):
         load_heatmap(file)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v"])
+def test_clipped_errors_are_those_of_the_image_the_sampler_goes_by(prediction_type):
+    scheduler, x, t_grid = DDIMScheduler(prediction_type=prediction_type), images(b=3), [999, 500, 20]
+    seen = {}
+
+    def denoise(xs, ts):  # Far off, so that the clamp has work to do.
+        for k, (t_64, t_32) in enumerate(zip(*map(torch.Tensor.tolist, ts), strict=True)):
+            found = [
+                scheduler.predict_x0(1.7 * y[k : k + 1] + 0.4, t, y[k : k + 1])
+                for y, t in zip(xs, (t_64, t_32), strict=True)
+            ]
+            seen.setdefault((t_64, t_32), []).append([y.clamp(-1, 1) for y in found])
+        return tuple(1.7 * y + 0.4 for y in xs)
+
+    result = run(denoise, x, t_grid, scheduler=scheduler, num_probes=1, batch_size=3, maps="mse")
+    for i, t_64 in enumerate(t_grid):
+        for j, t_32 in enumerate(t_grid):
+            fine, coarse = (torch.cat(parts) for parts in zip(*seen[t_64, t_32], strict=True))
+            error = x - fine
+            expected = [error, F.avg_pool2d(x, 2) - coarse, 2 * F.avg_pool2d(error, 2)]
+            for name, values in zip(CLIPPED_MSES, expected, strict=True):
+                assert result[name][i, j].item() == pytest.approx(values.square().sum().item() / 3, rel=1e-9)
+    assert (result["clipped_mse_64"] < result["mse_64"]).any()
+    assert (result["clipped_mse_64"] <= result["mse_64"] * (1 + 1e-9)).all()  # Images lie within the clamp.

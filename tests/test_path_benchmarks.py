@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import criteria
 import factorial
+import greedy
 import rank_criteria
 from factorial import OFFSETS, SPACINGS, all_combinations, combine, shifted_diagonal, to_path
 from rank_criteria import Candidate, agreement
@@ -553,3 +554,19 @@ def test_the_exact_maps_are_those_that_an_error_map_measures():
     points = LOG_SNR[np.array([[600, 600], [600, 300], [300, 300]])]
     for values, name in zip(read(points)[2:], MSES, strict=True):
         np.testing.assert_allclose(measured[name].numpy()[[0, 0, 1], [0, 1, 1]], values, rtol=0.08)
+
+
+def test_greedy_prints_its_true_calls_beside_diagonals(stage, trained, tmp_path):
+    flags = ["--checkpoint", trained / "checkpoints/lift_dual_timestep_1ep.pth", "--cache_dir", trained / "cache"]
+    flags += ["--rungs", 1, 3, "--num_images", 6, "--batch_size", 4, "--device", "cpu"]
+    output = stage(greedy, *flags, "--output", tmp_path / "report.md").output
+    assert (tmp_path / "report.md").read_text() == output
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 4
+    for rungs, calls, *scores in rows[2:]:
+        steps = int(rungs.split(",")[0])
+        # Trying costs up to three calls for each of at most 2 (steps - 1) moves, and at least one.
+        assert steps <= float(calls.split()[0]) <= 1 + 6 * (steps - 1)
+        assert all(float(value) > 0 for value in scores)
+    one_step = rows[2]
+    assert one_step[1].startswith("1.0") and one_step[3] == one_step[4] == one_step[5]

@@ -36,7 +36,12 @@ def heatmap_content(factors=FACTORS) -> dict:
     for name, maps in (("jacobian", content["jacobian"].values()), ("mse", [content[name] for name in MSES])):
         content[f"{name}_per_image"] = (torch.stack(list(maps))[..., None] * images).float()  # [., n, n, B]
     assert tuple(content["jacobian"]) == BLOCKS
-    content |= {"fingerprint": "f" * 16, "data_fingerprint": "d" * 16, "beta_schedule": "cosine_clipped"}
+    content |= {
+        "fingerprint": "f" * 16,
+        "data_fingerprint": "d" * 16,
+        "beta_schedule": "cosine_clipped",
+        "num_train_timesteps": 1000,
+    }
     return content | {"epoch": 7, "weights": "ema", "of": "eps"}
 
 
