@@ -84,8 +84,8 @@ def error_map(
     Noise and probes are drawn once from `seed`, on the CPU, independently per image. The whole map costs
     n² B / batch_size calls, with 2K backward passes each unless `maps` is "mse".
 
-    With `coarse` m < n, m lines per axis, evenly chosen, are measured, and the maps of every image are
-    interpolated in log space over log SNR; so are m further cells off those lines, which tell the error.
+    With `coarse` m < n, m lines per axis, about even in both index and log SNR, are measured, and the maps of every
+    image are interpolated in log space over log SNR; m further cells off those lines are measured to tell the error.
 
     Returns, on the CPU, all float64 `[n, n]` (row i: t_64, column j: t_32) unless stated:
         t_grid int64 `[n]`; snr_grid, log_snr_grid float64 `[n]`
@@ -129,7 +129,8 @@ def error_map(
         raise ValueError(f"coarse is {coarse} but a grid of {num_lines} lines can be thinned to 2 to {num_lines - 1}.")
 
     images = (images_64, F.avg_pool2d(images_64, 2))  # [B, C, H, W], half
-    lines = np.arange(num_lines) if coarse is None else np.rint(np.linspace(0, num_lines - 1, coarse)).astype(int)
+    log_snr_grid = scheduler.log_snr.cpu()[timesteps]
+    lines = np.arange(num_lines) if coarse is None else _coarse_lines(log_snr_grid.numpy(), coarse)
     held_out = [] if coarse is None else _held_out_cells(lines, num_lines, coarse, seed)
     cells = torch.tensor([(i, j) for i in lines for j in lines] + held_out)  # [M, 2]
     norms, mses = _measure(
@@ -147,7 +148,6 @@ def error_map(
         parts,
     )  # [4, K, M, B], [6, M, B]
 
-    log_snr_grid = scheduler.log_snr.cpu()[timesteps]
     measured = torch.zeros(num_lines, num_lines, dtype=torch.bool)
     measured[tuple(cells[: len(lines) ** 2].T)] = True
     values = {}  # Name -> [M, B], mean over probes.
@@ -329,6 +329,17 @@ def draw_noise_and_probes(images: Pair, num_probes: int, seed: int) -> tuple[Pai
     noise = tuple(torch.randn(x.shape, generator=generator).to(x) for x in images)
     probes = tuple((2 * torch.randint(0, 2, (num_probes, *x.shape), generator=generator) - 1).to(x) for x in images)
     return noise, probes
+
+
+def _coarse_lines(log_snr: np.ndarray, count: int) -> np.ndarray:
+    # Half by index and half by log SNR: lines even in t leave a quarter of the log SNRs to their last interval.
+    n = len(log_snr)
+    place = np.arange(n) / (n - 1) + (log_snr - log_snr[0]) / (log_snr[-1] - log_snr[0])
+    lines = np.abs(place[:, None] - np.linspace(0, 2, count)).argmin(0)
+    # Lines that coincide move apart, towards noise, within the grid.
+    k = np.arange(count)
+    lines = np.minimum.accumulate((lines - k)[::-1])[::-1] + k
+    return np.maximum.accumulate(np.maximum(lines - k, 0)) + k
 
 
 def _held_out_cells(lines: np.ndarray, num_lines: int, count: int, seed: int) -> list[tuple[int, int]]:
