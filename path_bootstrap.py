@@ -36,7 +36,7 @@ def bootstrap_paths(
     maps = np.asarray(maps, dtype=np.float64)
     if maps.ndim != 4 or maps.shape[1] != maps.shape[2] or maps.shape[3] < 2:
         raise ValueError(
-            f"maps have shape {list(maps.shape)} but must be [M, n, n, B]; resampling needs 2 images or more."
+            f"maps have shape {list(maps.shape)} but must be [M, n, n, B]; resampling needs at least 2 images."
         )
     if replicates < 2:
         raise ValueError(f"replicates is {replicates}; at least 2 make a spread.")

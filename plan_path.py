@@ -94,6 +94,7 @@ class Planner:
         self.is_kl = args.criterion == "kl"
         self.start = int(self.t_grid[0]) if args.start is None else args.start
         if self.is_kl:
+            kl_lines(heatmap, self.log_snr, args.start, args.end, 2)  # Refuses a start or end off the map.
             problem = KLProblem.of(heatmap, args.kl_weight)
             options = {"criterion": "kl", "weight": args.kl_weight, "bands": problem.bands}
             maps = problem[:2]

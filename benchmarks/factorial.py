@@ -207,26 +207,28 @@ def trained_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     settings = {f"weights_{name}": model.fingerprint for name, model in models.items()}
     settings |= {"images": images.fingerprint, "num_images": args.num_images}
     settings["precision"] = resolve_precision(device, args.precision)
-    check_settings(FilePath(f"{args.output}.json"), settings)
     rows = read_csv(file) if file.exists() else []
     done = {(r["seed"], r["model"], r["detail"]): r["value"] for r in rows}
     known = {tuple(str(r[c]) for c in COLUMNS[:6]): r["detail"] for r in rows}
     paths = [(nfe, *job) for nfe in args.nfe for job in trained_paths(heatmap, log_snr, nfe)]
-    jobs = list(itertools.product(args.seeds, paths))
-    for seed, (nfe, model, spacing, offset, path) in tqdm(jobs, unit="path"):
-        schedule = models[model].config["beta_schedule"]
-        row = dict(zip(COLUMNS, (schedule, model, spacing, offset, nfe, seed), strict=False))
+    missing = []
+    for seed, (nfe, model, spacing, offset, path) in itertools.product(args.seeds, paths):
+        row = dict(
+            zip(COLUMNS, (models[model].config["beta_schedule"], model, spacing, offset, nfe, seed), strict=False)
+        )
         scored = known.get(tuple(map(str, row.values())))
-        if scored == path.fingerprint():
-            continue
-        if scored is not None:
+        if scored is None:
+            missing.append((row, path))
+        elif scored != path.fingerprint():
             raise ValueError(
                 f"{file} holds a score of {spacing}, {offset or model}, {nfe} calls along another path than this "
                 "heatmap gives; pass another --output."
             )
-        same = (str(seed), model, path.fingerprint())
+    check_settings(FilePath(f"{args.output}.json"), settings)
+    for row, path in tqdm(missing, unit="path"):
+        same = (str(row["seed"]), row["model"], path.fingerprint())
         if same not in done:
-            done[same] = score(models[model], path, seed, args, metric, device)
+            done[same] = score(models[row["model"]], path, row["seed"], args, metric, device)
         row |= {"value": done[same], "detail": path.fingerprint()}
         rows.append({name: str(value) for name, value in row.items()})
         write_csv(file, rows)

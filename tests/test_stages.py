@@ -25,6 +25,7 @@ import eval_fid_batch
 import export
 import generate_with_path_30
 import make_figures
+import plan_path
 import train_baseline
 import train_lift
 from checkpoint import load_model
@@ -45,6 +46,7 @@ STAGES = [
     aggregate_results,
     make_figures,
     export,
+    plan_path,
 ]
 HARDWARE = ["--device", "cpu", "--precision", "fp32"]
 # Four cells are crossed in four steps, of at most the five cells that a step may move.
@@ -970,7 +972,7 @@ def test_scripts_evaluate_with_the_defaults_of_the_stages(checkout):
     calls = [parsed(command) for command in commands]
     scored = [call for module, call in calls if module is eval_fid_batch]
     everything = defaults(eval_fid_batch)
-    paths = [["diagonal"], ["diagonal"], ["dp_64", "dp_total"]]
+    paths = [["diagonal"], ["diagonal"], ["dp_64", "dp_total", "kl_diagonal", "kl"]]
     assert scored == [
         everything | {"model_type": [model], "path_type": path_type, "epochs": epochs}
         for model, path_type, epochs in zip(("baseline", "lift", "lift"), paths, (None, None, [200, 1000]), strict=True)
@@ -981,12 +983,15 @@ def test_scripts_evaluate_with_the_defaults_of_the_stages(checkout):
         output = {"output": f"results/heatmap_30_{epoch}ep.pth"}
         assert call == defaults(compute_heatmap_30, "--checkpoint", checkpoint) | output
     generated = [call for module, call in calls if module is generate_with_path_30]
-    assert {call["path_type"] for call in generated} == {"diagonal", "dp_64", "dp_total"}
+    assert {call["path_type"] for call in generated} == {"diagonal", "dp_64", "dp_total", "kl_diagonal", "kl"}
     assert all("_1000ep" in call["checkpoint"] and call["trajectory"] for call in generated)
     assert [module for module, _ in calls].count(aggregate_results) == 1
     figures = {call["figure"]: call for module, call in calls if module is make_figures}
     assert figures.keys() == {"scores", "samples", "paths"}
-    assert len(figures["samples"]["inputs"]) == len(figures["paths"]["inputs"]) == len(generated) == 4
+    assert len(figures["samples"]["inputs"]) == len(figures["paths"]["inputs"]) == len(generated) == 6
+    [plan] = [call for module, call in calls if module is plan_path]
+    places = {"output": "results/plan_1000ep_raw"}
+    assert plan == defaults(plan_path, "--heatmap", "results/heatmap_30_1000ep.pth") | places
 
 
 def test_flags_of_eval_all_reach_every_stage(checkout):
@@ -1002,3 +1007,5 @@ def test_flags_of_eval_all_reach_every_stage(checkout):
             assert call["force"] and call["ema"] and call["output"] == "results/heatmap_30_9ep_ema.pth"
         elif module is generate_with_path_30:
             assert call["ema"] and call["heatmap"] == "results/heatmap_30_9ep_ema.pth"
+        elif module is plan_path:
+            assert call["heatmap"] == "results/heatmap_30_9ep_ema.pth" and call["output"] == "results/plan_9ep_ema"
