@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -353,6 +354,10 @@ def test_scores_of_other_weights_or_paths_do_not_mix(refused, trained, scores, t
     refused(factorial, *flags, "--ema", says=(trained / "map.pth", "other weights"))
     refused(factorial, *flags, "--heatmap", "missing.pth", says=("missing.pth", "does not exist"))
     refused(factorial, *flags, "--nfe", 7, says=("7 steps", "lower num_steps"))
+    for suffix in ("csv", "json"):
+        shutil.copy(f"{scores}.{suffix}", tmp_path / f"kept.{suffix}")
+    others = [*trained_flags(trained, tmp_path / "kept"), "--num_images", 9]
+    refused(factorial, *others, says=(tmp_path / "kept.json", "another num_images", "--output"))
     rows = rows_of(f"{scores}.csv")
     rows[3]["detail"] = "0" * 16
     factorial.write_csv(tmp_path / "table.csv", rows)
