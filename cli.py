@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from data import RESIZE_FILTERS, ImageSet, load_images
+from data import RESIZE_FILTERS, ImageSet, load_images, split_holdout
 from device import PRECISIONS
 
 
@@ -68,23 +68,34 @@ def add_data_arguments(parser: argparse.ArgumentParser, dataset_default: str | N
         group.add_argument("--resolution", type=positive_int, default=64, help="side of the fine image (64)")
         group.add_argument("--resize_filter", choices=tuple(RESIZE_FILTERS), default="bilinear", help="(bilinear)")
     group.add_argument("--limit", type=positive_int, default=None, metavar="N", help="first N images only")
+    text = "images kept out of training, evenly over the set (none)" if dataset_default else "(as in training)"
+    group.add_argument("--holdout", type=positive_int, default=None, metavar="N", help=text)
     group.add_argument("--cache_dir", default="cache", help="decoded images are kept here (cache)")
     group.add_argument("--num_workers", type=positive_int, default=4, help="threads that decode images (4)")
     group.add_argument("--skip_bad_images", action="store_true", help="leave unreadable images out")
 
 
 def load_training_images(args: argparse.Namespace, config: dict | None = None) -> ImageSet:
-    """The images the flags name; what they leave open comes from the config of a checkpoint."""
+    """The images the flags name, without those held out; what they leave open comes from the config of a checkpoint."""
+    return load_image_parts(args, config)[0]
+
+
+def load_image_parts(args: argparse.Namespace, config: dict | None = None) -> tuple[ImageSet, ImageSet | None]:
+    """The images to train on and those held out, if any are, as `load_training_images` finds them."""
     defaults = config or vars(args)
-    return load_images(
+    # A count belongs to the data set it was given with.
+    inherited = defaults if args.dataset is None else {}
+    images = load_images(
         args.dataset or defaults["dataset"],
         resolution=defaults["resolution"],
         cache_dir=args.cache_dir,
-        limit=args.limit or (defaults["limit"] if args.dataset is None else None),
+        limit=args.limit or inherited.get("limit"),
         resize_filter=defaults["resize_filter"],
         skip_bad_images=args.skip_bad_images or defaults["skip_bad_images"],
         num_workers=args.num_workers,
     )
+    holdout = args.holdout or inherited.get("holdout")
+    return (images, None) if holdout is None else split_holdout(images, holdout)
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +103,16 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("hardware")
     group.add_argument("--device", default=None, help="0, cuda:1 or cpu (the first GPU if there is one)")
     group.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where it is fast")
+
+
+def add_compile_argument(parser: argparse.ArgumentParser) -> None:
+    """`--compile` of stages that sample; None means on GPUs."""
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compile the network, which takes a minute or more (on a GPU, for many images)",
+    )
 
 
 def run_stage(main: Callable[[], None]) -> None:

@@ -14,14 +14,16 @@ checkpoint was trained on. A run that is stopped and started again goes on from 
 
 import argparse
 import functools
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 import cli
-from checkpoint import load_model
-from data import to_float
+from checkpoint import LoadedModel, load_model
+from data import ImageSet, to_float
 from device import autocast, resolve_precision
 from distributed import Processes
 from error_map import (
@@ -39,8 +41,8 @@ from path import GRID_SPACINGS, check_steps, find_optimal_paths_all_steps, leads
 from path_choice import PATH_SETTINGS, add_path_arguments, heatmap_file, path_errors
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this stage."""
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of this stage, from the command line unless `argv` is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", help="a LIFT checkpoint (required unless --plot_only)")
@@ -61,7 +63,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_data_arguments(parser, dataset_default=None)
     cli.add_device_arguments(parser)
     add_path_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not (args.output if args.plot_only else args.checkpoint):
         parser.error("--plot_only needs --output" if args.plot_only else "--checkpoint is required")
     return args
@@ -114,10 +116,11 @@ def draw(content: dict, file: Path) -> None:
 
 
 def compute(args: argparse.Namespace, processes: Processes) -> tuple[dict, Path]:
-    """The map with its settings, and the file it belongs in; an existing file with equal settings is reused."""
+    """The map with its settings, and the file it belongs in; an existing file with equal settings is reused.
+
+    Of several runs that want one file at a time, the first makes it and the others wait and reuse it.
+    """
     device = processes.device
-    if args.maps != "mse":  # Of which no published path is made.
-        check_steps(args.grid, args.num_steps, args.max_jump)
     loaded = load_model(args.checkpoint, args.ema, device)
     if loaded.config["model_type"] != "dual":
         raise ValueError(
@@ -155,18 +158,33 @@ def compute(args: argparse.Namespace, processes: Processes) -> tuple[dict, Path]
         "coarse": args.coarse,
         "precision": args.precision,
     }
-    if file.exists() and not args.force:
-        content = load_heatmap(file)
-        different = [name for name, value in settings.items() if content.get(name) != value]
-        if different:
-            raise ValueError(f"{file} exists with another {', '.join(different)}; pass --force or another --output.")
-        if processes.is_main:
-            print(f"the map of {file} has these settings and is kept")
-        return content, file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # The first process holds the file for all.
+    with FileLock(f"{file}.lock") if processes.is_main else nullcontext():
+        processes.any(False)
+        if file.exists() and not args.force:
+            content = load_heatmap(file)
+            different = [name for name, value in settings.items() if content.get(name) != value]
+            if different:
+                raise ValueError(
+                    f"{file} exists with another {', '.join(different)}; pass --force or another --output."
+                )
+            if processes.is_main:
+                print(f"the map of {file} has these settings and is kept")
+        else:
+            content = measure(args, loaded, images, settings, file, processes)
+    return content | settings, file
+
+
+def measure(
+    args: argparse.Namespace, loaded: LoadedModel, images: ImageSet, settings: dict, file: Path, processes: Processes
+) -> dict:
+    """The map itself, saved by the first process."""
+    device = processes.device
     chosen = np.random.default_rng(args.seed).choice(len(images), args.num_images, replace=False)
     x_64 = to_float(torch.from_numpy(images.pixels[np.sort(chosen)])).to(device)
 
-    def measure(timesteps: np.ndarray, precision: str, **options) -> dict:
+    def run(timesteps: np.ndarray, precision: str, **options) -> dict:
         return error_map(
             loaded.model.denoise,
             loaded.scheduler,
@@ -181,30 +199,33 @@ def compute(args: argparse.Namespace, processes: Processes) -> tuple[dict, Path]
             **options,
         )
 
-    grid = timestep_grid(args.grid, loaded.config["num_train_timesteps"], args.grid_spacing, args.start, log_snr)
+    num_timesteps = loaded.config["num_train_timesteps"]
+    grid = timestep_grid(args.grid, num_timesteps, args.grid_spacing, args.start, loaded.scheduler.log_snr.numpy())
     precision = fast = resolve_precision(device, args.precision)
     if args.precision == "auto" and precision != "fp32":
         few = grid[sorted({0, len(grid) // 2, len(grid) - 1})]
-        deviation = largest_deviation(*(measure(few, kind, progress=False) for kind in (precision, "fp32")))
+        deviation = largest_deviation(*(run(few, kind, progress=False) for kind in (precision, "fp32")))
         # The cells are shared, and must be alike.
         if processes.any(not deviation <= 1)[0]:
             precision = "fp32"
         if processes.is_main:
             print(f"{fast} differs from fp32 by at most {deviation:.2g} standard errors: {precision}")
     parts = PartFiles(file, settings | {"used": precision})
-    content = measure(grid, precision, coarse=args.coarse, processes=processes, parts=parts)
-    content |= {"used_precision": precision, "num_train_timesteps": loaded.config["num_train_timesteps"]}
+    content = run(grid, precision, coarse=args.coarse, processes=processes, parts=parts)
+    content |= {"used_precision": precision, "num_train_timesteps": num_timesteps}
     # The file calls these K and batch, as published.
     del content["num_probes"], content["num_images"]
     if processes.is_main:
         save_heatmap(file, content | settings)
         parts.remove()
-    return content | settings, file
+    return content
 
 
 def main() -> None:
     """Compute or reuse the map, find the published paths, then draw."""
     args = parse_args()
+    if args.maps != "mse" and not args.plot_only:  # Of which no published path is made.
+        check_steps(args.grid, args.num_steps, args.max_jump)
     processes = Processes("cpu" if args.plot_only else args.device)
     content, file = (load_heatmap(args.output), Path(args.output)) if args.plot_only else compute(args, processes)
     processes.close()

@@ -36,6 +36,10 @@ DECODE_CHUNK = 512
 SYNTHETIC_DEFAULT_IMAGES = 4096
 
 
+class WrongSizeError(ValueError):
+    """An image is not of the size it is to have."""
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Decoded images: `pixels` uint8 `[N, C, R, R]`, `name` as given, `fingerprint` of the pixels themselves."""
@@ -140,8 +144,10 @@ def _open_source(dataset: str) -> _Source:
     return _dataset_source(dataset)
 
 
-def _decode(image: Image.Image, resolution: int, resize_filter: str) -> tuple[np.ndarray, bool]:
+def _decode(image: Image.Image, resolution: int, resize_filter: str | None) -> tuple[np.ndarray, bool]:
     """Resize the shorter side, crop the centre, rounding as torchvision does: uint8 `[3, R, R]`, and if it is grey."""
+    if resize_filter is None and image.size != (resolution, resolution):
+        raise WrongSizeError(f"is {image.size[0]}x{image.size[1]} and not {resolution}x{resolution}")
     if image.mode.startswith("I;16"):
         # Pillow would clip 16 bits at 255 instead of scaling them.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -156,7 +162,7 @@ def _decode(image: Image.Image, resolution: int, resize_filter: str) -> tuple[np
 
 
 def _decode_all(
-    source: _Source, count: int, resolution: int, resize_filter: str, skip_bad_images: bool, num_workers: int
+    source: _Source, count: int, resolution: int, resize_filter: str | None, skip_bad_images: bool, num_workers: int
 ) -> np.ndarray:
     """Every readable image of the source, uint8 `[N, C, R, R]`; grey if all of them are."""
 
@@ -176,6 +182,11 @@ def _decode_all(
                     pixels[kept], grey = result
                     all_grey &= grey
                     kept += 1
+                elif isinstance(result, WrongSizeError):
+                    raise ValueError(
+                        f"{source.describe(i)} {result}; name a folder of images of that size, which generate_with_"
+                        "path_30.py writes, or pass it as --dataset, which resizes."
+                    )
                 elif skip_bad_images:
                     tqdm.write(f"skipped {source.describe(i)}: {result}")
                 else:
@@ -202,7 +213,7 @@ def load_images(
     resolution: int = 64,
     cache_dir: str | os.PathLike = "cache",
     limit: int | None = None,
-    resize_filter: str = "bilinear",
+    resize_filter: str | None = "bilinear",
     skip_bad_images: bool = False,
     num_workers: int = 4,
 ) -> ImageSet:
@@ -212,10 +223,12 @@ def load_images(
         it has one), or `synthetic` (endless; 4096 images unless `limit` says otherwise).
     resolution: side of the fine image, a multiple of 16.
     limit: the first so many images only, of which unreadable ones that are skipped are not made up for.
+    resize_filter: one of RESIZE_FILTERS, or None for images that are to be of that size already.
     A set of grey images stays grey; everything else becomes RGB. Shorter side to `resolution`, then a centre crop.
 
-    Raises ValueError for a bad resolution, an unreadable image (unless skipped) or fewer images than `limit`,
-    FileNotFoundError for a missing folder, RuntimeError for a data set that cannot be loaded.
+    Raises ValueError for a bad resolution, an unreadable image (unless skipped), one of another size where none is to
+    be resized, or fewer images than `limit`, FileNotFoundError for a missing folder, RuntimeError for a data set that
+    cannot be loaded.
     """
     if resolution < 16 or resolution % 16:
         raise ValueError(f"--resolution {resolution} must be a positive multiple of 16, such as 32 or 64.")
@@ -251,6 +264,45 @@ def load_images(
                 temporary.write_text(json.dumps(info | {"resize_filter": resize_filter}))
         info = json.loads(info_file.read_text())
     return ImageSet(np.load(pixels_file, mmap_mode="r"), dataset, info["fingerprint"])
+
+
+def first_of_equals(pixels: np.ndarray) -> np.ndarray:
+    """For each image of `[N, C, R, R]` the index of the first one with the same pixels, int64 `[N]`."""
+    first: dict[bytes, int] = {}
+    return np.array([first.setdefault(hashlib.sha256(image.tobytes()).digest(), k) for k, image in enumerate(pixels)])
+
+
+def distinct_images(pixels: np.ndarray) -> np.ndarray:
+    """The images of `[N, C, R, R]` without repetitions, in order."""
+    return pixels[first_of_equals(pixels) == np.arange(len(pixels))]
+
+
+def split_holdout(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
+    """The images to train on, and `count` held out, which lie evenly over the set; each part is in order.
+
+    An image that equals one held out is in neither part, as sets of faces from the web repeat themselves. Which ones
+    are held out depends on the images alone, so training and evaluation agree without a list, and a set that is sorted
+    by class has every class in both parts. Raises ValueError unless 0 < count < number of images, or if the held-out
+    images and their repetitions are all there is.
+    """
+    if not 0 < count < len(images):
+        raise ValueError(
+            f"--holdout {count} must leave images to train on: '{images.name}' has {len(images)}, so choose 1 to "
+            f"{len(images) - 1}."
+        )
+    # The middle of each of `count` stretches of equal length.
+    chosen = (2 * np.arange(count) + 1) * len(images) // (2 * count)
+    held_out = np.zeros(len(images), bool)
+    held_out[chosen] = True
+    first = first_of_equals(images.pixels)
+    to_train_on = ~np.isin(first, first[chosen])
+    if not to_train_on.any():
+        raise ValueError(
+            f"--holdout {count} leaves none of the images of '{images.name}', which repeats them; hold out fewer."
+        )
+    parts = (images.pixels[to_train_on], images.pixels[held_out])
+    training, rest = (ImageSet(pixels, images.name, fingerprint_array(pixels)) for pixels in parts)
+    return training, rest
 
 
 class TwoScaleBatches:

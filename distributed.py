@@ -6,6 +6,7 @@ RANK it is alone, and everything here answers at once.
 
 import hashlib
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -70,6 +71,14 @@ class Processes:
         votes = torch.tensor(flags, dtype=torch.int32)
         dist.all_reduce(votes, dist.ReduceOp.MAX)
         return votes.bool().tolist()
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """What every process has, in order of rank, for the first; None for the others. Values go by pickle."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count if self.is_main else None
+        dist.gather_object(value, values)
+        return values
 
     def agree(self, text: str) -> bool:
         """Whether every process says the same; waits for all of them."""

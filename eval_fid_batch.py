@@ -1,54 +1,61 @@
-"""Score checkpoints: FID and sliced Wasserstein distance (SWD) of images sampled along paths.
+"""Score checkpoints: FID, KID, Inception score, precision and recall, SWD, memorisation of images sampled along paths.
 
     python eval_fid_batch.py --model_type baseline --device 0                      # every epoch, FID
     python eval_fid_batch.py --model_type lift --path_type diagonal dp_64 dp_total --epochs 400 --ema
-    python eval_fid_batch.py --metrics swd --num_images 1000 --seeds 42 43 44      # needs no weights
+    python eval_fid_batch.py --weights raw ema --num_steps 6 10 18 36 --multi-seed --metrics fid fid_infinity kid is pr
+    python eval_fid_batch.py --metrics swd nn --num_images 1000 --seeds 42 43 44   # needs no Inception weights
+    torchrun --standalone --nproc_per_node=4 eval_fid_batch.py --epochs 400        # every job on four GPUs
 
-Every checkpoint in --checkpoint_dir x path type x seed is one job; its rows are appended to
-results/fid_results.csv. A job whose rows exist is skipped unless --force. All but diagonals need the heatmap of the
-same weights (compute_heatmap_30.py). --list_jobs prints the jobs as single commands and stops.
+Every checkpoint in --checkpoint_dir x weights x path type x number of steps x seed is one job; its rows, one per
+metric, are appended to results/fid_results.csv. A job whose rows exist is skipped unless --force, and one that another
+process is at is left to it, so the same command may run on many GPUs and hosts at once. All but diagonals need the
+heatmap of the same weights, which is computed when it is missing. --list_jobs prints the jobs as single commands.
 """
 
 import argparse
+import hashlib
 import re
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-from tqdm import tqdm
+from filelock import FileLock, Timeout
 
 import cli
+import compute_heatmap_30
 from checkpoint import FILE_STEMS, LoadedModel, load_model
-from data import ImageSet, to_uint8
-from device import autocast, resolve_precision, select_device
-from metrics import (
-    SlicedWasserstein,
-    fid_reference_moments,
-    frechet_distance,
-    inception_features,
-    inception_fingerprint,
-    load_inception,
-    swd_levels,
-)
+from data import ImageSet
+from device import resolve_compile, resolve_precision
+from distributed import Processes
+from inception import NUM_FEATURES, RESIZES, Inception, load_inception
+from path import GRID_SPACINGS, check_steps
 from path import Path as SamplingPath
 from path_choice import PATH_TYPES, add_path_arguments, choose_path, heatmap_file
-from results_table import VALUE_FIELDS, append_row, has_row
-from sampler import ENDS, image_seeds, sample_seeds, scale_shapes
+from reference_set import ReferenceSet, from_images, load_reference
+from results_table import METRICS, append_row, has_row, read_rows
+from sampler import ENDS, Denoiser, compile_denoiser, image_seeds, scale_shapes
+from scoring import FEATURE_METRICS, Scorer, generate
 
 PUBLISHED_SEEDS = [42, 43, 44, 45, 46]
 MODEL_ALIASES = {"lift": "dual"}
 
 
 class Job(NamedTuple):
-    """One evaluation: a checkpoint sampled along a type of path from one seed."""
+    """One evaluation: weights of a checkpoint sampled along a type of path, in so many steps, from one seed."""
 
     checkpoint: Path
+    weights: str  # raw or ema
     path_type: str
+    num_steps: int
     seed: int
+
+    def __str__(self) -> str:
+        return f"{self.checkpoint.name} {self.weights} {self.path_type} {self.num_steps} steps seed {self.seed}"
 
 
 def parse_args() -> argparse.Namespace:
@@ -64,28 +71,39 @@ def parse_args() -> argparse.Namespace:
     add("--model_type", nargs="+", choices=types, default=["baseline", "lift"], help="(baseline lift)")
     add("--epochs", nargs="+", type=cli.positive_int, default=None, help="epochs to score (all found)")
     add("--path_type", nargs="+", choices=PATH_TYPES, default=["diagonal"], help="(diagonal)")
-    add("--ema", action="store_true", help="score the EMA weights")
+    add("--weights", nargs="+", choices=("raw", "ema"), default=["raw"], help="(raw)")
+    add("--ema", dest="weights", action="store_const", const=["ema"], help="score the EMA weights alone")
     add("--seeds", nargs="+", type=cli.seed, default=[42], help="(42)")
     add("--multi-seed", dest="seeds", action="store_const", const=PUBLISHED_SEEDS, help="seeds 42 to 46")
     add("--num_images", type=cli.positive_int, default=None, help="images per job (as many as the reference)")
     add("--batch_size", type=cli.positive_int, default=64, help="images per network call (64)")
-    add("--metrics", nargs="+", choices=("fid", "swd"), default=["fid"], help="(fid)")
-    add("--inception_weights", metavar="FILE", help="pt_inception-2015-12-05 weights, if they cannot be downloaded")
-    add("--heatmap_dir", default="results", help="folder of heatmap_30_{epoch}ep[_ema].pth (results)")
-    add("--grid", type=cli.positive_int, default=30, help="grid lines of those heatmaps (30)")
     add("--eta", type=cli.unit_interval, default=0.0, help="0 DDIM to 1 ancestral (0)")
     add("--end", choices=ENDS, default="clean", help="land on the clean image, or on t=0 as published (clean)")
     add("--output", default="results/fid_results.csv", help="(results/fid_results.csv)")
     add("--list_jobs", action="store_true", help="print one command per job and stop")
     add("--force", action="store_true", help="score again what has been scored")
+    group = parser.add_argument_group("metrics")
+    group.add_argument("--metrics", nargs="+", choices=METRICS, default=["fid"], help="(fid)")
+    text = "train, holdout, a folder of images of the model's size, or an .npz of pytorch-fid or EDM (train)"
+    group.add_argument("--reference", default="train", help=text)
+    text = "filter by which images reach the 299x299 pixels of Inception (pytorch-fid)"
+    group.add_argument("--resize", choices=RESIZES, default="pytorch-fid", help=text)
+    group.add_argument("--inception_weights", metavar="FILE", help="pt_inception-2015-12-05 weights, if not downloaded")
+    group = parser.add_argument_group("heatmaps, computed when they are missing")
+    group.add_argument("--heatmap_dir", default="results", help="folder of heatmap_30_{epoch}ep[_ema].pth (results)")
+    group.add_argument("--grid", type=cli.positive_int, default=30, help="grid lines of those heatmaps (30)")
+    group.add_argument("--grid_spacing", choices=GRID_SPACINGS, default="uniform_t", help="(uniform_t)")
+    group.add_argument("--K", type=cli.positive_int, default=4, help="Hutchinson probes (4)")
+    group.add_argument("--heatmap_images", type=cli.positive_int, default=16, help="images averaged over (16)")
     cli.add_data_arguments(parser, dataset_default=None)
     cli.add_device_arguments(parser)
-    add_path_arguments(parser)
+    cli.add_compile_argument(parser)
+    add_path_arguments(parser, several_steps=True)
     return parser.parse_args()
 
 
 def find_jobs(args: argparse.Namespace) -> list[Job]:
-    """The jobs the flags ask for, by model, epoch, path and seed; only dual models have DP paths."""
+    """The jobs the flags ask for, in their order; only dual models have paths other than the diagonal."""
     jobs = []
     for name in dict.fromkeys(MODEL_ALIASES.get(name, name) for name in args.model_type):
         pattern = re.compile(rf"{re.escape(FILE_STEMS[name])}_(\d+)ep\.pth")
@@ -101,14 +119,21 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
                 f"{args.checkpoint_dir} has no {FILE_STEMS[name]} checkpoint"
                 f"{f' of epoch {missing[0]}' if missing else ''}; train it or pass another --checkpoint_dir."
             )
-        path_types = [t for t in args.path_type if name == "dual" or t == "diagonal"]
-        jobs += [Job(found[e], t, seed) for e in epochs for t in path_types for seed in args.seeds]
+        jobs += [
+            Job(found[epoch], weights, path_type, num_steps, seed)
+            for epoch in epochs
+            for weights in args.weights
+            for path_type in args.path_type
+            if name == "dual" or path_type == "diagonal"
+            for num_steps in args.num_steps
+            for seed in args.seeds
+        ]
     if not jobs:
         raise ValueError(
             f"--path_type {' '.join(args.path_type)} needs a model with two clocks, but --model_type is "
             f"{' '.join(args.model_type)}; add --model_type lift or --path_type diagonal."
         )
-    return jobs
+    return list(dict.fromkeys(jobs))
 
 
 def job_command(job: Job) -> str:
@@ -116,119 +141,208 @@ def job_command(job: Job) -> str:
     kept = [word for word in sys.argv if word not in ("--list_jobs", "--multi-seed")]
     name, epoch = re.fullmatch(r"(.+)_(\d+)ep", job.checkpoint.stem).groups()
     model_type = next(key for key, stem in FILE_STEMS.items() if stem == name)
-    chosen = ["--model_type", model_type, "--epochs", epoch, "--path_type", job.path_type, "--seeds", str(job.seed)]
-    return shlex.join(["python", *kept, *chosen])
-
-
-class Scorer:
-    """Turns generated images into result rows; reference data and networks are made once and reused."""
-
-    def __init__(self, args: argparse.Namespace, images: ImageSet, device: torch.device):
-        self.args, self.images, self.device = args, images, device
-        self.num_images = args.num_images or len(images)
-        self.features: dict[str, str] = {}
-        if "swd" in args.metrics:
-            levels = "-".join(str(level) for level in swd_levels(images.pixels.shape[-1]))
-            self.features["swd"] = f"swd-7x7-{levels}"
-            self.swd = SlicedWasserstein(images.pixels, self.num_images, device=device)
-        if "fid" in args.metrics:
-            self.inception = load_inception(args.inception_weights, device)
-            weights_fingerprint = inception_fingerprint(self.inception)
-            self.features["fid"] = f"inception-{weights_fingerprint}"
-            self.reference = fid_reference_moments(
-                images.pixels, images.fingerprint, self.inception, weights_fingerprint, args.cache_dir, device=device
-            )
-
-    def score(self, metric: str, pixels: torch.Tensor) -> dict[str, float]:
-        """The value columns of one metric for uint8 `[N, C, H, W]`."""
-        if metric == "fid":
-            moments = inception_features(pixels, self.inception, device=self.device)
-            return {"fid": round(frechet_distance(moments.mean, moments.cov, *self.reference), 4)}
-        distances = self.swd.distance(pixels)
-        levels = {f"swd_{level}": round(value, 4) for level, value in distances.items()}
-        # The table has a column for the levels of 64x64 images only; the mean counts every level.
-        levels = {name: value for name, value in levels.items() if name in VALUE_FIELDS}
-        return levels | {"swd": round(sum(distances.values()) / len(distances), 4)}
-
-
-def generate(
-    loaded: LoadedModel, path: SamplingPath, args: argparse.Namespace, seed: int, count: int, device: torch.device
-) -> tuple[torch.Tensor, int]:
-    """The fine images of one job, uint8 `[N, C, R, R]` on the CPU, and the network calls each took."""
-    shapes = scale_shapes(loaded.model.num_scales, loaded.config["channels"], loaded.config["resolution"])
-    pixels, nfe = [], 0
-    batches = sample_seeds(
-        loaded.model.denoise, loaded.scheduler, path, image_seeds(seed, count), shapes,
-        args.batch_size, device, args.eta, end=args.end,
-    )  # fmt: skip
-    with autocast(device, args.precision), tqdm(total=count, unit="img", leave=False) as bar:
-        for chosen, samples in batches:
-            nfe = samples.nfe
-            pixels.append(to_uint8(samples.images[0]).cpu())
-            bar.update(len(chosen))
-    return torch.cat(pixels), nfe
-
-
-def run_job(job: Job, loaded: LoadedModel, scorer: Scorer, args: argparse.Namespace, device: torch.device) -> None:
-    """Generate and score what has no row yet."""
-    config = loaded.config
-    heatmap = heatmap_file(args.heatmap_dir, config["epoch"], loaded.weights, args.grid)
-    path = choose_path(args, job.path_type, loaded, heatmap)
-    solver = "" if (args.eta, args.end) == (0.0, "clean") else f"-eta{args.eta:g}-{args.end}"
-    key = {
-        "checkpoint_fingerprint": loaded.fingerprint,
-        "weights": loaded.weights,
-        "path_fingerprint": path.fingerprint() + solver,
-        "nfe": path.nfe,
-        "seed": job.seed,
-        "num_images": scorer.num_images,
-        "reference_fingerprint": scorer.images.fingerprint,
-        "precision": resolve_precision(device, args.precision),
-        # Two types of path may have the same points, and each gets its column of the table.
-        "path_type": job.path_type,
+    chosen = {
+        "--model_type": model_type,
+        "--epochs": epoch,
+        "--weights": job.weights,
+        "--path_type": job.path_type,
+        "--num_steps": job.num_steps,
+        "--seeds": job.seed,
     }
-    keys = {metric: key | {"metric_features": features} for metric, features in scorer.features.items()}
-    missing = {m: k for m, k in keys.items() if args.force or not has_row(args.output, k)}
-    label = f"{job.checkpoint.name} {loaded.weights} {job.path_type} seed {job.seed}"
-    if not missing:
-        print(f"{label}: scored already")
-        return
-    start = time.perf_counter()
-    pixels, nfe = generate(loaded, path, args, job.seed, scorer.num_images, device)
-    sampling_seconds = time.perf_counter() - start
-    for metric, row in missing.items():
-        start = time.perf_counter()
-        values = scorer.score(metric, pixels)
-        row |= values | {
-            "nfe": nfe,
-            "dataset": scorer.images.name,
-            "model_type": config["model_type"],
-            "epoch": config["epoch"],
-            "metric": metric,
-            "seconds": round(sampling_seconds + time.perf_counter() - start, 1),
-            "checkpoint": job.checkpoint.name,
-            "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    return shlex.join(["python", *kept, *(str(word) for pair in chosen.items() for word in pair)])
+
+
+class Evaluation:
+    """Runs jobs one after the other; what they share is loaded and made once."""
+
+    def __init__(self, args: argparse.Namespace, processes: Processes):
+        self.args, self.processes, self.device = args, processes, processes.device
+        self._loaded: tuple[Any, LoadedModel, Denoiser, ImageSet] | None = None
+        self._inception: Inception | None = None
+        self._scorer: Scorer | None = None
+        self._warned = False
+
+    def run(self, job: Job, wait: bool) -> bool:
+        """Generate and score what has no row yet; False if another process is at this job and `wait` is not set."""
+        with self._claim(job, wait) as claimed:
+            if claimed:
+                self._run(job)
+        return claimed
+
+    @contextmanager
+    def _claim(self, job: Job, wait: bool) -> Iterator[bool]:
+        """Keep other processes away from a job, until the end or the death of this one; yields whether that is so."""
+        name = f"{job.checkpoint.resolve()} {job.weights} {job.path_type} {job.num_steps} {job.seed}"
+        file = Path(f"{self.args.output}.jobs") / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"
+        lock = FileLock(file)
+        claimed = True
+        if self.processes.is_main:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=-1 if wait else 0)
+            except Timeout:
+                claimed = False
+        claimed = not self.processes.any(not claimed)[0]
+        try:
+            yield claimed
+        finally:
+            lock.release()
+
+    def _run(self, job: Job) -> None:
+        args = argparse.Namespace(**vars(self.args) | {"num_steps": job.num_steps})
+        loaded, denoise = self._model(job)
+        path = self._path(job, args, loaded)
+        scorer = self._scorer
+        solver = "" if (args.eta, args.end) == (0.0, "clean") else f"-eta{args.eta:g}-{args.end}"
+        key = {
+            "checkpoint_fingerprint": loaded.fingerprint,
+            "weights": loaded.weights,
+            "path_fingerprint": path.fingerprint() + solver,
+            "nfe": path.nfe,
+            "seed": job.seed,
+            "num_images": scorer.num_images,
+            "reference_fingerprint": scorer.reference.fingerprint,
+            "precision": resolve_precision(self.device, args.precision),
+            # Two types of path may have the same points, and each gets its column of the table.
+            "path_type": job.path_type,
         }
-        append_row(args.output, row)
-        print(f"{label}: {', '.join(f'{name} {value:.2f}' for name, value in values.items())}")
+        keys = {metric: key | settings for metric, settings in scorer.settings.items()}
+        missing = {m: k for m, k in keys.items() if args.force or not has_row(args.output, k)}
+        # The first process has seen the table last.
+        if not self.processes.any(self.processes.is_main and bool(missing))[0]:
+            self._say(f"{job}: scored already")
+            return
+        start = time.perf_counter()
+        generated = generate(
+            loaded,
+            path,
+            image_seeds(job.seed, scorer.num_images),
+            self.processes,
+            args.batch_size,
+            args.precision,
+            args.eta,
+            args.end,
+            scorer.inception if set(missing) & set(FEATURE_METRICS) else None,
+            denoise,
+        )
+        if generated is None:
+            return
+        sampling_seconds = time.perf_counter() - start
+        for metric, row in missing.items():
+            start = time.perf_counter()
+            values = scorer.score(metric, generated)
+            row |= values | {
+                "nfe": generated.nfe,
+                "dataset": scorer.training.name,
+                "reference": scorer.reference.name,
+                "reference_images": scorer.reference.count,
+                "model_type": loaded.config["model_type"],
+                "epoch": loaded.config["epoch"],
+                "seconds": round(sampling_seconds + time.perf_counter() - start, 1),
+                "checkpoint": job.checkpoint.name,
+                "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            }
+            append_row(args.output, row)
+            print(f"{job}: {', '.join(f'{name} {value:.5g}' for name, value in values.items())}")
+
+    def _say(self, text: str) -> None:
+        if self.processes.is_main:
+            print(text)
+
+    def _model(self, job: Job) -> tuple[LoadedModel, Denoiser]:
+        """The weights of a job, and what is called to denoise with them; also sees to the scorer."""
+        args, which = self.args, (job.checkpoint, job.weights)
+        if self._loaded is None or self._loaded[0] != which:
+            loaded = load_model(job.checkpoint, job.weights == "ema", self.device)
+            config, denoise = loaded.config, loaded.model.denoise
+            training, held_out = cli.load_image_parts(args, config)
+            if self._scorer is None or self._scorer.training.fingerprint != training.fingerprint:
+                self._scorer = self._new_scorer(self._reference(training, held_out, config), training)
+            jobs_in_steps = len(args.path_type) * len(args.seeds) * sum(args.num_steps)
+            if resolve_compile(self.device, args.compile, jobs_in_steps * self._scorer.num_images):
+                shapes = scale_shapes(loaded.model.num_scales, config["channels"], config["resolution"])
+                batch_size = min(args.batch_size, self._scorer.num_images)
+                denoise, note = compile_denoiser(denoise, shapes, batch_size, self.device, args.precision)
+                self._say(note or "the network is compiled")
+            self._loaded = which, loaded, denoise
+        return self._loaded[1:]
+
+    def _reference(self, training: ImageSet, held_out: ImageSet | None, config: dict) -> ReferenceSet:
+        place = self.args.reference
+        if place == "train":
+            return from_images(training, place)
+        if place == "holdout":
+            if held_out is None:
+                raise ValueError(
+                    f"--reference holdout needs images that were kept out of training on '{training.name}', but none "
+                    "were; train with --holdout N, or pass a folder."
+                )
+            return from_images(held_out, place)
+        return load_reference(
+            place, config["resolution"], config["channels"], self.args.cache_dir, self.args.num_workers
+        )
+
+    def _new_scorer(self, reference: ReferenceSet, training: ImageSet) -> Scorer:
+        args = self.args
+        num_images = args.num_images or reference.count
+        if num_images is None:
+            raise ValueError(f"{reference.name} does not say of how many images it is; pass --num_images.")
+        uses_features = bool(set(args.metrics) & set(FEATURE_METRICS))
+        if uses_features and self._inception is None:
+            self._inception = load_inception(args.inception_weights, self.device, args.resize)
+        if uses_features and num_images < NUM_FEATURES and not self._warned and self.processes.is_main:
+            self._warned = True
+            print(
+                f"note: {num_images} images are fewer than the {NUM_FEATURES} features, so that these scores compare "
+                "with none of another number of images",
+                file=sys.stderr,
+            )
+        return Scorer(args.metrics, num_images, reference, training, self._inception, self.device, args.cache_dir)
+
+    def _path(self, job: Job, args: argparse.Namespace, loaded: LoadedModel) -> SamplingPath:
+        """The path of a job, on a heatmap that is computed if there is none."""
+        epoch, weights = loaded.config["epoch"], loaded.weights
+        heatmap = heatmap_file(args.heatmap_dir, epoch, weights, args.grid)
+        if job.path_type.startswith("dp"):
+            check_steps(args.grid, job.num_steps, args.max_jump)
+        if job.path_type != "diagonal" and self.processes.any(not heatmap.exists())[0]:
+            self._say(f"{job}: computing {heatmap} first")
+            flags = {
+                "--checkpoint": job.checkpoint,
+                "--output": heatmap,
+                "--grid": args.grid,
+                "--grid_spacing": args.grid_spacing,
+                "--K": args.K,
+                "--num_images": args.heatmap_images,
+                "--precision": args.precision,
+                "--dataset": args.dataset,
+                "--limit": args.limit,
+                "--holdout": args.holdout,
+                "--cache_dir": args.cache_dir,
+                "--num_workers": args.num_workers,
+            }
+            words = [str(word) for pair in flags.items() if pair[1] is not None for word in pair]
+            words += ["--ema"] * (weights == "ema") + ["--skip_bad_images"] * args.skip_bad_images
+            compute_heatmap_30.compute(compute_heatmap_30.parse_args(words), self.processes)
+        return choose_path(args, job.path_type, loaded, heatmap)
 
 
 def main() -> None:
-    """Run every job, loading each checkpoint once."""
+    """Run every job; those that other processes are at come last, and by then have their rows."""
     args = parse_args()
     jobs = find_jobs(args)
     if args.list_jobs:
         print("\n".join(job_command(job) for job in jobs))
         return
-    device = select_device(args.device)
-    scorer, loaded, loaded_file = None, None, None
-    for job in jobs:
-        if job.checkpoint != loaded_file:
-            loaded, loaded_file = load_model(job.checkpoint, args.ema, device), job.checkpoint
-            images = cli.load_training_images(args, loaded.config)
-            if scorer is None or scorer.images.fingerprint != images.fingerprint:
-                scorer = Scorer(args, images, device)
-        run_job(job, loaded, scorer, args, device)
+    read_rows(args.output)  # A table that cannot be added to is refused before anything is computed.
+    processes = Processes(args.device)
+    evaluation = Evaluation(args, processes)
+    taken = [job for job in jobs if not evaluation.run(job, wait=False)]
+    for job in taken:
+        if processes.is_main:
+            print(f"{job}: waiting for the process that is at it")
+        evaluation.run(job, wait=True)
+    processes.close()
 
 
 if __name__ == "__main__":

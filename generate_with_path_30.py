@@ -19,12 +19,12 @@ from tqdm import tqdm
 import cli
 from checkpoint import LoadedModel, load_model
 from data import read_png, save_png, to_uint8
-from device import autocast, resolve_precision, select_device
+from device import autocast, resolve_compile, resolve_precision, select_device
 from path import Path as SamplingPath
 from path_choice import PATH_TYPES, add_path_arguments, choose_path, heatmap_file
 from plots import plot_trajectory, save_image_grid
 from safe_write import replacing
-from sampler import ENDS, image_seeds, sample_seeds, scale_shapes
+from sampler import ENDS, compile_denoiser, image_seeds, sample_seeds, scale_shapes
 from schedule_file import save_schedule
 
 GRID_IMAGES = 64
@@ -48,6 +48,7 @@ def parse_args() -> argparse.Namespace:
     add("--force", action="store_true", help="replace the images of other settings that --output holds")
     add("--trajectory", action="store_true", help="also draw both scales along the path")
     cli.add_device_arguments(parser)
+    cli.add_compile_argument(parser)
     add_path_arguments(parser)
     return parser.parse_args()
 
@@ -119,11 +120,17 @@ def main() -> None:
         if len(states) <= path.nfe:
             states.append([to_uint8(x[0]).cpu() for x in images])
 
+    batch_size = min(args.batch_size, max(1, len(missing)))
+    denoise = loaded.model.denoise
+    if missing and resolve_compile(device, args.compile, len(missing) * path.nfe):
+        denoise, note = compile_denoiser(denoise, shapes, batch_size, device, args.precision)
+        if note:
+            print(note)
+
     def run(chosen, callback=None):
         return sample_seeds(
-            loaded.model.denoise, loaded.scheduler, path, chosen, shapes,
-            args.batch_size, device, args.eta, callback, args.end,
-        )  # fmt: skip
+            denoise, loaded.scheduler, path, chosen, shapes, batch_size, device, args.eta, callback, args.end
+        )
 
     nfe = 0
     with autocast(device, args.precision), tqdm(total=len(missing), unit="img", desc=name) as bar:

@@ -25,7 +25,8 @@ from map_plots import plot_cross_jacobian, plot_path_comparison, plot_paths_acro
 from path import Path as PathOfTimesteps
 from path_choice import PATH_SETTINGS
 from plots import plot_losses, plot_samples, plot_scores
-from results_table import COLUMN_TITLES, GROUP_FIELDS, VALUE_FIELDS, aggregate, read_rows
+from result_layout import COLUMN_TITLES
+from results_table import GROUP_FIELDS, VALUE_FIELDS, aggregate, read_rows
 from run_log import METRICS_FILE, read_metrics
 from schedule_file import load_schedule
 from scheduler import DDIMScheduler

@@ -1,20 +1,26 @@
-"""How far generated images are from real ones: FID and the sliced Wasserstein distance.
+"""From features and pixels to numbers: how far generated images are from real ones, and how close to copies.
 
-Images are uint8 arrays or tensors [N, C, H, W] with one or three channels. Both distances depend on the
-number of images, so values at different N are never comparable. FID needs the Inception weights of
-pytorch-fid; the sliced Wasserstein distance needs nothing but the images.
+On features of Inception: the Fréchet distance (FID), its extrapolation to infinitely many images, the kernel
+distance (KID), the inception score, precision and recall. On pixels, without any network: the sliced Wasserstein
+distance and the nearest training images. Features are arrays or CPU tensors [N, D]; images are uint8 arrays or CPU
+tensors [N, C, H, W] with one or three channels. Most numbers depend on N, and compare only at equal N.
 """
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
+import scipy.linalg
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from checkpoint import weights_fingerprint
-from safe_write import replacing
+MIN_EXTRAPOLATED_FEATURES = 100
+KID_SUBSETS = 100
+KID_SUBSET_SIZE = 1000
+SCORE_SPLITS = 10
+MANIFOLD_K = 3
 
 PATCH_SIZE = 7
 PATCHES_PER_IMAGE = 128
@@ -25,6 +31,9 @@ COARSEST_LEVEL = 16
 _PROJECTIONS_PER_CHUNK = 32
 _IMAGES_PER_PYRAMID = 50
 _CACHED_PROJECTION_BYTES = 3 * 2**28
+_SEARCHED_AT_ONCE = 512
+_VALUES_PER_PRODUCT = 1024
+_VALUES_COMPARED_AT_ONCE = 2**24
 
 
 def _check_images(images: np.ndarray | torch.Tensor, role: str) -> None:
@@ -36,95 +45,43 @@ def _check_images(images: np.ndarray | torch.Tensor, role: str) -> None:
         )
 
 
-def _float_batch(images: np.ndarray | torch.Tensor, index: slice, device: torch.device | str) -> torch.Tensor:
-    batch = images[index]
-    if not isinstance(batch, torch.Tensor):
-        # A copy, because a read-only memory map cannot back a tensor.
-        batch = torch.from_numpy(np.array(batch))
-    return batch.to(device).float()
+def _as_tensor(images: np.ndarray | torch.Tensor) -> torch.Tensor:
+    # A copy, because a read-only memory map cannot back a tensor.
+    return images if isinstance(images, torch.Tensor) else torch.from_numpy(np.array(images))
+
+
+def _checked_features(features: np.ndarray | torch.Tensor, role: str, at_least: int) -> np.ndarray:
+    features = np.asarray(features)
+    if features.ndim != 2 or features.shape[1] == 0:
+        raise ValueError(f"The {role} must have shape [N, D], but they have {list(features.shape)}.")
+    if len(features) < at_least:
+        raise ValueError(f"The {role} are of {len(features)} images, but at least {at_least} are needed: take more.")
+    if not np.isfinite(features).all():
+        raise ValueError(f"The {role} hold values that are not finite.")
+    return features
+
+
+def _checked_pair(features, reference, at_least: int) -> tuple[torch.Tensor, torch.Tensor]:
+    features = _checked_features(features, "features of the generated images", at_least)
+    reference = _checked_features(reference, "features of the reference images", at_least)
+    widths = features.shape[1], reference.shape[1]
+    if widths[0] != widths[1]:
+        raise ValueError(f"Features of one network are compared, not of {widths[0]} values with {widths[1]}.")
+    return torch.from_numpy(features.astype(np.float64)), torch.from_numpy(reference.astype(np.float64))
+
+
+def _library_metric(module: str, function: str, metric: str, flag: str) -> Callable:
+    try:
+        return getattr(importlib.import_module(f"torch_fidelity.{module}"), function)
+    except (ImportError, AttributeError) as error:
+        # Older versions lack precision and recall, and the way out is the same.
+        raise RuntimeError(
+            f"{metric} needs the package torch-fidelity: run `pip install 'torch-fidelity>=0.4'` or leave {flag} "
+            f"out of --metrics."
+        ) from error
 
 
 # Fréchet inception distance
-
-
-def load_inception(weights: str | Path | None, device: torch.device | str) -> nn.Module:
-    """The Inception network of FID, mapping [B, 3, H, W] in [0, 1] to a list with one [B, 2048, 1, 1] tensor.
-
-    Args:
-        weights: state-dict file of pytorch-fid (`pt_inception-2015-12-05-6726825d.pth`), read without network
-            access; None takes the copy in the torch hub cache, downloading it when it is not there.
-        device: where the network goes; it is in evaluation mode and needs no gradient.
-
-    Raises:
-        FileNotFoundError: there is no file `weights`.
-        ValueError: `weights` is damaged or holds something else.
-        RuntimeError: pytorch-fid is not installed, or the download failed.
-    """
-    try:
-        import pytorch_fid.inception as library
-    except ImportError as error:
-        raise RuntimeError(
-            "FID needs the package pytorch-fid: run `pip install pytorch-fid` or use --metrics swd."
-        ) from error
-
-    if weights is None:
-        state = _download_inception_weights(library.FID_WEIGHTS_URL)
-    else:
-        state = _read_inception_weights(Path(weights))
-
-    # The constructor always asks this function for its weights, so handing it ours is the one way to the same
-    # network without a second download.
-    fetch_weights = library.load_state_dict_from_url
-    library.load_state_dict_from_url = lambda *args, **kwargs: state
-    try:
-        inception = library.InceptionV3(resize_input=True, normalize_input=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{weights or library.FID_WEIGHTS_URL} does not hold the Inception weights of pytorch-fid: "
-            f"get them from {library.FID_WEIGHTS_URL} or use --metrics swd."
-        ) from error
-    finally:
-        library.load_state_dict_from_url = fetch_weights
-    return inception.eval().to(device)
-
-
-def _download_inception_weights(url: str) -> Mapping[str, torch.Tensor]:
-    try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except Exception as error:
-        # Network, disk and unpickling raise errors of many types, and the way out is the same.
-        raise RuntimeError(
-            f"FID needs the Inception weights, which could not be downloaded from {url} "
-            f"({type(error).__name__}): pass --inception_weights FILE or use --metrics swd."
-        ) from error
-
-
-def _read_inception_weights(file: Path) -> Mapping[str, torch.Tensor]:
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"There is no Inception weights file {file}: correct --inception_weights or use --metrics swd."
-        )
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # A damaged or foreign file fails in as many ways as it has bytes.
-        raise ValueError(
-            f"The Inception weights file {file} cannot be read as a torch state dict "
-            f"({type(error).__name__}): fetch it again or use --metrics swd."
-        ) from error
-    if not isinstance(state, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
-    ):
-        raise ValueError(
-            f"{file} is not a state dict of named tensors: "
-            f"pass the weights file of pytorch-fid to --inception_weights or use --metrics swd."
-        )
-    return state
-
-
-def inception_fingerprint(inception: nn.Module) -> str:
-    """16 hexadecimal digits that name the weights of `inception`, equal on every device."""
-    return weights_fingerprint(inception.state_dict())
 
 
 class FeatureMoments:
@@ -177,57 +134,68 @@ class FeatureMoments:
         return self._scatter / (self.n - 1)
 
 
-@torch.inference_mode()
-def inception_features(
-    images: np.ndarray | torch.Tensor,  # uint8 [N, C, H, W], C = 1 is repeated to 3
-    inception: nn.Module,  # from load_inception
-    batch_size: int = 64,
-    device: torch.device | str = "cpu",
-) -> FeatureMoments:
-    """Moments of the pool3 features of `images`, which enter as in pytorch-fid: [0, 1], resized to 299.
-
-    Raises ValueError when the images are not uint8 [N, 1 or 3, H, W].
-    """
-    _check_images(images, "evaluated")
-    moments = FeatureMoments()
-    for start in range(0, len(images), batch_size):
-        batch = _float_batch(images, slice(start, start + batch_size), device) / 255  # [B, C, H, W]
-        batch = batch.expand(-1, 3, -1, -1)  # [B, 3, H, W]
-        moments.update(inception(batch)[0].flatten(1))  # [B, 2048]
-    return moments
-
-
 def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
     """Squared Fréchet distance of two Gaussians, ‖μ1 - μ2‖² + tr Σ1 + tr Σ2 - 2 tr (Σ1^½ Σ2 Σ1^½)^½.
 
-    Equation 6 of arXiv 1706.08500. With Σ = F Fᵀ the last trace is the sum of the singular values of
-    F1ᵀ F2, the square roots of the eigenvalues of Σ1^½ Σ2 Σ1^½. Taking them without squaring keeps the zero
-    eigenvalues of a covariance of fewer images than features at 1e-16 instead of their root 1e-8.
+    Equation 6 of arXiv 1706.08500. With Σ = F Fᵀ by Cholesky the last trace is the sum of the singular values of
+    G = F1ᵀ F2, the roots of the eigenvalues of G Gᵀ, which has no more rows than the lower of the two ranks. So
+    no matrix square root is taken, and no zero eigenvalues come in where there are fewer images than features.
 
-    Args:
-        mean_1, mean_2: [D].
-        cov_1, cov_2: symmetric positive semi-definite [D, D].
-
-    Raises:
-        ValueError: shapes differ, a value is not finite, or a covariance has a truly negative eigenvalue.
+    Means are [D], covariances symmetric positive semi-definite [D, D]. Raises ValueError when shapes differ, a value
+    is not finite, or a covariance has a truly negative eigenvalue.
     """
-    mean_1, mean_2 = np.asarray(mean_1, dtype=np.float64), np.asarray(mean_2, dtype=np.float64)
-    cov_1, cov_2 = np.asarray(cov_1, dtype=np.float64), np.asarray(cov_2, dtype=np.float64)
-    if mean_1.ndim != 1 or mean_1.shape != mean_2.shape or not cov_1.shape == cov_2.shape == mean_1.shape * 2:
+    dim = np.size(mean_1)
+    return _distance_by_factors(*_mean_and_factor(mean_1, cov_1, dim), *_mean_and_factor(mean_2, cov_2, dim))
+
+
+def _mean_and_factor(mean: np.ndarray, cov: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    mean, cov = np.asarray(mean, dtype=np.float64), np.asarray(cov, dtype=np.float64)
+    if mean.shape != (dim,) or cov.shape != (dim, dim):
         raise ValueError(
-            f"Two means [D] and two covariances [D, D] are needed, but their shapes are {list(mean_1.shape)}, "
-            f"{list(mean_2.shape)}, {list(cov_1.shape)} and {list(cov_2.shape)}."
+            f"Moments of {dim} features are a mean [{dim}] and a covariance [{dim}, {dim}], "
+            f"but the shapes are {list(mean.shape)} and {list(cov.shape)}."
         )
-    if not all(np.isfinite(array).all() for array in (mean_1, mean_2, cov_1, cov_2)):
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise ValueError("The moments of the features hold values that are not finite.")
-    product = _covariance_factor(cov_1).T @ _covariance_factor(cov_2)  # [rank 1, rank 2]
-    root_trace = np.linalg.svd(product, compute_uv=False).sum()
-    distance = np.sum((mean_1 - mean_2) ** 2) + np.trace(cov_1) + np.trace(cov_2) - 2 * root_trace
+    return mean, _covariance_factor(cov)
+
+
+def _distance_by_factors(mean_1: np.ndarray, factor_1: np.ndarray, mean_2: np.ndarray, factor_2: np.ndarray) -> float:
+    traces = np.sum(factor_1**2) + np.sum(factor_2**2) - 2 * _nuclear_norm(factor_1.T @ factor_2)
+    distance = np.sum((mean_1 - mean_2) ** 2) + traces
     # Equal Gaussians leave the rounding of the traces, of either sign.
     return max(0.0, float(distance))
 
 
+def _nuclear_norm(matrix: np.ndarray) -> float:
+    thin = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+    gram = thin @ thin.T
+    scale = np.sqrt(np.diagonal(gram))
+    scale[scale == 0] = 1
+    if scipy.linalg.lapack.dpstrf(gram / np.outer(scale, scale), lower=1)[2] < len(thin):
+        # The rounding of a zero eigenvalue has a root that is not small, and singular values come without roots.
+        return np.linalg.svd(thin, compute_uv=False).sum()
+    # Columns of factors fall in size, and of a matrix that falls in size eigenvalues below 1e-16 are precise too.
+    return np.sqrt(np.linalg.eigvalsh(gram).clip(0)).sum()
+
+
 def _covariance_factor(cov: np.ndarray) -> np.ndarray:
+    # F [D, rank] with F Fᵀ = cov, in a fraction of the time of the eigenvectors.
+    lower, pivots, rank, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)
+    order = pivots - 1
+    lower = np.tril(lower)[:, :rank]  # [D, rank]
+    # Pivoting stops when no variance is left, and what a covariance then still holds is rounding.
+    rest = cov[np.ix_(order[rank:], order[rank:])] - lower[rank:] @ lower[rank:].T  # [D - rank, D - rank]
+    tolerance = 4 * len(cov) * np.finfo(np.float64).eps * np.diagonal(cov).max(initial=0)
+    if np.abs(rest).max(initial=0) > tolerance:
+        # No covariance, or a rounded one, as a float32 file of fewer images than features has it.
+        return _spectral_factor(cov)
+    factor = np.empty_like(lower)
+    factor[order] = lower
+    return factor
+
+
+def _spectral_factor(cov: np.ndarray) -> np.ndarray:
     eigenvalues, vectors = np.linalg.eigh(cov)
     largest = np.abs(eigenvalues).max()
     # Rounding of a float32 covariance stays below this; a lower eigenvalue means the matrix is no covariance.
@@ -238,46 +206,218 @@ def _covariance_factor(cov: np.ndarray) -> np.ndarray:
         )
     # Below the rounding of the decomposition an eigenvalue is noise, whose square root would not be small.
     keep = eigenvalues > len(cov) * np.finfo(np.float64).eps * largest
-    return vectors[:, keep] * np.sqrt(eigenvalues[keep])  # [D, rank]
+    return (vectors[:, keep] * np.sqrt(eigenvalues[keep]))[:, ::-1]  # [D, rank]
 
 
-def fid_reference_moments(
-    images: np.ndarray | torch.Tensor,  # uint8 [N, C, H, W]
-    fingerprint: str,  # of the images
-    inception: nn.Module,
-    inception_name: str,  # from inception_fingerprint
-    cache_dir: str | Path,
-    batch_size: int = 64,
-    device: torch.device | str = "cpu",
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [2048] and covariance [2048, 2048] of the real images, computed once and kept in `cache_dir`.
+class FIDInfinity(NamedTuple):
+    """FID extrapolated to infinitely many generated images, and the points that it was extrapolated from."""
 
-    The file `fid_reference_{fingerprint}_{inception_name}.npz` holds `mu`, `sigma` (the names
-    pytorch-fid reads) and `n`.
+    value: float
+    sizes: np.ndarray  # int [K], generated images of each point
+    fids: np.ndarray  # float [K]
 
-    Raises:
-        ValueError: the cached file is damaged or counts another number of images.
+
+def random_subsets(count: int, num_sizes: int = 15, seed: int = 0) -> list[np.ndarray]:
+    """Indices of `num_sizes` random subsets of `count` images, of sizes evenly spaced from count / 10 to count."""
+    generator = np.random.default_rng(seed)
+    sizes = np.linspace(count // 10, count, num_sizes).round().astype(int)
+    return [generator.permutation(count)[:size] for size in sizes]
+
+
+def fid_infinity(
+    features: np.ndarray | torch.Tensor,  # [N, D] of generated images, N >= 100
+    mean: np.ndarray,  # [D] of the reference
+    cov: np.ndarray,  # [D, D] of the reference
+    seed: int = 0,
+    num_sizes: int = 15,  # two or more
+) -> FIDInfinity:
+    """FID at infinitely many generated images: the straight line of FID over 1/n, taken at 1/n = 0.
+
+    Algorithm 1 of arXiv 1911.07023: FID of n images exceeds its limit by about a constant over n, a constant
+    that differs between models, and the line through random subsets of n = N/10 to N images removes it. What
+    goes is the bias of the number of generated images; that of the reference stays, whose moments are fixed,
+    and so does the chance in which N images were generated. It is arithmetic on features of any network, and
+    may fall slightly below zero.
+
+    Raises ValueError for fewer than 100 features, values that are not finite, or moments of another width or kind.
     """
-    file = Path(cache_dir) / f"fid_reference_{fingerprint}_{inception_name}.npz"
-    if file.exists():
-        try:
-            with np.load(file, allow_pickle=False) as cached:
-                mean, cov, n = cached["mu"], cached["sigma"], int(cached["n"])
-        except Exception as error:
-            # A damaged archive fails in zipfile, zlib or numpy, and the way out is the same.
-            raise ValueError(
-                f"The FID reference {file} is damaged ({type(error).__name__}): delete it to make it again."
-            ) from error
-        if n != len(images):
-            raise ValueError(
-                f"The FID reference {file} is of {n} images but {len(images)} are given: delete it to compute it again."
-            )
-        return mean, cov
+    features = _checked_features(features, "features of the generated images", MIN_EXTRAPOLATED_FEATURES)
+    dim = features.shape[1]
+    mean, factor = _mean_and_factor(mean, cov, dim)
+    subsets = random_subsets(len(features), num_sizes, seed)
+    fids = []
+    for subset in subsets:
+        drawn = features[subset].astype(np.float64)  # [n, D]
+        drawn_mean = drawn.mean(axis=0)
+        root = (drawn - drawn_mean).T / np.sqrt(len(drawn) - 1)  # [D, n]
+        # The centred features are a factor of their covariance, the thinner one up to n = D.
+        drawn_factor = root if len(drawn) <= dim else _covariance_factor(root @ root.T)
+        fids.append(_distance_by_factors(drawn_mean, drawn_factor, mean, factor))
+    sizes = np.array([len(subset) for subset in subsets])
+    _, intercept = np.polyfit(1 / sizes, fids, 1)
+    return FIDInfinity(float(intercept), sizes, np.array(fids))
 
-    moments = inception_features(images, inception, batch_size, device)
-    with replacing(file) as temporary:
-        np.savez(temporary, mu=moments.mean, sigma=moments.cov, n=moments.n)
-    return moments.mean, moments.cov
+
+# Kernel distance, inception score, precision and recall
+
+
+def kernel_distance(
+    features: np.ndarray | torch.Tensor,  # [N, D] of generated images
+    reference: np.ndarray | torch.Tensor,  # [M, D] of real images
+    seed: int = 0,
+) -> tuple[float, float]:
+    """KID: mean of the unbiased squared maximum mean discrepancy over random subsets, and its standard deviation.
+
+    Section 4 of arXiv 1801.01401, by torch-fidelity: kernel (x·y / D + 1)³, 100 pairs of subsets of
+    min(1000, N, M) images each, in float64. The mean has no bias at any N, and is slightly negative at times
+    for equal distributions. The deviation is the spread between subsets of these same images: it says how far
+    one subset can be trusted. It is no standard error of the mean, as the subsets overlap, and with min(N, M)
+    up to 1000 one side is the same in every subset; where both are, one pair says all and the deviation is 0.
+
+    Raises ValueError below two images on a side, for widths that differ and for values that are not finite, and
+    RuntimeError when torch-fidelity is missing.
+    """
+    features, reference = _checked_pair(features, reference, at_least=2)
+    kid = _library_metric("metric_kid", "kid_features_to_metric", "KID", "kid")
+    size = min(KID_SUBSET_SIZE, len(features), len(reference))
+    subsets = 1 if size == max(len(features), len(reference)) else KID_SUBSETS
+    # The kernel is the default of the library, which would print its progress.
+    out = kid(features, reference, kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False)
+    return out["kernel_inception_distance_mean"], out["kernel_inception_distance_std"]
+
+
+def inception_score(logits: np.ndarray | torch.Tensor, seed: int = 0) -> tuple[float, float]:
+    """Inception score: exp of the mean KL(p(y|x) ‖ p(y)), as mean and standard deviation over ten random parts.
+
+    Section 4 of arXiv 1606.03498, by torch-fidelity, from the logits [N, C] of p(y|x). It lies between 1 and C,
+    looks at no real image, and is biased by N: compare equal numbers of images only.
+
+    Raises ValueError below ten images or for values that are not finite, RuntimeError when torch-fidelity is missing.
+    """
+    logits = _checked_features(logits, "logits of the generated images", SCORE_SPLITS)
+    score = _library_metric("metric_isc", "isc_features_to_metric", "The inception score", "is")
+    out = score(torch.from_numpy(logits.astype(np.float64)), splits=SCORE_SPLITS, shuffle=True, rng_seed=seed)
+    return out["inception_score_mean"], out["inception_score_std"]
+
+
+def precision_recall(
+    features: np.ndarray | torch.Tensor,  # [N, D] of generated images
+    reference: np.ndarray | torch.Tensor,  # [M, D] of real images
+) -> tuple[float, float]:
+    """Share of generated images within the real manifold (precision), and of real ones in the generated (recall).
+
+    arXiv 1904.06991, by torch-fidelity: a manifold is the union of balls about its images, each reaching to
+    the third nearest other image of the same set. Both depend on N and M.
+
+    Raises ValueError for fewer than four images on a side, widths that differ or values that are not finite, and
+    RuntimeError when torch-fidelity is missing.
+    """
+    # Distances come from ‖x‖² + ‖y‖² - 2 x·y, of which float32 leaves little between images that nearly agree.
+    features, reference = _checked_pair(features, reference, at_least=MANIFOLD_K + 1)
+    prc = _library_metric("metric_prc", "prc_features_to_metric", "Precision and recall", "pr")
+    # All distances at once would need 8 N M bytes.
+    out = prc(features, reference, prc_neighborhood=MANIFOLD_K, prc_batch_size=1000, save_cpu_ram=True, verbose=False)
+    return out["precision"], out["recall"]
+
+
+# Nearest training images
+
+
+class Neighbours(NamedTuple):
+    """What `NearestNeighbours.compare` finds; distances are RMS pixel differences in grey levels of 0 to 255."""
+
+    distance: float  # median over generated images, to the nearest training image
+    distance_real: float  # median over training images, to the nearest other training image
+    authenticity: float  # share of generated images that are no near copies
+
+
+class NearestNeighbours:
+    """How close generated images are to images of the training set, which shows memorisation.
+
+    The distance of two images is the root mean square difference of their values. A generated image is authentic
+    when it is farther from its nearest training image than that one is from its own nearest other training
+    image (arXiv 2102.08921): of copies none is, of new images of the same distribution somewhat less than half.
+
+    The search is exact: float32 products with a bound on their rounding leave a few candidates, which are
+    compared in whole numbers. The distances within the training set are computed once, at the first comparison.
+    """
+
+    def __init__(self, training: np.ndarray | torch.Tensor, device: torch.device | str = "cpu") -> None:
+        """Keep `training`, uint8 [M, C, R, R] with M >= 2; raises ValueError when it is anything else."""
+        _check_images(training, "training")
+        if len(training) < 2:
+            raise ValueError(f"Nearest neighbours need at least two training images, but there are {len(training)}.")
+        self.shape = tuple(training.shape[1:])
+        self._training = _as_tensor(training).flatten(1).to(device)  # uint8 [M, V]
+        # Distances are the same from any origin, and from the mean image the products are smallest.
+        self._origin = (self._training.sum(dim=0) / len(training)).round()  # float [V]
+        self._norms = torch.cat([self._squared_norms(part) for part in self._training.split(_SEARCHED_AT_ONCE)])  # [M]
+
+    @torch.inference_mode()
+    def compare(self, generated: np.ndarray | torch.Tensor) -> Neighbours:
+        """Of `generated`, uint8 [N, C, R, R]; raises ValueError when it is empty or of another shape or type."""
+        _check_images(generated, "generated")
+        if tuple(generated.shape[1:]) != self.shape or len(generated) == 0:
+            raise ValueError(
+                f"Nearest neighbours need generated images [N, {', '.join(map(str, self.shape))}] like those of the "
+                f"training set, but they are {list(generated.shape)}."
+            )
+        squared, nearest = self._search(_as_tensor(generated).flatten(1))
+        return Neighbours(
+            distance=self._median_rms(squared),
+            distance_real=self._median_rms(self._own_squared),
+            authenticity=(squared > self._own_squared[nearest]).double().mean().item(),
+        )
+
+    @cached_property
+    def _own_squared(self) -> torch.Tensor:
+        return self._search(self._training, among_themselves=True)[0]  # int64 [M]
+
+    def _median_rms(self, squared: torch.Tensor) -> float:
+        return float(np.median(np.sqrt(squared.cpu().numpy() / self._training.shape[1])))
+
+    def _centred(self, images: torch.Tensor, values: slice = slice(None)) -> torch.Tensor:
+        # Whole numbers up to 255 are exact in TF32 and bfloat16 too, to which a process may have set its products.
+        return images[:, values].float() - self._origin[values]
+
+    def _squared_norms(self, images: torch.Tensor) -> torch.Tensor:
+        return self._centred(images).square().sum(dim=1, dtype=torch.float64)
+
+    def _search(self, images: torch.Tensor, among_themselves: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        # Sum of squared differences to the nearest training image and its index, int64 [N] each.
+        found = []
+        for start in range(0, len(images), _SEARCHED_AT_ONCE):
+            batch = images[start : start + _SEARCHED_AT_ONCE].to(self._origin.device)  # [B, V]
+            approximate, error = self._approximate(batch)  # [B, M], [B, 1]
+            if among_themselves:
+                approximate.diagonal(start).fill_(torch.inf)
+            # Only these can be nearest when every distance is wrong by its error at most.
+            near = approximate <= approximate.amin(dim=1, keepdim=True) + 2 * error  # [B, M]
+            found.append(self._nearest_of(batch, near))
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+    def _approximate(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        products = torch.zeros(len(batch), len(self._training), device=batch.device)  # [B, M]
+        # Short sums keep the bound on their rounding low.
+        blocks = [slice(k, k + _VALUES_PER_PRODUCT) for k in range(0, batch.shape[1], _VALUES_PER_PRODUCT)]
+        for values in blocks:
+            products.addmm_(self._centred(batch, values), self._centred(self._training, values).T)
+        norms = self._squared_norms(batch)[:, None]  # [B, 1]
+        # The rounding of a sum of n products is below n units of its sum of sizes, which is at most (‖a‖² + ‖b‖²) / 2.
+        # A unit is taken twice as large as float32 has it, because some hardware cuts off instead of rounding.
+        units = (_VALUES_PER_PRODUCT + len(blocks) + 8) * torch.finfo(torch.float32).eps
+        error = units * (norms + self._norms.max())
+        return norms.float() + self._norms.float() - 2 * products, error.float()
+
+    def _nearest_of(self, batch: torch.Tensor, near: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        count = len(self._training)
+        best = torch.full((len(batch),), torch.iinfo(torch.int64).max, device=batch.device)
+        for pairs in near.nonzero().split(max(1, _VALUES_COMPARED_AT_ONCE // batch.shape[1])):  # [p, 2]
+            row, column = pairs.unbind(1)
+            squared = (batch[row].int() - self._training[column].int()).square().sum(dim=1)  # int64 [p]
+            # Distance first, index second, in one number: of equally near images the first counts.
+            best.scatter_reduce_(0, row, squared * count + column, "amin")
+        return best // count, best % count
 
 
 # Sliced Wasserstein distance
@@ -326,6 +466,31 @@ def laplacian_pyramid(images: torch.Tensor, levels: tuple[int, ...]) -> list[tor
         pyramid.append(images - double @ low @ double.T)
         images = low
     return [*pyramid, images]
+
+
+def sorted_projections(descriptors: torch.Tensor, directions: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Projections of descriptors [n, V] on unit directions [K, V], sorted along each: in chunks [k, n] of K rows."""
+    for chunk in directions.split(_PROJECTIONS_PER_CHUNK):
+        projections = chunk @ descriptors.T  # [k, n]
+        if projections.device.type == "cpu":
+            # Sorts single-precision rows several times faster than torch does on a CPU.
+            projections.numpy().sort(axis=1)
+            yield projections
+        else:
+            yield projections.sort(dim=1).values
+
+
+def projected_distance(first: Iterable[torch.Tensor], second: Iterable[torch.Tensor]) -> float:
+    """Mean over directions of the Wasserstein-1 distance, from `sorted_projections` of two sets of equal size.
+
+    In one dimension it is the mean absolute difference of the sorted values. The chunks of `second` are overwritten.
+    """
+    total, num_directions = 0.0, 0
+    for on_first, on_second in zip(first, second, strict=True):
+        # Long rows are averaged by pairwise sums in float32, and the few row means are added in float64.
+        total += on_second.sub_(on_first).abs_().mean(dim=1).double().sum().item()
+        num_directions += len(on_first)
+    return total / num_directions
 
 
 class SlicedWasserstein:
@@ -401,22 +566,10 @@ class SlicedWasserstein:
             real_chunks = self._sorted_projections(self._real, level)
             if self._keep_sorted_real:
                 real_chunks = self._sorted_real[level] = list(real_chunks)
-        total = 0.0
-        for on_real, on_fake in zip(real_chunks, self._sorted_projections(fake, level), strict=True):
-            # Long rows are averaged by pairwise sums in float32, and the few row means are added in float64.
-            total += on_fake.sub_(on_real).abs_().mean(dim=1).double().sum().item()
-        return 1000 * total / NUM_PROJECTIONS
+        return 1000 * projected_distance(real_chunks, self._sorted_projections(fake, level))
 
     def _sorted_projections(self, images: np.ndarray | torch.Tensor, level: int) -> Iterator[torch.Tensor]:
-        descriptors = self._descriptors(images, level)  # [N * P, C * 49]
-        for directions in self._directions[level].split(_PROJECTIONS_PER_CHUNK):
-            projections = directions @ descriptors.T  # [k, N * P]
-            if projections.device.type == "cpu":
-                # Sorts single-precision rows several times faster than torch does on a CPU.
-                projections.numpy().sort(axis=1)
-                yield projections
-            else:
-                yield projections.sort(dim=1).values
+        return sorted_projections(self._descriptors(images, level), self._directions[level])
 
     def _descriptors(self, images: np.ndarray | torch.Tensor, level: int) -> torch.Tensor:
         descriptors = torch.empty(
@@ -424,7 +577,7 @@ class SlicedWasserstein:
         )
         for start in range(0, self.num_images, _IMAGES_PER_PYRAMID):
             batch = slice(start, start + _IMAGES_PER_PYRAMID)
-            pixels = _float_batch(images, batch, self.device)
+            pixels = _as_tensor(images[batch]).to(self.device).float()
             # The band of a level is what the next one leaves, so the pyramid goes one level further.
             band = laplacian_pyramid(pixels, self.levels[: level + 2])[level]  # [B, C, s, s]
             windows = band.unfold(2, PATCH_SIZE, 1).unfold(3, PATCH_SIZE, 1)  # [B, C, s - 6, s - 6, 7, 7]

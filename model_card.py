@@ -93,6 +93,7 @@ def _training_section(config: dict[str, Any]) -> str:
     rows = [
         ("images", "`{dataset}`, {made} {resolution}×{resolution}", ("dataset", "resolution")),
         ("number of images", "the first {limit}", ("limit",)),
+        ("held out", "{holdout} of them, evenly over the set", ("holdout",)),
         ("mirrored at random", "{flip}", ("flip",)),
         ("epochs", "{epoch} of {epochs}, {step} steps", ("epoch", "epochs", "step")),
         ("batch size", "{batch_size}", ("batch_size",)),

@@ -20,10 +20,11 @@ PATH_TYPES = ("diagonal", "dp_64", "dp_total", "kl", "kl_diagonal")
 PATH_SETTINGS = ("factor", "normalisation", "num_steps", "max_jump")
 
 
-def add_path_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that decide a path, other than its type."""
+def add_path_arguments(parser: argparse.ArgumentParser, several_steps: bool = False) -> None:
+    """The flags that decide a path, other than its type; --num_steps gives a list where there may be several."""
     group = parser.add_argument_group("path")
-    group.add_argument("--num_steps", type=cli.positive_int, default=18, help="steps, each one network call (18)")
+    steps = {"nargs": "+", "default": [18]} if several_steps else {"default": 18}
+    group.add_argument("--num_steps", type=cli.positive_int, help="steps, each one network call (18)", **steps)
     group.add_argument("--spacing", choices=SPACINGS, default="uniform_t", help="of the diagonal (uniform_t)")
     add_criterion_arguments(parser)
 

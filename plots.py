@@ -46,9 +46,19 @@ WEIGHTS_TITLES = {"raw": "raw weights", "ema": "EMA"}
 METRIC_TITLES = {"fid": "FID", "swd": "sliced Wasserstein distance"} | {
     f"swd_{size}": f"sliced Wasserstein distance, level {size}" for size in (64, 32, 16)
 }
+METRIC_TITLES |= {
+    "fid_infinity": "FID∞",
+    "kid": "KID",
+    "inception_score": "Inception score",
+    "manifold_precision": "manifold precision",
+    "manifold_recall": "manifold recall",
+    "nn_distance": "distance to the nearest training image",
+    "nn_distance_real": "distance of real images to the nearest training image",
+    "authenticity": "authenticity",
+}
 NFE_LABEL = "network evaluations (NFE)"
 # Scores that differ in one of these must not share a figure.
-COMPARABLE = ("dataset", "num_images", "nfe", "metric_features", "reference_fingerprint")
+COMPARABLE = ("dataset", "num_images", "nfe", "metric_features", "resize", "reference_fingerprint")
 MAX_TRAJECTORY_COLUMNS = 10
 
 
@@ -154,6 +164,33 @@ def plot_scores(
     to draw, if rows differ in one of `COMPARABLE`, and if two rows are the same point of the same curve.
     """
     save_figure(_scores_figure(rows, metric, title, names or {}), file)
+
+
+def plot_scores_against_nfe(
+    panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, float | None]]]],
+    file: str | os.PathLike,
+    title: str = "",
+    ylabel: str = "FID",
+) -> None:
+    """Draw a score against the network evaluations it took, mean and band of ± sd, one curve per model and path.
+
+    `panels` is weights ("raw", "ema" or any name) -> curve -> NFE -> (mean, sd over seeds or None). Panels stand side
+    by side and share their axes. NFE is on a logarithmic axis, the score too if every mean - sd is positive and the
+    means span more than a factor of 5. A curve looks the same in every panel, and the legend lists curves from top to
+    bottom as they end at the right of the last panel. Raises ValueError for no panel, no curve in a panel, no point on
+    a curve, an NFE that is not positive, and a mean or deviation that is not finite.
+    """
+    save_figure(_score_bands_figure(panels, title, ylabel, NFE_LABEL), file)
+
+
+def plot_scores_against_epoch(
+    panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, float | None]]]],
+    file: str | os.PathLike,
+    title: str = "",
+    ylabel: str = "FID",
+) -> None:
+    """Draw a score against the epoch as `plot_scores_against_nfe` does against NFE, with epochs on a linear axis."""
+    save_figure(_score_bands_figure(panels, title, ylabel, "epoch"), file)
 
 
 def plot_cost_against_nfe(
@@ -519,6 +556,59 @@ def _nfe_axis(axes: Axes, nfes: Sequence[int], gap: float) -> list[int]:
     axes.set_xticks([nfe for nfe in order if nfe not in labelled], minor=True)
     axes.xaxis.set_minor_formatter(NullFormatter())
     return labelled
+
+
+@rc_context(STYLE)
+def _score_bands_figure(
+    panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, float | None]]]], title: str, ylabel: str, xlabel: str
+) -> Figure:
+    if not panels or not all(panels.values()):
+        raise ValueError("there is no score to draw, or a panel without any; pass at least one curve per panel")
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    styles = {name: curve_style(k) for k, name in enumerate(names)}
+    figure = Figure(figsize=(4.2 * len(panels) + 2.4, 4.4), layout="constrained")
+    row = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    means, lows = [], []
+    for axes, (weights, curves) in zip(row, panels.items(), strict=True):
+        for name, points in curves.items():
+            x, mean, sd = _score_curve(f"{name} ({weights})", points)
+            axes.fill_between(x, mean - sd, mean + sd, color=styles[name]["color"], alpha=0.18, linewidth=0)
+            # A band between two points vanishes where a neighbour has no deviation, the bar stays.
+            axes.errorbar(x, mean, sd, linewidth=1.5, markersize=5, elinewidth=0.8, **styles[name])
+            means += mean.tolist()
+            lows += (mean - np.nan_to_num(sd)).tolist()
+        axes.set_title(WEIGHTS_TITLES.get(weights, weights), loc="left")
+        axes.set_xlabel(xlabel)
+        axes.grid(True)
+    if min(lows) > 0 and max(means) > 5 * min(means):
+        log_axis(row[0])
+    xs = [x for curves in panels.values() for points in curves.values() for x in points]
+    if xlabel == NFE_LABEL:
+        _check_positive("an NFE", xs)
+        _nfe_axis(row[0], sorted(set(xs)), gap=0.085)
+    else:
+        row[0].xaxis.set_major_locator(FixedLocator(sorted(set(xs)), nbins=6))
+    row[0].set_ylabel(ylabel)
+    ends = {name: points[max(points)][0] for curves in panels.values() for name, points in curves.items()}
+    shown = sorted(names, key=lambda name: -ends[name])
+    handles = [Line2D([], [], label=textwrap.fill(name, 22), linewidth=1.5, **styles[name]) for name in shown]
+    figure.legend(handles=handles, loc="outside right center")
+    figure.suptitle(title)
+    return figure
+
+
+def _score_curve(
+    where: str, points: Mapping[int, tuple[float, float | None]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if not points:
+        raise ValueError(f"the curve {where} has no point; leave it out")
+    x = np.array(sorted(points))
+    mean = np.array([points[k][0] for k in x], dtype=np.float64)
+    sd = np.array([math.nan if points[k][1] is None else points[k][1] for k in x], dtype=np.float64)
+    bad = ~np.isfinite(mean) | np.isinf(sd)
+    if bad.any():
+        raise ValueError(f"{where} has the score {mean[bad][0]:g} ± {sd[bad][0]:g} at {x[bad][0]}; scores are finite")
+    return x, mean, sd
 
 
 @rc_context(STYLE)

@@ -1,16 +1,19 @@
 """The results table: one CSV row per evaluation, appended under a lock and never rewritten.
 
 Many jobs on many hosts share one file. A row is one line and ends in its date, so a line that a crash cut
-short is recognised, skipped with a warning and never joined with the next one.
+short is recognised, skipped with a warning and never joined with the next one. A whole line with nonsense in it was
+edited by hand and is refused, since skipping it would change means unnoticed.
 """
 
 import csv
 import io
+import math
 import os
 import re
 import statistics
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,55 +29,68 @@ RESULT_KEY = (
     "nfe",
     "seed",
     "num_images",
-    "metric_features",  # such as inception-<fingerprint> or swd-7x7-64-32-16
+    "metric",  # one of METRICS
+    "metric_features",  # inception-<fingerprint>, swd-7x7-64-32-16 or pixels
+    "resize",  # the filter by which images reach the network of the metric, or none
     "reference_fingerprint",
     "precision",  # of the network, fp32 or bf16
 )
-VALUE_FIELDS = ("fid", "swd", "swd_64", "swd_32", "swd_16")  # swd is the mean over its levels
-DESCRIPTION_FIELDS = ("dataset", "model_type", "epoch", "path_type", "metric")
+DESCRIPTION_FIELDS = ("dataset", "reference", "reference_images", "model_type", "epoch", "path_type")
+
+# What each metric measures; the first value is the one it is known by.
+METRIC_VALUES = {
+    "fid": ("fid",),
+    "fid_infinity": ("fid_infinity",),
+    "kid": ("kid", "kid_sd"),
+    "is": ("inception_score", "inception_score_sd"),
+    "pr": ("manifold_precision", "manifold_recall"),
+    "swd": ("swd", "swd_64", "swd_32", "swd_16"),  # swd is the mean over its levels
+    "nn": ("nn_distance", "nn_distance_real", "authenticity"),
+}
+METRICS = tuple(METRIC_VALUES)
+VALUE_FIELDS = tuple(field for fields in METRIC_VALUES.values() for field in fields)
+
 # The date comes last because its fixed form shows whether the line is whole.
 RESULT_FIELDS = (*RESULT_KEY, *DESCRIPTION_FIELDS, *VALUE_FIELDS, "seconds", "checkpoint", "date")
 
 # Rows that agree in these differ in the seed alone, so their spread is that of the seed.
 GROUP_FIELDS = (*DESCRIPTION_FIELDS, *(field for field in RESULT_KEY if field != "seed"))
 
-# What the published table calls a model type and a path type.
-COLUMN_TITLES = {
-    ("baseline", "diagonal"): "Baseline",
-    ("dual", "diagonal"): "LIFT diagonal",
-    ("dual", "dp_64"): "LIFT DP-64",
-    ("dual", "dp_total"): "LIFT DP-Total",
-    ("dual", "kl_diagonal"): "LIFT KL diagonal",
-    ("dual", "kl"): "LIFT KL",
-}
+# Error bars of one evaluation, so that over seeds only their mean says something.
+ERROR_BAR_FIELDS = ("kid_sd", "inception_score_sd")
 
-_DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
-_TABLE_FIELDS = ("dataset", "num_images", "nfe", "metric_features", "reference_fingerprint")
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
+_INTEGER = re.compile(r"0|[1-9][0-9]*")
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 def append_row(file: str | os.PathLike, row: Mapping[str, Any]) -> None:
     """Append one evaluation to `file`, which is created with its header when missing or empty.
 
+    The row is one write and is on the disk when this returns.
+
     Args:
         file: CSV file; `file` + ".lock" beside it keeps concurrent jobs apart.
-        row: values of RESULT_FIELDS; fields other than the key and the date may be missing or None. The date
-            is UTC as 2025-01-31T23:59:59Z.
+        row: values of RESULT_FIELDS, as `read_rows` demands them; fields that may be empty may be missing or None.
+            The date is UTC as 2025-01-31T23:59:59Z.
 
     Raises:
-        ValueError: `row` has an unknown field, lacks a key field or a valid date, or holds a line break; or
-            `file` has another header, in which case it stays as it is.
+        ValueError: `row` has an unknown field or a value that its column cannot hold, such as a missing key field,
+            a NaN or a line break; or `file` has another header. The file stays as it is.
     """
     file = Path(file)
     line = _format_row(row)
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
-        before = _format_line(RESULT_FIELDS)
-        if file.exists() and file.stat().st_size > 0:
-            with open(file, "rb") as stream:
-                _check_header(file, stream.readline().decode(errors="replace"))
-                stream.seek(-1, os.SEEK_END)
-                # A line cut short by a crash is closed, so that the new row does not become its end.
-                before = "" if stream.read(1) == b"\n" else "\n"
+        if not file.exists() or file.stat().st_size == 0:
+            with replacing(file) as temporary:
+                temporary.write_bytes((csv_line(RESULT_FIELDS) + line).encode())
+            return
+        with open(file, "rb") as stream:
+            _check_header(file, stream.readline().decode(errors="replace"))
+            stream.seek(-1, os.SEEK_END)
+            # A line cut short by a crash is closed, so that the new row does not become its end.
+            before = "" if stream.read(1) == b"\n" else "\n"
         with open(file, "ab") as stream:
             stream.write((before + line).encode())
             stream.flush()
@@ -89,21 +105,72 @@ def _format_row(row: Mapping[str, Any]) -> str:
     for field, text in texts.items():
         if "\n" in text or "\r" in text:
             raise ValueError(f"The field {field} of a result must be one line, but it is {text!r}.")
-        if field in RESULT_KEY and not text:
-            raise ValueError(f"A result needs the field {field}, which is part of its key.")
-    if not _DATE.fullmatch(texts["date"]):
-        raise ValueError(f"The date of a result must look like 2025-01-31T23:59:59Z, not {texts['date']!r}.")
-    return _format_line(texts.values())
+    fault = _find_fault(texts)
+    if fault is not None:
+        raise ValueError(f"A result cannot be written to the table: its {fault[0]} {fault[1]}.")
+    return csv_line(texts.values())
 
 
-def _format_line(values: Iterable[Any]) -> str:
+def csv_line(values: Iterable[Any]) -> str:
+    """One line of a CSV file, line break included."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerow(values)
     return buffer.getvalue()
 
 
+def _whole_number(least: int) -> Callable[[str], bool]:
+    return lambda text: _INTEGER.fullmatch(text) is not None and int(text) >= least
+
+
+def _is_number(text: str) -> bool:
+    return _NUMBER.fullmatch(text) is not None and math.isfinite(float(text))
+
+
+def _is_date(text: str) -> bool:
+    try:
+        datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
+    except ValueError:
+        return False
+    return _DATE.fullmatch(text) is not None
+
+
+_POSITIVE = (_whole_number(1), "a positive integer")
+_COUNT = (_whole_number(0), "0 or a positive integer")
+_TEXT = (lambda text: text.strip() != "", "a name")
+_EMPTY_OR_NUMBER = (lambda text: text == "" or _is_number(text), "empty or a finite number")
+
+# What a column may hold; dataset, reference, model_type, path_type and checkpoint are free text.
+_COLUMN_CHECKS: dict[str, tuple[Callable[[str], bool], str]] = {
+    **dict.fromkeys(RESULT_KEY, _TEXT),
+    "weights": (("raw", "ema").__contains__, "raw or ema"),
+    "nfe": _POSITIVE,
+    "seed": _COUNT,
+    "num_images": _POSITIVE,
+    "metric": (METRICS.__contains__, f"one of {', '.join(METRICS)}"),
+    "reference_images": (lambda text: text == "" or _POSITIVE[0](text), "empty or a positive integer"),
+    "epoch": _COUNT,
+    **dict.fromkeys(VALUE_FIELDS, _EMPTY_OR_NUMBER),
+    "seconds": (lambda text: text == "" or (_is_number(text) and float(text) >= 0), "empty or a number of at least 0"),
+    "date": (_is_date, "a date such as 2025-01-31T23:59:59Z"),
+}
+
+
+def _find_fault(row: Mapping[str, str]) -> tuple[str, str] | None:
+    # The column at fault and what is wrong with it.
+    for column, (allowed, form) in _COLUMN_CHECKS.items():
+        if not allowed(row[column]):
+            return column, f"{row[column]!r} is not {form}"
+    own = METRIC_VALUES[row["metric"]]
+    for column in VALUE_FIELDS:
+        if row[column] and column not in own:
+            return column, f"{row[column]!r} is not empty, but the metric of the row is {row['metric']}"
+    if not any(row[column] for column in own):
+        return own[0], f"'' is not a value, and the row has no other of its metric {row['metric']}"
+    return None
+
+
 def _check_header(file: Path, line: str) -> None:
-    if line.rstrip("\r\n") != _format_line(RESULT_FIELDS).rstrip("\n"):
+    if line.rstrip("\r\n") != csv_line(RESULT_FIELDS).rstrip("\n"):
         raise ValueError(
             f"{file} is not a results table of this version, its header begins with {line.strip()[:40]!r}: "
             f"move it away or choose another --output."
@@ -113,7 +180,11 @@ def _check_header(file: Path, line: str) -> None:
 def read_rows(file: str | os.PathLike) -> list[dict[str, str]]:
     """Rows of `file` in the order written, every value as text; none when the file is missing or empty.
 
-    A line that is no whole row is skipped with a warning that names it. Raises ValueError for another header.
+    Integers are nfe and num_images (from 1), seed and epoch (from 0) and reference_images (from 1, or empty). Of
+    VALUE_FIELDS at least one of METRIC_VALUES[metric] is a finite number, those of other metrics are empty. A line that
+    a crash cut short, which therefore lacks a whole date at its end, is skipped with a warning that names it.
+
+    Raises ValueError for another header, and for a whole line that is not a result, naming the line and the column.
     """
     file = Path(file)
     if not file.exists():
@@ -125,17 +196,34 @@ def read_rows(file: str | os.PathLike) -> list[dict[str, str]]:
     rows = []
     # Lines are parsed one by one, since the open quote of a damaged one would swallow those that follow.
     for number, line in enumerate(lines[1:], start=2):
-        if not line:
+        if not line.removesuffix("\r"):
             continue
         try:
             values = next(csv.reader([line.removesuffix("\r")]))
         except csv.Error:
-            values = []
-        if len(values) == len(RESULT_FIELDS) and _DATE.fullmatch(values[-1]):
-            rows.append(dict(zip(RESULT_FIELDS, values, strict=True)))
-        else:
+            values = [""]
+        if _is_torn(values):
             warnings.warn(f"{file} line {number} is not a whole result and is skipped.", stacklevel=2)
+            continue
+        if len(values) != len(RESULT_FIELDS):
+            raise ValueError(
+                f"{file} line {number} has {len(values)} columns instead of {len(RESULT_FIELDS)}; "
+                f"correct it or delete the line."
+            )
+        row = dict(zip(RESULT_FIELDS, values, strict=True))
+        fault = _find_fault(row)
+        if fault is not None:
+            raise ValueError(f"{file} line {number}, column {fault[0]}: {fault[1]}; correct it or delete the line.")
+        rows.append(row)
     return rows
+
+
+def _is_torn(values: Sequence[str]) -> bool:
+    # The beginning of a whole line has no more columns than it, and in its last column the beginning of a date.
+    if len(values) < len(RESULT_FIELDS):
+        return not _DATE.fullmatch(values[-1])
+    begins_date = "0000-00-00T00:00:00Z".startswith(re.sub("[0-9]", "0", values[-1]))
+    return len(values) == len(RESULT_FIELDS) and begins_date and not _DATE.fullmatch(values[-1])
 
 
 def has_row(file: str | os.PathLike, key: Mapping[str, Any]) -> bool:
@@ -149,8 +237,9 @@ def has_row(file: str | os.PathLike, key: Mapping[str, Any]) -> bool:
     return any({field: row[field] for field in fields} == wanted for row in read_rows(file))
 
 
-def _key_of(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row[field]) for field in RESULT_KEY)
+def without_repetitions(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of rows that agree in their key and description, which are forced repetitions, the last one."""
+    return list({tuple(str(row[field]) for field in (*GROUP_FIELDS, "seed")): row for row in rows}.values())
 
 
 def aggregate(
@@ -161,34 +250,35 @@ def aggregate(
 
     A result holds the fields of `group_by` and, for each of VALUE_FIELDS, `{value}_mean`, `{value}_sd` (of
     the sample, divided by n - 1) and `{value}_seeds`; without a value the mean is None, below two the sd.
-    Of rows of a group with the same key the last one counts, since it is a forced repetition.
+    ERROR_BAR_FIELDS have no `{value}_sd`. Of forced repetitions the last one counts.
 
     Raises ValueError when a group holds a seed twice, so that it mixes what is not a repetition.
     """
-    groups: dict[tuple[str, ...], dict[tuple[str, ...], Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(str(row[field]) for field in group_by), {})[_key_of(row)] = row
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in without_repetitions(rows):
+        groups.setdefault(tuple(str(row[field]) for field in group_by), []).append(row)
     results = []
-    for group in sorted(groups, key=lambda group: [_natural(text) for text in group]):
+    for group in sorted(groups, key=lambda group: [natural_order(text) for text in group]):
         result: dict[str, Any] = dict(zip(group_by, group, strict=True))
         for field in VALUE_FIELDS:
-            measured = [row for row in groups[group].values() if row[field] != ""]
+            measured = [row for row in groups[group] if row[field] != ""]
             if len({row["seed"] for row in measured}) < len(measured):
                 raise ValueError(
                     f"The results {', '.join(f'{name} {value}' for name, value in result.items())} hold a seed "
                     f"twice for {field}: group by every field that tells them apart."
                 )
             values = [float(row[field]) for row in measured]
-            result[f"{field}_mean"] = statistics.fmean(values) if values else None
-            result[f"{field}_sd"] = statistics.stdev(values) if len(values) > 1 else None
-            result[f"{field}_seeds"] = len(values)
+            mean = statistics.fmean(values) if values else None
+            sd = statistics.stdev(values) if len(values) > 1 else None
+            spread = {} if field in ERROR_BAR_FIELDS else {f"{field}_sd": sd}
+            result |= {f"{field}_mean": mean, **spread, f"{field}_seeds": len(values)}
         results.append(result)
     return results
 
 
-def _natural(text: str) -> tuple[int, float, str]:
-    # Epoch 1000 comes after epoch 200, and words come after numbers.
-    return (0, float(text), "") if re.fullmatch(r"\d+(\.\d+)?", text) else (1, 0.0, text)
+def natural_order(text: str) -> tuple[int, float, str]:
+    """Sort key by which epoch 1000 comes after epoch 200, and words after numbers."""
+    return (0, float(text), "") if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) else (1, 0.0, text)
 
 
 def write_csv(file: str | os.PathLike, aggregated: Sequence[Mapping[str, Any]]) -> None:
@@ -198,52 +288,6 @@ def write_csv(file: str | os.PathLike, aggregated: Sequence[Mapping[str, Any]]) 
     """
     if not aggregated:
         raise ValueError(f"There is no result to write to {file}: evaluate a checkpoint first.")
-    lines = [_format_line(aggregated[0]), *(_format_line(result.values()) for result in aggregated)]
+    lines = [csv_line(aggregated[0]), *(csv_line(result.values()) for result in aggregated)]
     with replacing(file) as temporary:
         temporary.write_bytes("".join(lines).encode())
-
-
-def write_markdown(file: str | os.PathLike, aggregated: Sequence[Mapping[str, Any]]) -> None:
-    """Write the result of `aggregate` as Markdown, replacing `file` as a whole.
-
-    Only what is comparable shares a table: one per value, data set, number of images, NFE, features and
-    reference. It has a row per epoch and kind of weights and a column per model and path, the published four
-    first; a cell is mean ± sd (number of seeds), without sd for a single seed, and names every result where
-    several checkpoints or paths of the same name were measured.
-
-    Raises ValueError when there is no result, and KeyError when a field of GROUP_FIELDS was not grouped by.
-    """
-    if not aggregated:
-        raise ValueError(f"There is no result to write to {file}: evaluate a checkpoint first.")
-    sections = ["# Results\n\nMean ± standard deviation over seeds (number of seeds).\n"]
-    for field in VALUE_FIELDS:
-        tables: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
-        for result in aggregated:
-            if result[f"{field}_mean"] is not None:
-                tables.setdefault(tuple(result[name] for name in _TABLE_FIELDS), []).append(result)
-        for setting, results in tables.items():
-            sections.append(_markdown_table(field, setting, results))
-    with replacing(file) as temporary:
-        temporary.write_text("\n".join(sections), encoding="utf-8")
-
-
-def _markdown_table(field: str, setting: tuple[str, ...], results: Sequence[Mapping[str, Any]]) -> str:
-    dataset, num_images, nfe, features, reference = setting
-    heading = f"## {field}: {dataset}, {num_images} images, NFE {nfe}\n\nFeatures {features}, reference {reference}.\n"
-    cells: dict[tuple[str, str], dict[tuple[str, str], list[str]]] = {}
-    for result in results:
-        row, column = (result["epoch"], result["weights"]), (result["model_type"], result["path_type"])
-        cells.setdefault(row, {}).setdefault(column, []).append(_markdown_value(field, result))
-    measured = sorted({column for row in cells.values() for column in row})
-    columns = [column for column in COLUMN_TITLES if column in measured]
-    columns += [column for column in measured if column not in COLUMN_TITLES]
-    titles = [COLUMN_TITLES.get(column, " ".join(filter(None, column))) for column in columns]
-    lines = [["epoch", "weights", *titles], ["---:", "---", *["---:"] * len(columns)]]
-    for row in sorted(cells, key=lambda row: [_natural(text) for text in row]):
-        lines.append([*row, *("; ".join(cells[row].get(column, [])) for column in columns)])
-    return heading + "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _markdown_value(field: str, result: Mapping[str, Any]) -> str:
-    spread = "" if result[f"{field}_sd"] is None else f" ± {result[f'{field}_sd']:.2f}"
-    return f"{result[f'{field}_mean']:.2f}{spread} ({result[f'{field}_seeds']})"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from device import autocast, compile_or_not, compiling_failed
 from path import Path
 from scheduler import CLEAN, DDIMScheduler
 
@@ -47,8 +48,10 @@ class SeededNoise:
 
     def draw(self, shape: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
         """Float32 `[len(seeds), *shape]`."""
-        rows = [g.standard_normal(tuple(shape), dtype=np.float32) for g in self._generators]
-        return torch.from_numpy(np.stack(rows)).to(device)
+        rows = np.empty((len(self._generators), *shape), np.float32)
+        for generator, row in zip(self._generators, rows, strict=True):
+            generator.standard_normal(dtype=np.float32, out=row)
+        return torch.from_numpy(rows).to(device)
 
 
 def image_seeds(seed: int, count: int) -> range:
@@ -63,6 +66,45 @@ def image_seeds(seed: int, count: int) -> range:
 def scale_shapes(num_scales: int, channels: int, resolution: int) -> list[tuple[int, int, int]]:
     """`(C, H, W)` of each scale, fine first, each half the size of the one before."""
     return [(channels, resolution >> s, resolution >> s) for s in range(num_scales)]
+
+
+def in_full_batches(denoise: Denoiser, batch_size: int) -> Denoiser:
+    """A denoiser that calls `denoise` with `batch_size` contiguous images when it is called with that many or fewer.
+
+    Smaller batches are filled up with copies of their last image, whose predictions are dropped.
+    """
+
+    def call(xs: Images, ts: Images) -> Images:
+        count = len(xs[0])
+        rows = torch.arange(batch_size, device=xs[0].device).clamp(max=count - 1) if count < batch_size else slice(None)
+        full = [tuple(tensor[rows].contiguous() for tensor in group) for group in (xs, ts)]
+        return tuple(prediction[:count] for prediction in denoise(*full))
+
+    return call
+
+
+def compile_denoiser(
+    denoise: Denoiser,
+    shapes: Sequence[tuple[int, int, int]],
+    batch_size: int,
+    device: torch.device,
+    precision: str = "auto",
+) -> tuple[Denoiser, str]:
+    """`denoise` compiled for batches of `(C, H, W)` per scale, or itself and one sentence that says what failed.
+
+    Sampling with it under `autocast(device, precision)` compiles nothing more, nor does the last, smaller batch: for
+    another size the compiler would take as long as for the first. Another model of the same sizes is compiled at
+    once. Takes minutes on a CPU. Raises what says that memory has run out.
+    """
+
+    def rehearse(compiled: Denoiser) -> None:
+        xs = tuple(torch.zeros(batch_size, *shape, device=device) for shape in shapes)
+        ts = tuple(torch.zeros(batch_size, dtype=torch.long, device=device) for _ in shapes)
+        with torch.no_grad(), autocast(device, precision):
+            compiled(xs, ts)
+
+    compiled, reason = compile_or_not(denoise, rehearse, dynamic=False)
+    return (denoise, compiling_failed(reason)) if reason else (in_full_batches(compiled, batch_size), "")
 
 
 @torch.no_grad()
@@ -208,9 +250,18 @@ def sample_seeds(
 
     shapes: `(C, H, W)` per scale, fine first. Yields the seeds of each batch with its samples.
     """
-    for start in range(0, len(seeds), batch_size):
+
+    def prepare(start: int) -> tuple[Sequence[int], Callable, list[torch.Tensor]]:
         chosen = seeds[start : start + batch_size]
-        source = SeededNoise(chosen)
-        draw = functools.partial(source.draw, device=device)
-        noise = [draw(shape) for shape in shapes]
-        yield chosen, sample(denoise, scheduler, path, noise, eta, callback, end, draw)
+        draw = functools.partial(SeededNoise(chosen).draw, device=device)
+        return chosen, draw, [draw(shape) for shape in shapes]
+
+    starts = range(0, len(seeds), batch_size)
+    following = prepare(0) if starts else None
+    for start in starts:
+        chosen, draw, noise = following
+        samples = sample(denoise, scheduler, path, noise, eta, callback, end, draw)
+        if start != starts[-1]:
+            # A GPU is still at work on these images, and the host has nothing else to do.
+            following = prepare(start + batch_size)
+        yield chosen, samples

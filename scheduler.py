@@ -110,8 +110,8 @@ class DDIMScheduler:
     def _alpha_bar(self, t: int | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """abar at t (an int, or `[B]`) in the dtype of x and shaped to broadcast against it; CLEAN gives 1."""
         if isinstance(t, int):
-            value = 1.0 if t == CLEAN else self.alphas_cumprod[t]
-            return torch.as_tensor(value, dtype=x.dtype, device=x.device)
+            # It stays where the table is: a number on the host goes into a kernel of a GPU without a wait, a copy not.
+            return torch.as_tensor(1.0 if t == CLEAN else self.alphas_cumprod[t], dtype=x.dtype)
         # CLEAN looks up the last entry, which is then replaced.
         values = torch.where(t == CLEAN, 1.0, self.alphas_cumprod[t])
         return values.to(x.dtype).view(-1, *[1] * (x.ndim - 1))

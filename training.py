@@ -33,7 +33,16 @@ from tqdm import tqdm
 import cli
 from checkpoint import FILE_STEMS, build_model, bytes_of, checkpoint_file, read_resume_file, save_checkpoint
 from data import ImageSet, TwoScaleBatches, to_uint8
-from device import autocast, choose_kernels, memory_format, resolve_precision
+from device import (
+    autocast,
+    choose_kernels,
+    compile_or_not,
+    compiling_failed,
+    is_out_of_memory,
+    memory_format,
+    resolve_compile,
+    resolve_precision,
+)
 from distributed import Processes
 from memory_estimate import for_batch, saved_bytes
 from path import diagonal
@@ -51,7 +60,6 @@ SCALES = ("64", "32")
 # What may differ between a run and its resumption; everything else in the config must be the same.
 FREE_KEYS = frozenset({"epochs", "dataset"})  # The data themselves are compared by their fingerprint.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-OUT_OF_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -243,12 +251,12 @@ class Trainer:
         } | {
             name: getattr(args, name)
             for name in (
-                "dataset", "resolution", "resize_filter", "limit", "skip_bad_images", "beta_schedule",
+                "dataset", "resolution", "resize_filter", "limit", "holdout", "skip_bad_images", "beta_schedule",
                 "prediction_type", "flip", "epochs", "batch_size", "lr", "lr_schedule", "weight_decay",
                 "grad_clip", "ema_decay", "seed",
             )
         }  # fmt: skip
-        self.compile = self.device.type == "cuda" if args.compile is None else args.compile
+        self.compile = resolve_compile(self.device, args.compile)
         if args.cuda_graphs and not (self.compile and self.device.type == "cuda"):
             raise ValueError(f"--cuda_graphs needs a compiled network on a GPU, not {self.device}; leave it out.")
         if args.cuda_graphs and args.accumulate > 1:
@@ -401,28 +409,22 @@ class Trainer:
     def prepare(self) -> None:
         """Compile the network and share it among the processes; before the first step."""
         if self.compile:
-            self.network = torch.compile(self.model, mode="reduce-overhead" if self.args.cuda_graphs else None)
-            reason = ""
-            try:
-                self._rehearse()  # Only the first call compiles, and shows whether this machine can.
-            except Exception as error:  # Compilers and drivers fail in ways of their own.
-                if is_out_of_memory(error):
-                    raise
-                reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            mode = "reduce-overhead" if self.args.cuda_graphs else None
+            self.network, reason = compile_or_not(self.model, self._rehearse, mode=mode)
             [failed] = self.processes.any(bool(reason))
             if failed:
-                self.notes.append(f"note: compiling failed ({reason or 'in another process'}); going on without")
+                self.notes.append(compiling_failed(reason or "in another process"))
                 self.network, self.compile, self.execution["compile"] = self.model, False, False
         if self.processes.count > 1:
             devices = None if self.device.type == "cpu" else [self.device]
             self.network = DistributedDataParallel(self.network, devices, gradient_as_bucket_view=True)
             # The first backward pass orders the sums over processes for all that follow, in a resumed run as well.
-            self._rehearse()
+            self._rehearse(self.network)
 
-    def _rehearse(self) -> None:
+    def _rehearse(self, network: nn.Module) -> None:
         """Compute gradients as in a step, and forget them."""
         batch = self.draw(*next(self.batches.epoch(0)))
-        self._backward(batch.rows(slice(self.part_size)), self.network)
+        self._backward(batch.rows(slice(self.part_size)), network)
         self.optimizer.zero_grad(set_to_none=True)
 
     def draw(self, x_64: torch.Tensor, x_32: torch.Tensor) -> TrainingBatch:
@@ -631,13 +633,6 @@ class Trainer:
             tqdm.write(f"warning: {error}", file=sys.stderr)
         if not self._grid_file("fine").exists():
             self.draw_grids(log, stop)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of PyTorch or Python says that memory has run out."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
 
 
 def describe(trainer: Trainer, images: ImageSet) -> str:

@@ -62,7 +62,9 @@ TRAIN_ARGS=${TRAIN_ARGS:-}             # further flags of train_*.py, such as "-
 
 # Evaluation.
 NUM_IMAGES=${NUM_IMAGES:-}             # empty: as many as there are training images
-NUM_STEPS=${NUM_STEPS:-18}
+NUM_STEPS=${NUM_STEPS:-18}             # of figures, and of scores unless SCORED_STEPS says otherwise
+SCORED_STEPS=${SCORED_STEPS:-$NUM_STEPS} # such as "6 10 18 36"
+PATHS=${PATHS:-diagonal dp_64 dp_total kl_diagonal kl} # that eval_all.sh scores
 MAX_JUMP=${MAX_JUMP:-5}
 FACTOR=${FACTOR:-B}                    # chain-rule factor of the dp paths
 NORMALISATION=${NORMALISATION:-published} # of their errors: published, per_dim, sum
@@ -71,8 +73,10 @@ SPACING=${SPACING:-uniform_t}          # of the diagonal; published: 990, 935, .
 ETA=${ETA:-0}
 END=${END:-clean}                      # where the last step lands; published: t0
 SEEDS=${SEEDS:-42}
-METRICS=${METRICS:-fid}                # fid, swd or "fid swd"
-EMA=${EMA:-0}                          # 1: evaluate the EMA weights
+METRICS=${METRICS:-fid}                # of fid, fid_infinity, kid, is, pr, swd, nn; such as "fid swd"
+REFERENCE=${REFERENCE:-train}          # train, holdout, a folder, or an .npz of statistics
+RESIZE=${RESIZE:-pytorch-fid}          # on the way to Inception: pytorch-fid, clean, bicubic-antialias
+WEIGHTS=${WEIGHTS:-raw}                # raw, ema or "raw ema"
 FORCE=${FORCE:-0}                      # 1: evaluate again what has been evaluated
 GRID=${GRID:-30}
 K=${K:-4}
@@ -80,6 +84,7 @@ HEATMAP_IMAGES=${HEATMAP_IMAGES:-16}
 GRID_SPACING=${GRID_SPACING:-uniform_t} # uniform_log_snr is better for kl paths
 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-64}
 EVAL_ARGS=${EVAL_ARGS:-}               # further flags of eval_fid_batch.py, such as "--inception_weights FILE"
+PARALLEL=${PARALLEL:-}                 # scoring jobs at a time; empty: one per visible GPU, or one process for all
 
 # Places and hardware.
 CHECKPOINT_DIR=${CHECKPOINT_DIR:-checkpoints}
@@ -99,7 +104,8 @@ training_flags+=(--seed "$SEED" --output_dir "$CHECKPOINT_DIR" --log_dir "$LOG_D
 [[ -z $LIMIT ]] || training_flags+=(--limit "$LIMIT")
 criterion_flags=(--max_jump "$MAX_JUMP" --factor "$FACTOR" --normalisation "$NORMALISATION" --kl_weight "$KL_WEIGHT")
 path_flags=(--num_steps "$NUM_STEPS" "${criterion_flags[@]}")
-sampling_flags=("${path_flags[@]}" --spacing "$SPACING" --eta "$ETA" --end "$END")
+solver_flags=(--spacing "$SPACING" --eta "$ETA" --end "$END")
+sampling_flags=("${path_flags[@]}" "${solver_flags[@]}")
 
 # Epochs that have a LIFT checkpoint, ascending.
 lift_epochs() {
@@ -109,23 +115,47 @@ lift_epochs() {
     done | sort -n
 }
 
+# The error map of epoch "$1" with weights "$2".
 heatmap_name() {
     local suffix=""
-    [[ $EMA == 0 ]] || suffix=_ema
+    [[ $2 == raw ]] || suffix=_$2
     echo "$RESULTS_DIR/heatmap_${GRID}_$1ep$suffix.pth"
 }
 
-# Evaluate "$1" (a model type) along "$2" (path types) at the epochs given, or at all of them.
-evaluate() {
-    local model=$1 paths=$2
+# Set evaluation_flags to score "$1" (model types) along "$2" (path types) at the epochs given, or at all of them.
+set_evaluation_flags() {
+    local models=$1 paths=$2
     shift 2
-    local flags=(--model_type "$model" --path_type $paths --metrics $METRICS --seeds $SEEDS)
-    flags+=("${sampling_flags[@]}" --batch_size "$EVAL_BATCH_SIZE" --grid "$GRID")
-    flags+=(--checkpoint_dir "$CHECKPOINT_DIR" --heatmap_dir "$RESULTS_DIR" --output "$RESULTS_DIR/fid_results.csv")
-    [[ $# == 0 ]] || flags+=(--epochs "$@")
-    [[ -z $NUM_IMAGES ]] || flags+=(--num_images "$NUM_IMAGES")
-    [[ $EMA == 0 ]] || flags+=(--ema)
-    [[ $FORCE == 0 ]] || flags+=(--force)
-    # shellcheck disable=SC2086
-    python eval_fid_batch.py "${flags[@]}" "${hardware_flags[@]}" $EVAL_ARGS
+    # shellcheck disable=SC2206
+    evaluation_flags=(--model_type $models --path_type $paths --weights $WEIGHTS --num_steps $SCORED_STEPS)
+    # shellcheck disable=SC2206
+    evaluation_flags+=(--metrics $METRICS --seeds $SEEDS --reference "$REFERENCE" --resize "$RESIZE")
+    evaluation_flags+=("${criterion_flags[@]}" "${solver_flags[@]}" --batch_size "$EVAL_BATCH_SIZE" --grid "$GRID")
+    evaluation_flags+=(--grid_spacing "$GRID_SPACING" --K "$K" --heatmap_images "$HEATMAP_IMAGES")
+    evaluation_flags+=(--checkpoint_dir "$CHECKPOINT_DIR" --heatmap_dir "$RESULTS_DIR")
+    evaluation_flags+=(--output "$RESULTS_DIR/fid_results.csv" "${hardware_flags[@]}")
+    [[ $# == 0 ]] || evaluation_flags+=(--epochs "$@")
+    [[ -z $NUM_IMAGES ]] || evaluation_flags+=(--num_images "$NUM_IMAGES")
+    [[ $FORCE == 0 ]] || evaluation_flags+=(--force)
+    # shellcheck disable=SC2206
+    evaluation_flags+=($EVAL_ARGS)
+}
+
+# Score as set_evaluation_flags says: in one process, or with a process for each job, several at a time.
+evaluate() {
+    set_evaluation_flags "$@"
+    local visible slots=$PARALLEL
+    if [[ -z $slots && -z $DEVICE ]]; then
+        slots=$(python -c "import torch; print(torch.cuda.device_count())")
+    fi
+    if [[ ${slots:-1} -le 1 ]]; then
+        python eval_fid_batch.py "${evaluation_flags[@]}"
+        return
+    fi
+    visible=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((slots - 1)))}
+    # Each of the processes that run side by side has a slot of its own, and with it a GPU.
+    # shellcheck disable=SC2016
+    local job='IFS=, read -ra gpus <<<"$0"; export CUDA_VISIBLE_DEVICES=${gpus[SLOT % ${#gpus[@]}]}; exec bash -c "$1"'
+    python eval_fid_batch.py "${evaluation_flags[@]}" --list_jobs |
+        xargs -r -d '\n' -n 1 -P "$slots" --process-slot-var=SLOT bash -c "$job" "$visible"
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Score everything over all epochs (baseline; LIFT on the diagonal and along optimal paths), then tabulate and draw.
+# Score everything over all epochs (baseline; LIFT on the diagonal and along optimal paths), then tabulate, draw, report.
 #
 #   ./scripts/eval_all.sh [--multi-seed] [--force] [--ema]
 #
@@ -7,8 +7,9 @@
 #   --force        score again what has been scored
 #   --ema          the EMA weights
 #
-# Rows go to $RESULTS_DIR/fid_results.csv, the table to $RESULTS_DIR/fid_table.csv and .md. Other settings come
-# from the environment (scripts/common.sh lists them).
+# Rows go to $RESULTS_DIR/fid_results.csv, tables to $RESULTS_DIR/fid_table.csv, .md and .tex, and all of it with the
+# figures into $RESULTS_DIR/report.html. Other settings come from the environment (scripts/common.sh lists them), such as
+# WEIGHTS="raw ema" SCORED_STEPS="6 10 18 36".
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
@@ -16,60 +17,79 @@ for flag in "$@"; do
     case "$flag" in
         --multi-seed) SEEDS="42 43 44 45 46" ;;
         --force) FORCE=1 ;;
-        --ema) EMA=1 ;;
+        --ema) WEIGHTS=ema ;;
         *) refuse "unknown flag '$flag'" ;;
     esac
 done
-export SEEDS FORCE EMA
+export SEEDS FORCE WEIGHTS
 setup_environment requirements.txt
 
-if compgen -G "$CHECKPOINT_DIR/baseline_*ep.pth" >/dev/null; then
-    ./scripts/eval_baseline.sh
-else
+models="baseline lift"
+if ! compgen -G "$CHECKPOINT_DIR/baseline_*ep.pth" >/dev/null; then
     echo "no baseline checkpoint in $CHECKPOINT_DIR: LIFT is scored alone" >&2
+    models=lift
 fi
-./scripts/eval_lift.sh
-./scripts/eval_lift_dp.sh
+mapfile -t epochs < <(lift_epochs)
+# Their figures are drawn here; jobs that need a map would compute it themselves.
+[[ $PATHS == diagonal ]] || ./scripts/compute_heatmap.sh "${epochs[@]}"
+evaluate "$models" "$PATHS"
 
-# Figures: the score, the losses, and for the last epoch paths and samples of equal seeds beside each other.
-epoch=$(lift_epochs | tail -1)
-weights=raw
-[[ $EMA == 0 ]] || weights=ema
-name=${epoch}ep_$weights
-figures=("${METRICS%% *}.png" "samples_$name.png" "paths_$name.png")
-
-flags=(--metric "${METRICS%% *}" --nfe "$NUM_STEPS" --output "$RESULTS_DIR/${figures[0]}")
+# Figures: the scores, the losses, and for the last epoch paths and samples of equal seeds beside each other.
+epoch=${epochs[-1]}
+metric=${METRICS%% *}
+value=$metric
+case "$metric" in
+    is) value=inception_score ;;
+    pr) value=manifold_precision ;;
+    nn) value=authenticity ;;
+esac
+figures=("$value.png")
+flags=(--metric "$value")
 [[ -z $NUM_IMAGES ]] || flags+=(--num_images "$NUM_IMAGES")
-python make_figures.py scores "$RESULTS_DIR/fid_results.csv" "${flags[@]}"
+python make_figures.py scores "$RESULTS_DIR/fid_results.csv" --nfe "$NUM_STEPS" "${flags[@]}" \
+    --output "$RESULTS_DIR/$value.png"
+if [[ $SCORED_STEPS == *" "* ]]; then
+    python make_figures.py scores_nfe "$RESULTS_DIR/fid_results.csv" "${flags[@]}" --output "$RESULTS_DIR/${value}_nfe.png"
+    figures+=("${value}_nfe.png")
+fi
 if [[ -e $LOG_DIR/baseline/metrics.jsonl && -e $LOG_DIR/lift_dual_timestep/metrics.jsonl ]]; then
     python make_figures.py losses "$LOG_DIR/baseline" "$LOG_DIR/lift_dual_timestep" --output "$RESULTS_DIR/losses.png"
     figures+=(losses.png)
 fi
 
-samples=() schedules=()
+declare -A titles=([diagonal]="LIFT diagonal" [dp_64]="LIFT DP-64" [dp_total]="LIFT DP-Total")
+titles+=([kl_diagonal]="LIFT KL diagonal" [kl]="LIFT KL")
+# Samples of "$1" (a checkpoint's name) with weights "$2" along "$3", called "$4" in figures.
 generate() {
-    local title=$1 stem=$2 path_type=$3
-    local folder="$RESULTS_DIR/samples/${stem}_${name}_${path_type}_$NUM_STEPS"
+    local stem=$1 weights=$2 path_type=$3 title=$4
+    local folder="$RESULTS_DIR/samples/${stem}_${epoch}ep_${weights}_${path_type}_$NUM_STEPS"
     local flags=(--checkpoint "$CHECKPOINT_DIR/${stem}_${epoch}ep.pth" --path_type "$path_type" --output "$folder")
-    flags+=("${sampling_flags[@]}" --heatmap "$(heatmap_name "$epoch")" --num_images 12 --trajectory)
-    [[ $EMA == 0 ]] || flags+=(--ema)
+    flags+=("${sampling_flags[@]}" --heatmap "$(heatmap_name "$epoch" "$weights")" --num_images 12 --trajectory)
+    [[ $weights == raw ]] || flags+=(--ema)
     [[ $FORCE == 0 ]] || flags+=(--force)
     python generate_with_path_30.py "${flags[@]}" --precision "$PRECISION" ${DEVICE:+--device "$DEVICE"}
     samples+=("$title=$folder") schedules+=("$title=$folder/schedule.json")
 }
-[[ ! -e $CHECKPOINT_DIR/baseline_${epoch}ep.pth ]] || generate Baseline baseline diagonal
-generate "LIFT diagonal" lift_dual_timestep diagonal
-generate "LIFT DP-64" lift_dual_timestep dp_64
-generate "LIFT DP-Total" lift_dual_timestep dp_total
-generate "LIFT KL diagonal" lift_dual_timestep kl_diagonal
-generate "LIFT KL" lift_dual_timestep kl
-title="epoch $epoch, $weights weights"
-python make_figures.py samples "${samples[@]}" --output "$RESULTS_DIR/samples_$name.png" \
-    --title "$title, $NUM_STEPS network calls"
-python make_figures.py paths "${schedules[@]}" --output "$RESULTS_DIR/paths_$name.png" --title "$title"
+for weights in $WEIGHTS; do
+    name=${epoch}ep_$weights
+    samples=() schedules=()
+    [[ ! -e $CHECKPOINT_DIR/baseline_${epoch}ep.pth ]] || generate baseline "$weights" diagonal Baseline
+    for path_type in $PATHS; do
+        generate lift_dual_timestep "$weights" "$path_type" "${titles[$path_type]}"
+    done
+    title="epoch $epoch, $weights weights"
+    python make_figures.py samples "${samples[@]}" --output "$RESULTS_DIR/samples_$name.png" \
+        --title "$title, $NUM_STEPS network calls"
+    python make_figures.py paths "${schedules[@]}" --output "$RESULTS_DIR/paths_$name.png" --title "$title"
+    figures+=("samples_$name.png" "paths_$name.png")
+    if [[ $PATHS != diagonal ]]; then
+        map=$(heatmap_name "$epoch" "$weights")
+        python plan_path.py --heatmap "$map" --output "$RESULTS_DIR/plan_$name" "${criterion_flags[@]}"
+        figures+=("$(basename "$map" .pth).png" "$(basename "$map" .pth)_maps.png" "plan_$name/*.png")
+    fi
+done
 
 python aggregate_results.py --input "$RESULTS_DIR/fid_results.csv" --output "$RESULTS_DIR/fid_table"
-python plan_path.py --heatmap "$(heatmap_name "$epoch")" --output "$RESULTS_DIR/plan_$name" "${criterion_flags[@]}"
-echo "Figures in $RESULTS_DIR: ${figures[*]}"
-heatmap=$(basename "$(heatmap_name "$epoch")" .pth)
-echo "Error map of epoch $epoch: $RESULTS_DIR/$heatmap.png and ${heatmap}_maps.png; trajectories: samples/*/trajectory.png"
+python report.py --results "$RESULTS_DIR/fid_results.csv" --folder "$RESULTS_DIR" --output "$RESULTS_DIR/report.html"
+echo "Figures in $RESULTS_DIR: ${figures[*]}; trajectories: samples/*/trajectory.png"
+echo "Report: $RESULTS_DIR/report.html"

@@ -3,7 +3,7 @@
 #
 #   ./scripts/eval_baseline.sh [EPOCH...]
 #
-# Settings come from the environment: METRICS, NUM_IMAGES, SEEDS, EMA, FORCE, DEVICE, ...
+# Settings come from the environment: METRICS, NUM_IMAGES, SEEDS, WEIGHTS, FORCE, DEVICE, ...
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 check_epochs "$@"

@@ -4,7 +4,7 @@
 #
 #   ./scripts/eval_lift_dp.sh [EPOCH...]
 #
-# Settings come from the environment: METRICS, NUM_IMAGES, SEEDS, EMA, FORCE, GRID, K, DEVICE, ...
+# Settings come from the environment: METRICS, NUM_IMAGES, SEEDS, WEIGHTS, FORCE, GRID, K, DEVICE, ...
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 check_epochs "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Draw the figures of error maps that exist, raw or (EMA=1) EMA weights.
+# Draw the figures of error maps that exist, of the kinds of weights that WEIGHTS names.
 #
 #   ./scripts/plot_heatmap.sh EPOCH...
 set -euo pipefail
@@ -9,5 +9,7 @@ check_epochs "$@"
 setup_environment requirements.txt
 
 for epoch in "$@"; do
-    python compute_heatmap_30.py --plot_only --output "$(heatmap_name "$epoch")" "${path_flags[@]}"
+    for weights in $WEIGHTS; do
+        python compute_heatmap_30.py --plot_only --output "$(heatmap_name "$epoch" "$weights")" "${path_flags[@]}"
+    done
 done

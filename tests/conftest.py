@@ -15,13 +15,17 @@ from unittest import mock
 # A test that reaches for the hub is wrong, and must fail at once instead of waiting for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import numpy as np
 import pytest
 import torch
 
 import cli
+import compute_heatmap_30
+import train_baseline
 import train_lift
 import training
 from checkpoint import read_checkpoint
+from data import load_images
 from distributed import Processes
 
 # Images of 16x16 pixels are quicker on one thread, and sums do not depend on the machine then.
@@ -37,6 +41,11 @@ TINY = (
 RUN = ("--limit", 14, "--lr", 0.005, "--save_every", 2, "--ema_decay", 0.9)
 LAST = "checkpoints/lift_dual_timestep_last.pth"
 LOG = "logs/lift_dual_timestep"
+
+
+HARDWARE = ["--device", "cpu", "--precision", "fp32"]
+# Four cells are crossed in four steps, of at most the five cells that a step may move.
+STEPS = ["--num_steps", 4]
 
 
 class Ended(NamedTuple):
@@ -167,6 +176,55 @@ def straight(stage, tiny, cache, tmp_path_factory):
             folders[flags] = folder
         return folders[flags]
 
+    return run
+
+
+class Run(NamedTuple):
+    """Where the trained models and what belongs to them lie."""
+
+    folder: Path
+
+    @property
+    def baseline(self) -> Path:
+        return self.folder / "checkpoints/baseline_2ep.pth"
+
+    @property
+    def lift(self) -> Path:
+        return self.folder / "checkpoints/lift_dual_timestep_2ep.pth"
+
+    @property
+    def heatmap(self) -> Path:
+        return self.folder / "results/heatmap_4_2ep.pth"
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache"
+
+    def images(self) -> np.ndarray:
+        return load_images("synthetic", 16, self.cache, limit=12).pixels
+
+    def heatmap_flags(self, output) -> list:
+        flags = ["--checkpoint", self.lift, "--output", output, "--grid", 4, "--K", 1, "--num_images", 2]
+        return [*flags, *STEPS, *HARDWARE, "--cache_dir", self.cache]
+
+    def generate_flags(self, output, path_type="diagonal", count=5) -> list:
+        checkpoint = self.baseline if path_type == "baseline" else self.lift
+        flags = ["--checkpoint", checkpoint, "--output", output, "--num_images", count, "--heatmap", self.heatmap]
+        return [*flags, "--path_type", path_type.replace("baseline", "diagonal"), *STEPS, *HARDWARE]
+
+    def eval_flags(self, output) -> list:
+        flags = ["--checkpoint_dir", self.folder / "checkpoints", "--heatmap_dir", self.folder / "results"]
+        flags += ["--output", output, "--metrics", "swd", "--grid", 4, "--cache_dir", self.cache]
+        return [*flags, *STEPS, *HARDWARE]
+
+
+@pytest.fixture(scope="session")
+def run(stage, tiny, tmp_path_factory):
+    """A baseline and a LIFT model after two epochs, and the heatmap of its raw weights."""
+    run = Run(tmp_path_factory.mktemp("run"))
+    for module in (train_baseline, train_lift):
+        stage(module, *tiny(run.folder), "--ema_decay", 0.5, "--lr", 0.003)
+    stage(compute_heatmap_30, *run.heatmap_flags(run.heatmap))
     return run
 
 

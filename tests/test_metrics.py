@@ -1,6 +1,8 @@
-"""FID against pytorch-fid and closed forms, the sliced Wasserstein distance against SciPy."""
+"""FID against pytorch-fid and closed forms, the other metrics against closed forms and brute force."""
 
 import importlib
+import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -11,18 +13,20 @@ import torch
 import metrics
 from metrics import (
     FeatureMoments,
+    NearestNeighbours,
     SlicedWasserstein,
-    fid_reference_moments,
+    fid_infinity,
     frechet_distance,
-    inception_features,
-    inception_fingerprint,
+    inception_score,
+    kernel_distance,
     laplacian_pyramid,
-    load_inception,
+    precision_recall,
+    projected_distance,
+    random_subsets,
     sliced_wasserstein,
+    sorted_projections,
     swd_levels,
 )
-
-WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 
 
 def moments_of(features):
@@ -82,6 +86,24 @@ def test_frechet_distance_of_commuting_covariances_has_a_closed_form():
     assert distance == pytest.approx(expected, rel=1e-12)
 
 
+def test_frechet_distance_of_equal_covariances_is_the_distance_of_the_means(monkeypatch):
+    # Newer SciPy versions have another matrix square root.
+    monkeypatch.delattr("scipy.linalg.sqrtm")
+    for n in (30, 200):
+        mean, cov = moments_of(correlated_features(0, n, 64))
+        shift = np.linspace(0, 0.3, 64)
+        assert frechet_distance(mean, cov, mean + shift, cov) == pytest.approx((shift**2).sum(), rel=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [(20, 90), (90, 20), (3, 200)])
+def test_frechet_distance_where_one_covariance_has_the_lower_rank(ranks):
+    (x_1, x_2) = (correlated_features(k, n, 128) for k, n in enumerate(ranks))
+    (mean_1, cov_1), (mean_2, cov_2) = moments_of(x_1), moments_of(x_2)
+    product = (x_1 - mean_1) @ (x_2 - mean_2).T / np.sqrt((len(x_1) - 1) * (len(x_2) - 1))
+    expected = ((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1 + cov_2) - 2 * np.linalg.norm(product, "nuc")
+    assert frechet_distance(mean_1, cov_1, mean_2, cov_2) == pytest.approx(expected, rel=1e-11)
+
+
 def test_frechet_distance_of_equal_and_of_degenerate_gaussians():
     mean, cov = moments_of(correlated_features(0, 30, 64))
     assert 0 <= frechet_distance(mean, cov, mean, cov) < 1e-12 * np.trace(cov)
@@ -97,6 +119,11 @@ def test_frechet_distance_forgives_rounding_but_no_negative_variance():
     assert frechet_distance(mean, rounded, mean, cov) < 1e-4 * np.trace(cov)
     with pytest.raises(ValueError, match="not positive semi-definite"):
         frechet_distance(mean, cov - 0.01 * np.eye(64), mean, cov)
+    # Without any variance the first pivot ends the factorisation, and the covariances between features stay.
+    with pytest.raises(ValueError, match="not positive semi-definite"):
+        frechet_distance(mean[:2], np.array([[0, 1], [1, 0]]), mean[:2], cov[:2, :2])
+    with pytest.raises(ValueError, match="not positive semi-definite"):
+        frechet_distance(mean, cov, mean, -cov)
     with pytest.raises(ValueError, match="not finite"):
         frechet_distance(mean, cov, mean * np.nan, cov)
     with pytest.raises(ValueError, match=r"\[63\]"):
@@ -143,160 +170,318 @@ def test_moments_refuse_what_has_none():
     assert moments.n == 1
 
 
-# Inception
+# FID at infinitely many images
 
 
-@pytest.fixture(scope="module")
-def weights_file(tmp_path_factory):
-    """Random weights under the name at which the torch hub cache keeps the real ones."""
-    library = importlib.import_module("pytorch_fid.inception")
-    folder = tmp_path_factory.mktemp("torch_home") / "hub" / "checkpoints"
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "load_state_dict_from_url", lambda *args, **kwargs: None)
-        patch.setattr(library.torchvision.models.Inception3, "load_state_dict", lambda self, state: None)
-        state = library.fid_inception_v3().state_dict()
-    for value in state.values():
-        if value.ndim == 4:
-            # He's scale keeps the signal alive through the depth.
-            value.normal_(0, (2 / value[0].numel()) ** 0.5, generator=generator)
-    torch.save(state, folder / WEIGHTS_NAME)
-    return folder / WEIGHTS_NAME
+def test_extrapolation_takes_away_the_bias_of_few_images():
+    """FID of n images of the reference's Gaussian moved by δ is, up to 1/n²,
+    |δ|² + (tr Σ + ½ Σij λi λj (1 + [i = j]) / (λi + λj)) / n.
+
+    The double sum is the expected second-order change of the Bures distance by a Wishart covariance.
+    """
+    d, n = 24, 1000
+    variances = np.linspace(0.5, 2, d)
+    products = np.outer(variances, variances) * (1 + np.eye(d)) / np.add.outer(variances, variances)
+    bias = (variances.sum() + products.sum() / 2) / n
+    shift = np.full(d, 0.1)
+    limit = (shift**2).sum()
+    plain, extrapolated = [], []
+    for seed in range(16):
+        features = np.random.default_rng(seed).normal(size=(n, d)) * np.sqrt(variances) + shift
+        found = fid_infinity(features, np.zeros(d), np.diag(variances), seed=seed)
+        plain.append(found.fids[-1])
+        extrapolated.append(found.value)
+    # The mean of n images lies (4 Σ δi² λi / n)^½ off along the shift, which both estimates take over in full.
+    error = np.sqrt(4 * (shift**2 * variances).sum() / n / 16)
+    assert np.mean(plain) - limit == pytest.approx(bias, abs=3 * error)
+    assert abs(np.mean(extrapolated) - limit) < 3 * error
+    assert bias > 6 * error
 
 
-@pytest.fixture(scope="module")
-def inception(weights_file):
-    return load_inception(weights_file, "cpu")
+@pytest.mark.parametrize(("n", "d"), [(400, 12), (200, 300), (300, 128)], ids=["n > D", "n < D", "both"])
+def test_every_point_of_the_line_is_the_distance_of_its_subset(n, d):
+    features = correlated_features(3, n, d).astype(np.float32)
+    mean, cov = moments_of(correlated_features(4, 2 * d, d))
+    found = fid_infinity(torch.from_numpy(features), mean, cov, seed=5, num_sizes=7)
+    subsets = random_subsets(n, 7, seed=5)
+    assert found.sizes.tolist() == [len(subset) for subset in subsets]
+    assert found.sizes[0] == n // 10 and found.sizes[-1] == n and np.ptp(np.diff(found.sizes)) <= 1
+    for subset, fid in zip(subsets, found.fids, strict=True):
+        assert len(set(subset.tolist())) == len(subset) and 0 <= subset.min() and subset.max() < n
+        expected = frechet_distance(*moments_of(features[subset].astype(np.float64)), mean, cov)
+        assert fid == pytest.approx(expected, rel=1e-9)
+    assert found.value == pytest.approx(scipy.stats.linregress(1 / found.sizes, found.fids).intercept, rel=1e-9)
+    assert fid_infinity(features, mean, cov, seed=5, num_sizes=7).value == found.value
+    assert fid_infinity(features, mean, cov, seed=6, num_sizes=7).value != found.value
 
 
-@pytest.fixture
-def no_network(monkeypatch, tmp_path):
-    def refuse(*args, **kwargs):
-        raise OSError("no network in tests")
-
-    monkeypatch.setattr("torch.hub.urlopen", refuse)
-    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-
-
-def test_features_equal_those_of_pytorch_fid(weights_file, inception, no_network, monkeypatch):
-    library = importlib.import_module("pytorch_fid.inception")
-    fid_score = importlib.import_module("pytorch_fid.fid_score")
-    images = random_images(0, 3, 64)
-    # The library finds the file in its own cache and so builds the network without any of our code.
-    monkeypatch.setenv("TORCH_HOME", str(weights_file.parents[2]))
-    network = library.InceptionV3([library.InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).eval()
-    to_tensor = fid_score.TF.ToTensor()
-    with torch.no_grad():
-        batch = torch.stack([to_tensor(image.transpose(1, 2, 0)) for image in images])
-        features = network(batch)[0].flatten(1).double().numpy()
-    assert features.shape == (3, 2048) and features.std(axis=0).max() > 1e-2
-    moments = inception_features(images, inception, batch_size=2)
-    assert moments.n == 3
-    np.testing.assert_allclose(moments.mean, features.mean(axis=0), rtol=1e-4, atol=1e-5)
-    scale = np.abs(np.cov(features, rowvar=False)).max()
-    np.testing.assert_allclose(moments.cov, np.cov(features, rowvar=False), rtol=0, atol=1e-4 * scale)
+def test_extrapolation_from_few_features_is_refused():
+    mean, cov = moments_of(correlated_features(0, 200, 8))
+    with pytest.raises(ValueError, match="99 images.*at least 100"):
+        fid_infinity(np.zeros((99, 8)), mean, cov)
+    with pytest.raises(ValueError, match="7 features.*mean.*8"):
+        fid_infinity(np.zeros((100, 7)), mean, cov)
+    with pytest.raises(ValueError, match="not finite"):
+        fid_infinity(np.full((100, 8), np.inf), mean, cov)
 
 
-def test_fingerprint_names_the_weights(weights_file, inception):
-    again = load_inception(weights_file, "cpu")
-    assert inception_fingerprint(again) == inception_fingerprint(inception)
-    with torch.no_grad():
-        again.blocks[3][0].branch3x3_1.bn.bias[5] += 1e-3
-    assert inception_fingerprint(again) != inception_fingerprint(inception)
-    # It becomes part of a file name.
-    assert inception_fingerprint(inception).isalnum()
+# Kernel distance
 
 
-def test_grey_images_enter_as_three_equal_channels(inception):
-    grey = random_images(1, 2, 32, channels=1)
-    coloured = torch.from_numpy(np.repeat(grey, 3, axis=1))
-    np.testing.assert_array_equal(
-        inception_features(grey, inception).mean, inception_features(coloured, inception).mean
-    )
+def polynomial_kernel(x, y):
+    return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def test_library_keeps_its_own_download(weights_file, inception):
-    library = importlib.import_module("pytorch_fid.inception")
-    assert library.load_state_dict_from_url.__module__.startswith("torch.")
+def test_kernel_distance_of_whole_sets_equals_the_sums_over_pairs():
+    x, y = correlated_features(0, 40, 6), correlated_features(1, 40, 6, shift=0.3)
+    among_x = sum(polynomial_kernel(x[[i]], x[[j]]).item() for i, j in itertools.permutations(range(40), 2))
+    among_y = sum(polynomial_kernel(y[[i]], y[[j]]).item() for i, j in itertools.permutations(range(40), 2))
+    between = polynomial_kernel(x, y).mean()
+    mean, deviation = kernel_distance(x, y, seed=3)
+    assert mean == pytest.approx((among_x + among_y) / (40 * 39) - 2 * between, rel=1e-10)
+    assert deviation == 0
 
 
-def test_missing_damaged_and_foreign_weights_are_named(tmp_path, weights_file):
-    with pytest.raises(FileNotFoundError, match="nowhere.pth"):
-        load_inception(tmp_path / "nowhere.pth", "cpu")
-    damaged = tmp_path / "damaged.pth"
-    damaged.write_bytes(weights_file.read_bytes()[:100_000])
-    with pytest.raises(ValueError, match="damaged.pth"):
-        load_inception(damaged, "cpu")
-    for name, content in (
-        ("list.pth", [1, 2]),
-        ("checkpoint.pth", {"model_state": {}, "epoch": 3}),
-        ("other.pth", {"weight": torch.zeros(3)}),
-    ):
-        torch.save(content, tmp_path / name)
-        with pytest.raises(ValueError, match=name):
-            load_inception(tmp_path / name, "cpu")
+def test_kernel_distance_is_computed_in_double_precision():
+    x, y = (correlated_features(k, 200, 6, shift=30).astype(np.float32) for k in (0, 1))
+    exact = [array.astype(np.float64) for array in (x, y)]
+    assert kernel_distance(torch.from_numpy(x), torch.from_numpy(y)) == kernel_distance(*exact)
 
 
-def test_failed_download_says_what_to_pass(no_network):
-    with pytest.raises(RuntimeError, match="could not be downloaded.*--inception_weights FILE.*--metrics swd"):
-        load_inception(None, "cpu")
+# Two distributions on four points in the plane, of which every expectation is a finite sum.
+POINTS = np.array([[0.0, 0], [2, 0], [0, 2], [2, 3]])
+WEIGHTS = np.array([[0.4, 0.2, 0.3, 0.1], [0.1, 0.4, 0.3, 0.2]])
 
 
-def test_missing_package_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pytorch_fid.inception", None)
-    with pytest.raises(RuntimeError, match="pip install pytorch-fid"):
-        load_inception(None, "cpu")
+def draws(generator, which, n):
+    return POINTS[generator.choice(4, n, p=WEIGHTS[which])]
 
 
-class MeanColours(torch.nn.Module):
-    """Stands in for Inception: six features, the mean of each channel and of its square."""
-
-    calls = 0
-
-    def forward(self, images):
-        self.calls += 1
-        return [torch.cat([images, images**2], dim=1).mean(dim=(2, 3), keepdim=True)]
-
-
-def test_reference_moments_are_computed_once(tmp_path):
-    images, network = random_images(0, 10, 8), MeanColours()
-    arguments = ("data1", network, "weights1", tmp_path / "cache", 4)
-    mean, cov = fid_reference_moments(images, *arguments)
-    assert network.calls == 3
-    features = np.concatenate([images / 255, (images / 255) ** 2], axis=1).mean(axis=(2, 3))
-    np.testing.assert_allclose(mean, features.mean(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(cov, np.cov(features, rowvar=False), rtol=1e-3, atol=1e-8)
-    again = fid_reference_moments(images, *arguments)
-    assert network.calls == 3
-    np.testing.assert_array_equal(again[0], mean)
-    np.testing.assert_array_equal(again[1], cov)
-    fid_reference_moments(images, "data2", *arguments[1:])
-    assert network.calls == 6
-    assert {file.name for file in (tmp_path / "cache").iterdir()} == {
-        "fid_reference_data1_weights1.npz",
-        "fid_reference_data2_weights1.npz",
-    }
+@pytest.mark.parametrize("second", [0, 1], ids=["equal distributions", "two distributions"])
+def test_kernel_distance_has_no_bias_at_few_images(second):
+    difference = WEIGHTS[0] - WEIGHTS[second]
+    kernel = polynomial_kernel(POINTS, POINTS)
+    exact = difference @ kernel @ difference
+    n, generator = 8, np.random.default_rng(0)
+    found = [kernel_distance(draws(generator, 0, n), draws(generator, second, n))[0] for _ in range(3000)]
+    error = np.std(found) / np.sqrt(len(found))
+    assert abs(np.mean(found) - exact) < 3 * error
+    # Sums that keep the pairs of an image with itself exceed by (E k(x, x) - E k(x, x')) / n on either side.
+    excess = sum(weights @ np.diag(kernel) - weights @ kernel @ weights for weights in WEIGHTS[[0, second]]) / n
+    assert excess > 30 * error
 
 
-def test_reference_of_other_images_or_damaged_is_refused(tmp_path):
-    images, network = random_images(0, 10, 8), MeanColours()
-    fid_reference_moments(images, "data", network, "weights", tmp_path)
-    with pytest.raises(ValueError, match="10 images but 9"):
-        fid_reference_moments(images[:9], "data", network, "weights", tmp_path)
-    file = tmp_path / "fid_reference_data_weights.npz"
-    file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(ValueError, match="damaged.*delete it"):
-        fid_reference_moments(images, "data", network, "weights", tmp_path)
+def test_deviation_of_the_kernel_distance_is_the_spread_over_subsets(monkeypatch):
+    monkeypatch.setattr(metrics, "KID_SUBSET_SIZE", 20)
+    generator = np.random.default_rng(0)
+    x, y = draws(generator, 0, 4000), draws(generator, 1, 3000)
+    mean, deviation = kernel_distance(x, y, seed=1)
+    fresh = [kernel_distance(draws(generator, 0, 20), draws(generator, 1, 20))[0] for _ in range(2000)]
+    assert mean == pytest.approx(np.mean(fresh), abs=4 * np.std(fresh) / np.sqrt(metrics.KID_SUBSETS))
+    assert deviation == pytest.approx(np.std(fresh), rel=0.4)
+    assert kernel_distance(x, y, seed=1) == (mean, deviation) != kernel_distance(x, y, seed=2)
 
 
-def test_images_that_are_not_uint8_are_refused(inception):
-    for images in (np.zeros((2, 3, 32, 32)), torch.zeros(2, 4, 32, 32, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match="uint8 of shape"):
-            inception_features(images, inception)
-        with pytest.raises(ValueError, match="uint8 of shape"):
-            SlicedWasserstein(images, 2)
+# Inception score
+
+
+def test_inception_score_of_equal_and_of_confident_answers():
+    generator = np.random.default_rng(0)
+    assert inception_score(np.tile(generator.normal(size=8), (30, 1))) == pytest.approx((1, 0), abs=1e-12)
+    # Each of ten parts holds a single image, whose answer is the mean answer.
+    assert inception_score(50 * np.eye(10)) == pytest.approx((1, 0), abs=1e-12)
+
+
+def test_inception_score_of_evenly_spread_confident_answers_is_their_number(monkeypatch):
+    monkeypatch.setattr(metrics, "SCORE_SPLITS", 1)
+    for num_classes in (2, 7):
+        logits = 60 * np.eye(num_classes)[np.arange(5 * num_classes) % num_classes]
+        assert inception_score(logits) == pytest.approx((num_classes, 0), rel=1e-9)
+
+
+def test_inception_score_equals_its_formula_over_ten_parts():
+    logits = torch.randn(95, 12, generator=torch.Generator().manual_seed(0)) * 3
+    order = np.random.RandomState(4).permutation(95)
+    p = scipy.special.softmax(logits.double().numpy()[order], axis=1)
+    scores = []
+    for k in range(10):
+        part = p[k * 95 // 10 : (k + 1) * 95 // 10]
+        # The entropy of the mean answer less the mean entropy of the answers is the mean divergence.
+        divergence = scipy.stats.entropy(part.mean(axis=0)) - scipy.stats.entropy(part, axis=1).mean()
+        scores.append(np.exp(divergence))
+    mean, deviation = inception_score(logits, seed=4)
+    assert mean == pytest.approx(np.mean(scores), rel=1e-10)
+    assert deviation == pytest.approx(np.std(scores), rel=1e-8)
+    assert inception_score(logits, seed=5)[0] != mean
+
+
+# Precision and recall
+
+
+def blob(seed, n, centre, d=5):
+    return np.random.default_rng(seed).normal(size=(n, d)) + centre
+
+
+def test_precision_and_recall_of_known_manifolds():
+    one, other = blob(0, 60, 0), blob(1, 60, 100)
+    assert precision_recall(one, one.copy()) == (1, 1)
+    assert precision_recall(one, other) == (0, 0)
+    # The generated images are the first of two equally large clusters of real ones.
+    precision, recall = precision_recall(one, np.concatenate([one, other]))
+    assert (precision, recall) == (1, 0.5)
+    # Turned round, half of the generated images are nowhere near a real one.
+    assert precision_recall(np.concatenate([one, other]), one) == (0.5, 1)
+
+
+@pytest.mark.parametrize("counts", [(20, 24), (300, 330)], ids=["direct distances", "distances by products"])
+def test_precision_and_recall_equal_brute_force(counts):
+    generated, real = blob(0, counts[0], 0, 3), blob(1, counts[1], 1, 3) * 0.8
+
+    def share(points, centres):
+        radii = [np.sort(np.linalg.norm(centres - centre, axis=1))[3] for centre in centres]
+        return np.mean([(np.linalg.norm(centres - point, axis=1) <= radii).any() for point in points])
+
+    precision, recall = precision_recall(generated.astype(np.float64), torch.from_numpy(real))
+    assert precision == pytest.approx(share(generated, real), abs=1e-6) and 0.2 < precision < 1
+    assert recall == pytest.approx(share(real, generated), abs=1e-6) and 0.2 < recall < 1
+
+
+def test_precision_and_recall_of_a_tight_cluster_far_from_zero():
+    """In float32 the products of these features, 4e6 each, leave nothing of squared distances of 1e-4."""
+    spread = np.random.default_rng(0).integers(0, 32, (200, 4)) / 2**12
+    real, generated = (1000 + part.astype(np.float32) for part in (spread[:100], spread[100:]))
+    exact = [part.astype(np.float64) - 1000 for part in (generated, real)]
+    assert precision_recall(generated, real) == pytest.approx(precision_recall(*exact), abs=0.02)
+
+
+# What the three have in common
+
+
+def test_features_that_cannot_be_scored_are_refused():
+    features = blob(0, 20, 0)
+    for metric, few in ((kernel_distance, 1), (precision_recall, 3)):
+        for arguments in ((features[:few], features), (features, features[:few])):
+            with pytest.raises(ValueError, match=rf"of {few} images.*at least {few + 1}"):
+                metric(*arguments)
+        with pytest.raises(ValueError, match="5 values with 4"):
+            metric(features, features[:, :4])
+        with pytest.raises(ValueError, match="reference images hold values that are not finite"):
+            metric(features, features * np.nan)
+    with pytest.raises(ValueError, match="of 9 images.*at least 10"):
+        inception_score(features[:9])
+    with pytest.raises(ValueError, match=r"\[N, D\].*\[20, 5, 1\]"):
+        inception_score(features[:, :, None])
+
+
+@pytest.mark.parametrize(
+    ("metric", "module"),
+    [
+        (lambda x: kernel_distance(x, x), "metric_kid"),
+        (inception_score, "metric_isc"),
+        (lambda x: precision_recall(x, x), "metric_prc"),
+    ],
+)
+def test_missing_package_says_what_to_install(monkeypatch, metric, module):
+    monkeypatch.setitem(sys.modules, f"torch_fidelity.{module}", None)
+    with pytest.raises(RuntimeError, match="torch-fidelity.*pip install.*--metrics"):
+        metric(blob(0, 20, 0))
+
+
+# Nearest training images
+
+
+def brute_neighbours(training, generated):
+    """Distance of every pair in float64 from the definition."""
+
+    def rms(a, b):
+        return np.sqrt(((a[:, None].astype(np.float64) - b[None]) ** 2).mean(axis=(2, 3, 4)))
+
+    among = rms(training, training)
+    np.fill_diagonal(among, np.inf)
+    own, to_training = among.min(axis=1), rms(generated, training)
+    nearest = to_training.argmin(axis=1)
+    distance = to_training.min(axis=1)
+    return np.median(distance), np.median(own), np.mean(distance > own[nearest])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_neighbours_equal_brute_force(channels, monkeypatch):
+    # Several batches of images, of pixels and of compared pairs.
+    monkeypatch.setattr(metrics, "_SEARCHED_AT_ONCE", 16)
+    monkeypatch.setattr(metrics, "_VALUES_PER_PRODUCT", 50)
+    monkeypatch.setattr(metrics, "_VALUES_COMPARED_AT_ONCE", 500)
+    training = smooth_images(0, 70, 12)[:, :channels]
+    near = np.clip(training[:20] + np.random.default_rng(1).normal(0, 12, training[:20].shape), 0, 255)
+    generated = np.concatenate([smooth_images(2, 25, 12)[:, :channels], near.astype(np.uint8)])
+    found = NearestNeighbours(training).compare(torch.from_numpy(generated))
+    assert found == pytest.approx(brute_neighbours(training, generated), rel=1e-12)
+    assert 0 < found.authenticity < 1
+
+
+def test_candidates_survive_the_rounding_of_the_products(monkeypatch):
+    """Pairs of saturated images a single grey level apart, whose products differ by less than float32 resolves."""
+    generator = np.random.default_rng(0)
+    base = generator.choice(np.array([0, 255], dtype=np.uint8), (6, 3, 32, 32))
+    training = np.repeat(base, 5, axis=0)
+    for k, image in enumerate(training):
+        # The copies of an image differ in k of their pixels, by one grey level each.
+        flat = image.reshape(-1)
+        flat[: k % 5] = np.where(flat[: k % 5] > 0, 254, 1)
+    generated = base.copy()
+    generated.reshape(6, -1)[:, -1] ^= 1
+    found = NearestNeighbours(training).compare(generated)
+    assert found.distance == np.sqrt(1 / 3072)
+    assert found == pytest.approx(brute_neighbours(training, generated), rel=1e-12)
+
+
+def test_copies_are_at_distance_zero_and_not_authentic():
+    training = smooth_images(0, 40, 16)
+    copied = NearestNeighbours(training).compare(training[5:30])
+    assert copied.distance == 0 and copied.authenticity == 0 and copied.distance_real > 10
+    # Every training image twice: the nearest other one is a copy, and what is no copy itself is farther.
+    doubled = NearestNeighbours(np.concatenate([training, training]))
+    assert doubled.compare(training[:10]) == (0, 0, 0)
+    brighter = training[:10] ^ np.uint8(1)
+    assert doubled.compare(brighter) == (1, 0, 1)
+
+
+def test_shift_by_grey_levels_is_the_distance():
+    training = smooth_images(0, 30, 16) // 2
+    assert NearestNeighbours(training).compare(training + np.uint8(3)).distance == 3
+
+
+def test_authenticity_of_new_images_is_the_chance_that_neighbours_are_not_mutual():
+    """Two points of a plane are each other's nearest with probability 6π / (8π + 3√3), so the rest is authentic."""
+    expected = 1 - 6 * np.pi / (8 * np.pi + 3 * np.sqrt(3))
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(20):
+        training, generated = generator.integers(0, 256, (2, 250, 1, 1, 2), dtype=np.uint8)
+        found.append(NearestNeighbours(training).compare(generated).authenticity)
+    # Distances of whole numbers tie at times, which counts as copied.
+    assert np.mean(found) == pytest.approx(expected, abs=0.03)
+
+
+def test_distances_within_the_training_set_are_computed_once(monkeypatch):
+    neighbours = NearestNeighbours(smooth_images(0, 20, 12))
+    searches = []
+    search = neighbours._search
+    monkeypatch.setattr(neighbours, "_search", lambda *a, **k: searches.append(k) or search(*a, **k))
+    first = neighbours.compare(smooth_images(1, 5, 12))
+    again = neighbours.compare(smooth_images(2, 5, 12))
+    assert first.distance_real == again.distance_real and len(searches) == 3
+
+
+def test_images_that_have_no_neighbours_are_refused():
+    training = smooth_images(0, 5, 12)
+    neighbours = NearestNeighbours(training)
+    for generated in (smooth_images(1, 5, 16), training[:, :1], training[:0]):
+        with pytest.raises(ValueError, match=r"\[N, 3, 12, 12\].*training set"):
+            neighbours.compare(generated)
+    with pytest.raises(ValueError, match="generated images must be uint8"):
+        neighbours.compare(training / 255)
+    with pytest.raises(ValueError, match="at least two training images, but there are 1"):
+        NearestNeighbours(training[:1])
 
 
 # Sliced Wasserstein distance
@@ -437,8 +622,33 @@ def test_grey_and_constant_images_have_a_finite_distance(few_patches):
     assert np.isfinite(distance[16]) and distance[16] > 100
 
 
+def test_projected_distance_of_shifted_gaussians_is_the_shift_along_each_direction():
+    """W1 of N(m, s²) and N(m', s²) is |m - m'|, and of N(m, s²) and N(m, s'²) it is |s - s'| (2 / π)^½."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 40_000, 12, generator=generator)
+    directions = torch.nn.functional.normalize(torch.randn(50, 12, generator=generator), dim=1)
+    directions[:12] = torch.eye(12)
+    shift = torch.linspace(-3, 3, 12)
+
+    def distance(moved, along):
+        return projected_distance(sorted_projections(first, along), sorted_projections(moved, along))
+
+    for direction in directions:
+        along = (direction @ shift).abs().item()
+        # Two samples of equal Gaussians are about (1 / n)^½ apart, which adds to short shifts in squares.
+        assert distance(second + shift, direction[None]) == pytest.approx(along, abs=0.03)
+    expected = (directions @ shift).abs().mean().item()
+    assert distance(second + shift, directions) == pytest.approx(expected, abs=0.01)
+    assert distance(second + 2 * shift, directions) == pytest.approx(2 * expected, abs=0.01)
+    assert distance(1.5 * second, directions) == pytest.approx(0.5 * (2 / np.pi) ** 0.5, abs=0.01)
+    assert distance(second, directions) < 0.02
+
+
 def test_sets_that_cannot_be_compared_are_refused():
     real = random_images(0, 5, 16)
+    for images in (np.zeros((2, 3, 32, 32)), torch.zeros(2, 4, 32, 32, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="uint8 of shape"):
+            SlicedWasserstein(images, 2)
     with pytest.raises(ValueError, match="6 generated.*5 real.*--num_images"):
         sliced_wasserstein(real, random_images(1, 6, 16))
     with pytest.raises(ValueError, match="from 1 to 5"):

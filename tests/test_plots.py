@@ -15,6 +15,8 @@ from plots import (
     plot_losses,
     plot_samples,
     plot_scores,
+    plot_scores_against_epoch,
+    plot_scores_against_nfe,
     plot_trajectory,
     save_image_grid,
     spread_out,
@@ -56,6 +58,19 @@ FACTORIAL = [
     for nfe in (4, 6, 8, 10, 18, 50)
 ]
 
+# Raw weights lack one curve, one curve has a single point, and deviations are known for some points alone.
+BANDS = {
+    "raw": {
+        "Baseline": {6: (150.0, 4.0), 10: (60.0, 2.0), 18: (30.0, 1.0), 36: (22.0, 0.5)},
+        "LIFT of a long name that takes two lines": {18: (44.0, 3.0)},
+    },
+    "ema": {
+        "Baseline": {6: (120.0, 4.0), 10: (45.0, None), 18: (20.0, 1.0), 36: (12.0, None)},
+        "LIFT DP-64": {6: (140.0, None), 10: (50.0, None), 18: (31.0, None), 36: (25.0, None)},
+        "LIFT of a long name that takes two lines": {6: (100.0, 3.0), 18: (60.0, 3.0), 36: (45.0, 2.0)},
+    },
+}
+
 
 def scores(epochs, **extra):
     return [
@@ -72,6 +87,8 @@ FIGURES = {
     "losses": (lambda file: plot_losses(RUNS, file), (1710, 690)),
     "curves": (lambda file: plot_scores(scores([200, 400]), "fid", file), (1140, 780)),
     "dots": (lambda file: plot_scores(scores([400]), "fid", file), (1110, 513)),
+    "bands": (lambda file: plot_scores_against_nfe(BANDS, file), (1620, 660)),
+    "bands of epochs": (lambda file: plot_scores_against_epoch({"ema": BANDS["ema"]}, file), (990, 660)),
     "costs": (lambda file: plot_cost_against_nfe(COSTS, file, optimum="optimum"), (1140, 780)),
     "criteria": (lambda file: plot_criteria(CRITERIA, FAMILIES, file, rho=RHO), (1290, 900)),
     "factorial": (lambda file: plot_factorial(FACTORIAL, file), (1590, 1080)),
@@ -114,6 +131,8 @@ LAID_OUT = {
     "losses": lambda: plots._losses_figure(RUNS),
     "curves": lambda: plots._scores_figure(scores([200, 400]), "fid", "title", {}),
     "dots": lambda: plots._scores_figure(scores([400]), "fid", "title", {}),
+    "bands": lambda: plots._score_bands_figure(BANDS, "title", "FID, 15,803 images", plots.NFE_LABEL),
+    "bands of epochs": lambda: plots._score_bands_figure({"ema": BANDS["ema"]}, "", "FID", "epoch"),
     "costs": lambda: plots._cost_against_nfe_figure(COSTS, "title", "KL (nats)", "optimum"),
     "criteria": lambda: plots._criteria_figure(CRITERIA, FAMILIES, "title", RHO, "exact $W_2^2$"),
     "factorial": lambda: plots._factorial_figure(FACTORIAL, "title", "FID"),
@@ -361,8 +380,57 @@ def test_scores_that_do_not_compare_are_refused(tmp_path):
     file = tmp_path / "figure.png"
     with pytest.raises(ValueError, match="num_images 15803 and 500 do not compare"):
         plot_scores(scores([200], num_images="500") + scores([400], num_images="15803"), "fid", file)
+    with pytest.raises(ValueError, match="resize clean and pytorch-fid do not compare"):
+        plot_scores(scores([200], resize="clean") + scores([400], resize="pytorch-fid"), "fid", file)
     with pytest.raises(ValueError, match="baseline diagonal has two values of fid with raw weights at epoch 200"):
         plot_scores(scores([200, 400]) + scores([200]), "fid", file)
+    assert not file.exists()
+
+
+def test_score_bands_are_mean_and_deviation():
+    figure = plots._score_bands_figure(BANDS, "title", "FID", plots.NFE_LABEL)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["raw weights", "EMA"]
+    assert len({axes.get_ylim() for axes in figure.axes}) == len({axes.get_xlim() for axes in figure.axes}) == 1
+    looks = {}
+    for axes, curves in zip(figure.axes, BANDS.values(), strict=True):
+        assert axes.get_xscale() == axes.get_yscale() == "log"
+        bands = [part for part in axes.collections if not hasattr(part, "get_segments")]
+        for container, band, (name, points) in zip(axes.containers, bands, curves.items(), strict=True):
+            line = container.lines[0]
+            np.testing.assert_allclose(line.get_xydata(), [[nfe, mean] for nfe, (mean, _) in points.items()])
+            looks.setdefault(name, set()).add((line.get_color(), line.get_marker()))
+            corners = {tuple(corner) for path in band.get_paths() for corner in path.vertices.tolist()}
+            known = {nfe: score for nfe, score in points.items() if score[1] is not None}
+            runs = len(points) > 1 and name != "LIFT DP-64" and points is not BANDS["ema"]["Baseline"]
+            for nfe, (mean, sd) in known.items() if runs else ():
+                assert {(nfe, mean - sd), (nfe, mean + sd)} <= corners
+    assert all(len(look) == 1 for look in looks.values()) and len(set.union(*looks.values())) == 3
+    # From top to bottom as the curves end at the right.
+    names = [text.get_text().replace("\n", " ") for text in figure.legends[0].get_texts()]
+    assert names == ["LIFT of a long name that takes two lines", "LIFT DP-64", "Baseline"]
+
+
+def test_score_axis_is_linear_where_a_band_reaches_zero_or_means_are_close():
+    for points in (
+        {6: (1.0, 1.0), 18: (9.0, 1.0)},
+        {6: (2.0, None), 18: (9.9, 1.0)},
+        {6: (-0.1, None), 18: (3.0, None)},
+    ):
+        figure = plots._score_bands_figure({"raw": {"a": points}}, "", "KID", "epoch")
+        assert figure.axes[0].get_xscale() == figure.axes[0].get_yscale() == "linear"
+
+
+def test_score_bands_that_cannot_be_drawn_are_refused(tmp_path):
+    file = tmp_path / "figure.png"
+    for panels in ({}, {"raw": {}}):
+        with pytest.raises(ValueError, match="no score to draw"):
+            plot_scores_against_nfe(panels, file)
+    with pytest.raises(ValueError, match=r"curve a \(raw\) has no point"):
+        plot_scores_against_nfe({"raw": {"a": {}}}, file)
+    with pytest.raises(ValueError, match=r"a \(raw\) has the score nan ± 1 at 18"):
+        plot_scores_against_nfe({"raw": {"a": {18: (float("nan"), 1.0)}}}, file)
+    with pytest.raises(ValueError, match="an NFE is 0"):
+        plot_scores_against_nfe({"raw": {"a": {0: (1.0, None)}}}, file)
     assert not file.exists()
 
 

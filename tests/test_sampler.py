@@ -1,16 +1,26 @@
+import functools
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import generate_with_path_30
+import sampler
+import train_lift
 from baseline_model import BaselineModel
+from data import read_png
+from device import MIN_COMPILED_CALLS, compile_or_not, resolve_compile
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
 from path import Path, diagonal, find_optimal_path_n_steps_lambda, path_from_cells, timestep_grid
 from sampler import (
     IMAGES_PER_SEED,
     SeededNoise,
+    compile_denoiser,
     image_seeds,
+    in_full_batches,
     sample,
     sample_greedy,
     sample_seeds,
@@ -362,6 +372,154 @@ def test_shared_clock_model_refuses_a_path_off_the_diagonal():
     model = LIFTBaselineModel(hidden_dims=(8, 8)).eval()
     with pytest.raises(ValueError, match="can only follow a diagonal path"):
         sample(model.denoise, DDIMScheduler(), PATHS["cascade"], start_noise(PATHS["cascade"]))
+
+
+class Copies(TorchDispatchMode):
+    """Counts what is copied from the host to another device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            self.count += out.device.type != "cpu" and any(x.device.type == "cpu" for x in args)
+        return out
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_step_copies_nothing_to_the_device(eta):
+    path = PATHS["optimised"]
+    noise = [x.to("meta") for x in start_noise(path)]
+    with Copies() as copies:
+        images = sample(
+            fading, DDIMScheduler(), path, noise, eta=eta, draw=lambda shape: torch.empty(2, *shape, device="meta")
+        ).images
+    assert copies.count == 0 and all(x.device.type == "meta" for x in images)
+    with copies:
+        torch.as_tensor(torch.ones(()), device="meta")
+    assert copies.count == 1
+
+
+def test_the_next_noise_is_drawn_before_the_images_are_handed_over():
+    drawn = []
+
+    class Watched(SeededNoise):
+        def draw(self, shape, device="cpu"):
+            drawn.append(len(self._generators))
+            return super().draw(shape, device)
+
+    with mock.patch.object(sampler, "SeededNoise", Watched):
+        batches = sample_seeds(fading, DDIMScheduler(), diagonal(2), range(5), scale_shapes(2, 3, 8), 2)
+        counts = [(len(chosen), len(drawn)) for chosen, _ in batches]
+        assert counts == [(2, 4), (2, 6), (1, 6)] and drawn == [2, 2, 2, 2, 1, 1]
+        assert list(sample_seeds(fading, DDIMScheduler(), diagonal(2), [], scale_shapes(2, 3, 8), 2)) == []
+
+
+def test_smaller_batches_are_filled_up_and_larger_ones_left():
+    recorder = Recorder(lambda xs, ts: tuple(x * t[:, None, None, None] for x, t in zip(xs, ts, strict=True)))
+    denoise = in_full_batches(recorder, 4)
+    for count in (1, 3, 4, 5):
+        xs = tuple(torch.randn(count, 3, size, size).to(memory_format=torch.channels_last) for size in (8, 4))
+        ts = (torch.arange(count), torch.arange(count) + 7)
+        predictions = denoise(xs, ts)
+        for x, t, prediction in zip(xs, ts, predictions, strict=True):
+            assert torch.equal(prediction, x * t[:, None, None, None])
+        seen_xs, seen_ts = recorder.calls[-1]
+        for tensor, seen in zip((*xs, *ts), (*seen_xs, *seen_ts), strict=True):
+            assert len(seen) == max(count, 4) and seen.is_contiguous()
+            assert torch.equal(seen[:count], tensor) and (seen[count:] == tensor[-1]).all()
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_compiled_once_for_every_batch_and_for_further_models(model_class):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    path, seeds = MODELS[model_class], list(image_seeds(42, 5))
+    for prediction_type in ("epsilon", "x0"):
+        model = model_class(hidden_dims=(8, 16)).eval().requires_grad_(False)
+        model = model.to(memory_format=torch.channels_last)
+        shapes, scheduler = scale_shapes(model.num_scales, 3, 16), DDIMScheduler(prediction_type=prediction_type)
+        with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend=backend)):
+            denoise, note = compile_denoiser(model.denoise, shapes, 2, torch.device("cpu"), "fp32")
+        assert note == ""
+        first = len(graphs)
+        eager, compiled = (
+            [s.images for _, s in sample_seeds(d, scheduler, path, seeds, shapes, 2)] for d in (model.denoise, denoise)
+        )
+        assert len(graphs) == first > 0
+        for one, other in zip(eager, compiled, strict=True):
+            for x, y in zip(one, other, strict=True):
+                assert x.shape == y.shape
+                torch.testing.assert_close(x, y, rtol=0, atol=1e-4)
+    # The second model found what the first had made.
+    assert len(graphs) == 1
+
+
+def failing_compiler(call, **_):
+    def fail(*_):
+        raise RuntimeError("no compiler\nand much more")
+
+    return fail
+
+
+def test_a_compiler_that_fails_leaves_the_network_as_it_was():
+    with mock.patch.object(torch, "compile", failing_compiler):
+        denoise, note = compile_denoiser(fading, scale_shapes(2, 3, 8), 2, torch.device("cpu"))
+    assert denoise is fading
+    assert note == "note: compiling failed (RuntimeError: no compiler); going on without"
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_compiler():
+    def rehearse(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        compile_or_not(fading, rehearse)
+
+
+@pytest.mark.parametrize(
+    ("device", "choice", "calls", "expected"),
+    [
+        ("cpu", None, math.inf, False),
+        ("cpu", True, 1, True),
+        ("cuda", None, math.inf, True),
+        ("cuda", None, MIN_COMPILED_CALLS, True),
+        ("cuda", None, MIN_COMPILED_CALLS - 1, False),
+        ("cuda", True, 1, True),
+        ("cuda", False, math.inf, False),
+    ],
+)
+def test_networks_are_compiled_where_it_pays(device, choice, calls, expected):
+    assert resolve_compile(torch.device(device), choice, calls) is expected
+
+
+def test_generating_with_and_without_a_compiler_gives_the_same_images(stage, tiny, cache, tmp_path):
+    stage(train_lift, *tiny(tmp_path), "--cache_dir", cache, "--epochs", 1)
+    flags = ["--checkpoint", tmp_path / "checkpoints/lift_dual_timestep_1ep.pth", "--num_images", 3, "--batch_size", 2]
+    flags += ["--num_steps", 2, "--device", "cpu", "--precision", "fp32", "--trajectory"]
+    compilers = {
+        "eager": (None, mock.Mock(side_effect=AssertionError("nobody asked for it"))),
+        "graphs": ("--compile", functools.partial(torch.compile, backend="aot_eager")),
+        "failing": ("--compile", failing_compiler),
+    }
+    pixels = {}
+    for name, (flag, compiler) in compilers.items():
+        with mock.patch.object(torch, "compile", compiler):
+            chosen = [*flags, "--output", tmp_path / name, *([flag] if flag else [])]
+            output = stage(generate_with_path_30, *chosen).output
+        assert ("note: compiling failed (RuntimeError: no compiler); going on without\n" in output) == (
+            name == "failing"
+        )
+        files = sorted((tmp_path / name).glob("[0-9]*.png"))
+        pixels[name] = torch.stack([read_png(file) for file in files]).int()
+        assert len(files) == 3 and (tmp_path / name / "trajectory.png").exists()
+    assert (pixels["eager"] - pixels["graphs"]).abs().max() <= 1
+    assert torch.equal(pixels["eager"], pixels["failing"])
 
 
 RUNGS = (999, 850, 600, 300, 80, 0)

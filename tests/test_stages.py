@@ -10,13 +10,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import assert_same, list_files, run_stage
+from conftest import HARDWARE, STEPS, assert_same, list_files, run_stage
 from PIL import Image
 
 import aggregate_results
@@ -48,65 +47,13 @@ STAGES = [
     export,
     plan_path,
 ]
-HARDWARE = ["--device", "cpu", "--precision", "fp32"]
-# Four cells are crossed in four steps, of at most the five cells that a step may move.
-STEPS = ["--num_steps", 4]
 FIRST_SEED = 42_000_000
-
-
-class Run(NamedTuple):
-    """Where the trained models and what belongs to them lie."""
-
-    folder: Path
-
-    @property
-    def baseline(self) -> Path:
-        return self.folder / "checkpoints/baseline_2ep.pth"
-
-    @property
-    def lift(self) -> Path:
-        return self.folder / "checkpoints/lift_dual_timestep_2ep.pth"
-
-    @property
-    def heatmap(self) -> Path:
-        return self.folder / "results/heatmap_4_2ep.pth"
-
-    @property
-    def cache(self) -> Path:
-        return self.folder / "cache"
-
-    def images(self) -> np.ndarray:
-        return load_images("synthetic", 16, self.cache, limit=12).pixels
-
-    def heatmap_flags(self, output) -> list:
-        flags = ["--checkpoint", self.lift, "--output", output, "--grid", 4, "--K", 1, "--num_images", 2]
-        return [*flags, *STEPS, *HARDWARE, "--cache_dir", self.cache]
-
-    def generate_flags(self, output, path_type="diagonal", count=5) -> list:
-        checkpoint = self.baseline if path_type == "baseline" else self.lift
-        flags = ["--checkpoint", checkpoint, "--output", output, "--num_images", count, "--heatmap", self.heatmap]
-        return [*flags, "--path_type", path_type.replace("baseline", "diagonal"), *STEPS, *HARDWARE]
-
-    def eval_flags(self, output) -> list:
-        flags = ["--checkpoint_dir", self.folder / "checkpoints", "--heatmap_dir", self.folder / "results"]
-        flags += ["--output", output, "--metrics", "swd", "--grid", 4, "--cache_dir", self.cache]
-        return [*flags, *STEPS, *HARDWARE]
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     """A stage that falls back on a default place writes it here."""
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="session")
-def run(stage, tiny, tmp_path_factory):
-    """A baseline and a LIFT model after two epochs, and the heatmap of its raw weights."""
-    run = Run(tmp_path_factory.mktemp("run"))
-    for module in (train_baseline, train_lift):
-        stage(module, *tiny(run.folder), "--ema_decay", 0.5, "--lr", 0.003)
-    stage(compute_heatmap_30, *run.heatmap_flags(run.heatmap))
-    return run
 
 
 # Heatmaps
