@@ -105,13 +105,13 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where it is fast")
 
 
-def add_compile_argument(parser: argparse.ArgumentParser) -> None:
-    """`--compile` of stages that sample; None means on GPUs."""
+def add_compile_argument(parser: argparse._ActionsContainer) -> None:
+    """`--compile`, for a parser or a group of it; None where it is not given."""
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="compile the network, which takes a minute or more (on a GPU, for many images)",
+        help="compile the network, which takes minutes (on a GPU, for long runs)",
     )
 
 

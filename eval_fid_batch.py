@@ -208,10 +208,13 @@ class Evaluation:
         }
         keys = {metric: key | settings for metric, settings in scorer.settings.items()}
         missing = {m: k for m, k in keys.items() if args.force or not has_row(args.output, k)}
-        # The first process has seen the table last.
-        if not self.processes.any(self.processes.is_main and bool(missing))[0]:
+        # What the first process finds in the table counts for all, as the others may see it as it was before.
+        wanted = [bool(missing), bool(set(missing) & set(FEATURE_METRICS))]
+        any_missing, any_features = self.processes.any(*(self.processes.is_main and one for one in wanted))
+        if not any_missing:
             self._say(f"{job}: scored already")
             return
+        scorer.prepare(missing)
         start = time.perf_counter()
         generated = generate(
             loaded,
@@ -222,7 +225,7 @@ class Evaluation:
             args.precision,
             args.eta,
             args.end,
-            scorer.inception if set(missing) & set(FEATURE_METRICS) else None,
+            scorer.inception if any_features else None,
             denoise,
         )
         if generated is None:

@@ -162,9 +162,8 @@ def _mean_and_factor(mean: np.ndarray, cov: np.ndarray, dim: int) -> tuple[np.nd
 
 def _distance_by_factors(mean_1: np.ndarray, factor_1: np.ndarray, mean_2: np.ndarray, factor_2: np.ndarray) -> float:
     traces = np.sum(factor_1**2) + np.sum(factor_2**2) - 2 * _nuclear_norm(factor_1.T @ factor_2)
-    distance = np.sum((mean_1 - mean_2) ** 2) + traces
     # Equal Gaussians leave the rounding of the traces, of either sign.
-    return max(0.0, float(distance))
+    return max(0.0, float(np.sum((mean_1 - mean_2) ** 2) + traces))
 
 
 def _nuclear_norm(matrix: np.ndarray) -> float:
@@ -281,7 +280,6 @@ def kernel_distance(
     kid = _library_metric("metric_kid", "kid_features_to_metric", "KID", "kid")
     size = min(KID_SUBSET_SIZE, len(features), len(reference))
     subsets = 1 if size == max(len(features), len(reference)) else KID_SUBSETS
-    # The kernel is the default of the library, which would print its progress.
     out = kid(features, reference, kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False)
     return out["kernel_inception_distance_mean"], out["kernel_inception_distance_std"]
 
@@ -335,8 +333,9 @@ class NearestNeighbours:
     """How close generated images are to images of the training set, which shows memorisation.
 
     The distance of two images is the root mean square difference of their values. A generated image is authentic
-    when it is farther from its nearest training image than that one is from its own nearest other training
-    image (arXiv 2102.08921): of copies none is, of new images of the same distribution somewhat less than half.
+    when it is farther from its nearest training image than that one is from its own nearest other training image
+    (arXiv 2102.08921). Of copies none is; of new images from the same source a third to nearly all are, depending
+    on the source, so the share needs that of held-out images beside it.
 
     The search is exact: float32 products with a bound on their rounding leave a few candidates, which are
     compared in whole numbers. The distances within the training set are computed once, at the first comparison.

@@ -19,7 +19,7 @@ from device import autocast
 from distributed import Processes
 from inception import Features, Inception
 from metrics import (
-    MANIFOLD_NEIGHBOURS,
+    MANIFOLD_K,
     MIN_EXTRAPOLATED_FEATURES,
     SCORE_SPLITS,
     FeatureMoments,
@@ -40,7 +40,7 @@ from sampler import Denoiser, sample_seeds, scale_shapes
 FEATURE_METRICS = ("fid", "fid_infinity", "kid", "is", "pr")
 # Known before an image is made, whereas the metrics themselves would refuse only then.
 FEWEST_IMAGES = {"fid": 2, "fid_infinity": MIN_EXTRAPOLATED_FEATURES, "kid": 2, "is": SCORE_SPLITS}
-FEWEST_IMAGES |= {"pr": MANIFOLD_NEIGHBOURS + 1, "swd": 1, "nn": 1}
+FEWEST_IMAGES |= {"pr": MANIFOLD_K + 1, "swd": 1, "nn": 1}
 
 
 class Generated(NamedTuple):
@@ -156,7 +156,7 @@ class Scorer:
     metrics: of results_table.METRICS. training: the images the model was trained on, for `nn`. inception: needed for
     FEATURE_METRICS. `settings[metric]` holds the key columns metric, metric_features and resize of its rows.
 
-    Raises ValueError if a metric cannot be computed from so many images, or from a reference without images.
+    Raises ValueError if a metric cannot be computed from so many images, or against this reference.
     """
 
     def __init__(
@@ -186,11 +186,28 @@ class Scorer:
             self.settings[metric] = {"metric": metric, "metric_features": features, "resize": resize}
         if set(metrics) & {"swd", "kid", "pr"}:
             reference_pixels = reference.pixels
+        for metric in ("kid", "pr"):
+            if metric in metrics and reference.count < FEWEST_IMAGES[metric]:
+                raise ValueError(
+                    f"The metric {metric} needs at least {FEWEST_IMAGES[metric]} images to compare with, but the "
+                    f"reference {reference.name} has {reference.count}; pass another or leave it out of --metrics."
+                )
         if "swd" in metrics:
             self._swd = SlicedWasserstein(reference_pixels, num_images, device=device)
         if "nn" in metrics:
             # A training image that occurs twice would be at distance 0 from its neighbour, and excuse every copy of it.
             self._neighbours = NearestNeighbours(distinct_images(training.pixels), device)
+
+    def prepare(self, metrics: Iterable[str]) -> None:
+        """Make what these metrics need of the reference, so that one which is no good is refused before sampling.
+
+        Raises ValueError as `ReferenceSet.moments` and `ReferenceSet.features`.
+        """
+        # Moments come from features where there are any, and then the network sees the reference once.
+        if set(metrics) & {"kid", "pr"}:
+            self._reference_features()
+        if set(metrics) & {"fid", "fid_infinity"}:
+            self._reference_moments()
 
     def score(self, metric: str, generated: Generated) -> dict[str, float]:
         """The value columns of one metric."""

@@ -82,11 +82,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=cli.seed, default=42, help="initial weights, order, noise, timesteps (42)")
     group = parser.add_argument_group("execution (what is computed stays the same up to rounding)")
     add = group.add_argument
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="compile the network, which takes minutes at the start (with a GPU)",
-    )
+    cli.add_compile_argument(group)
     add("--cuda_graphs", action="store_true", help="replay the compiled network as CUDA graphs, for small batches")
     add("--accumulate", type=cli.positive_int, default=1, metavar="N", help="run a step in N parts, for less memory")
     add("--recompute", action="store_true", help="recompute activations in the backward pass, for less memory")

@@ -153,9 +153,10 @@ evaluate() {
         return
     fi
     visible=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((slots - 1)))}
-    # Each of the processes that run side by side has a slot of its own, and with it a GPU.
+    # Each of the processes that run side by side has a slot of its own, and with it a GPU. A job that a signal kills
+    # ends with a status, since xargs would start no other after it.
     # shellcheck disable=SC2016
-    local job='IFS=, read -ra gpus <<<"$0"; export CUDA_VISIBLE_DEVICES=${gpus[SLOT % ${#gpus[@]}]}; exec bash -c "$1"'
+    local job='IFS=, read -ra gpus <<<"$0"; export CUDA_VISIBLE_DEVICES=${gpus[SLOT % ${#gpus[@]}]}; bash -c "$1" || exit 1'
     python eval_fid_batch.py "${evaluation_flags[@]}" --list_jobs |
         xargs -r -d '\n' -n 1 -P "$slots" --process-slot-var=SLOT bash -c "$job" "$visible"
 }

@@ -30,6 +30,7 @@ if ! compgen -G "$CHECKPOINT_DIR/baseline_*ep.pth" >/dev/null; then
     models=lift
 fi
 mapfile -t epochs < <(lift_epochs)
+[[ ${#epochs[@]} != 0 ]] || refuse "no LIFT checkpoint in $CHECKPOINT_DIR: train one, or run eval_baseline.sh"
 # Their figures are drawn here; jobs that need a map would compute it themselves.
 [[ $PATHS == diagonal ]] || ./scripts/compute_heatmap.sh "${epochs[@]}"
 evaluate "$models" "$PATHS"

@@ -335,7 +335,7 @@ def test_precision_and_recall_of_known_manifolds():
 
 @pytest.mark.parametrize("counts", [(20, 24), (300, 330)], ids=["direct distances", "distances by products"])
 def test_precision_and_recall_equal_brute_force(counts):
-    generated, real = blob(0, counts[0], 0, 3), blob(1, counts[1], 1, 3) * 0.8
+    generated, real = blob(0, counts[0], 0, 3), blob(1, counts[1], 1.2, 3) * 1.4
 
     def share(points, centres):
         radii = [np.sort(np.linalg.norm(centres - centre, axis=1))[3] for centre in centres]
