@@ -25,7 +25,7 @@ import cli
 from checkpoint import LoadedModel, load_model
 from data import ImageSet, to_float
 from device import autocast, resolve_precision
-from distributed import Processes
+from distributed import PATIENCE, Processes
 from error_map import (
     DIFFERENTIATED,
     MAPS,
@@ -161,8 +161,9 @@ def compute(args: argparse.Namespace, processes: Processes) -> tuple[dict, Path]
     file.parent.mkdir(parents=True, exist_ok=True)
     # The first process holds the file for all.
     with FileLock(f"{file}.lock") if processes.is_main else nullcontext():
-        processes.any(False)
-        if file.exists() and not args.force:
+        # Hosts that share files may see them at different moments, and the first process is the one that writes.
+        [kept] = processes.any(processes.is_main and file.exists() and not args.force)
+        if kept:
             content = load_heatmap(file)
             different = [name for name, value in settings.items() if content.get(name) != value]
             if different:
@@ -173,6 +174,7 @@ def compute(args: argparse.Namespace, processes: Processes) -> tuple[dict, Path]
                 print(f"the map of {file} has these settings and is kept")
         else:
             content = measure(args, loaded, images, settings, file, processes)
+            processes.any(False)  # The file is there when any of them goes on.
     return content | settings, file
 
 
@@ -226,7 +228,7 @@ def main() -> None:
     args = parse_args()
     if args.maps != "mse" and not args.plot_only:  # Of which no published path is made.
         check_steps(args.grid, args.num_steps, args.max_jump)
-    processes = Processes("cpu" if args.plot_only else args.device)
+    processes = Processes("cpu" if args.plot_only else args.device, PATIENCE)
     content, file = (load_heatmap(args.output), Path(args.output)) if args.plot_only else compute(args, processes)
     processes.close()
     if not processes.is_main:

@@ -34,6 +34,8 @@ RESIZE_FILTERS = {
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 DECODE_CHUNK = 512
 SYNTHETIC_DEFAULT_IMAGES = 4096
+# Figures that generate_with_path_30.py draws into the folder of its images.
+SAMPLE_FIGURES = frozenset({"grid.png", "trajectory.png"})
 
 
 class WrongSizeError(ValueError):
@@ -132,11 +134,11 @@ def _dataset_source(dataset: str) -> _Source:
     )
 
 
-def _open_source(dataset: str) -> _Source:
+def _open_source(dataset: str, leave_out: frozenset[str] = frozenset()) -> _Source:
     folder = Path(dataset)
     if folder.is_dir():
         root = folder / "train" if (folder / "train").is_dir() else folder
-        files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.name not in leave_out)
         if files:
             return _folder_source(folder, files)
     elif folder.exists() or dataset.startswith((".", "/", "~")):
@@ -223,7 +225,8 @@ def load_images(
         it has one), or `synthetic` (endless; 4096 images unless `limit` says otherwise).
     resolution: side of the fine image, a multiple of 16.
     limit: the first so many images only, of which unreadable ones that are skipped are not made up for.
-    resize_filter: one of RESIZE_FILTERS, or None for images that are to be of that size already.
+    resize_filter: one of RESIZE_FILTERS, or None for images that are to be of that size already, beside which
+        SAMPLE_FIGURES may lie.
     A set of grey images stays grey; everything else becomes RGB. Shorter side to `resolution`, then a centre crop.
 
     Raises ValueError for a bad resolution, an unreadable image (unless skipped), one of another size where none is to
@@ -240,7 +243,7 @@ def load_images(
         # Two images of each class, so that a change of the drawing code is not answered from the cache.
         key = f"synthetic-{hashlib.sha256(synthetic_images(6)).hexdigest()}"
     else:
-        source = _open_source(dataset)
+        source = _open_source(dataset, SAMPLE_FIGURES if resize_filter is None else frozenset())
         if limit is not None and limit > source.count:
             raise ValueError(f"--limit {limit} asks for more images than the {source.count} of '{dataset}'.")
         count, key = limit or source.count, source.key

@@ -6,6 +6,7 @@ RANK it is alone, and everything here answers at once.
 
 import hashlib
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ import torch.distributed as dist
 
 from device import select_device
 
+# How long processes wait for one that waits itself: for a file that another run is making, or for a score.
+PATIENCE = timedelta(days=7)
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -20,10 +23,11 @@ class Processes:
     """This process among `count`, numbered by `rank`, with a `device` of its own; `is_main` is true of the first.
 
     device_name: as for `select_device`; several processes on GPUs take one each, so that they accept None and "cpu"
-    only. Raises ValueError otherwise, and if a host has fewer GPUs than processes.
+    only. patience: how long one may be late, None for that of PyTorch (half an hour on CPUs).
+    Raises ValueError for another device_name, and if a host has fewer GPUs than processes.
     """
 
-    def __init__(self, device_name: str | None = None):
+    def __init__(self, device_name: str | None = None, patience: timedelta | None = None):
         self.rank, self.count, self.local_rank = 0, 1, 0
         if "RANK" in os.environ:
             missing = [name for name in ENVIRONMENT if name not in os.environ]
@@ -34,7 +38,7 @@ class Processes:
         self.device = self._device(device_name)
         if self.count > 1:
             # Flags and other small things of the host go by gloo, so that they never wait for the GPU.
-            dist.init_process_group("gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl")
+            dist.init_process_group("gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=patience)
 
     def _device(self, name: str | None) -> torch.device:
         if self.count == 1 or name == "cpu" or not torch.cuda.is_available():
@@ -77,7 +81,7 @@ class Processes:
         if self.count == 1:
             return [value]
         values = [None] * self.count if self.is_main else None
-        dist.gather_object(value, values)
+        dist.gather_object(value, values, dst=0)
         return values
 
     def agree(self, text: str) -> bool:

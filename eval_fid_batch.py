@@ -9,7 +9,8 @@
 Every checkpoint in --checkpoint_dir x weights x path type x number of steps x seed is one job; its rows, one per
 metric, are appended to results/fid_results.csv. A job whose rows exist is skipped unless --force, and one that another
 process is at is left to it, so the same command may run on many GPUs and hosts at once. All but diagonals need the
-heatmap of the same weights, which is computed when it is missing. --list_jobs prints the jobs as single commands.
+heatmap of the same weights, which is used as it is and computed when it is missing. A job that fails does not keep the
+others from running. --list_jobs prints the jobs as single commands.
 """
 
 import argparse
@@ -30,8 +31,8 @@ import cli
 import compute_heatmap_30
 from checkpoint import FILE_STEMS, LoadedModel, load_model
 from data import ImageSet
-from device import resolve_compile, resolve_precision
-from distributed import Processes
+from device import is_out_of_memory, resolve_compile, resolve_precision
+from distributed import PATIENCE, Processes
 from inception import NUM_FEATURES, RESIZES, Inception, load_inception
 from path import GRID_SPACINGS, check_steps
 from path import Path as SamplingPath
@@ -133,6 +134,9 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
             f"--path_type {' '.join(args.path_type)} needs a model with two clocks, but --model_type is "
             f"{' '.join(args.model_type)}; add --model_type lift or --path_type diagonal."
         )
+    for job in jobs:
+        if job.path_type.startswith("dp"):
+            check_steps(args.grid, job.num_steps, args.max_jump)
     return list(dict.fromkeys(jobs))
 
 
@@ -157,7 +161,7 @@ class Evaluation:
 
     def __init__(self, args: argparse.Namespace, processes: Processes):
         self.args, self.processes, self.device = args, processes, processes.device
-        self._loaded: tuple[Any, LoadedModel, Denoiser, ImageSet] | None = None
+        self._loaded: tuple[Any, LoadedModel, Denoiser, str] | None = None
         self._inception: Inception | None = None
         self._scorer: Scorer | None = None
         self._warned = False
@@ -190,10 +194,10 @@ class Evaluation:
 
     def _run(self, job: Job) -> None:
         args = argparse.Namespace(**vars(self.args) | {"num_steps": job.num_steps})
-        loaded, denoise = self._model(job)
+        loaded, denoise, dataset = self._model(job)
         path = self._path(job, args, loaded)
         scorer = self._scorer
-        solver = "" if (args.eta, args.end) == (0.0, "clean") else f"-eta{args.eta:g}-{args.end}"
+        solver = "" if (args.eta, args.end) == (0.0, "clean") else f"-eta{args.eta!r}-{args.end}"
         key = {
             "checkpoint_fingerprint": loaded.fingerprint,
             "weights": loaded.weights,
@@ -236,7 +240,7 @@ class Evaluation:
             values = scorer.score(metric, generated)
             row |= values | {
                 "nfe": generated.nfe,
-                "dataset": scorer.training.name,
+                "dataset": dataset,
                 "reference": scorer.reference.name,
                 "reference_images": scorer.reference.count,
                 "model_type": loaded.config["model_type"],
@@ -252,8 +256,8 @@ class Evaluation:
         if self.processes.is_main:
             print(text)
 
-    def _model(self, job: Job) -> tuple[LoadedModel, Denoiser]:
-        """The weights of a job, and what is called to denoise with them; also sees to the scorer."""
+    def _model(self, job: Job) -> tuple[LoadedModel, Denoiser, str]:
+        """The weights of a job, what is called to denoise with them, and the name of their data; sees to the scorer."""
         args, which = self.args, (job.checkpoint, job.weights)
         if self._loaded is None or self._loaded[0] != which:
             loaded = load_model(job.checkpoint, job.weights == "ema", self.device)
@@ -267,7 +271,7 @@ class Evaluation:
                 batch_size = min(args.batch_size, self._scorer.num_images)
                 denoise, note = compile_denoiser(denoise, shapes, batch_size, self.device, args.precision)
                 self._say(note or "the network is compiled")
-            self._loaded = which, loaded, denoise
+            self._loaded = which, loaded, denoise, training.name
         return self._loaded[1:]
 
     def _reference(self, training: ImageSet, held_out: ImageSet | None, config: dict) -> ReferenceSet:
@@ -306,8 +310,6 @@ class Evaluation:
         """The path of a job, on a heatmap that is computed if there is none."""
         epoch, weights = loaded.config["epoch"], loaded.weights
         heatmap = heatmap_file(args.heatmap_dir, epoch, weights, args.grid)
-        if job.path_type.startswith("dp"):
-            check_steps(args.grid, job.num_steps, args.max_jump)
         if job.path_type != "diagonal" and self.processes.any(not heatmap.exists())[0]:
             self._say(f"{job}: computing {heatmap} first")
             flags = {
@@ -338,14 +340,31 @@ def main() -> None:
         print("\n".join(job_command(job) for job in jobs))
         return
     read_rows(args.output)  # A table that cannot be added to is refused before anything is computed.
-    processes = Processes(args.device)
+    processes = Processes(args.device, PATIENCE)
     evaluation = Evaluation(args, processes)
-    taken = [job for job in jobs if not evaluation.run(job, wait=False)]
+    failures: dict[str, Exception] = {}
+
+    def attempt(job: Job, wait: bool) -> bool:
+        try:
+            return evaluation.run(job, wait)
+        except (ValueError, RuntimeError) as error:
+            # Other processes of this run would wait for one that goes on, and memory stays short.
+            if processes.count > 1 or is_out_of_memory(error):
+                raise
+            failures[str(error)] = error
+            if len(jobs) > 1:
+                print(f"{job}: failed: {' '.join(str(error).split())}", file=sys.stderr)
+            return True
+
+    taken = [job for job in jobs if not attempt(job, wait=False)]
     for job in taken:
         if processes.is_main:
             print(f"{job}: waiting for the process that is at it")
-        evaluation.run(job, wait=True)
+        attempt(job, wait=True)
     processes.close()
+    if failures:
+        # One cause of however many failures is the end of the run; of several the first is.
+        raise next(iter(failures.values()))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike
 from PIL import Image
 
@@ -58,7 +60,7 @@ METRIC_TITLES |= {
 }
 NFE_LABEL = "network evaluations (NFE)"
 # Scores that differ in one of these must not share a figure.
-COMPARABLE = ("dataset", "num_images", "nfe", "metric_features", "resize", "reference_fingerprint")
+COMPARABLE = ("dataset", "num_images", "nfe", "metric_features", "resize", "reference_fingerprint", "precision")
 MAX_TRAJECTORY_COLUMNS = 10
 
 
@@ -146,6 +148,21 @@ def plot_trajectory(
     Raises ValueError if images and points do not pair up.
     """
     save_figure(_trajectory_figure(fine, coarse, points, title), file)
+
+
+def plot_super_resolution(
+    columns: Mapping[str, ArrayLike],  # name -> uint8 [N, C, H, W], the originals last, H and W any of each column
+    file: str | os.PathLike,
+    title: str = "",
+    captions: Mapping[str, Sequence[str]] | None = None,  # name -> one line per image, such as its PSNR
+) -> None:
+    """Draw each image as every method has it side by side, and under that the part of it with the most detail.
+
+    Pixels are enlarged without smoothing, so that an original of up to 64 pixels takes 192 a side. The part is 3/8 of
+    a side, where the squared differences of neighbouring pixels of the original add up to most; a frame shows where.
+    Raises ValueError for no column and for columns of unequal N.
+    """
+    save_figure(_super_resolution_figure(columns, title, captions or {}), file)
 
 
 def plot_scores(
@@ -396,6 +413,60 @@ def _trajectory_figure(
     symbols = ("t_{64}", "t_{32}") if coarse is not None else ("t",)
     captions = [[f"${symbol} = {points[k][s]}$" for k in shown] for s, symbol in enumerate(symbols)]
     return _picture_table(cells, labels, title, headings=[f"point {k}" for k in shown], captions=captions)
+
+
+@rc_context(STYLE)
+def _super_resolution_figure(
+    columns: Mapping[str, ArrayLike], title: str, captions: Mapping[str, Sequence[str]]
+) -> Figure:
+    if not columns:
+        raise ValueError("there is no column of images to draw; pass at least one")
+    pictures = {name: _as_images(images) for name, images in columns.items()}
+    counts = {name: len(images) for name, images in pictures.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"columns of images must be equally long but hold {counts}; pass the same images in each")
+    originals = list(pictures.values())[-1]
+    height, width = originals.shape[2:]
+    # Three eighths of a side are a whole number of pixels then, too.
+    scale = 3 * math.ceil(64 / height)
+    size = (height * scale, width * scale)
+    cells, lines = [], []
+    for k, original in enumerate(originals):
+        part = _most_detailed(original)
+        whole = [_tile(images[k], size) for images in pictures.values()]
+        cells += [[_framed(tile, part) for tile in whole], [_tile_of_part(tile, part) for tile in whole]]
+        lines += [[captions[name][k] if name in captions else "" for name in pictures], [""] * len(pictures)]
+    return _picture_table(cells, ["image", "detail"] * len(originals), title, headings=list(columns), captions=lines)
+
+
+def _most_detailed(image: np.ndarray) -> tuple[float, float, float, float]:
+    # Top, left, height and width as shares of a side; even pixels, so that it is whole pixels at half the size too.
+    values = image.astype(np.float64)
+    detail = np.zeros(image.shape[1:])
+    detail[1:] += (np.diff(values, axis=1) ** 2).sum(0)
+    detail[:, 1:] += (np.diff(values, axis=2) ** 2).sum(0)
+    sides = tuple(max(2, 2 * round(3 * side / 16)) for side in detail.shape)
+    sums = sliding_window_view(detail, sides)[::2, ::2].sum((2, 3))
+    corner = 2 * np.array(np.unravel_index(sums.argmax(), sums.shape))
+    return tuple(float(x) for x in np.concatenate([corner, sides]) / np.tile(detail.shape, 2))
+
+
+def _part_of(tile: np.ndarray, part: tuple[float, float, float, float]) -> tuple[int, int, int, int]:
+    return tuple(round(share * tile.shape[k % 2]) for k, share in enumerate(part))
+
+
+def _framed(tile: np.ndarray, part: tuple[float, float, float, float], line: int = 2) -> np.ndarray:
+    top, left, height, width = _part_of(tile, part)
+    rows, columns = np.ogrid[: tile.shape[0], : tile.shape[1]]
+    outside = np.maximum(abs(2 * (rows - top) + 1 - height) - height, abs(2 * (columns - left) + 1 - width) - width)
+    framed = tile.copy()
+    framed[(outside > 0) & (outside < 2 * line)] = np.rint(np.array(to_rgb(COLORS[4])) * 255)
+    return framed
+
+
+def _tile_of_part(tile: np.ndarray, part: tuple[float, float, float, float]) -> np.ndarray:
+    top, left, height, width = _part_of(tile, part)
+    return _tile(tile[top : top + height, left : left + width].transpose(2, 0, 1), tile.shape[:2])
 
 
 def _tile(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -216,6 +216,8 @@ def _read_statistics(file: Path, way_out: str) -> tuple[np.ndarray, np.ndarray, 
         )
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise ValueError(f"The statistics file {file} holds values that are not finite: {way_out}.")
+    if not np.allclose(cov, cov.T, rtol=1e-5, atol=1e-5 * np.abs(cov).max(initial=0)):
+        raise ValueError(f"The statistics file {file} holds a sigma that is not symmetric: {way_out}.")
     count = arrays.get("n")
     if count is not None and (count.size != 1 or count.item() < 1):
         raise ValueError(f"The statistics file {file} holds no number of images under n: {way_out}.")

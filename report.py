@@ -9,7 +9,6 @@ tables links to the rows of the results table it was made of. The same files giv
 
 import argparse
 import base64
-import csv
 import io
 import itertools
 import json
@@ -40,7 +39,7 @@ from results_table import (
     VALUE_FIELDS,
     aggregate,
     natural_order,
-    read_rows,
+    read_numbered_rows,
     without_repetitions,
 )
 from safe_write import replacing
@@ -51,12 +50,12 @@ TEMPLATE = "report_template.html"
 COMPARABLE = tuple(field for field in SETTING_FIELDS if field != "nfe")
 DEFAULT_NFE = 18  # --num_steps of every stage
 # The levels of the sliced Wasserstein distance are in the tables, and real images have no curve.
-CURVE_FIELDS = tuple(field for field in VALUE_LAYOUTS if not field.startswith("swd_") and VALUE_LAYOUTS[field].better)
+CURVE_FIELDS = tuple(field for field in VALUE_LAYOUTS if not field.startswith("swd_") and field != "nn_distance_real")
 LARGE_PAGE_MB = 20
 GRID_ENLARGED = 3  # Pixels of the page per pixel of a grid, at most.
 
 Result = dict[str, Any]  # from aggregate, with "rows"
-Row = dict[str, Any]  # from read_rows, with "line"
+Row = dict[str, Any]  # of read_numbered_rows, with "line"
 
 # A reader who comes from a number looks for what was measured first.
 _FIRST_FIELDS = ("model_type", "path_type", "weights", "epoch", "nfe", "seed", "metric", *VALUE_FIELDS)
@@ -121,23 +120,17 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_numbered_rows(file: Path) -> list[Row]:
-    """`read_rows`, each row with its `line` in the file, whose header is line 1.
+def read_table(file: Path) -> list[Row]:
+    """The rows of a results table, each with its `line` in the file, whose header is line 1.
 
-    Raises FileNotFoundError if the file is missing, ValueError if it has no row, and what `read_rows` raises.
+    Raises FileNotFoundError if the file is missing, ValueError if it has no row, and what `read_numbered_rows` raises.
     """
     if not file.is_file():
         raise FileNotFoundError(f"Results table {file} does not exist; evaluate with eval_fid_batch.py first.")
-    rows = read_rows(file)
+    rows = read_numbered_rows(file)
     if not rows:
         raise ValueError(f"{file} holds no result; evaluate a checkpoint first with eval_fid_batch.py.")
-    lines = enumerate(file.read_bytes().decode(errors="replace").split("\n"), start=1)
-    numbered = []
-    for row in rows:
-        # Lines passed over on the way to a row are those that read_rows skipped.
-        line = next(k for k, text in lines if list(row.values()) in csv.reader([text.removesuffix("\r")]))
-        numbered.append(row | {"line": line})
-    return numbered
+    return [row | {"line": number} for number, row in rows.items()]
 
 
 def aggregate_with_rows(rows: Sequence[Row]) -> list[Result]:
@@ -541,7 +534,7 @@ def build(results: Path, folder: Path, title: str, nfe: int | None = None) -> st
     Raises FileNotFoundError if the table or the folder is missing, and ValueError for a table without rows, a damaged
     picture, heatmap, schedule or settings file (named), and an NFE that no row has.
     """
-    rows = read_numbered_rows(results)
+    rows = read_table(results)
     if not folder.is_dir():
         raise FileNotFoundError(f"Folder {folder} does not exist; pass the one with the figures as --folder.")
     groups = []
@@ -556,7 +549,9 @@ def build(results: Path, folder: Path, title: str, nfe: int | None = None) -> st
         scores = ", ".join(METRIC_TITLES[field] for field in measured)
         title_of = f"{_capitalised(scores)}: {first['dataset']}, {int(first['num_images']):,} images"
         headline, curves = headline_table(members, calls), draw_curves(members, calls)
-        groups.append(Group(title_of, _described(first), warnings_of(first), headline, curves))
+        groups.append((measured, Group(title_of, _described(first), warnings_of(first), headline, curves)))
+    # Metrics come in the order of the table's columns.
+    groups = [group for _, group in sorted(groups, key=lambda pair: [CURVE_FIELDS.index(f) for f in pair[0]])]
     scored = {row["checkpoint_fingerprint"] for row in rows}
     heatmaps, notes = heatmap_pictures(folder, scored)
     paths, (sample_rows, grids) = path_pictures(folder), sample_pictures(folder, scored)

@@ -39,11 +39,11 @@ ABLATIONS = ("single_t", "no_t")
 class ValueLayout(NamedTuple):
     """How a value is read and printed."""
 
-    better: str | None  # lower or higher; None for what describes the data alone
+    better: str | None  # lower or higher; None for what is neither good nor bad by itself
     digits: int  # after the decimal point
 
 
-# A larger nn_distance or authenticity means that fewer training images were copied.
+# Images may be far from those of training because they are new or because they are bad.
 VALUE_LAYOUTS = {
     "fid": ValueLayout("lower", 2),
     "fid_infinity": ValueLayout("lower", 2),
@@ -55,9 +55,9 @@ VALUE_LAYOUTS = {
     "swd_64": ValueLayout("lower", 2),
     "swd_32": ValueLayout("lower", 2),
     "swd_16": ValueLayout("lower", 2),
-    "nn_distance": ValueLayout("higher", 4),
-    "nn_distance_real": ValueLayout(None, 4),
-    "authenticity": ValueLayout("higher", 4),
+    "nn_distance": ValueLayout(None, 2),
+    "nn_distance_real": ValueLayout(None, 2),
+    "authenticity": ValueLayout(None, 4),
 }
 
 # Results that differ in one of these do not share a table; the metric follows from the value.

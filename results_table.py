@@ -60,7 +60,7 @@ GROUP_FIELDS = (*DESCRIPTION_FIELDS, *(field for field in RESULT_KEY if field !=
 ERROR_BAR_FIELDS = ("kid_sd", "inception_score_sd")
 
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
-_INTEGER = re.compile(r"0|[1-9][0-9]*")
+_INTEGER = re.compile(r"0|[1-9][0-9]{0,17}")
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
@@ -178,7 +178,14 @@ def _check_header(file: Path, line: str) -> None:
 
 
 def read_rows(file: str | os.PathLike) -> list[dict[str, str]]:
+    """The rows of `read_numbered_rows` without their numbers."""
+    return list(read_numbered_rows(file).values())
+
+
+def read_numbered_rows(file: str | os.PathLike) -> dict[int, dict[str, str]]:
     """Rows of `file` in the order written, every value as text; none when the file is missing or empty.
+
+    Keys are the numbers of their lines, of which the header is line 1.
 
     Integers are nfe and num_images (from 1), seed and epoch (from 0) and reference_images (from 1, or empty). Of
     VALUE_FIELDS at least one of METRIC_VALUES[metric] is a finite number, those of other metrics are empty. A line that
@@ -188,12 +195,12 @@ def read_rows(file: str | os.PathLike) -> list[dict[str, str]]:
     """
     file = Path(file)
     if not file.exists():
-        return []
+        return {}
     lines = file.read_bytes().decode(errors="replace").split("\n")
     if lines == [""]:
-        return []
+        return {}
     _check_header(file, lines[0])
-    rows = []
+    rows = {}
     # Lines are parsed one by one, since the open quote of a damaged one would swallow those that follow.
     for number, line in enumerate(lines[1:], start=2):
         if not line.removesuffix("\r"):
@@ -214,7 +221,7 @@ def read_rows(file: str | os.PathLike) -> list[dict[str, str]]:
         fault = _find_fault(row)
         if fault is not None:
             raise ValueError(f"{file} line {number}, column {fault[0]}: {fault[1]}; correct it or delete the line.")
-        rows.append(row)
+        rows[number] = row
     return rows
 
 

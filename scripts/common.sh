@@ -61,7 +61,7 @@ SEED=${SEED:-42}
 TRAIN_ARGS=${TRAIN_ARGS:-}             # further flags of train_*.py, such as "--flip --resume"
 
 # Evaluation.
-NUM_IMAGES=${NUM_IMAGES:-}             # empty: as many as there are training images
+NUM_IMAGES=${NUM_IMAGES:-}             # empty: as many as the reference has
 NUM_STEPS=${NUM_STEPS:-18}             # of figures, and of scores unless SCORED_STEPS says otherwise
 SCORED_STEPS=${SCORED_STEPS:-$NUM_STEPS} # such as "6 10 18 36"
 PATHS=${PATHS:-diagonal dp_64 dp_total kl_diagonal kl} # that eval_all.sh scores
@@ -144,19 +144,24 @@ set_evaluation_flags() {
 # Score as set_evaluation_flags says: in one process, or with a process for each job, several at a time.
 evaluate() {
     set_evaluation_flags "$@"
-    local visible slots=$PARALLEL
-    if [[ -z $slots && -z $DEVICE ]]; then
-        slots=$(python -c "import torch; print(torch.cuda.device_count())")
+    local gpus=0 visible slots=$PARALLEL
+    if [[ -z $DEVICE ]]; then
+        gpus=$(python -c "import torch; print(torch.cuda.device_count())")
+        slots=${slots:-$gpus}
     fi
     if [[ ${slots:-1} -le 1 ]]; then
         python eval_fid_batch.py "${evaluation_flags[@]}"
         return
     fi
-    visible=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((slots - 1)))}
+    [[ -z $DEVICE || $DEVICE == cpu ]] || refuse "PARALLEL=$PARALLEL jobs cannot share DEVICE=$DEVICE; leave it out"
+    # Those that are visible, or none on a host without.
+    visible=${CUDA_VISIBLE_DEVICES-$(seq -s, 0 $((gpus - 1)))}
     # Each of the processes that run side by side has a slot of its own, and with it a GPU. A job that a signal kills
     # ends with a status, since xargs would start no other after it.
     # shellcheck disable=SC2016
-    local job='IFS=, read -ra gpus <<<"$0"; export CUDA_VISIBLE_DEVICES=${gpus[SLOT % ${#gpus[@]}]}; bash -c "$1" || exit 1'
+    local job='IFS=, read -ra gpus <<<"$0"
+        [[ ${#gpus[@]} == 0 ]] || export CUDA_VISIBLE_DEVICES=${gpus[SLOT % ${#gpus[@]}]}
+        bash -c "$1" || exit 1'
     python eval_fid_batch.py "${evaluation_flags[@]}" --list_jobs |
         xargs -r -d '\n' -n 1 -P "$slots" --process-slot-var=SLOT bash -c "$job" "$visible"
 }

@@ -47,12 +47,10 @@ esac
 figures=("$value.png")
 flags=(--metric "$value")
 [[ -z $NUM_IMAGES ]] || flags+=(--num_images "$NUM_IMAGES")
-python make_figures.py scores "$RESULTS_DIR/fid_results.csv" --nfe "$NUM_STEPS" "${flags[@]}" \
-    --output "$RESULTS_DIR/$value.png"
-if [[ $SCORED_STEPS == *" "* ]]; then
-    python make_figures.py scores_nfe "$RESULTS_DIR/fid_results.csv" "${flags[@]}" --output "$RESULTS_DIR/${value}_nfe.png"
-    figures+=("${value}_nfe.png")
-fi
+# Of NUM_STEPS where these were scored; the report shows the others too.
+nfe=${SCORED_STEPS##* }
+[[ " $SCORED_STEPS " != *" $NUM_STEPS "* ]] || nfe=$NUM_STEPS
+python make_figures.py scores "$RESULTS_DIR/fid_results.csv" --nfe "$nfe" "${flags[@]}" --output "$RESULTS_DIR/$value.png"
 if [[ -e $LOG_DIR/baseline/metrics.jsonl && -e $LOG_DIR/lift_dual_timestep/metrics.jsonl ]]; then
     python make_figures.py losses "$LOG_DIR/baseline" "$LOG_DIR/lift_dual_timestep" --output "$RESULTS_DIR/losses.png"
     figures+=(losses.png)

@@ -17,7 +17,7 @@ from training import Trainer
 
 # Children start from a process that has imported everything and run nothing, so that each takes no time to start.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train_lift", "pytest", "torch.utils.tensorboard"])
+FORKS.set_forkserver_preload(["train_lift", "eval_fid_batch", "pytest", "torch.utils.tensorboard"])
 
 
 def train_in_child(flags, patches, ready):

@@ -21,6 +21,7 @@ import torch
 
 import cli
 import compute_heatmap_30
+import eval_fid_batch
 import train_baseline
 import train_lift
 import training
@@ -46,14 +47,18 @@ LOG = "logs/lift_dual_timestep"
 HARDWARE = ["--device", "cpu", "--precision", "fp32"]
 # Four cells are crossed in four steps, of at most the five cells that a step may move.
 STEPS = ["--num_steps", 4]
+# What `table` holds for two seeds.
+SCORED = ["--model_type", "baseline", "lift", "--path_type", "diagonal", "dp_64", "--seeds", 42, 43]
+MEASURED = [("baseline", "diagonal"), ("dual", "diagonal"), ("dual", "dp_64")]
 
 
 class Ended(NamedTuple):
-    """How a stage ended: exit status, what it printed, and the sentence it ended with (empty on success)."""
+    """How a stage ended: exit status, what it printed, the sentence it ended with (empty on success), and its notes."""
 
     status: int
     output: str
     message: str
+    notes: str = ""
 
 
 def run_stage(module, *flags) -> Ended:
@@ -68,10 +73,10 @@ def run_stage(module, *flags) -> Ended:
             except SystemExit as end:
                 # Python prints a string as exit code to stderr and ends with status 1.
                 if isinstance(end.code, str):
-                    return Ended(1, out.getvalue(), end.code)
+                    return Ended(1, out.getvalue(), end.code, err.getvalue())
                 lines = err.getvalue().strip().splitlines()
-                return Ended(end.code or 0, out.getvalue(), lines[-1] if end.code == 2 else "")
-    return Ended(0, out.getvalue(), "")
+                return Ended(end.code or 0, out.getvalue(), lines[-1] if end.code == 2 else "", err.getvalue())
+    return Ended(0, out.getvalue(), "", err.getvalue())
 
 
 def list_files(folder: Path) -> dict[str, tuple[str, int]]:
@@ -226,6 +231,14 @@ def run(stage, tiny, tmp_path_factory):
         stage(module, *tiny(run.folder), "--ema_decay", 0.5, "--lr", 0.003)
     stage(compute_heatmap_30, *run.heatmap_flags(run.heatmap))
     return run
+
+
+@pytest.fixture(scope="session")
+def table(stage, run):
+    """The results of both models, both paths and two seeds."""
+    file = run.folder / "results/fid_results.csv"
+    stage(eval_fid_batch, *run.eval_flags(file), *SCORED)
+    return file
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ import csv
 import io
 import json
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -13,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
-from conftest import HARDWARE, STEPS, assert_same, list_files, run_stage
+from conftest import HARDWARE, MEASURED, STEPS, assert_same, list_files, run_stage
 from PIL import Image
 
 import aggregate_results
@@ -25,14 +22,14 @@ import export
 import generate_with_path_30
 import make_figures
 import plan_path
+import report
 import train_baseline
 import train_lift
 from checkpoint import load_model
 from data import load_images
 from error_map import load_heatmap
-from metrics import sliced_wasserstein
 from path import diagonal, find_optimal_path_n_steps_lambda
-from results_table import RESULT_FIELDS, read_rows
+from results_table import read_rows
 from schedule_file import load_schedule
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +43,7 @@ STAGES = [
     make_figures,
     export,
     plan_path,
+    report,
 ]
 FIRST_SEED = 42_000_000
 
@@ -555,168 +553,6 @@ def test_a_damaged_image_is_named(refused, run, samples, tmp_path, damage):
     assert images_in(folder) == before
 
 
-# Scores
-
-SCORED = ["--model_type", "baseline", "lift", "--path_type", "diagonal", "dp_64", "--seeds", 42, 43]
-MEASURED = [("baseline", "diagonal"), ("dual", "diagonal"), ("dual", "dp_64")]
-JOBS = [(model_type, path_type, seed) for model_type, path_type in MEASURED for seed in ("42", "43")]
-
-
-def measured(row):
-    return {name: value for name, value in row.items() if name not in ("seconds", "date")}
-
-
-@pytest.fixture(scope="session")
-def table(stage, run):
-    """The results of both models, both paths and two seeds."""
-    file = run.folder / "results/fid_results.csv"
-    stage(eval_fid_batch, *run.eval_flags(file), *SCORED)
-    return file
-
-
-def test_every_job_has_one_row(run, table):
-    with open(table, newline="") as stream:
-        assert next(csv.reader(stream)) == list(RESULT_FIELDS)
-    rows = read_rows(table)
-    assert [(row["model_type"], row["path_type"], row["seed"]) for row in rows] == JOBS
-    images = load_images("synthetic", 16, run.cache, limit=12)
-    for row in rows:
-        checkpoint = run.baseline if row["model_type"] == "baseline" else run.lift
-        assert row["checkpoint"] == checkpoint.name
-        assert row["checkpoint_fingerprint"] == load_model(checkpoint).fingerprint
-        assert row["reference_fingerprint"] == images.fingerprint
-        expected = {"weights": "raw", "nfe": "4", "num_images": "12", "epoch": "2", "dataset": "synthetic"}
-        expected |= {"metric": "swd", "metric_features": "swd-7x7-16", "fid": "", "swd_64": "", "swd_32": ""}
-        assert {name: row[name] for name in expected} == expected
-        assert row["swd"] == row["swd_16"] and float(row["swd"]) > 0
-    assert len({row["swd"] for row in rows}) == len(rows)
-    assert len({row["path_fingerprint"] for row in rows}) == 3
-
-
-@pytest.mark.parametrize(("path_type", "model_type"), [("baseline", "baseline"), ("dp_64", "dual")])
-def test_the_score_is_that_of_the_generated_files(stage, run, table, tmp_path, path_type, model_type):
-    stage(generate_with_path_30, *run.generate_flags(tmp_path / "samples", path_type, 12), "--batch_size", 5)
-    files = sorted((tmp_path / "samples").glob("[0-9]*.png"))
-    fake = np.stack([np.asarray(Image.open(file)).transpose(2, 0, 1) for file in files])
-    expected = sliced_wasserstein(run.images(), fake)[16]
-    kind = path_type.replace("baseline", "diagonal")
-    rows = {(row["model_type"], row["path_type"], row["seed"]): row for row in read_rows(table)}
-    assert float(rows[model_type, kind, "42"]["swd"]) == pytest.approx(expected, abs=1e-3)
-
-
-def test_scored_jobs_are_skipped_unless_forced(stage, run, table, tmp_path):
-    file = tmp_path / "scores.csv"
-    shutil.copy(table, file)
-    before = file.read_bytes()
-    ended = stage(eval_fid_batch, *run.eval_flags(file), *SCORED, "--batch_size", 5)
-    assert ended.output.count("scored already") == 6 and file.read_bytes() == before
-    ended = stage(eval_fid_batch, *run.eval_flags(file), *SCORED, "--seeds", 43, 44)
-    assert ended.output.count("scored already") == 3 and len(read_rows(file)) == 9
-    stage(eval_fid_batch, *run.eval_flags(file), *SCORED, "--seeds", 42, "--model_type", "lift", "--force")
-    rows = read_rows(file)
-    assert len(rows) == 11
-    assert [measured(row) for row in rows[9:]] == [measured(rows[k]) for k in (2, 4)]
-
-
-def test_other_settings_are_other_rows(stage, run, table, tmp_path):
-    file = tmp_path / "scores.csv"
-    shutil.copy(table, file)
-    flags = [*run.eval_flags(file), "--model_type", "lift"]
-    for change in (["--ema"], ["--num_images", 11], ["--num_steps", 5], ["--eta", 1], ["--end", "t0"]):
-        ended = stage(eval_fid_batch, *flags, *change)
-        assert "scored already" not in ended.output
-    rows = read_rows(file)
-    assert len(rows) == 11 and rows[6]["weights"] == "ema" and rows[7]["num_images"] == "11"
-
-
-def test_listed_jobs_give_the_same_rows(stage, run, table, tmp_path):
-    file = tmp_path / "scores.csv"
-    ended = stage(eval_fid_batch, *run.eval_flags(file), *SCORED, "--list_jobs")
-    commands = [shlex.split(line) for line in ended.output.splitlines()]
-    assert len(commands) == 6 and list(tmp_path.iterdir()) == []
-    assert all(command[:2] == ["python", "eval_fid_batch.py"] for command in commands)
-    for k, command in enumerate(commands):
-        stage(eval_fid_batch, *command[2:])
-        assert len(read_rows(file)) == k + 1
-    assert [measured(row) for row in read_rows(file)] == [measured(row) for row in read_rows(table)]
-
-
-def test_multi_seed_means_the_published_seeds(stage, run, tmp_path):
-    flags = [*run.eval_flags(tmp_path / "scores.csv"), "--model_type", "lift", "--multi-seed", "--list_jobs"]
-    output = stage(eval_fid_batch, *flags).output
-    assert re.findall(r"--seeds (\d+)$", output, re.MULTILINE) == ["42", "43", "44", "45", "46"]
-
-
-class MeanColours(torch.nn.Module):
-    """Stands in for Inception: six features, the mean of each channel and of its square."""
-
-    def forward(self, images):
-        return [torch.cat([images, images**2], dim=1).mean(dim=(2, 3), keepdim=True)]
-
-
-def test_fid_is_that_of_the_features_of_the_generated_files(stage, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(eval_fid_batch, "load_inception", lambda weights, device: MeanColours())
-    cache = tmp_path / "cache"
-    flags = [*run.eval_flags("scores.csv"), "--cache_dir", cache, "--model_type", "lift", "--metrics", "fid", "swd"]
-    stage(eval_fid_batch, *flags)
-    stage(generate_with_path_30, *run.generate_flags("samples", "diagonal", 12))
-    fake = np.stack([np.asarray(Image.open(f)).transpose(2, 0, 1) for f in sorted(Path("samples").glob("[0-9]*.png"))])
-    moments = []
-    for images in (run.images(), fake):
-        scaled = images / 255
-        features = np.concatenate([scaled, scaled**2], axis=1).mean(axis=(2, 3))
-        moments.append((features.mean(axis=0), np.cov(features, rowvar=False)))
-    (mean_1, cov_1), (mean_2, cov_2) = moments
-    root = scipy.linalg.sqrtm(cov_1 @ cov_2).real
-    expected = ((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1 + cov_2 - 2 * root)
-    fid, swd = sorted(read_rows("scores.csv"), key=lambda row: row["metric"])
-    assert float(fid["fid"]) == pytest.approx(expected, abs=1e-3) and expected > 0.01
-    assert fid["metric"] == "fid" and fid["swd"] == "" and swd["metric"] == "swd" and swd["fid"] == ""
-    assert [file.name.split("_")[:2] for file in cache.glob("*.npz")] == [["fid", "reference"]]
-
-
-def test_fid_without_weights_says_why_not(refused, run, tmp_path, monkeypatch):
-    def offline(url, **kwargs):
-        raise OSError("no network here")
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    flags = [*run.eval_flags(tmp_path / "scores.csv"), "--model_type", "baseline", "--metrics", "fid"]
-    says = ("FID needs the Inception weights", "could not be downloaded", "--inception_weights", "--metrics swd")
-    refused(eval_fid_batch, *flags, says=says, keeps=(run.folder,))
-    flags += ["--inception_weights", tmp_path / "none.pth"]
-    refused(eval_fid_batch, *flags, says=(tmp_path / "none.pth",), keeps=(run.folder,))
-
-
-@pytest.mark.parametrize(
-    ("flags", "status", "says"),
-    [
-        (["--num_images", 13], 1, ("13", "12", "--num_images from 1 to 12")),
-        (["--epochs", 7], 1, ("no baseline checkpoint of epoch 7", "--checkpoint_dir")),
-        (["--checkpoint_dir", "missing"], 1, ("missing has no baseline checkpoint",)),
-        (["--model_type", "baseline", "--path_type", "dp_64"], 1, ("dp_64", "two clocks")),
-        (["--model_type", "lift", "--path_type", "dp_64", "--grid", 30], 1, ("heatmap_30_2ep.pth", "does not exist")),
-        (["--model_type", "lift", "--path_type", "dp_64", "--num_steps", 7], 1, ("7 steps", "lower num_steps")),
-        (["--model_type", "unet"], 2, ("'unet'",)),
-        (["--metrics", "kid"], 2, ("'kid'",)),
-        (["--device", "cuda:77"], 1, ("--device cuda:77",)),
-        (["--dataset", "nowhere/to/be/found"], 1, ("nowhere/to/be/found", "--dataset FOLDER")),
-        (["--seeds", "forty"], 2, ("--seeds", "'forty'")),
-        (["--seeds", -1], 2, ("--seeds", "'-1'")),
-    ],
-)
-def test_scoring_refuses(refused, run, tmp_path, flags, status, says):
-    flags = [*run.eval_flags(tmp_path / "scores.csv"), *flags]
-    refused(eval_fid_batch, *flags, says=says, status=status, keeps=(run.folder,))
-
-
-def test_a_foreign_table_is_left_alone(refused, run, tmp_path):
-    file = tmp_path / "scores.csv"
-    file.write_text("name,score\na,1\n")
-    flags = [*run.eval_flags(file), "--model_type", "baseline"]
-    refused(eval_fid_batch, *flags, says=(file, "not a results table"))
-    refused(aggregate_results, "--input", file, "--output", tmp_path / "t", says=(file, "not a results table"))
-
-
 # Damaged checkpoints
 
 
@@ -811,7 +647,8 @@ def test_every_figure_is_drawn(stage, run, table, samples, tmp_path, figure):
         (["samples", "a=here", "a=there"], 1, ("'a'", "NAME=")),
         (["samples", "a=missing"], 1, ("missing holds no generated images",)),
         (["scores", "TABLE"], 1, ("fid",)),
-        (["scores", "TABLE", "--metric", "kid"], 2, ("'kid'",)),
+        (["scores", "TABLE", "--metric", "kid"], 1, ("no row", "kid")),
+        (["scores", "TABLE", "--metric", "beauty"], 2, ("'beauty'",)),
         (["spirals", "a"], 2, ("'spirals'",)),
     ],
 )
@@ -906,53 +743,3 @@ def test_scripts_train_with_the_defaults_of_the_stages(checkout):
     changes = {"epochs": 7, "hidden_dims": (8, 16), "limit": 5, "device": "cpu", "flip": True, "resume": "auto"}
     expected = [(module, defaults(module) | changes) for module in (train_baseline, train_lift)]
     assert [parsed(command) for command in commands] == expected
-
-
-def test_scripts_evaluate_with_the_defaults_of_the_stages(checkout):
-    folder = checkout / "checkpoints"
-    folder.mkdir()
-    for epoch in (1000, 200):
-        for stem in ("baseline", "lift_dual_timestep"):
-            (folder / f"{stem}_{epoch}ep.pth").touch()
-    ended, commands = run_script(checkout, "eval_all.sh")
-    assert ended.returncode == 0, ended.stderr
-    calls = [parsed(command) for command in commands]
-    scored = [call for module, call in calls if module is eval_fid_batch]
-    everything = defaults(eval_fid_batch)
-    paths = [["diagonal"], ["diagonal"], ["dp_64", "dp_total", "kl_diagonal", "kl"]]
-    assert scored == [
-        everything | {"model_type": [model], "path_type": path_type, "epochs": epochs}
-        for model, path_type, epochs in zip(("baseline", "lift", "lift"), paths, (None, None, [200, 1000]), strict=True)
-    ]
-    heatmaps = [call for module, call in calls if module is compute_heatmap_30]
-    for call, epoch in zip(heatmaps, (200, 1000), strict=True):
-        checkpoint = f"checkpoints/lift_dual_timestep_{epoch}ep.pth"
-        output = {"output": f"results/heatmap_30_{epoch}ep.pth"}
-        assert call == defaults(compute_heatmap_30, "--checkpoint", checkpoint) | output
-    generated = [call for module, call in calls if module is generate_with_path_30]
-    assert {call["path_type"] for call in generated} == {"diagonal", "dp_64", "dp_total", "kl_diagonal", "kl"}
-    assert all("_1000ep" in call["checkpoint"] and call["trajectory"] for call in generated)
-    assert [module for module, _ in calls].count(aggregate_results) == 1
-    figures = {call["figure"]: call for module, call in calls if module is make_figures}
-    assert figures.keys() == {"scores", "samples", "paths"}
-    assert len(figures["samples"]["inputs"]) == len(figures["paths"]["inputs"]) == len(generated) == 6
-    [plan] = [call for module, call in calls if module is plan_path]
-    places = {"output": "results/plan_1000ep_raw"}
-    assert plan == defaults(plan_path, "--heatmap", "results/heatmap_30_1000ep.pth") | places
-
-
-def test_flags_of_eval_all_reach_every_stage(checkout):
-    (checkout / "checkpoints").mkdir()
-    (checkout / "checkpoints/lift_dual_timestep_9ep.pth").touch()
-    ended, commands = run_script(checkout, "eval_all.sh", "--multi-seed", "--force", "--ema", METRICS="swd")
-    assert ended.returncode == 0, ended.stderr
-    for module, call in map(parsed, commands):
-        if module is eval_fid_batch:
-            assert call["seeds"] == [42, 43, 44, 45, 46] and call["force"] and call["ema"]
-            assert call["metrics"] == ["swd"]
-        elif module is compute_heatmap_30:
-            assert call["force"] and call["ema"] and call["output"] == "results/heatmap_30_9ep_ema.pth"
-        elif module is generate_with_path_30:
-            assert call["ema"] and call["heatmap"] == "results/heatmap_30_9ep_ema.pth"
-        elif module is plan_path:
-            assert call["heatmap"] == "results/heatmap_30_9ep_ema.pth" and call["output"] == "results/plan_9ep_ema"
