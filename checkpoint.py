@@ -9,8 +9,10 @@ a checksum, which is compared when it is read.
 import errno
 import hashlib
 import os
+import re
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +54,25 @@ def checkpoint_file(output_dir: str | os.PathLike, model_type: str, epoch: int |
     """`{output_dir}/{stem}_{epoch}ep.pth`, or `{stem}_last.pth` for epoch "last"."""
     suffix = "last" if epoch == "last" else f"{epoch}ep"
     return Path(output_dir) / f"{FILE_STEMS[model_type]}_{suffix}.pth"
+
+
+def find_checkpoints(
+    folder: str | os.PathLike, model_type: str, epochs: Sequence[int] | None = None
+) -> dict[int, Path]:
+    """The snapshots of a model type in a folder by epoch: those of `epochs` in that order, or all, ascending.
+
+    Raises ValueError if there is none, or none of an epoch that is asked for.
+    """
+    pattern = re.compile(rf"{re.escape(FILE_STEMS[model_type])}_(\d+)ep\.pth")
+    found = {int(match[1]): file for file in Path(folder).glob("*.pth") if (match := pattern.fullmatch(file.name))}
+    wanted = sorted(found) if epochs is None else epochs
+    missing = [epoch for epoch in wanted if epoch not in found]
+    if missing or not wanted:
+        raise ValueError(
+            f"{folder} has no {FILE_STEMS[model_type]} checkpoint{f' of epoch {missing[0]}' if missing else ''}; train "
+            "it or pass another --checkpoint_dir."
+        )
+    return {epoch: found[epoch] for epoch in wanted}
 
 
 def bytes_of(content: Any) -> int:

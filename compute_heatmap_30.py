@@ -69,6 +69,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def add_missing_map_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of stages that need heatmaps: where they are, and how `compute_missing` makes one."""
+    group = parser.add_argument_group("heatmaps, computed when they are missing")
+    group.add_argument("--heatmap_dir", default="results", help="folder of heatmap_30_{epoch}ep[_ema].pth (results)")
+    group.add_argument("--grid", type=cli.positive_int, default=30, help="grid lines of those heatmaps (30)")
+    group.add_argument("--grid_spacing", choices=GRID_SPACINGS, default="uniform_t", help="(uniform_t)")
+    group.add_argument("--K", type=cli.positive_int, default=4, help="Hutchinson probes (4)")
+    group.add_argument("--heatmap_images", type=cli.positive_int, default=16, help="images averaged over (16)")
+
+
+def compute_missing(args: argparse.Namespace, checkpoint: Path, weights: str, file: Path, processes: Processes) -> None:
+    """Compute the heatmap of a checkpoint that another stage needs, with that stage's flags, and save it as `file`.
+
+    args: has the flags of `add_missing_map_arguments`, data and hardware. Raises what `compute` raises.
+    """
+    flags = {
+        "--checkpoint": checkpoint,
+        "--output": file,
+        "--grid": args.grid,
+        "--grid_spacing": args.grid_spacing,
+        "--K": args.K,
+        "--num_images": args.heatmap_images,
+        "--precision": args.precision,
+        "--dataset": args.dataset,
+        "--limit": args.limit,
+        "--holdout": args.holdout,
+        "--cache_dir": args.cache_dir,
+        "--num_workers": args.num_workers,
+    }
+    words = [str(word) for pair in flags.items() if pair[1] is not None for word in pair]
+    words += ["--ema"] * (weights == "ema") + ["--skip_bad_images"] * args.skip_bad_images
+    compute(parse_args(words), processes)
+
+
 def path_fields(content: dict, args: argparse.Namespace) -> dict:
     """What follows from a map for a factor, a normalisation and a rule for steps: errors, optimal paths for every N."""
     error_64, error_32 = published_errors(content, args.factor, args.normalisation)

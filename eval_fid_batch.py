@@ -29,13 +29,13 @@ from filelock import FileLock, Timeout
 
 import cli
 import compute_heatmap_30
-from checkpoint import FILE_STEMS, LoadedModel, load_model
+from checkpoint import FILE_STEMS, LoadedModel, find_checkpoints, load_model
 from data import ImageSet
 from device import is_out_of_memory, resolve_compile, resolve_precision
 from distributed import PATIENCE, Processes
 from inception import NUM_FEATURES, RESIZES, Inception, load_inception
-from path import GRID_SPACINGS, check_steps
 from path import Path as SamplingPath
+from path import check_steps
 from path_choice import PATH_TYPES, add_path_arguments, choose_path, heatmap_file
 from reference_set import ReferenceSet, from_images, load_reference
 from results_table import METRICS, append_row, has_row, read_rows
@@ -90,12 +90,7 @@ def parse_args() -> argparse.Namespace:
     text = "filter by which images reach the 299x299 pixels of Inception (pytorch-fid)"
     group.add_argument("--resize", choices=RESIZES, default="pytorch-fid", help=text)
     group.add_argument("--inception_weights", metavar="FILE", help="pt_inception-2015-12-05 weights, if not downloaded")
-    group = parser.add_argument_group("heatmaps, computed when they are missing")
-    group.add_argument("--heatmap_dir", default="results", help="folder of heatmap_30_{epoch}ep[_ema].pth (results)")
-    group.add_argument("--grid", type=cli.positive_int, default=30, help="grid lines of those heatmaps (30)")
-    group.add_argument("--grid_spacing", choices=GRID_SPACINGS, default="uniform_t", help="(uniform_t)")
-    group.add_argument("--K", type=cli.positive_int, default=4, help="Hutchinson probes (4)")
-    group.add_argument("--heatmap_images", type=cli.positive_int, default=16, help="images averaged over (16)")
+    compute_heatmap_30.add_missing_map_arguments(parser)
     cli.add_data_arguments(parser, dataset_default=None)
     cli.add_device_arguments(parser)
     cli.add_compile_argument(parser)
@@ -107,22 +102,10 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
     """The jobs the flags ask for, in their order; only dual models have paths other than the diagonal."""
     jobs = []
     for name in dict.fromkeys(MODEL_ALIASES.get(name, name) for name in args.model_type):
-        pattern = re.compile(rf"{re.escape(FILE_STEMS[name])}_(\d+)ep\.pth")
-        found = {
-            int(match[1]): file
-            for file in Path(args.checkpoint_dir).glob("*.pth")
-            if (match := pattern.fullmatch(file.name))
-        }
-        epochs = sorted(found) if args.epochs is None else args.epochs
-        missing = [epoch for epoch in epochs if epoch not in found]
-        if missing or not epochs:
-            raise ValueError(
-                f"{args.checkpoint_dir} has no {FILE_STEMS[name]} checkpoint"
-                f"{f' of epoch {missing[0]}' if missing else ''}; train it or pass another --checkpoint_dir."
-            )
+        found = find_checkpoints(args.checkpoint_dir, name, args.epochs)
         jobs += [
-            Job(found[epoch], weights, path_type, num_steps, seed)
-            for epoch in epochs
+            Job(file, weights, path_type, num_steps, seed)
+            for file in found.values()
             for weights in args.weights
             for path_type in args.path_type
             if name == "dual" or path_type == "diagonal"
@@ -312,23 +295,7 @@ class Evaluation:
         heatmap = heatmap_file(args.heatmap_dir, epoch, weights, args.grid)
         if job.path_type != "diagonal" and self.processes.any(not heatmap.exists())[0]:
             self._say(f"{job}: computing {heatmap} first")
-            flags = {
-                "--checkpoint": job.checkpoint,
-                "--output": heatmap,
-                "--grid": args.grid,
-                "--grid_spacing": args.grid_spacing,
-                "--K": args.K,
-                "--num_images": args.heatmap_images,
-                "--precision": args.precision,
-                "--dataset": args.dataset,
-                "--limit": args.limit,
-                "--holdout": args.holdout,
-                "--cache_dir": args.cache_dir,
-                "--num_workers": args.num_workers,
-            }
-            words = [str(word) for pair in flags.items() if pair[1] is not None for word in pair]
-            words += ["--ema"] * (weights == "ema") + ["--skip_bad_images"] * args.skip_bad_images
-            compute_heatmap_30.compute(compute_heatmap_30.parse_args(words), self.processes)
+            compute_heatmap_30.compute_missing(args, job.checkpoint, weights, heatmap, self.processes)
         return choose_path(args, job.path_type, loaded, heatmap)
 
 

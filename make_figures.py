@@ -3,8 +3,6 @@
     python make_figures.py losses logs/baseline logs/lift_dual_timestep --output results/losses.png
     python make_figures.py paths results/samples/*/schedule.json --output results/paths.png
     python make_figures.py scores results/fid_results.csv --metric swd --output results/swd.png
-    python make_figures.py cross_jacobian raw=results/heatmap_30_400ep.pth EMA=results/heatmap_30_400ep_ema.pth \
-        --output results/cross_jacobian.png
     python make_figures.py paths_epochs results/heatmap_30_*ep*.pth --output results/paths_epochs.png
     python make_figures.py samples "Baseline=results/samples/a" "LIFT=results/samples/b" --output results/rows.png
 
@@ -16,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cli import positive_int, run_stage
 from data import read_png
 from error_map import load_heatmap
-from map_plots import plot_cross_jacobian, plot_path_comparison, plot_paths_across_epochs
+from map_plots import plot_path_comparison, plot_paths_across_epochs
 from path import Path as PathOfTimesteps
 from path_choice import PATH_SETTINGS
 from plots import plot_losses, plot_samples, plot_scores
@@ -30,16 +27,6 @@ from results_table import GROUP_FIELDS, VALUE_FIELDS, aggregate, read_rows
 from run_log import METRICS_FILE, read_metrics
 from schedule_file import load_schedule
 from scheduler import DDIMScheduler
-
-# Published J_HL/J_HH of AFHQ 64x64 at (t_64, t_32), given there in per cent.
-PUBLISHED_RATIOS = {
-    (999, 999): 0.0004,
-    (999, 826): 0.0007,
-    (999, 654): 0.0011,
-    (999, 482): 0.0016,
-    (999, 310): 0.0020,
-    (999, 137): 0.0072,
-}
 
 
 def parse_args() -> argparse.Namespace:
@@ -50,7 +37,6 @@ def parse_args() -> argparse.Namespace:
         ("losses", "log folder, or NAME=FOLDER", "training loss against the step"),
         ("paths", "schedule file, or NAME=FILE", "paths beside each other"),
         ("paths_epochs", "heatmap file", "published paths, epochs side by side"),
-        ("cross_jacobian", "heatmap file, or NAME=FILE", "how much each scale's prediction depends on the other scale"),
         ("scores", "results table", "a metric against the epoch, or beside each other for one epoch"),
         ("samples", "NAME=FOLDER of PNGs", "samples of equal seeds beside each other"),
     ):
@@ -136,21 +122,6 @@ def draw_paths_epochs(args: argparse.Namespace) -> None:
     plot_paths_across_epochs(panels, log_snr, args.output, args.title)
 
 
-def draw_cross_jacobian(args: argparse.Namespace) -> None:
-    """Heatmaps of one grid, beside the published ratios where the grid has their line."""
-    contents = {name: load_jacobians(file) for name, file in named(args.inputs).items()}
-    first = next(iter(contents.values()))
-    for name, content in contents.items():
-        if not torch.equal(content["log_snr_grid"], first["log_snr_grid"]):
-            raise ValueError(f"'{name}' is on another grid than '{next(iter(contents))}'; draw one figure for each.")
-        if content["of"] != "eps":
-            raise ValueError(f"'{name}' differentiates {content['of']}; pass heatmaps of --of eps.")
-    blocks = {name: content["jacobian"] for name, content in contents.items()}
-    ratios = {name: {"ratio_HL": b["HL"] / b["HH"], "ratio_LH": b["LH"] / b["LL"]} for name, b in blocks.items()}
-    published = PUBLISHED_RATIOS if first["t_grid"][0] == 999 else None
-    plot_cross_jacobian(ratios, first["log_snr_grid"], first["t_grid"], args.output, args.title, published)
-
-
 def read_samples(folder: Path, count: int) -> dict[str, np.ndarray]:
     """The first `count` images of a folder of generate_with_path_30.py, by file name (the seed)."""
     files = sorted(file for file in folder.glob("*.png") if file.stem.isdigit())[:count]
@@ -193,7 +164,6 @@ def main() -> None:
         "losses": draw_losses,
         "paths": draw_paths,
         "paths_epochs": draw_paths_epochs,
-        "cross_jacobian": draw_cross_jacobian,
         "scores": draw_scores,
         "samples": draw_samples,
     }

@@ -50,6 +50,14 @@ RATIO_TITLES = {
     "ratio_HL": r"$\|J_{HL}\|_F^2\,/\,\|J_{HH}\|_F^2$",
     "ratio_LH": r"$\|J_{LH}\|_F^2\,/\,\|J_{LL}\|_F^2$",
 }
+# Of coupling.CONDITIONS but the first, with which they are compared.
+CONDITION_TITLES = {
+    "own_at_0": r"own, $t_{32} = 0$",
+    "clean": r"own without noise, $t_{32} = 0$",
+    "noise": r"pure noise, $t_{32}$ noisiest",
+    "shuffled": r"another image's, $t_{32} = t_{64}$",
+    "shuffled_at_0": r"another image's, $t_{32} = 0$",
+}
 # A map in these greys stays lighter than whatever lies over it.
 PALE_GREYS = LinearSegmentedColormap.from_list("pale greys", ["1.0", "0.62"])
 DENSITY_COLORS = LinearSegmentedColormap.from_list("density", [to_rgba(COLORS[1], 0.2), to_rgba(COLORS[1], 0.95)])
@@ -158,6 +166,22 @@ def plot_cross_jacobian(
     for no label, a missing ratio, published values at another t_64, and as `plot_maps` does.
     """
     save_figure(_cross_jacobian_figure(panels, log_snr_grid, t_grid, title, published or {}), file)
+
+
+def plot_coupling(
+    panels: Mapping[tuple[str, str], Mapping[str, tuple[ArrayLike, ArrayLike]]],  # condition -> ratio, its error, [n]
+    log_snr_64: ArrayLike,  # [n], rising
+    t_64: ArrayLike,  # [n], the fine timesteps
+    file: str | os.PathLike,
+    title: str = "",
+) -> None:
+    """Draw what other coarse inputs do to the error of the fine image, against the log SNR of the fine one.
+
+    A panel is named by its column and its row, and all share their axes. Ratios are those of a condition of
+    `coupling.CONDITIONS` to "own", which is the line at 1 and no curve; errors are standard errors. Raises ValueError
+    for no panel, a missing one, an unknown condition, shapes that disagree, or a ratio that is not positive and finite.
+    """
+    save_figure(_coupling_figure(panels, log_snr_64, t_64, title), file)
 
 
 def plot_path_comparison(
@@ -327,6 +351,62 @@ def _cross_jacobian_figure(panels, log_snr_grid, t_grid, title, published) -> Fi
     figure.legend(loc="outside lower center", ncols=even_columns(num_rows + bool(published)))
     figure.suptitle(title)
     return figure
+
+
+@rc_context(STYLE)
+def _coupling_figure(panels, log_snr_64, t_64, title) -> Figure:
+    if not panels:
+        raise ValueError("there is no coupling to draw; pass at least one panel")
+    columns, rows = (list(dict.fromkeys(names)) for names in zip(*panels, strict=True))
+    log_snr_64, t_64 = np.asarray(log_snr_64, dtype=np.float64), np.asarray(t_64)
+    figure = Figure(figsize=(1.0 + 4.4 * len(columns), 1.3 + 3.4 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
+    styles = {condition: curve_style(k) | {"linestyle": "-"} for k, condition in enumerate(CONDITION_TITLES)}
+    # An open marker lets the curve beneath show, with which this one all but coincides.
+    styles["clean"] |= {"linestyle": "--", "markerfacecolor": "none", "markersize": 8}
+    for (row, column), axes in np.ndenumerate(grid):
+        name = columns[column], rows[row]
+        if name not in panels:
+            raise ValueError(f"there is no panel of {name[0]} and {name[1]}; pass one for each column and row")
+        axes.axhline(1, color="0.35", linewidth=1.2, linestyle=":")
+        for condition, values in panels[name].items():
+            if condition != "own":
+                ratio, error = _check_coupling(f"{condition} of {', '.join(name)}", condition, values, log_snr_64, t_64)
+                look = {"markersize": 5, "capsize": 2} | styles[condition]
+                axes.errorbar(log_snr_64, ratio, error, linewidth=1.5, **look)
+        axes.set_title(", ".join(name), loc="left")
+        axes.grid(True)
+    log_axis(grid[0, 0])
+    for axes in grid[-1]:
+        axes.set_xlabel(FINE_LOG_SNR_LABEL + r"  (noise $\rightarrow$ clean)")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("fine error, relative to own")
+    for axes in grid[0]:
+        top = axes.secondary_xaxis("top")
+        shown = spread_out(log_snr_64, 0.07 * np.ptp(log_snr_64))
+        top.set_xticks(log_snr_64[shown], [str(t) for t in t_64[shown]])
+        top.set_xlabel(SHORT_FINE_LABEL)
+    handles = [Line2D([], [], color="0.35", linestyle=":", label=r"own, $t_{32} = t_{64}$")]
+    for condition, label in CONDITION_TITLES.items():
+        if any(condition in curves for curves in panels.values()):
+            handles.append(Line2D([], [], label=label, linewidth=1.5, **styles[condition]))
+    figure.legend(handles=handles, loc="outside lower center", ncols=even_columns(len(handles), most=1 + len(columns)))
+    figure.suptitle(title)
+    return figure
+
+
+def _check_coupling(where: str, condition: str, values, log_snr_64, t_64) -> tuple[np.ndarray, np.ndarray]:
+    if condition not in CONDITION_TITLES:
+        raise ValueError(f"{where} is unknown; name conditions of {', '.join(CONDITION_TITLES)}")
+    ratio, error = (np.asarray(part, dtype=np.float64) for part in values)
+    if not ratio.shape == error.shape == log_snr_64.shape == t_64.shape or ratio.ndim != 1:
+        raise ValueError(
+            f"{where} has ratios {list(ratio.shape)}, errors {list(error.shape)}, log_snr_64 {list(log_snr_64.shape)} "
+            f"and t_64 {list(t_64.shape)}; pass [n] of each"
+        )
+    if not (np.isfinite(ratio) & (ratio > 0)).all():
+        raise ValueError(f"{where} has a ratio that is not positive and finite")
+    return ratio, error
 
 
 def _check_map(name: str, values, t_grid, log_snr_grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

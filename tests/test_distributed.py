@@ -191,7 +191,7 @@ def environment(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-        monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend: None)
+        monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, timeout: None)
 
     return set_to
 

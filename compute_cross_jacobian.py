@@ -1,0 +1,309 @@
+"""How much the two scales go by each other: cross-Jacobians, a direct test of coupling, and the leads of paths.
+
+    python compute_cross_jacobian.py --device 0                             # every epoch found, raw and EMA weights
+    python compute_cross_jacobian.py --epochs 400 2000 --weights ema --coupling_images 256
+    python compute_cross_jacobian.py --checkpoint_dir checkpoints/a --heatmap_dir results/a --output_dir results/a
+    torchrun --standalone --nproc_per_node=4 compute_cross_jacobian.py      # missing heatmaps on four GPUs
+
+Writes into --output_dir, for every epoch:
+    cross_jacobian_{epoch}ep.csv             the four blocks and the ratios HL / HH and LH / LL in every cell
+    cross_jacobian_analysis_{epoch}ep.png    the ratios over the plane, and HL / HH along the noisiest fine timestep
+    coupling_{epoch}ep.csv, .png             the error of the fine image with other coarse inputs (coupling.py)
+and path_statistics.csv over all epochs: where t_32 and where t_64 leads along DP-64 and DP-Total.
+
+Blocks are squared Frobenius norms, means over images, so that the ratios are those of squared norms; `_se` is a
+standard error. A heatmap that is missing in --heatmap_dir is computed. Paths are found with the settings of their
+heatmap unless flags say otherwise.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import cli
+import compute_heatmap_30
+from checkpoint import LoadedModel, find_checkpoints, load_model
+from coupling import CONDITIONS, COUPLING_ERRORS, against_own, measure_coupling, ratio_of_means
+from data import to_float
+from device import autocast
+from distributed import PATIENCE, Processes
+from error_map import BLOCKS, CHAIN_RULE_FACTORS, NORMALISATIONS, load_heatmap
+from map_plots import plot_coupling, plot_cross_jacobian
+from path import Path as PathOfTimesteps
+from path import check_steps, leads, timestep_grid
+from path_choice import PATH_SETTINGS, heatmap_file, heatmap_path
+from plots import WEIGHTS_TITLES
+from results_table import write_csv
+
+DP_TYPES = {"dp_64": "DP-64", "dp_total": "DP-Total"}
+RATIOS = {"ratio_HL": ("HL", "HH"), "ratio_LH": ("LH", "LL")}
+COUPLING_TITLES = {"mse_64": "as predicted", "clipped_mse_64": "clamped to [-1, 1]"}
+# Published J_HL/J_HH of AFHQ 64x64 at (t_64, t_32), given there in per cent.
+PUBLISHED_RATIOS = {
+    (999, 999): 0.0004,
+    (999, 826): 0.0007,
+    (999, 654): 0.0011,
+    (999, 482): 0.0016,
+    (999, 310): 0.0020,
+    (999, 137): 0.0072,
+}
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags of this stage."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint_dir", default="checkpoints", help="folder of lift_dual_timestep_{epoch}ep.pth (checkpoints)")
+    add("--epochs", nargs="+", type=cli.positive_int, default=None, help="(all found)")
+    add("--weights", nargs="+", choices=tuple(WEIGHTS_TITLES), default=["raw", "ema"], help="(raw ema)")
+    add("--output_dir", default="results", help="(results)")
+    compute_heatmap_30.add_missing_map_arguments(parser)
+    group = parser.add_argument_group("coupling")
+    group.add_argument("--coupling_images", type=cli.positive_int, default=64, help="images averaged over (64)")
+    text = "fine timesteps, even in log SNR (8)"
+    group.add_argument("--coupling_timesteps", type=cli.positive_int, default=8, help=text)
+    group.add_argument("--batch_size", type=cli.positive_int, default=64, help="images per network call (64)")
+    group.add_argument("--seed", type=cli.seed, default=42, help="choice of images, noise and partners (42)")
+    group = parser.add_argument_group("paths, by default as each heatmap has them")
+    group.add_argument("--num_steps", type=cli.positive_int, help="steps")
+    group.add_argument("--max_jump", type=cli.positive_int, help="cells a step may move per axis")
+    group.add_argument("--factor", choices=tuple(CHAIN_RULE_FACTORS), help="chain-rule factor")
+    group.add_argument("--normalisation", choices=tuple(NORMALISATIONS), help="what an error is divided by")
+    cli.add_data_arguments(parser, dataset_default=None)
+    cli.add_device_arguments(parser)
+    return parser.parse_args()
+
+
+def heatmap_of(args: argparse.Namespace, loaded: LoadedModel, checkpoint: Path, processes: Processes) -> dict[str, Any]:
+    """The heatmap of a model, computed if there is none; refused if it is of other weights or another derivative."""
+    file = heatmap_file(args.heatmap_dir, loaded.config["epoch"], loaded.weights, args.grid)
+    if processes.any(not file.exists())[0]:
+        # A heatmap that is made here has no settings of its own, and takes those of the published paths.
+        check_steps(args.grid, args.num_steps or 18, args.max_jump or 5)
+        if processes.is_main:
+            print(f"{checkpoint.name} {loaded.weights}: computing {file} first")
+        compute_heatmap_30.compute_missing(args, checkpoint, loaded.weights, file, processes)
+    content = load_heatmap(file)
+    if content["fingerprint"] != loaded.fingerprint:
+        raise ValueError(
+            f"Heatmap {file} was computed with other weights than the {loaded.weights} ones of {checkpoint}; compute "
+            "it again (compute_heatmap_30.py --force) or name another --heatmap_dir."
+        )
+    if "jacobian" not in content or content["of"] != "eps":
+        held = f"the Jacobian of {content['of']}" if "jacobian" in content else "denoising errors only"
+        raise ValueError(
+            f"Heatmap {file} holds {held}; compute it again (compute_heatmap_30.py --force --maps all --of eps)."
+        )
+    return content
+
+
+def jacobian_ratios(heatmap: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """ratio_HL = HL / HH and ratio_LH = LH / LL, of squared norms, with `_se` by the delta method; float64 `[n, n]`."""
+    per_image = dict(zip(BLOCKS, heatmap["jacobian_per_image"], strict=True))  # [n, n, B] each.
+    ratios = {}
+    for name, (above, below) in RATIOS.items():
+        ratios[name], ratios[f"{name}_se"] = ratio_of_means(per_image[above], per_image[below])
+    return ratios
+
+
+def jacobian_rows(key: tuple[int, str], heatmap: dict[str, Any], ratios: dict[str, torch.Tensor]) -> list[dict]:
+    """One row per cell of a heatmap."""
+    columns = {}
+    for block in BLOCKS:
+        columns |= {block: heatmap["jacobian"][block], f"{block}_se": heatmap["jacobian_se"][block]}
+    columns |= ratios
+    lines = list(zip(heatmap["t_grid"].tolist(), heatmap["log_snr_grid"].tolist(), strict=True))
+    return [
+        {"epoch": key[0], "weights": key[1], "t_64": t_64, "t_32": t_32}
+        | {"log_snr_64": log_snr_64, "log_snr_32": log_snr_32}
+        | {name: values[i, j].item() for name, values in columns.items()}
+        for i, (t_64, log_snr_64) in enumerate(lines)
+        for j, (t_32, log_snr_32) in enumerate(lines)
+    ]
+
+
+def comparable_ratios(heatmap: dict[str, Any], dataset: str) -> dict[tuple[int, int], float] | None:
+    """The published ratios, for a heatmap of AFHQ at 64x64 in the published noise schedule that has their line."""
+    published = (int(heatmap["t_grid"][0]), heatmap["num_pixels_64"], heatmap["beta_schedule"])
+    is_afhq = "afhq" in Path(dataset).name.lower()
+    return PUBLISHED_RATIOS if is_afhq and published == (999, 64**2, "cosine_clipped") else None
+
+
+def write_jacobians(
+    epoch: int, heatmaps: dict[str, dict], published: dict[tuple[int, int], float] | None, folder: Path
+) -> None:
+    """Table, figure and summary of the cross-Jacobian of one epoch, from its heatmaps by kind of weights."""
+    ratios = {weights: jacobian_ratios(heatmap) for weights, heatmap in heatmaps.items()}
+    rows = [row for weights in heatmaps for row in jacobian_rows((epoch, weights), heatmaps[weights], ratios[weights])]
+    write_csv(folder / f"cross_jacobian_{epoch}ep.csv", rows)
+    first = next(iter(heatmaps.values()))
+    t_grid = first["t_grid"].tolist()
+    panels = {WEIGHTS_TITLES[weights]: maps for weights, maps in ratios.items()}
+    file = folder / f"cross_jacobian_analysis_{epoch}ep.png"
+    plot_cross_jacobian(panels, first["log_snr_grid"], t_grid, file, f"epoch {epoch}", published)
+    print(f"\nepoch {epoch}: |J_HL|² / |J_HH|² along t_64 = {t_grid[0]}")
+    print("  t_32" + "".join(f"{WEIGHTS_TITLES[weights]:>26s}" for weights in ratios))
+    for j, t_32 in enumerate(t_grid):
+        values = (f"{maps['ratio_HL'][0, j]:.4g} ± {maps['ratio_HL_se'][0, j]:.2g}" for maps in ratios.values())
+        print(f"{t_32:6d}" + "".join(f"{value:>26s}" for value in values))
+    for weights, maps in ratios.items():
+        for name, (above, below) in RATIOS.items():
+            ends = []
+            for place in (maps[name].argmin().item(), maps[name].argmax().item()):
+                i, j = divmod(place, len(t_grid))
+                ends.append(f"{maps[name][i, j]:.3g} at (t_64, t_32) = ({t_grid[i]}, {t_grid[j]})")
+            print(f"{WEIGHTS_TITLES[weights]}: |J_{above}|² / |J_{below}|² from {ends[0]} to {ends[1]}")
+    print(f"figure {file}")
+
+
+def coupling_of(args: argparse.Namespace, loaded: LoadedModel, start: int, device: torch.device) -> dict[str, Any]:
+    """What `measure_coupling` finds for a model from the noisiest fine timestep `start` on, with log SNRs beside it."""
+    images = cli.load_training_images(args, loaded.config)
+    if images.channels != loaded.config["channels"]:
+        raise ValueError(
+            f"The images of '{images.name}' have {images.channels} channel(s) but the model was trained on "
+            f"{loaded.config['channels']}; pass another --dataset."
+        )
+    if args.coupling_images > len(images):
+        raise ValueError(f"--coupling_images {args.coupling_images} exceeds the {len(images)} of '{images.name}'.")
+    chosen = np.random.default_rng(args.seed).choice(len(images), args.coupling_images, replace=False)
+    log_snr = loaded.scheduler.log_snr
+    t_64 = timestep_grid(args.coupling_timesteps, len(log_snr), "uniform_log_snr", start, log_snr.numpy()).tolist()
+    measured = measure_coupling(
+        loaded.model.denoise,
+        loaded.scheduler,
+        to_float(torch.from_numpy(images.pixels[np.sort(chosen)])).to(device),
+        t_64,
+        args.seed,
+        args.batch_size,
+        lambda: autocast(device, args.precision),
+    )
+    return measured | {"log_snr_64": log_snr[t_64], "log_snr_32": log_snr[measured["t_32"]]}
+
+
+def coupling_rows(key: tuple[int, str], measured: dict[str, Any]) -> list[dict]:
+    """One row per fine timestep and condition: each error, its paired difference to `own`, and its ratio to it."""
+    columns = {}
+    for error in COUPLING_ERRORS:
+        compared = against_own(measured[error])
+        columns |= {error: compared.pop("mean"), f"{error}_se": compared.pop("mean_se")}
+        columns |= {f"{error}_{name}": values for name, values in compared.items()}
+    return [
+        {"epoch": key[0], "weights": key[1], "t_64": t_64, "log_snr_64": measured["log_snr_64"][i].item()}
+        | {"condition": condition, "t_32": measured["t_32"][i, k].item()}
+        | {"log_snr_32": measured["log_snr_32"][i, k].item(), "images": measured[COUPLING_ERRORS[0]].shape[-1]}
+        | {name: values[i, k].item() for name, values in columns.items()}
+        for i, t_64 in enumerate(measured["t_64"].tolist())
+        for k, condition in enumerate(CONDITIONS)
+    ]
+
+
+def write_coupling(epoch: int, measured: dict[str, dict], folder: Path) -> None:
+    """Table, figure and summary of the coupling of one epoch, by kind of weights."""
+    rows = [row for weights, content in measured.items() for row in coupling_rows((epoch, weights), content)]
+    write_csv(folder / f"coupling_{epoch}ep.csv", rows)
+    panels = {}
+    for error, title in COUPLING_TITLES.items():
+        for weights, content in measured.items():
+            compared = against_own(content[error])
+            curves = zip(compared["ratio"].T, compared["ratio_se"].T, strict=True)
+            panels[WEIGHTS_TITLES[weights], title] = dict(zip(CONDITIONS, curves, strict=True))
+            print(f"\nepoch {epoch}, {WEIGHTS_TITLES[weights]}, {title}: own, and the others as a multiple of it")
+            print("  t_64" + f"{'own':>12s}" + "".join(f"{name:>20s}" for name in CONDITIONS[1:]))
+            for i, t_64 in enumerate(content["t_64"].tolist()):
+                pairs = zip(compared["ratio"][i, 1:], compared["ratio_se"][i, 1:], strict=True)
+                values = "".join(f"{f'{ratio:.4g} ± {error:.2g}':>20s}" for ratio, error in pairs)
+                print(f"{t_64:6d}{compared['mean'][i, 0]:12.5g}{values}")
+    first = next(iter(measured.values()))
+    file = folder / f"coupling_{epoch}ep.png"
+    count = first[COUPLING_ERRORS[0]].shape[-1]
+    plot_coupling(panels, first["log_snr_64"], first["t_64"], file, f"epoch {epoch}, {count} images")
+    print(f"figure {file}")
+
+
+def path_statistics(path: PathOfTimesteps, t_grid: torch.Tensor, log_snr_grid: torch.Tensor) -> dict[str, Any]:
+    """Which scale of a path leads, at how many of its points, and by how much at most.
+
+    largest_lead_cells and largest_lead_lambda are the leads of largest magnitude, each over all points: above 0 t_32
+    is ahead, by so many cells of the grid or by λ_32 - λ_64, and below 0 t_64 is. Of equal ones the first counts.
+    """
+    count = leads(path, t_grid)
+    index = {t: k for k, t in enumerate(t_grid.tolist())}
+    cells = [(index[t_64], index[t_32]) for t_64, t_32 in path.points]
+    log_snr = log_snr_grid.tolist()
+    return {
+        "points": count["points"],
+        "t_32_leads": count["ahead"],
+        "t_64_leads": count["behind"],
+        "equal": count["equal"],
+        "largest_lead_cells": max((j - i for i, j in cells), key=abs),
+        "largest_lead_lambda": max((log_snr[j] - log_snr[i] for i, j in cells), key=abs),
+    }
+
+
+def statistics_of(args: argparse.Namespace, key: tuple[int, str], heatmap: dict[str, Any]) -> list[dict]:
+    """The rows of path_statistics.csv of one heatmap, with its own settings of paths where flags name no others."""
+    settings = {name: getattr(args, name) or heatmap.get(name) for name in PATH_SETTINGS}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    rows = []
+    for path_type in DP_TYPES:
+        path, _ = heatmap_path(heatmap, path_type, **settings)
+        row = {"epoch": key[0], "weights": key[1], "path_type": path_type, "num_steps": path.nfe}
+        row["criterion"] = path.provenance["criterion"]
+        rows.append(row | path_statistics(path, heatmap["t_grid"], heatmap["log_snr_grid"]))
+    return rows
+
+
+def print_statistics(rows: list[dict]) -> None:
+    """The published table: leads in points, and the largest one, in which t_64 leads where it is negative."""
+    print("\n| epoch | weights | path | t_32 leads | t_64 leads | largest lead, cells | largest lead, λ |")
+    print("|---:|---|---|---:|---:|---:|---:|")
+    for row in rows:
+        shares = (f"{row[name]} of {row['points']}" for name in ("t_32_leads", "t_64_leads"))
+        largest = f"{row['largest_lead_cells']:+d}", f"{row['largest_lead_lambda']:+.2f}"
+        words = str(row["epoch"]), WEIGHTS_TITLES[row["weights"]], DP_TYPES[row["path_type"]], *shares, *largest
+        print(f"| {' | '.join(words)} |")
+
+
+def main() -> None:
+    """All heatmaps and paths first, so that what is refused is refused before anything is written."""
+    args = parse_args()
+    processes = Processes(args.device, PATIENCE)
+    found = find_checkpoints(args.checkpoint_dir, "dual", args.epochs)
+    checkpoints = {(epoch, weights): file for epoch, file in found.items() for weights in args.weights}
+    heatmaps: dict[int, dict[str, dict]] = {}
+    published = {}
+    statistics = []
+    for (epoch, weights), checkpoint in checkpoints.items():
+        loaded = load_model(checkpoint, weights == "ema", processes.device)
+        heatmap = heatmap_of(args, loaded, checkpoint, processes)
+        of_epoch = heatmaps.setdefault(epoch, {})
+        of_epoch[weights] = heatmap
+        if not torch.equal(heatmap["log_snr_grid"], next(iter(of_epoch.values()))["log_snr_grid"]):
+            raise ValueError(
+                f"The heatmaps of epoch {epoch} in {args.heatmap_dir} are on different grids; compute one of them "
+                "again (compute_heatmap_30.py --force), or pass one kind of --weights."
+            )
+        published[epoch] = comparable_ratios(heatmap, args.dataset or loaded.config["dataset"])
+        statistics += statistics_of(args, (epoch, weights), heatmap)
+    processes.close()
+    if not processes.is_main:
+        return
+    folder = Path(args.output_dir)
+    for epoch, of_epoch in heatmaps.items():
+        measured = {}
+        for weights, heatmap in of_epoch.items():
+            loaded = load_model(checkpoints[epoch, weights], weights == "ema", processes.device)
+            measured[weights] = coupling_of(args, loaded, int(heatmap["t_grid"][0]), processes.device)
+        write_jacobians(epoch, of_epoch, published[epoch], folder)
+        write_coupling(epoch, measured, folder)
+    write_csv(folder / "path_statistics.csv", statistics)
+    print_statistics(statistics)
+    print(f"tables and figures in {folder}")
+
+
+if __name__ == "__main__":
+    cli.run_stage(main)
