@@ -20,6 +20,7 @@ import compute_cross_jacobian
 import compute_heatmap_30
 import eval_fid_batch
 import export
+import generate_sr
 import generate_with_path_30
 import make_figures
 import plan_path
@@ -40,6 +41,7 @@ STAGES = [
     compute_heatmap_30,
     compute_cross_jacobian,
     generate_with_path_30,
+    generate_sr,
     eval_fid_batch,
     aggregate_results,
     make_figures,

@@ -1,0 +1,372 @@
+"""Zero-shot super-resolution, 32x32 to 64x64, with a model that was trained for nothing of the sort.
+
+    python generate_sr.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema --input my_images --output big
+    python generate_sr.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema
+    python generate_sr.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema --on train --num_images 200
+
+The coarse image is given clean (t_32 = 0) and the fine one denoised from noise, N steps for N network calls; then the
+2x2 mean of the result is made to equal the input. A model of --resolution 32 takes 16x16 images, and so on.
+
+With --input: one PNG per image of a folder, named after it, in --output; what is there already is skipped.
+Without: images kept out of training (`--holdout N` there) are halved, enlarged again, and compared with what they were;
+the table is printed and written to sr_metrics.csv, and sr.png shows some of them, both in --output.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import cli
+from checkpoint import LoadedModel, load_model
+from data import IMAGE_SUFFIXES, UNREADABLE, coarse, fingerprint_array, save_png, to_float, to_uint8
+from device import autocast, resolve_compile, resolve_precision, select_device
+from path import SPACINGS, diagonal
+from path import Path as SamplingPath
+from plots import WEIGHTS_TITLES, plot_super_resolution
+from results_table import csv_line
+from safe_write import replacing
+from sampler import compile_denoiser
+from super_resolution import (
+    Quality,
+    Upscaled,
+    image_quality,
+    lpips_distance,
+    lpips_missing,
+    make_consistent,
+    mean_deviation,
+    noise_seeds,
+    super_resolution_path,
+    super_resolve,
+    upscale_all,
+)
+
+METRICS_FILE, FIGURE_FILE = "sr_metrics.csv", "sr.png"
+FIGURE_IMAGES = 4
+FIGURE_COLUMNS = {
+    "input": "input",
+    "bicubic": "bicubic",
+    "lanczos": "Lanczos",
+    "lift": "LIFT",
+    "lift consistent": "LIFT consistent",
+    "original": "original",
+}
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags of this stage."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", required=True)
+    add("--ema", action="store_true", help="use the EMA weights")
+    images = parser.add_mutually_exclusive_group()
+    images.add_argument("--input", help="folder of images of the coarse size, to enlarge")
+    images.add_argument("--on", choices=("holdout", "train"), default="holdout", help="images to measure on (holdout)")
+    add("--num_images", type=cli.positive_int, default=None, metavar="N", help="evenly over those there are (all)")
+    add("--batch_size", type=cli.positive_int, default=64, help="images per network call (64)")
+    add("--seed", type=cli.seed, default=42, help="the noise of an image depends on this and its pixels (42)")
+    add("--eta", type=cli.unit_interval, default=0.0, help="0 DDIM to 1 ancestral (0)")
+    add("--no_consistency", action="store_true", help="with --input: keep what the network returns")
+    add("--output", help="folder (results/super_resolution/{checkpoint}_{weights}_{steps}[_{input}])")
+    add("--force", action="store_true", help="replace what --output holds of other settings")
+    group = parser.add_argument_group("path")
+    group.add_argument("--num_steps", type=cli.positive_int, default=18, help="steps, each one network call (18)")
+    group.add_argument("--spacing", choices=SPACINGS, default="uniform_t", help="of the fine timesteps (uniform_t)")
+    group.add_argument("--start", type=cli.positive_int, help="first fine timestep, of pure noise (the noisiest)")
+    cli.add_data_arguments(parser, dataset_default=None)
+    cli.add_device_arguments(parser)
+    cli.add_compile_argument(parser)
+    args = parser.parse_args()
+    if args.no_consistency and args.input is None:
+        parser.error("--no_consistency is for --input; without it, results with and without are measured")
+    return args
+
+
+def read_folder(folder: Path, size: int, channels: int) -> dict[str, torch.Tensor]:
+    """The images of a folder by name without suffix, in order, uint8 `[C, size, size]`; of its subfolders, none.
+
+    Colour becomes grey and grey becomes colour where the model wants it. Raises FileNotFoundError for a missing folder,
+    ValueError for one without images, an image that is unreadable, of another size or of 16 bits, and for two images
+    whose names differ in the suffix alone.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--input {folder} is not a folder; name one of {size}x{size} images.")
+    images: dict[str, torch.Tensor] = {}
+    for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES):
+        if file.stem in images:
+            raise ValueError(f"{file} would be enlarged to the same {file.stem}.png as another image; rename it.")
+        try:
+            with Image.open(file) as image:
+                if image.size != (size, size):
+                    raise ValueError(f"it is {image.width}x{image.height} and not {size}x{size}")
+                if image.mode.startswith(("I", "F")):
+                    raise ValueError("it has more than 8 bits per value")
+                pixels = np.array(image.convert("RGB" if channels == 3 else "L"))
+        except UNREADABLE as error:
+            raise ValueError(
+                f"{file} cannot be enlarged ({error}); this model takes 8-bit images of {size}x{size} pixels."
+            ) from error
+        images[file.stem] = torch.from_numpy(pixels).view(size, size, channels).permute(2, 0, 1)
+    if not images:
+        raise ValueError(f"--input {folder} holds no image; name a folder of {size}x{size} images.")
+    return images
+
+
+def evenly(count: int, available: int, where: str) -> np.ndarray:
+    """Indices of `count` of `available` images, spread over them as held-out ones are. Raises ValueError for more."""
+    if count > available:
+        raise ValueError(f"--num_images {count} asks for more than the {available} images of {where}; lower it.")
+    return (2 * np.arange(count) + 1) * available // (2 * count)
+
+
+def evaluation_images(args: argparse.Namespace, loaded: LoadedModel) -> torch.Tensor:
+    """The images to measure on, uint8 `[N, C, R, R]`, with a note on what the network has seen of them.
+
+    Raises ValueError where none were held out, where those named were trained on, and for other channels.
+    """
+    config = loaded.config
+    training, held_out = cli.load_image_parts(args, config)
+    is_training_set = training.fingerprint == config["data_fingerprint"]
+    images = training
+    if args.on == "holdout":
+        if held_out is None:
+            raise ValueError(
+                f"Held-out images are needed, but none of '{training.name}' were kept out of training; train with "
+                "--holdout N, pass another --dataset with --holdout N, or measure with --on train."
+            )
+        images = held_out
+        if not is_training_set and args.dataset in (None, config["dataset"]):
+            raise ValueError(
+                f"{args.checkpoint} was not trained without these {len(held_out)} images of '{training.name}'; leave "
+                "--holdout and --limit as they were in training."
+            )
+    if images.channels != config["channels"]:
+        raise ValueError(
+            f"The images of '{images.name}' have {images.channels} channel(s) but {args.checkpoint} was trained on "
+            f"{config['channels']}; pass another --dataset."
+        )
+    if is_training_set and args.on == "train":
+        print("NOTE: THE NETWORK WAS TRAINED ON THESE IMAGES, so that its scores say nothing of new ones.")
+    elif not is_training_set:
+        print(f"note: '{images.name}' is not what the network was trained on, and nothing shows what it saw of it")
+    chosen = evenly(args.num_images or len(images), len(images), f"'{images.name}'")
+    return torch.from_numpy(np.array(images.pixels[chosen]))
+
+
+def claim(folder: Path, settings: dict[str, Any], force: bool) -> dict[str, Any]:
+    """What settings.json of a folder says, or nothing; refuses a folder of other settings, or if forced empties it.
+
+    `images`, what the folder has images of, may differ.
+    """
+    file = folder / "settings.json"
+    if not file.exists():
+        return {}
+    try:
+        saved = json.loads(file.read_text())
+        different = [key for key in saved | settings if key != "images" and saved.get(key) != settings.get(key)]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); pass another --output.") from error
+    if different and not force:
+        raise ValueError(
+            f"{folder} holds results with another {', '.join(different)}; pass --force to replace them, or another "
+            "--output."
+        )
+    if different:
+        images = (f"{name}.png" for name in saved.get("images", ()))
+        for old in (*images, METRICS_FILE, FIGURE_FILE):
+            (folder / old).unlink(missing_ok=True)
+    return {} if different else saved
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write settings.json."""
+    with replacing(folder / "settings.json") as temporary:
+        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+class Upscaler:
+    """A model along a path of super-resolution, with what the flags say of how to run it."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.device = args, select_device(args.device)
+        self.loaded = load_model(args.checkpoint, args.ema, self.device)
+        if self.loaded.config["model_type"] != "dual":
+            raise ValueError(
+                f"{args.checkpoint} is a '{self.loaded.config['model_type']}' model; super-resolution needs one with "
+                "two clocks (train_lift.py), which can be told that the coarse image is clean."
+            )
+        log_snr = self.loaded.scheduler.log_snr.numpy()
+        base = diagonal(args.num_steps, args.spacing, 1, log_snr, len(log_snr), args.start)  # One scale.
+        self.path: SamplingPath = super_resolution_path(base)
+        self.settings = {
+            "weights_fingerprint": self.loaded.fingerprint,
+            "path_fingerprint": self.path.fingerprint(),
+            "eta": args.eta,
+            "seed": args.seed,
+            "precision": resolve_precision(self.device, args.precision),
+        }
+
+    def run(self, coarse_pixels: torch.Tensor) -> Iterator[tuple[slice, Upscaled]]:
+        """`super_resolve` for uint8 `[N, C, H, W]` with a progress bar: the place of each batch, and the batch."""
+        args, (count, channels, height, width) = self.args, coarse_pixels.shape
+        batch_size, denoise = min(args.batch_size, count), self.loaded.model.denoise
+        if resolve_compile(self.device, args.compile, count * self.path.nfe):
+            shapes = [(channels, 2 * height, 2 * width), (channels, height, width)]
+            denoise, note = compile_denoiser(denoise, shapes, batch_size, self.device, args.precision)
+            if note:
+                print(note)
+        batches = super_resolve(
+            denoise, self.loaded.scheduler, self.path, to_float(coarse_pixels), noise_seeds(coarse_pixels, args.seed),
+            batch_size, self.device, args.eta,
+        )  # fmt: skip
+        start = 0
+        with autocast(self.device, args.precision), tqdm(total=count, unit="img", desc="super-resolution") as bar:
+            for fine, nfe in batches:
+                yield slice(start, start + len(fine)), Upscaled(fine.float().cpu(), nfe)
+                start += len(fine)
+                bar.update(len(fine))
+
+
+def enlarge(upscaler: Upscaler, source: Path, folder: Path) -> None:
+    """A PNG of twice the size for every image of a folder, unless it is there already."""
+    args, config = upscaler.args, upscaler.loaded.config
+    images = read_folder(source, config["resolution"] // 2, config["channels"])
+    if folder.resolve() == source.resolve():
+        raise ValueError(f"--output {folder} is the folder of the input, which would be overwritten; pass another.")
+    if args.num_images:
+        names = list(images)
+        images = {names[k]: images[names[k]] for k in evenly(args.num_images, len(names), str(source))}
+    settings = upscaler.settings | {"of": "input", "consistent": not args.no_consistency}
+    made = claim(folder, settings, args.force).get("images", {})
+    files = {name: folder / f"{name}.png" for name in images}
+    foreign = [file for name, file in files.items() if file.exists() and name not in made]
+    if foreign and not args.force:
+        raise ValueError(f"{foreign[0]} was not made by this stage; pass --force to replace it, or another --output.")
+    prints = {name: fingerprint_array(pixels.numpy()) for name, pixels in images.items()}
+    missing = [name for name in images if not files[name].exists() or made.get(name) != prints[name]]
+    for name in missing:
+        files[name].unlink(missing_ok=True)
+    write_settings(folder, settings | {"images": made | prints})
+
+    deviation = nfe = 0
+    if missing:
+        pixels = torch.stack([images[name] for name in missing])
+        for batch, (fine, calls) in upscaler.run(pixels):
+            nfe = calls
+            rounded = to_uint8(fine if args.no_consistency else make_consistent(fine, to_float(pixels[batch])))
+            deviation = max(deviation, mean_deviation(rounded, pixels[batch]).max().item())
+            for name, image in zip(missing[batch], rounded, strict=True):
+                save_png(image, files[name])
+    said = f"{len(missing)} new with {nfe} network calls each" if missing else "all there already"
+    print(f"{len(images)} images in {folder}: {said}; path {upscaler.path.kind} {upscaler.path.fingerprint()}")
+    if missing:
+        print(f"the 2x2 mean of a PNG is off its input by {deviation:.3g} grey levels at most")
+
+
+def measure(upscaler: Upscaler, folder: Path) -> None:
+    """Halve images, enlarge them by every method, and say how near that comes: a table and a figure."""
+    args, config = upscaler.args, upscaler.loaded.config
+    originals = evaluation_images(args, upscaler.loaded)
+    settings = upscaler.settings | {
+        "of": "train" if args.on == "train" else "holdout",
+        "images_fingerprint": fingerprint_array(originals.numpy()),
+    }
+    # Whatever refuses these images does so before an hour of sampling.
+    image_quality(originals[:1], originals[:1])
+    claim(folder, settings, args.force)
+    write_settings(folder, settings)
+    reason = lpips_missing(config["resolution"])
+    if reason:
+        print(f"note: LPIPS is left out: {reason}")
+    coarse_pixels = to_uint8(coarse(to_float(originals)))
+    batches = [batch for _, batch in upscaler.run(coarse_pixels)]
+    fine, nfe = torch.cat([batch.images for batch in batches]), batches[0].nfe
+    results = upscale_all(coarse_pixels, fine)
+    qualities = {name: image_quality(pixels, originals) for name, pixels in results.items()}
+    error = (coarse(make_consistent(fine, to_float(coarse_pixels))) - to_float(coarse_pixels)).abs().max()
+
+    rows = [
+        {
+            "method": name,
+            "psnr": round(quality.psnr.mean().item(), 4),
+            "psnr_sd": round(quality.psnr.std(correction=len(originals) > 1).item(), 4),
+            "ssim": round(quality.ssim.mean().item(), 6),
+            "ssim_sd": round(quality.ssim.std(correction=len(originals) > 1).item(), 6),
+            "lpips": "" if reason else round(lpips_distance(results[name], originals), 6),
+            "mean_deviation": round(mean_deviation(results[name], coarse_pixels).max().item(), 4),
+            "num_images": len(originals),
+            "nfe": nfe if name.startswith("lift") else 0,
+            "spacing": args.spacing,
+            "start": upscaler.path.points[0][0],
+            "weights": upscaler.loaded.weights,
+            "epoch": config["epoch"],
+            "dataset": args.dataset or config["dataset"],
+            "checkpoint": args.checkpoint,
+        }
+        | settings
+        for name, quality in qualities.items()
+    ]
+    with replacing(folder / METRICS_FILE) as temporary:
+        temporary.write_text("".join(csv_line(line) for line in (rows[0], *(row.values() for row in rows))))
+    draw(upscaler, originals, coarse_pixels, results, qualities, folder / FIGURE_FILE)
+    print_table(rows)
+    print(f"before rounding, the 2x2 mean of LIFT consistent is off its input by {error.item():.1e} of [-1, 1] at most")
+    print(f"{folder / METRICS_FILE} and {folder / FIGURE_FILE}; path {upscaler.path.fingerprint()}")
+
+
+def draw(
+    upscaler: Upscaler,
+    originals: torch.Tensor,
+    coarse_pixels: torch.Tensor,
+    results: dict[str, torch.Tensor],
+    qualities: dict[str, Quality],
+    file: Path,
+) -> None:
+    """The figure of some of the images."""
+    shown = evenly(min(FIGURE_IMAGES, len(originals)), len(originals), "the figure")
+    columns = results | {"input": coarse_pixels, "original": originals}
+    sizes = [f"{images.shape[2]} × {images.shape[3]}" for images in (coarse_pixels, originals)]
+    captions = {
+        FIGURE_COLUMNS[name]: [f"{quality.psnr[k]:.2f} dB" for k in shown]
+        for name, quality in qualities.items()
+        if name in FIGURE_COLUMNS
+    } | dict(zip(("input", "original"), ([size] * len(shown) for size in sizes), strict=True))
+    kind = "training" if upscaler.args.on == "train" else "held-out"
+    config = upscaler.loaded.config
+    title = (
+        f"Super-resolution of {kind} images, {upscaler.path.nfe} network calls, "
+        f"epoch {config['epoch']}, {WEIGHTS_TITLES[upscaler.loaded.weights]}"
+    )
+    plot_super_resolution(
+        {heading: columns[name][shown].numpy() for name, heading in FIGURE_COLUMNS.items()}, file, title, captions
+    )
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """The scores by method."""
+    print(f"{'method':20} {'PSNR':>7} {'± sd':>6} {'SSIM':>7} {'LPIPS':>7} {'2x2 mean off by':>16}")
+    for row in rows:
+        scores = f"{row['psnr']:7.2f} {row['psnr_sd']:6.2f} {row['ssim']:7.4f} {row['lpips'] or '-':>7}"
+        print(f"{row['method']:20} {scores} {row['mean_deviation']:10.2f} levels")
+
+
+def main() -> None:
+    """Enlarge a folder, or measure."""
+    args = parse_args()
+    upscaler = Upscaler(args)
+    name = f"{Path(args.checkpoint).stem}_{upscaler.loaded.weights}_{args.num_steps}"
+    if args.input is None:
+        measure(upscaler, Path(args.output or f"results/super_resolution/{name}"))
+    else:
+        source = Path(args.input)
+        enlarge(upscaler, source, Path(args.output or f"results/super_resolution/{name}_{source.resolve().name}"))
+
+
+if __name__ == "__main__":
+    cli.run_stage(main)
