@@ -9,6 +9,7 @@ import torch
 from cleanfid.resize import build_resizer, make_resizer
 
 from inception import RESIZES, Features, extract, load_inception, network_input, stream
+from metrics import inception_score, kernel_distance, precision_recall
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 
@@ -93,6 +94,44 @@ def test_features_and_logits_equal_those_of_torch_fidelity(weights_file):
     assert features.logits.shape == (2, 1008) and logits.std() > 0.1
     np.testing.assert_allclose(features.pool, pool, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(features.logits, logits, rtol=1e-4, atol=1e-4 * logits.abs().max().item())
+
+
+class Images(torch.utils.data.Dataset):
+    """What torch-fidelity takes as a set of images."""
+
+    def __init__(self, pixels):
+        self.pixels = pixels
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, k):
+        return self.pixels[k]
+
+
+def test_scores_equal_those_of_torch_fidelity_on_the_same_images(weights_file):
+    library = importlib.import_module("torch_fidelity")
+    # Noise of its own coarseness and brightness in every image, so that the sets differ and so do their images.
+    sets = []
+    for seed, spread in ((3, 60), (4, 90)):
+        generator = np.random.default_rng(seed)
+        blocks = [generator.normal(generator.uniform(80, 170, (3, 1, 1)), spread, (3, 13, 13)) for _ in range(12)]
+        pixels = np.stack([np.kron(block, np.ones((1, 23, 23))) for block in blocks]).clip(0, 255)
+        sets.append(torch.from_numpy(pixels.astype(np.uint8)))
+    theirs = library.calculate_metrics(
+        input1=Images(sets[0]), input2=Images(sets[1]), isc=True, kid=True, prc=True, cuda=False, cache=False,
+        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(weights_file), kid_subset_size=12,
+        kid_subsets=1, batch_size=6, rng_seed=0, save_cpu_ram=True, verbose=False,
+    )  # fmt: skip
+    generated, reference = (extract(load_inception(weights_file, "cpu", "clean"), pixels) for pixels in sets)
+    score = inception_score(generated.logits)
+    assert score[0] > 1.0001 and score == pytest.approx(
+        (theirs["inception_score_mean"], theirs["inception_score_std"]), rel=1e-4, abs=1e-6
+    )
+    distance = kernel_distance(generated.pool, reference.pool)[0]
+    assert distance == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3) and abs(distance) > 1e-6
+    shares = (theirs["precision"], theirs["recall"])
+    assert precision_recall(generated.pool, reference.pool) == pytest.approx(shares) and 0 < max(shares)
 
 
 def test_grey_images_enter_as_three_equal_channels(inception):

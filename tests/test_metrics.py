@@ -75,6 +75,15 @@ def test_frechet_distance_equals_pytorch_fid(n):
     assert frechet_distance(*first, *second) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("n", [400, 80], ids=["full rank", "rank deficient"])
+def test_frechet_distance_equals_torch_fidelity(n):
+    library = importlib.import_module("torch_fidelity.metric_fid")
+    sets = [correlated_features(seed, n, 128, shift=0.1 * seed) for seed in (1, 2)]
+    statistics = [library.fid_features_to_statistics(torch.from_numpy(features)) for features in sets]
+    expected = library.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(*moments_of(sets[0]), *moments_of(sets[1])) == pytest.approx(expected, rel=1e-5)
+
+
 def test_frechet_distance_of_commuting_covariances_has_a_closed_form():
     generator = np.random.default_rng(0)
     basis = np.linalg.qr(generator.normal(size=(40, 40)))[0]
