@@ -14,6 +14,7 @@ class BaselineModel(nn.Module, PretrainedMixin):
     """
 
     num_scales = 1
+    num_predictions = 1
 
     def __init__(self, hidden_dims: tuple[int, ...] = (64, 128, 256, 512), channels: int = 3):
         super().__init__()

@@ -59,6 +59,30 @@ def unit_interval(text: str) -> float:
     return value
 
 
+def two_weights(text: str) -> tuple[float, float]:
+    """Parse `1,0.25`: two numbers of at least 0, one of them above."""
+    try:
+        weights = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        weights = ()
+    if len(weights) != 2 or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a pair of weights such as 1,0.25")
+    return weights
+
+
+def checked(parse: Callable[[str], object]) -> Callable[[str], str]:
+    """An argparse type that keeps the text which `parse` accepts; its ValueError becomes a usage error."""
+
+    def check(text: str) -> str:
+        try:
+            parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return text
+
+    return check
+
+
 def add_data_arguments(parser: argparse.ArgumentParser, dataset_default: str | None = "huggan/AFHQv2") -> None:
     """`--dataset` and everything that decides which pixels it gives; None leaves dataset to the checkpoint."""
     group = parser.add_argument_group("data")

@@ -192,13 +192,13 @@ class _TwoScaleModel(nn.Module, PretrainedMixin):
     """What the four two-scale models share: joining the scales at the input, splitting at the output.
 
     Every model also answers to `denoise(xs, ts)`, the form the sampler and the error map call: one noisy
-    image and one `[B]` timestep tensor per sampled scale, fine first, to one prediction per sampled scale.
-    `num_scales` says how many scales that is. Raises ValueError for the widths that `check_hidden_dims`
+    image and one `[B]` timestep tensor per scale, fine first, to one prediction per predicted scale.
+    `num_scales` and `num_predictions` say how many these are. Raises ValueError for the widths that `check_hidden_dims`
     refuses, for image sizes the UNet refuses, and for a coarse image that is not half the fine one.
     """
 
     num_scales = 2
-    predicts_coarse = True
+    num_predictions = 2
     knows_time = True
 
     def __init__(self, hidden_dims: tuple[int, ...] = (64, 128, 256, 512), channels: int = 3):
@@ -206,8 +206,7 @@ class _TwoScaleModel(nn.Module, PretrainedMixin):
         check_hidden_dims(hidden_dims)
         self.channels = channels
         embedding_dim = 4 * hidden_dims[0] if self.knows_time else None
-        out_channels = 2 * channels if self.predicts_coarse else channels
-        self.unet = UNet(2 * channels, out_channels, hidden_dims, embedding_dim)
+        self.unet = UNet(2 * channels, self.num_predictions * channels, hidden_dims, embedding_dim)
         if self.knows_time:
             self.embed = TimestepEmbedder(hidden_dims[0], embedding_dim)
 
@@ -219,7 +218,7 @@ class _TwoScaleModel(nn.Module, PretrainedMixin):
             )
         x_up = F.interpolate(x_32, size=x_64.shape[-2:], mode="bilinear", align_corners=False)
         out = self.unet(torch.cat([x_64, x_up], dim=1), t)  # [B, 2C or C, H, W]
-        if not self.predicts_coarse:
+        if self.num_predictions == 1:
             return out
         eps_64, eps_32 = out.split(self.channels, dim=1)  # [B, C, H, W] twice
         return eps_64, F.avg_pool2d(eps_32, 2)  # [B, C, H/2, W/2]
@@ -265,31 +264,25 @@ class LIFTBaselineModel(_TwoScaleModel):
 class SingleTimestepModel(_TwoScaleModel):
     """Ablation that knows t_64 only: `(x_64, x_32, t_64 [B])` -> `eps_64 [B, C, H, W]`."""
 
-    predicts_coarse = False
-    num_scales = 1
+    num_predictions = 1
 
     def forward(self, x_64: torch.Tensor, x_32: torch.Tensor, t_64: torch.Tensor) -> torch.Tensor:
         return self._predict(x_64, x_32, self.embed(t_64))
 
     def denoise(self, xs, ts):
-        """One scale; the coarse input is the 2x2 mean of the noisy fine image.
-
-        An approximation: in training the coarse image has noise of its own and at full strength, here it has a
-        quarter of the fine image's noise variance.
-        """
-        return (self(xs[0], F.avg_pool2d(xs[0], 2), ts[0]),)
+        """Reads two scales and predicts the fine one; the coarse timestep is not used."""
+        return (self(*xs, ts[0]),)
 
 
 class NoTimestepModel(_TwoScaleModel):
     """Ablation that knows no timestep: `(x_64, x_32)` -> `eps_64 [B, C, H, W]`."""
 
-    predicts_coarse = False
+    num_predictions = 1
     knows_time = False
-    num_scales = 1
 
     def forward(self, x_64: torch.Tensor, x_32: torch.Tensor) -> torch.Tensor:
         return self._predict(x_64, x_32, None)
 
     def denoise(self, xs, ts):
-        """One scale, no timestep; the coarse input is approximate as in SingleTimestepModel."""
-        return (self(xs[0], F.avg_pool2d(xs[0], 2)),)
+        """Reads two scales and predicts the fine one; no timestep is used."""
+        return (self(*xs),)

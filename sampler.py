@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from device import autocast, compile_or_not, compiling_failed
 from path import Path
@@ -18,7 +19,11 @@ from scheduler import CLEAN, DDIMScheduler
 
 Images = tuple[torch.Tensor, ...]
 Denoiser = Callable[[Images, Images], Images]
+# Called at a point of a path with its index and images; what it returns, if anything, is gone on with instead.
+Callback = Callable[[int, Images], tuple[int, Images] | None]
 ENDS = ("clean", "t0")
+# Whence the coarse image comes that a network reads and does not predict (`sample`).
+COARSE_FEEDS = ("x0", "noisy")
 IMAGES_PER_SEED = 1_000_000
 
 
@@ -68,6 +73,11 @@ def scale_shapes(num_scales: int, channels: int, resolution: int) -> list[tuple[
     return [(channels, resolution >> s, resolution >> s) for s in range(num_scales)]
 
 
+def coarse_feed(model: torch.nn.Module, coarse_from: str) -> str | None:
+    """`coarse_from` for a model that reads more scales than it predicts, None for any other."""
+    return coarse_from if model.num_predictions < model.num_scales else None
+
+
 def in_full_batches(denoise: Denoiser, batch_size: int) -> Denoiser:
     """A denoiser that calls `denoise` with `batch_size` contiguous images when it is called with that many or fewer.
 
@@ -114,9 +124,10 @@ def sample(
     path: Path,
     noise: Sequence[torch.Tensor],
     eta: float = 0.0,
-    callback: Callable[[int, Images], None] | None = None,
+    callback: Callback | None = None,
     end: str = "clean",
     draw: Callable[[Sequence[int]], torch.Tensor] | None = None,
+    coarse_from: str | None = None,
 ) -> Samples:
     """Sample along a path from `noise`, one `[B, C, H, W]` tensor per scale, fine first.
 
@@ -124,27 +135,45 @@ def sample(
         but the last. A scale whose timestep does not move keeps its image, except that with `end="clean"` the
         last step takes every scale to clean. eta: 0 DDIM to 1 ancestral; above 0, `draw(shape)` supplies
         fresh noise `[B, C, H, W]` for shape `(C, H, W)`, scale by scale. callback: called as `(k, images)` at
-        every point k.
+        every point k; where it returns `(k', images')`, sampling goes on from point k' <= k with those images.
+    coarse_from: for a denoiser that reads all scales and predicts the first alone, one of COARSE_FEEDS. The other
+        images are then made anew after every call. "x0": the mean of the predicted clean image over the pixels of
+        theirs, noised to their timestep with fresh noise from `draw`; pure noise at the start. "noisy": the mean of
+        the noisy fine image, whatever their timestep.
 
-    Returns images (float32, in [-1, 1] if the schedule clamps) and the calls counted. Raises ValueError if
-    path and noise differ in their number of scales, for an unknown end, and what `scheduler.step` raises.
+    Returns images (float32, in [-1, 1] if the schedule clamps) and the calls counted. Raises ValueError if path and
+    noise differ in their number of scales, for an unknown end or feed, for predictions that leave a scale to no feed,
+    for a callback that goes on from a later point, and what `scheduler.step` raises.
     """
     if path.num_scales != len(noise):
         raise ValueError(f"The path has {path.num_scales} scale(s) but the model samples {len(noise)}.")
     if end not in ENDS:
         raise ValueError(f"Unknown end '{end}'; choose one of {', '.join(ENDS)}.")
+    if coarse_from not in (None, *COARSE_FEEDS):
+        raise ValueError(f"Unknown coarse feed '{coarse_from}'; choose one of {', '.join(COARSE_FEEDS)}.")
+    targets = [*path.points[1:-1], (CLEAN,) * path.num_scales if end == "clean" else path.points[-1]]
     xs = tuple(noise)
+    if coarse_from == "noisy":
+        xs = (xs[0], *(_mean_like(xs[0], x) for x in xs[1:]))
     batch, device = len(xs[0]), xs[0].device
-    nfe = 0
-    for k, (point, next_point) in enumerate(zip(path.points, path.points[1:], strict=False)):
-        if callback is not None:
-            callback(k, xs)
+    k = nfe = 0
+    while True:
+        if callback is not None and (moved := callback(k, xs)) is not None:
+            if not 0 <= moved[0] <= k:
+                raise ValueError(f"A callback at point {k} must go on from point 0 to {k}, not from {moved[0]}.")
+            k, xs = moved
+        if k == path.nfe:
+            return Samples(xs, nfe)
+        point, next_point = path.points[k], targets[k]
         ts = tuple(torch.full((batch,), t, dtype=torch.long, device=device) for t in point)
         predictions = denoise(xs, ts)
         nfe += 1
-        if end == "clean" and k == path.nfe - 1:
-            next_point = (CLEAN,) * path.num_scales
-        xs = tuple(
+        if len(predictions) != (path.num_scales if coarse_from is None else 1):
+            raise ValueError(
+                f"The denoiser predicts {len(predictions)} of {path.num_scales} scales, which does not go with "
+                f"coarse_from = {coarse_from}."
+            )
+        stepped = tuple(
             scheduler.step(
                 prediction.to(x.dtype),
                 t,
@@ -155,11 +184,21 @@ def sample(
             )
             if t_next != t
             else x
-            for x, prediction, t, t_next in zip(xs, predictions, point, next_point, strict=True)
+            for x, prediction, t, t_next in zip(xs, predictions, point, next_point, strict=False)
         )
-    if callback is not None:
-        callback(path.nfe, xs)
-    return Samples(xs, nfe)
+        if coarse_from == "noisy":
+            stepped += tuple(_mean_like(stepped[0], x) for x in xs[1:])
+        elif coarse_from == "x0":
+            x0 = scheduler.predict_x0(predictions[0].to(xs[0].dtype), point[0], xs[0])
+            x0 = x0.clamp(-1, 1) if scheduler.clip_sample else x0
+            for x, t_next in zip(xs[1:], next_point[1:], strict=True):
+                x = _mean_like(x0, x)
+                stepped += (x if t_next == CLEAN else scheduler.add_noise(x, draw(x.shape[1:]), t_next),)
+        k, xs = k + 1, stepped
+
+
+def _mean_like(fine: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool2d(fine, fine.shape[-1] // coarse.shape[-1])
 
 
 @torch.no_grad()
@@ -243,8 +282,9 @@ def sample_seeds(
     batch_size: int,
     device: torch.device | str = "cpu",
     eta: float = 0.0,
-    callback: Callable[[int, Images], None] | None = None,
+    callback: Callback | None = None,
     end: str = "clean",
+    coarse_from: str | None = None,
 ) -> Iterator[tuple[Sequence[int], Samples]]:
     """`sample` batch by batch, with the noise of each seed: image k depends on `seeds[k]` alone.
 
@@ -260,7 +300,7 @@ def sample_seeds(
     following = prepare(0) if starts else None
     for start in starts:
         chosen, draw, noise = following
-        samples = sample(denoise, scheduler, path, noise, eta, callback, end, draw)
+        samples = sample(denoise, scheduler, path, noise, eta, callback, end, draw, coarse_from)
         if start != starts[-1]:
             # A GPU is still at work on these images, and the host has nothing else to do.
             following = prepare(start + batch_size)

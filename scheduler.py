@@ -129,6 +129,15 @@ class DDIMScheduler:
             return x
         return v_from_x0_epsilon(x, noise, self._alpha_bar(t, x))
 
+    def min_snr_weight(self, gamma: float, t: torch.Tensor) -> torch.Tensor:
+        """Weights float64 `[B]` that make a loss in this prediction type min(SNR, gamma) times that of the clean image.
+
+        Min-SNR (arXiv 2303.09556, section 3.4): an error of the clean image counts SNR times in the noise and SNR + 1
+        times in the velocity. t: int64 `[B]`.
+        """
+        snr = self.snr[t]
+        return snr.clamp(max=gamma) / {"epsilon": snr, "v": snr + 1, "x0": 1}[self.prediction_type]
+
     def predict_x0(self, prediction: torch.Tensor, t: int | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The clean image `[B, C, H, W]`, not clamped, that a prediction at (x, t) stands for."""
         if self.prediction_type == "x0":

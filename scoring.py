@@ -35,7 +35,7 @@ from metrics import (
 from path import Path
 from reference_set import ReferenceSet
 from results_table import METRIC_VALUES
-from sampler import Denoiser, sample_seeds, scale_shapes
+from sampler import Denoiser, coarse_feed, sample_seeds, scale_shapes
 
 FEATURE_METRICS = ("fid", "fid_infinity", "kid", "is", "pr")
 # Known before an image is made, whereas the metrics themselves would refuse only then.
@@ -63,6 +63,7 @@ def generate(
     inception: Inception | None = None,
     denoise: Denoiser | None = None,  # what is called in place of the model itself, such as its compiled form
     overlap: bool | None = None,  # features of one batch beside the sampling of the next; None: on GPUs
+    coarse_from: str = "x0",  # what a model reads as the coarse image that it does not predict
 ) -> Generated | None:
     """The fine image of every seed; the processes of a run share the batches, and the first gets all of them.
 
@@ -75,7 +76,7 @@ def generate(
     mine = torch.cat(batches).tolist() if batches else []
     sampled = sample_seeds(
         denoise or loaded.model.denoise, loaded.scheduler, path, [seeds[k] for k in mine], shapes,
-        batch_size, device, eta, end=end,
+        batch_size, device, eta, end=end, coarse_from=coarse_feed(loaded.model, coarse_from),
     )  # fmt: skip
     pixels, features, nfe, broken = [torch.empty(0, *shapes[0], dtype=torch.uint8)], [], 0, None
     with (

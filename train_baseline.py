@@ -16,7 +16,7 @@ from training import add_training_arguments, train
 def parse_args() -> argparse.Namespace:
     """The flags of this stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(parser)
+    add_training_arguments(parser, two_scales=False)
     return parser.parse_args()
 
 

@@ -17,7 +17,7 @@ from training import add_training_arguments, train
 def parse_args() -> argparse.Namespace:
     """The flags of this stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(parser)
+    add_training_arguments(parser, two_scales=True)
     parser.add_argument(
         "--model",
         choices=("dual", "shared_t", "single_t", "no_t"),

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,15 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import cli
-from checkpoint import FILE_STEMS, build_model, bytes_of, checkpoint_file, read_resume_file, save_checkpoint
+from checkpoint import (
+    FILE_STEMS,
+    MODEL_CLASSES,
+    build_model,
+    bytes_of,
+    checkpoint_file,
+    read_resume_file,
+    save_checkpoint,
+)
 from data import ImageSet, TwoScaleBatches, to_uint8
 from device import (
     autocast,
@@ -47,9 +55,10 @@ from distributed import Processes
 from memory_estimate import for_batch, saved_bytes
 from path import diagonal
 from plots import save_image_grid
+from regimes import TimestepPairs, default_regime, parse_regime, resolve_regime
 from run_log import METRICS_FILE, SETTINGS_FILE, RunLog
 from safe_write import remove_temporaries, versions
-from sampler import image_seeds, sample_seeds, scale_shapes
+from sampler import coarse_feed, image_seeds, sample_seeds, scale_shapes
 from scheduler import PREDICTION_TYPES, SCHEDULE_NAMES, DDIMScheduler
 
 MIN_EPSILON_SNR = 1e-6  # Below it, the error of a noise prediction is amplified a thousand times and more.
@@ -62,8 +71,8 @@ FREE_KEYS = frozenset({"epochs", "dataset"})  # The data themselves are compared
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of both training stages; the defaults are the published settings."""
+def add_training_arguments(parser: argparse.ArgumentParser, two_scales: bool) -> None:
+    """Flags of both training stages, with those of two-scale models; the defaults are the published settings."""
     cli.add_data_arguments(parser)
     cli.add_device_arguments(parser)
     group = parser.add_argument_group("training")
@@ -78,6 +87,17 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hidden_dims", type=cli.hidden_dims, default=(64, 128, 256, 512), help="64,128,256,512")
     add("--beta_schedule", choices=SCHEDULE_NAMES, default="cosine_clipped", help="(cosine_clipped)")
     add("--prediction_type", choices=PREDICTION_TYPES, default="epsilon", help="(epsilon)")
+    text = "weigh the loss by min(SNR, GAMMA) times that of the clean image; 5 is usual (all timesteps alike)"
+    add("--min_snr_gamma", type=cli.positive_float, default=None, metavar="GAMMA", help=text)
+    if two_scales:
+        text = (
+            "pairs (t_64, t_32) to train on: independent, same, shift:D, heuristic:F, band:W, path:FILE (independent)"
+        )
+        add("--t_pairs", type=cli.checked(parse_regime), default=None, metavar="REGIME", help=text)
+        text = "weights of the losses of the fine and the coarse scale (1,1)"
+        add("--loss_weights", type=cli.two_weights, default=None, metavar="A,B", help=text)
+    else:
+        parser.set_defaults(t_pairs=None, loss_weights=None)
     add("--flip", action="store_true", help="mirror images at random (off, as published)")
     add("--seed", type=cli.seed, default=42, help="initial weights, order, noise, timesteps (42)")
     group = parser.add_argument_group("execution (what is computed stays the same up to rounding)")
@@ -129,19 +149,17 @@ class TrainingBatch(NamedTuple):
 
 
 def draw_batch(
-    model_type: str, scheduler: DDIMScheduler, x_64: torch.Tensor, x_32: torch.Tensor, generator: torch.Generator
+    pairs: TimestepPairs,
+    x_64: torch.Tensor,
+    x_32: torch.Tensor,
+    generator: torch.Generator,
 ) -> TrainingBatch:
     """Noise and timesteps for clean images x_64 `[B, C, H, W]` and x_32 `[B, C, H/2, W/2]`.
 
-    Timesteps are uniform over the schedule and independent per scale (equal for `shared_t`); each scale has its own
-    noise.
+    Each scale has its own noise, and the timesteps are pairs of the regime.
     """
-    batch, device = len(x_64), x_64.device
-    t_64, t_32 = torch.randint(
-        scheduler.num_train_timesteps, (2, batch), generator=generator, device=device
-    )  # [B] twice
-    if model_type == "shared_t":
-        t_32 = t_64
+    device = x_64.device
+    t_64, t_32 = pairs.draw(len(x_64), generator)  # [B] twice
     noise_64 = torch.randn(x_64.shape, generator=generator, device=device)  # [B, C, H, W]
     noise_32 = torch.randn(x_32.shape, generator=generator, device=device)  # [B, C, H/2, W/2]
     return TrainingBatch(x_64, x_32, noise_64, noise_32, t_64, t_32)
@@ -170,6 +188,22 @@ def diffusion_loss(
         f"loss_{scale}": F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)  # [B]
         for scale, prediction, target in zip(SCALES, predictions, targets, strict=False)
     }
+
+
+def weighted_loss(
+    losses: dict[str, torch.Tensor], batch: TrainingBatch, scheduler: DDIMScheduler, config: dict[str, Any]
+) -> torch.Tensor:
+    """What a step minimises: the means of `diffusion_loss` over images, weighed by scale and by timestep.
+
+    config: `loss_weights`, one number per predicted scale, and `min_snr_gamma`, for weights of timesteps by
+    `DDIMScheduler.min_snr_weight`, or None.
+    """
+    gamma = config["min_snr_gamma"]
+    total = torch.zeros((), device=batch.x_64.device)
+    for weight, values, t in zip(config["loss_weights"], losses.values(), (batch.t_64, batch.t_32), strict=False):
+        by_image = values if gamma is None else values * scheduler.min_snr_weight(gamma, t).to(values)
+        total = total + weight * by_image.mean()
+    return total
 
 
 class StopRequest:
@@ -248,10 +282,21 @@ class Trainer:
             name: getattr(args, name)
             for name in (
                 "dataset", "resolution", "resize_filter", "limit", "holdout", "skip_bad_images", "beta_schedule",
-                "prediction_type", "flip", "epochs", "batch_size", "lr", "lr_schedule", "weight_decay",
+                "prediction_type", "min_snr_gamma", "flip", "epochs", "batch_size", "lr", "lr_schedule", "weight_decay",
                 "grad_clip", "ema_decay", "seed",
             )
         }  # fmt: skip
+        # What runs have that say nothing of it: those from before there was a choice.
+        self.defaults = {
+            "t_pairs": default_regime(model_type),
+            "t_pairs_points": None,
+            "loss_weights": [1.0] * MODEL_CLASSES[model_type].num_predictions,
+            "min_snr_gamma": None,
+        }
+        self.config |= {"loss_weights": list(args.loss_weights or self.defaults["loss_weights"])}
+        self.config |= resolve_regime(args.t_pairs, model_type)
+        if len(self.config["loss_weights"]) != len(self.defaults["loss_weights"]):
+            raise ValueError(f"a '{model_type}' model has the loss of the fine scale alone; leave --loss_weights out.")
         self.compile = resolve_compile(self.device, args.compile)
         if args.cuda_graphs and not (self.compile and self.device.type == "cuda"):
             raise ValueError(f"--cuda_graphs needs a compiled network on a GPU, not {self.device}; leave it out.")
@@ -277,6 +322,7 @@ class Trainer:
         self.scheduler = DDIMScheduler(beta_schedule=args.beta_schedule, prediction_type=args.prediction_type).to(
             self.device
         )
+        self.pairs = TimestepPairs(self.config, self.scheduler)
         self.batches = TwoScaleBatches(images, args.batch_size, args.seed, self.device, args.flip)
         if args.batch_size % (processes.count * args.accumulate):
             raise ValueError(
@@ -367,7 +413,7 @@ class Trainer:
 
     def _compare(self, saved: dict, what: str) -> None:
         """Raise ValueError, naming the first setting that differs from a saved one."""
-        settings = self.settings
+        settings, saved = self.settings, self.defaults | saved
         # What follows from another flag comes last, so that the flag is named.
         for key in sorted(settings, key=lambda key: (key == "data_fingerprint", key == "epochs", key)):
             if saved.get(key) != settings[key]:
@@ -426,14 +472,14 @@ class Trainer:
     def draw(self, x_64: torch.Tensor, x_32: torch.Tensor) -> TrainingBatch:
         """This process's share of a step: noise is drawn for all images of the step, so that shares do not matter."""
         generator = step_generator(self.args.seed, self.step, self.device)
-        batch = draw_batch(self.model_type, self.scheduler, x_64, x_32, generator)
+        batch = draw_batch(self.pairs, x_64, x_32, generator)
         return batch.rows(self.processes.share(len(x_64)))
 
     def _backward(self, part: TrainingBatch, network: nn.Module) -> dict[str, torch.Tensor]:
         """Add the gradient of one part to that of the step; returns the losses per image."""
         with autocast(self.device, self.config["precision"]):
             losses = diffusion_loss(network, self.model_type, self.scheduler, part)
-        loss = sum(values.mean() for values in losses.values()) / self.args.accumulate
+        loss = weighted_loss(losses, part, self.scheduler, self.config) / self.args.accumulate
         self.scaler.scale(loss).backward()
         return {name: values.detach() for name, values in losses.items()}
 
@@ -553,7 +599,7 @@ class Trainer:
 
     @torch.no_grad()
     def sample_grids(self, stop: StopRequest | None = None) -> list[torch.Tensor]:
-        """Samples of the EMA (else raw) weights along the t-uniform diagonal, uint8, one tensor per scale.
+        """Samples of the EMA (else raw) weights along the t-uniform diagonal, uint8, one tensor per predicted scale.
 
         Raises InterruptedError if a stop is asked for meanwhile.
         """
@@ -569,10 +615,12 @@ class Trainer:
         arguments = (model.denoise, self.scheduler, path, seeds, shapes, GRID_IMAGES, self.device)
         try:
             with autocast(self.device, self.config["precision"]):
-                [(_, samples)] = sample_seeds(*arguments, callback=give_up_if_asked)
+                [(_, samples)] = sample_seeds(
+                    *arguments, callback=give_up_if_asked, coarse_from=coarse_feed(model, "x0")
+                )
         finally:
             self.model.train()
-        return [to_uint8(images).cpu() for images in samples.images]
+        return [to_uint8(images).cpu() for images in samples.images[: model.num_predictions]]
 
     def _grid_file(self, scale: str) -> Path:
         return self.log_dir / f"samples_{self.epoch}ep_{scale}.png"

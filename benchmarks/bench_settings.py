@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cli
 from device import autocast, select_device
 from model import LIFTDualTimestepModel
+from regimes import TimestepPairs, resolve_regime
 from scheduler import DDIMScheduler
 from training import diffusion_loss, draw_batch
 
@@ -71,7 +72,7 @@ class Contestant:
         generator = torch.Generator(self.device).manual_seed(0)
         start = time.perf_counter()
         with sdpa_kernel(BACKENDS[self.backend]), autocast(self.device, self.precision):
-            batch = draw_batch("dual", scheduler, x_64, x_32, generator)
+            batch = draw_batch(TimestepPairs(resolve_regime(None, "dual"), scheduler), x_64, x_32, generator)
             losses = diffusion_loss(self.model, "dual", scheduler, batch)
             self.optimizer.zero_grad(set_to_none=True)
             sum(values.mean() for values in losses.values()).backward()

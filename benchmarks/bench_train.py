@@ -57,6 +57,7 @@ from data import ImageSet, coarse, to_float
 from device import AUTOCAST_DTYPES, choose_kernels, resolve_precision, select_device
 from distributed import Processes
 from model import ATTENTION_MIN_CHANNELS, NUM_GROUPS
+from regimes import TimestepPairs, resolve_regime
 from scheduler import DDIMScheduler
 
 try:
@@ -156,6 +157,7 @@ class Plain:
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
         self.scheduler, self.generator = DDIMScheduler().to(device), torch.Generator(device)
+        self.pairs = TimestepPairs(resolve_regime(None, model_type), self.scheduler)
         gpu = device.type == "cuda"
         workers = args.num_workers if gpu else 0  # On a CPU they would take cores from the network.
         options = {"num_workers": workers, "persistent_workers": gpu, "pin_memory": gpu, "collate_fn": two_scales}
@@ -165,7 +167,7 @@ class Plain:
     def step(self) -> None:
         """One training step."""
         x_64, x_32 = (x.to(self.device) for x in next(self.batches))
-        batch = training.draw_batch(self.model_type, self.scheduler, x_64, x_32, self.generator)
+        batch = training.draw_batch(self.pairs, x_64, x_32, self.generator)
         losses = training.diffusion_loss(self.model, self.model_type, self.scheduler, batch)
         loss = sum(values.mean() for values in losses.values())
         self.optimizer.zero_grad()
@@ -362,7 +364,7 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> tuple[float, int]:
 def training_args(args: argparse.Namespace, batch_size: int, folder: str) -> argparse.Namespace:
     """The settings of a run of `train_lift.py`, which are the published ones where this benchmark has no flag."""
     parser = argparse.ArgumentParser()
-    training.add_training_arguments(parser)
+    training.add_training_arguments(parser, two_scales=False)
     settings = parser.parse_args(["--batch_size", str(batch_size), "--output_dir", folder, "--log_dir", folder])
     for name in ("resolution", "hidden_dims", "compile", "device", "precision"):
         setattr(settings, name, getattr(args, name))

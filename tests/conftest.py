@@ -247,7 +247,7 @@ def trainer(tiny, tmp_path, cache):
 
     def make(*flags) -> training.Trainer:
         parser = argparse.ArgumentParser()
-        training.add_training_arguments(parser)
+        training.add_training_arguments(parser, two_scales=True)
         args = parser.parse_args([*tiny(tmp_path), "--cache_dir", str(cache), *map(str, flags)])
         run = training.Trainer("dual", args, cli.load_training_images(args), Processes("cpu"))
         run.prepare()

@@ -304,3 +304,22 @@ def test_noise_that_a_prediction_stands_for(prediction_type):
     t = torch.tensor([900, 400, 3])
     noisy, target = scheduler.add_noise(x, noise, t), scheduler.target(x, noise, t)
     torch.testing.assert_close(scheduler.predict_epsilon(target, t, noisy), noise, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "x0", "v"])
+@pytest.mark.parametrize("gamma", [0.3, 5.0])
+def test_min_snr_weighs_the_error_of_the_clean_image(prediction_type, gamma):
+    # arXiv 2303.09556: whatever is predicted, the loss is min(SNR, gamma) times that of the clean image.
+    scheduler = DDIMScheduler(prediction_type=prediction_type)
+    generator = torch.Generator().manual_seed(0)
+    x, noise, x0 = (torch.randn(5, 1, 4, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    t = torch.tensor([0, 100, 400, 700, 999])
+    alpha_bar = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    z = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
+    epsilon = (z - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+    velocity = alpha_bar.sqrt() * epsilon - (1 - alpha_bar).sqrt() * x0
+    prediction = {"epsilon": epsilon, "x0": x0, "v": velocity}[prediction_type]
+    error = (prediction - scheduler.target(x, noise, t)).square().flatten(1).mean(1)
+    snr = (alpha_bar / (1 - alpha_bar)).flatten()
+    expected = torch.where(snr < gamma, snr, gamma) * (x0 - x).square().flatten(1).mean(1)
+    torch.testing.assert_close(error * scheduler.min_snr_weight(gamma, t), expected)

@@ -22,9 +22,10 @@ from data import coarse, load_images, to_float
 from device import resolve_precision
 from memory_estimate import for_batch, saved_bytes
 from model import ResidualBlock
+from regimes import TimestepPairs, resolve_regime
 from scheduler import DDIMScheduler
 from synthetic import synthetic_images
-from training import Trainer, diffusion_loss, draw_batch, step_generator, training_memory
+from training import Trainer, diffusion_loss, draw_batch, step_generator, training_memory, weighted_loss
 
 CPU = torch.device("cpu")
 # Which timesteps each model is shown, of the fine and of the coarse scale.
@@ -68,7 +69,8 @@ def shown(model_type, x_64, x_32, seed=0, answer=torch.zeros_like, prediction_ty
 
 def mean_losses(model, model_type, scheduler, x_64, x_32, generator):
     """Every loss of a batch drawn by a generator, after checking that there is one per image."""
-    losses = diffusion_loss(model, model_type, scheduler, draw_batch(model_type, scheduler, x_64, x_32, generator))
+    pairs = TimestepPairs(resolve_regime(None, model_type), scheduler)
+    losses = diffusion_loss(model, model_type, scheduler, draw_batch(pairs, x_64, x_32, generator))
     assert all(values.shape == (len(x_64),) for values in losses.values())
     return {name: values.mean() for name, values in losses.items()}
 
@@ -109,6 +111,34 @@ def test_the_target_equals_the_one_derived_from_what_the_model_saw(model_type, p
     assert len(perfect) == (2 if model_type in PREDICTS_COARSE else 1)
     assert all(value.item() < 1e-6 for value in perfect.values())
     assert all(value.item() == pytest.approx(9, abs=1e-4) for value in wrong.values())
+
+
+def test_a_step_minimises_the_losses_weighed_by_scale_and_timestep(trainer):
+    run = trainer("--loss_weights", "0.5,3", "--min_snr_gamma", 5)
+    batch = run.draw(*next(run.batches.epoch(0)))
+    losses = diffusion_loss(run.model, "dual", run.scheduler, batch)
+    expected = 0.0
+    for weight, name, t in ((0.5, "loss_64", batch.t_64), (3, "loss_32", batch.t_32)):
+        snr = run.scheduler.snr[t]
+        expected += weight * (losses[name] * torch.where(snr < 5, 1, 5 / snr)).mean().item()
+    found = weighted_loss(losses, batch, run.scheduler, run.config)
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+    assert found.item() != pytest.approx(sum(values.mean().item() for values in losses.values()), rel=0.05)
+    # What is logged stays comparable between runs.
+    values = run.train_step(*next(run.batches.epoch(0)))
+    assert values["loss_32"].item() == pytest.approx(losses["loss_32"].mean().item(), rel=1e-6)
+
+
+def test_a_scale_of_weight_0_is_not_learnt(trainer):
+    run = trainer("--loss_weights", "1,0")
+    head = run.model.unet.head[-1]
+    before = head.weight.detach().clone()
+    run.train_step(*next(run.batches.epoch(0)))
+    # The channels of the coarse prediction are decayed and nothing else.
+    torch.testing.assert_close(
+        head.weight[3:], before[3:] * (1 - run.args.lr * run.args.weight_decay), rtol=1e-6, atol=0
+    )
+    assert ((head.weight[:3] - before[:3]).abs() > 1e-5).all()
 
 
 def spread_of(z):
