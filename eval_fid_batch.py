@@ -4,13 +4,16 @@
     python eval_fid_batch.py --model_type lift --path_type diagonal dp_64 dp_total --epochs 400 --ema
     python eval_fid_batch.py --weights raw ema --num_steps 6 10 18 36 --multi-seed --metrics fid fid_infinity kid is pr
     python eval_fid_batch.py --metrics swd nn --num_images 1000 --seeds 42 43 44   # needs no Inception weights
+    python eval_fid_batch.py --model_type lift --path_type cascade:2,6 cascade:best shift:1 lead:2 heuristic:0.8
+    python eval_fid_batch.py --model_type single_t no_t --path_type diagonal dp_64 --coarse_from x0 noisy
     torchrun --standalone --nproc_per_node=4 eval_fid_batch.py --epochs 400        # every job on four GPUs
 
-Every checkpoint in --checkpoint_dir x weights x path type x number of steps x seed is one job; its rows, one per
-metric, are appended to results/fid_results.csv. A job whose rows exist is skipped unless --force, and one that another
-process is at is left to it, so the same command may run on many GPUs and hosts at once. All but diagonals need the
-heatmap of the same weights, which is used as it is and computed when it is missing. A job that fails does not keep the
-others from running. --list_jobs prints the jobs as single commands.
+Every checkpoint in --checkpoint_dir x weights x path type x number of steps x seed is one job, for models that predict
+the fine image alone (single_t, no_t) also x --coarse_from; its rows, one per metric, are appended to
+results/fid_results.csv. A job whose rows exist is skipped unless --force, and one that another process is at is left to
+it, so the same command may run on many GPUs and hosts at once. The dp and kl paths and cascade:best need the heatmap of
+the same weights, which is used as it is and computed when it is missing. A job that fails does not keep the others from
+running. --list_jobs prints the jobs as single commands.
 """
 
 import argparse
@@ -29,17 +32,27 @@ from filelock import FileLock, Timeout
 
 import cli
 import compute_heatmap_30
-from checkpoint import FILE_STEMS, LoadedModel, find_checkpoints, load_model
+from checkpoint import FILE_STEMS, MODEL_CLASSES, LoadedModel, find_checkpoints, load_model
 from data import ImageSet
 from device import is_out_of_memory, resolve_compile, resolve_precision
 from distributed import PATIENCE, Processes
 from inception import NUM_FEATURES, RESIZES, Inception, load_inception
 from path import Path as SamplingPath
 from path import check_steps
-from path_choice import PATH_TYPES, add_path_arguments, choose_path, heatmap_file
+from path_choice import (
+    ONE_CLOCK,
+    add_path_arguments,
+    add_path_type_argument,
+    choose_path,
+    heatmap_file,
+    parse_path_type,
+    why_not,
+)
 from reference_set import ReferenceSet, from_images, load_reference
+from regimes import default_regime, off_regime_note
 from results_table import METRICS, append_row, has_row, read_rows
-from sampler import ENDS, Denoiser, compile_denoiser, image_seeds, scale_shapes
+from sampler import COARSE_FEEDS, ENDS, Denoiser, coarse_feed, compile_denoiser, image_seeds, scale_shapes
+from schedule_file import load_schedule
 from scoring import FEATURE_METRICS, Scorer, generate
 
 PUBLISHED_SEEDS = [42, 43, 44, 45, 46]
@@ -52,11 +65,13 @@ class Job(NamedTuple):
     checkpoint: Path
     weights: str  # raw or ema
     path_type: str
+    coarse_from: str | None  # None for models that predict what they read
     num_steps: int
     seed: int
 
     def __str__(self) -> str:
-        return f"{self.checkpoint.name} {self.weights} {self.path_type} {self.num_steps} steps seed {self.seed}"
+        feed = f"coarse from {self.coarse_from} " if self.coarse_from else ""
+        return f"{self.checkpoint.name} {self.weights} {self.path_type} {feed}{self.num_steps} steps seed {self.seed}"
 
 
 def parse_args() -> argparse.Namespace:
@@ -71,7 +86,9 @@ def parse_args() -> argparse.Namespace:
     add("--checkpoint_dir", default="checkpoints", help="folder of {model}_{epoch}ep.pth files (checkpoints)")
     add("--model_type", nargs="+", choices=types, default=["baseline", "lift"], help="(baseline lift)")
     add("--epochs", nargs="+", type=cli.positive_int, default=None, help="epochs to score (all found)")
-    add("--path_type", nargs="+", choices=PATH_TYPES, default=["diagonal"], help="(diagonal)")
+    add_path_type_argument(parser, several=True)
+    text = "coarse images that models read and do not predict: of their clean or of their noisy fine image (x0)"
+    add("--coarse_from", nargs="+", choices=COARSE_FEEDS, default=["x0"], help=text)
     add("--weights", nargs="+", choices=("raw", "ema"), default=["raw"], help="(raw)")
     add("--ema", dest="weights", action="store_const", const=["ema"], help="score the EMA weights alone")
     add("--seeds", nargs="+", type=cli.seed, default=[42], help="(42)")
@@ -99,28 +116,40 @@ def parse_args() -> argparse.Namespace:
 
 
 def find_jobs(args: argparse.Namespace) -> list[Job]:
-    """The jobs the flags ask for, in their order; only dual models have paths other than the diagonal."""
+    """The jobs the flags ask for, in their order; paths that a type of model cannot follow are left out of its jobs."""
     jobs = []
+    refused: dict[tuple[str, str], str] = {}
     for name in dict.fromkeys(MODEL_ALIASES.get(name, name) for name in args.model_type):
         found = find_checkpoints(args.checkpoint_dir, name, args.epochs)
+        reasons = {path_type: why_not(name, path_type) for path_type in args.path_type}
+        refused |= {(name, path_type): reason for path_type, reason in reasons.items() if reason}
         jobs += [
-            Job(file, weights, path_type, num_steps, seed)
+            Job(file, weights, path_type, feed, num_steps, seed)
             for file in found.values()
             for weights in args.weights
             for path_type in args.path_type
-            if name == "dual" or path_type == "diagonal"
-            for num_steps in args.num_steps
+            if not reasons[path_type]
+            for feed in (coarse_feed(MODEL_CLASSES[name], feed) for feed in args.coarse_from)
+            for num_steps in steps_of(path_type, args)
             for seed in args.seeds
         ]
     if not jobs:
-        raise ValueError(
-            f"--path_type {' '.join(args.path_type)} needs a model with two clocks, but --model_type is "
-            f"{' '.join(args.model_type)}; add --model_type lift or --path_type diagonal."
-        )
+        raise ValueError(next(iter(refused.values())))
+    followed = {job.path_type for job in jobs}
+    for (name, path_type), reason in refused.items():
+        # That one clock keeps to the diagonal, beside models of two, goes without saying.
+        if name not in ONE_CLOCK or path_type not in followed:
+            print(f"note: left out: {reason}", file=sys.stderr)
     for job in jobs:
         if job.path_type.startswith("dp"):
             check_steps(args.grid, job.num_steps, args.max_jump)
     return list(dict.fromkeys(jobs))
+
+
+def steps_of(path_type: str, args: argparse.Namespace) -> list[int]:
+    """The numbers of steps of a type of path: those of the flags, or the one of a schedule."""
+    kind = parse_path_type(path_type)
+    return [load_schedule(kind.parameters[0]).nfe] if kind.name == "schedule" else args.num_steps
 
 
 def job_command(job: Job) -> str:
@@ -136,6 +165,8 @@ def job_command(job: Job) -> str:
         "--num_steps": job.num_steps,
         "--seeds": job.seed,
     }
+    if job.coarse_from:
+        chosen["--coarse_from"] = job.coarse_from
     return shlex.join(["python", *kept, *(str(word) for pair in chosen.items() for word in pair)])
 
 
@@ -148,6 +179,7 @@ class Evaluation:
         self._inception: Inception | None = None
         self._scorer: Scorer | None = None
         self._warned = False
+        self._judged: set[tuple[str, str]] = set()
 
     def run(self, job: Job, wait: bool) -> bool:
         """Generate and score what has no row yet; False if another process is at this job and `wait` is not set."""
@@ -159,7 +191,8 @@ class Evaluation:
     @contextmanager
     def _claim(self, job: Job, wait: bool) -> Iterator[bool]:
         """Keep other processes away from a job, until the end or the death of this one; yields whether that is so."""
-        name = f"{job.checkpoint.resolve()} {job.weights} {job.path_type} {job.num_steps} {job.seed}"
+        words = (job.checkpoint.resolve(), job.weights, job.path_type, job.coarse_from, job.num_steps, job.seed)
+        name = " ".join(str(word) for word in words if word is not None)
         file = Path(f"{self.args.output}.jobs") / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"
         lock = FileLock(file)
         claimed = True
@@ -181,6 +214,8 @@ class Evaluation:
         path = self._path(job, args, loaded)
         scorer = self._scorer
         solver = "" if (args.eta, args.end) == (0.0, "clean") else f"-eta{args.eta!r}-{args.end}"
+        # Images depend on where the network's coarse image comes from as they do on the solver.
+        solver += f"-{job.coarse_from}" if job.coarse_from else ""
         key = {
             "checkpoint_fingerprint": loaded.fingerprint,
             "weights": loaded.weights,
@@ -201,6 +236,7 @@ class Evaluation:
         if not any_missing:
             self._say(f"{job}: scored already")
             return
+        self._warn_off_regime(job, loaded, path)
         scorer.prepare(missing)
         start = time.perf_counter()
         generated = generate(
@@ -214,6 +250,7 @@ class Evaluation:
             args.end,
             scorer.inception if any_features else None,
             denoise,
+            coarse_from=job.coarse_from or "x0",
         )
         if generated is None:
             return
@@ -228,6 +265,8 @@ class Evaluation:
                 "reference_images": scorer.reference.count,
                 "model_type": loaded.config["model_type"],
                 "epoch": loaded.config["epoch"],
+                "coarse_from": job.coarse_from,
+                "regime": loaded.config.get("t_pairs") or default_regime(loaded.config["model_type"]),
                 "seconds": round(sampling_seconds + time.perf_counter() - start, 1),
                 "checkpoint": job.checkpoint.name,
                 "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -238,6 +277,16 @@ class Evaluation:
     def _say(self, text: str) -> None:
         if self.processes.is_main:
             print(text)
+
+    def _warn_off_regime(self, job: Job, loaded: LoadedModel, path: SamplingPath) -> None:
+        # Jobs of other seeds have the same weights and path.
+        pair = loaded.fingerprint, path.fingerprint()
+        if pair in self._judged or not self.processes.is_main:
+            return
+        self._judged.add(pair)
+        note = off_regime_note(path, loaded.config, loaded.scheduler)
+        if note:
+            print(f"warning: {job.checkpoint.name}: {note}", file=sys.stderr)
 
     def _model(self, job: Job) -> tuple[LoadedModel, Denoiser, str]:
         """The weights of a job, what is called to denoise with them, and the name of their data; sees to the scorer."""
@@ -291,9 +340,9 @@ class Evaluation:
 
     def _path(self, job: Job, args: argparse.Namespace, loaded: LoadedModel) -> SamplingPath:
         """The path of a job, on a heatmap that is computed if there is none."""
-        epoch, weights = loaded.config["epoch"], loaded.weights
-        heatmap = heatmap_file(args.heatmap_dir, epoch, weights, args.grid)
-        if job.path_type != "diagonal" and self.processes.any(not heatmap.exists())[0]:
+        config, weights = loaded.config, loaded.weights
+        heatmap = heatmap_file(args.heatmap_dir, config["epoch"], weights, args.grid, config["model_type"])
+        if parse_path_type(job.path_type).needs_heatmap and self.processes.any(not heatmap.exists())[0]:
             self._say(f"{job}: computing {heatmap} first")
             compute_heatmap_30.compute_missing(args, job.checkpoint, weights, heatmap, self.processes)
         return choose_path(args, job.path_type, loaded, heatmap)

@@ -4,13 +4,17 @@
     python generate_with_path_30.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema \\
         --path_type dp_total --heatmap results/heatmap_30_400ep_ema.pth --num_images 64
     python generate_with_path_30.py --checkpoint FILE --schedule results/samples/dp_total/schedule.json
+    python generate_with_path_30.py --checkpoint FILE --path_type cascade:2,6    # or shift:1, lead:2, heuristic:0.8
+    python generate_with_path_30.py --checkpoint checkpoints/single_t_400ep.pth --coarse_from noisy
 
 Writes one PNG per image, named by its seed, into --output (images already there are skipped), `grid.png`,
-`schedule.json`, which replays the path without the heatmap, and with --trajectory `trajectory.png`.
+`schedule.json`, which replays the path without the heatmap, and with --trajectory `trajectory.png`. Models that predict
+the fine image alone (single_t, no_t) read a coarse one that --coarse_from makes of it.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -21,10 +25,11 @@ from checkpoint import LoadedModel, load_model
 from data import read_png, save_png, to_uint8
 from device import autocast, resolve_compile, resolve_precision, select_device
 from path import Path as SamplingPath
-from path_choice import PATH_TYPES, add_path_arguments, choose_path, heatmap_file
+from path_choice import add_path_arguments, add_path_type_argument, choose_path, heatmap_file, parse_path_type
 from plots import plot_trajectory, save_image_grid
+from regimes import off_regime_note
 from safe_write import replacing
-from sampler import ENDS, compile_denoiser, image_seeds, sample_seeds, scale_shapes
+from sampler import COARSE_FEEDS, ENDS, coarse_feed, compile_denoiser, image_seeds, sample_seeds, scale_shapes
 from schedule_file import save_schedule
 
 GRID_IMAGES = 64
@@ -36,15 +41,17 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", required=True)
     add("--ema", action="store_true", help="use the EMA weights")
-    add("--path_type", choices=PATH_TYPES, default="diagonal")
+    add_path_type_argument(parser)
     add("--schedule", help="follow the path of this schedule file instead of --path_type")
-    add("--heatmap", help="for the dp and kl paths (results/heatmap_30_{epoch}ep[_ema].pth)")
+    add("--heatmap", help="for dp, kl and cascade:best (results/heatmap_30_{epoch}ep[_ema].pth)")
     add("--num_images", type=cli.positive_int, default=64, help="(64)")
     add("--batch_size", type=cli.positive_int, default=64, help="images per network call (64)")
     add("--seed", type=cli.seed, default=42, help="image k has seed 1000000 * SEED + k (42)")
     add("--eta", type=cli.unit_interval, default=0.0, help="0 DDIM to 1 ancestral (0)")
     add("--end", choices=ENDS, default="clean", help="land on the clean image, or on t=0 as published (clean)")
-    add("--output", help="folder (results/samples/{checkpoint}_{weights}_{path})")
+    text = "coarse image that a model reads and does not predict: of its clean or of its noisy fine image (x0)"
+    add("--coarse_from", choices=COARSE_FEEDS, default="x0", help=text)
+    add("--output", help="folder (results/samples/{checkpoint}_{weights}_{path}_{calls}[_{coarse_from}])")
     add("--force", action="store_true", help="replace the images of other settings that --output holds")
     add("--trajectory", action="store_true", help="also draw both scales along the path")
     cli.add_device_arguments(parser)
@@ -64,6 +71,9 @@ def prepare_output(
         "end": args.end,
         "precision": resolve_precision(device, args.precision),
     }
+    feed = coarse_feed(loaded.model, args.coarse_from)
+    if feed is not None:
+        settings["coarse_from"] = feed
     file = folder / "settings.json"
     if file.exists():
         try:
@@ -105,9 +115,15 @@ def main() -> None:
     device = select_device(args.device)
     loaded = load_model(args.checkpoint, args.ema, device)
     config = loaded.config
-    heatmap = args.heatmap or heatmap_file("results", config["epoch"], loaded.weights)
+    weights, model_type = loaded.weights, config["model_type"]
+    heatmap = args.heatmap or heatmap_file("results", config["epoch"], weights, model_type=model_type)
     path = choose_path(args, args.path_type, loaded, heatmap, args.schedule)
-    name = f"{Path(args.checkpoint).stem}_{loaded.weights}_{path.kind}_{path.nfe}"
+    note = off_regime_note(path, config, loaded.scheduler)
+    if note:
+        print(f"warning: {note}", file=sys.stderr)
+    feed = coarse_feed(loaded.model, args.coarse_from)
+    kind = path.kind if args.schedule else parse_path_type(args.path_type).file_name
+    name = "_".join([Path(args.checkpoint).stem, weights, kind, str(path.nfe), *([feed] if feed else [])])
     folder = Path(args.output or f"results/samples/{name}")
     seeds = image_seeds(args.seed, args.num_images)
     prepare_output(folder, path, loaded, args, device)
@@ -129,7 +145,7 @@ def main() -> None:
 
     def run(chosen, callback=None):
         return sample_seeds(
-            denoise, loaded.scheduler, path, chosen, shapes, batch_size, device, args.eta, callback, args.end
+            denoise, loaded.scheduler, path, chosen, shapes, batch_size, device, args.eta, callback, args.end, feed
         )
 
     nfe = 0

@@ -22,7 +22,7 @@ from map_plots import plot_path_comparison, plot_paths_across_epochs
 from path import Path as PathOfTimesteps
 from path_choice import PATH_SETTINGS
 from plots import plot_losses, plot_samples, plot_scores
-from result_layout import COLUMN_TITLES
+from result_layout import series_of
 from results_table import GROUP_FIELDS, VALUE_FIELDS, aggregate, read_rows
 from run_log import METRICS_FILE, read_metrics
 from schedule_file import load_schedule
@@ -147,14 +147,17 @@ def draw_scores(args: argparse.Namespace) -> None:
     rows = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
     def point(row: dict[str, str]) -> tuple[str, ...]:
-        return tuple(row[name] for name in ("metric", "model_type", "path_type", "weights", "epoch"))
+        return (*series_of(row), *(row[name] for name in ("metric", "weights", "epoch")))
 
     def group(row: dict[str, str]) -> tuple[str, ...]:
         return tuple(row[name] for name in GROUP_FIELDS)
 
     last = {point(row): group(row) for row in rows}
     rows = [row for row in rows if group(row) == last[point(row)]]
-    plot_scores(aggregate(rows), args.metric, args.output, args.title, COLUMN_TITLES)
+    results = sorted(aggregate(rows), key=lambda result: series_of(result).rank)
+    # A curve is a series, which the figure knows by two of its fields.
+    named_rows = [result | {"model_type": series_of(result).title, "path_type": ""} for result in results]
+    plot_scores(named_rows, args.metric, args.output, args.title)
 
 
 def main() -> None:

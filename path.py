@@ -4,9 +4,10 @@ A path is a list of N + 1 points, one timestep per scale (fine first), from nois
 it costs N network evaluations, one at every point but the last. The optimisers work on a grid of n timesteps
 whose index 0 is noise and whose index n - 1 is clean; a pair of grid indices is called a cell.
 
-Hand-made paths are a spacing, made by `diagonal`, and an offset between the scales, which `log_snr_shift` and
-`lead` add to any diagonal. The optimisers find the exact optimum of a sum of step costs: the published
-trapezoid of an error map, or the KL divergence of the sampled chain from a map of denoising errors.
+Hand-made paths are a spacing, made by `diagonal`, and an offset between the scales, which `log_snr_shift`, `lead` and
+`heuristic` add to any diagonal; `cascade` and `fine_first` take one scale after the other. The optimisers find the
+exact optimum of a sum of step costs: the published trapezoid of an error map, or the KL divergence of the sampled
+chain from a map of denoising errors.
 """
 
 import functools
@@ -167,6 +168,21 @@ def lead(base: Path, k: int) -> Path:
     ahead = [timesteps[0], *(timesteps[min(i + abs(k), base.nfe)] for i in range(1, base.nfe + 1))]
     scales = (timesteps, ahead) if k >= 0 else (ahead, timesteps)
     return Path(tuple(zip(*scales, strict=True)), "lead", {"base": base.provenance, "k": k})
+
+
+def heuristic(base: Path, factor: float) -> Path:
+    """Two-scale path with t_32 = factor · t_64, rounded (half to even), where t_64 goes along the diagonal `base`.
+
+    The first point is that of the base in both scales. No point repeats, because t_64 falls at every step.
+
+    Raises ValueError if the scales of the base do not move together, and unless 0 < factor <= 1.
+    """
+    timesteps = _diagonal_timesteps(base)
+    if not 0 < factor <= 1:
+        raise ValueError(f"the factor of timesteps is {factor}; it must lie above 0 and not above 1")
+    coarse = [timesteps[0], *(round(factor * t) for t in timesteps[1:])]
+    points = tuple(zip(timesteps, coarse, strict=True))
+    return Path(points, "heuristic", {"base": base.provenance, "factor": float(factor)})
 
 
 def cascade(
@@ -489,6 +505,52 @@ def kl_paths_all_steps(
     return _cheapest_paths(step, cell_at, shape, range(1, min(max_steps, sum(shape) - 2) + 1))
 
 
+def best_cascade(
+    mmse_64: ArrayLike,  # [n, n]
+    mmse_32: ArrayLike,  # [n, n]
+    snr: ArrayLike,  # [n]
+    num_steps: int,
+    weight: float = 0.0,
+    symmetric: bool = False,
+    bands: bool = False,
+) -> tuple[Cells, float]:
+    """The cascade of exactly num_steps steps with the least KL divergence; returns (cells, cost in nats).
+
+    Arguments and cost as in `kl_path`. A cascade goes as `cascade` does: in 1 or more steps from (0, 0) along the
+    coarse axis to any grid line, then in 1 or more steps along the fine axis, of which the last one ends at
+    (n - 1, n - 1). The line, the number of steps of each leg and their inner points are those of the exact optimum.
+    Of equal ones it has the fewest coarse steps, then the noisiest line, then legs like those of `kl_path`.
+
+    Raises ValueError as `kl_path` does, and for num_steps outside 2..2(n - 1).
+    """
+    step, _, (_, n) = _kl_problem(mmse_64, mmse_32, snr, weight, 0, None, False, symmetric, bands)
+    last = n - 1
+    if not 2 <= num_steps <= 2 * last:
+        raise ValueError(
+            f"{num_steps} steps are no cascade on a grid of {n} timesteps, which allows 2 to {2 * last}; change "
+            "num_steps or refine the grid"
+        )
+
+    def first_leg(_: ArrayLike, j: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
+        return 0 * j, j
+
+    def second_leg(_: ArrayLike, i: ArrayLike, line: int) -> tuple[ArrayLike, ArrayLike]:
+        # The last step takes the coarse scale along.
+        return i, line + (last - line) * (i == last)
+
+    coarse = _minima(step, first_leg, (1, n), num_steps - 1, last)
+    totals = np.full((num_steps, n), np.inf)  # By number of coarse steps and line.
+    for line in range(1, n):
+        fine = _minima(step, functools.partial(second_leg, line=line), (1, n), num_steps - 1, last)
+        totals[1:, line] = coarse[1:, 0, line] + fine[:0:-1, 0, last]
+    steps, line = map(int, np.unravel_index(totals.argmin(), totals.shape))
+    leg = functools.partial(second_leg, line=line)
+    fine = _minima(step, leg, (1, n), num_steps - steps, last)
+    cells = _trace_back(coarse[: steps + 1, :, : line + 1], step, first_leg, last)
+    cells += _trace_back(fine, step, leg, last)[1:]
+    return cells, float(totals[steps, line])
+
+
 def path_from_cells(cells: Sequence[Sequence[int]], t_grid: ArrayLike, kind: str, provenance: dict[str, Any]) -> Path:
     """Path whose points are the timesteps t_grid[index] of the given grid cells, one index per scale.
 
@@ -731,10 +793,14 @@ def _cheapest_paths(
     max_jump: int | None = None,  # rows and columns that a step may cross at most
 ) -> dict[int, tuple[Cells, float]]:
     max_jump = max(shape) - 1 if max_jump is None else min(max_jump, max(shape) - 1)
-    find_minima = _minima_by_step if max_jump <= LARGEST_WINDOWED_JUMP else _minima_by_cell
     # Only minima are kept: the moves are found again later.
-    minima = find_minima(step, cell_at, shape, max(steps), max_jump)
+    minima = _minima(step, cell_at, shape, max(steps), max_jump)
     return {n: (_trace_back(minima[: n + 1], step, cell_at, max_jump), float(minima[n, -1, -1])) for n in steps}
+
+
+def _minima(step: StepCost, cell_at: CellAt, shape: tuple[int, int], num_steps: int, max_jump: int) -> np.ndarray:
+    find = _minima_by_step if max_jump <= LARGEST_WINDOWED_JUMP else _minima_by_cell
+    return find(step, cell_at, shape, num_steps, max_jump)
 
 
 def _minima_by_step(

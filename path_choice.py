@@ -1,6 +1,18 @@
-"""From the flags of a stage to the path it samples along."""
+"""From the flags of a stage to the path it samples along.
+
+Types of paths are names, such as `diagonal`, or families with parameters:
+
+    cascade:L[,K]   the coarse scale first, in K steps (half of all), to log SNR L (inf: timestep 0); then the fine one
+    cascade:best    the cascade of least KL divergence on the heatmap
+    shift:D         the diagonal of --spacing with λ_32 = λ_64 + D, λ = log SNR; D > 0: the coarse scale is ahead
+    lead:K          that diagonal with the coarse scale K points ahead
+    heuristic:F     that diagonal with t_32 = F t_64, 0 < F <= 1
+    schedule:FILE   the path of a schedule file
+"""
 
 import argparse
+import math
+import re
 from pathlib import Path as FilePath
 from typing import NamedTuple
 
@@ -8,16 +20,132 @@ import numpy as np
 import torch
 
 import cli
-from checkpoint import LoadedModel
+from checkpoint import MODEL_CLASSES, LoadedModel
 from error_map import CHAIN_RULE_FACTORS, CLIPPED_MSES, MSES, NORMALISATIONS, load_heatmap, published_errors
 from map_interpolation import interpolate_map
-from path import SPACINGS, Path, diagonal, find_optimal_path_n_steps_lambda, kl_path, path_from_cells, timestep_grid
+from path import (
+    SPACINGS,
+    Path,
+    best_cascade,
+    cascade,
+    diagonal,
+    find_optimal_path_n_steps_lambda,
+    heuristic,
+    kl_path,
+    lead,
+    log_snr_shift,
+    path_from_cells,
+    timestep_grid,
+)
 from path_refine import Refined, refine_path
 from schedule_file import load_schedule
 
+# All but the first are optima on a heatmap.
 PATH_TYPES = ("diagonal", "dp_64", "dp_total", "kl", "kl_diagonal")
+PATH_FAMILIES = {
+    "cascade": "LOG_SNR[,STEPS] or best",
+    "shift": "LOG_SNR",
+    "lead": "POINTS",
+    "heuristic": "FACTOR in (0, 1]",
+    "schedule": "FILE",
+}
+# Their scales share one timestep.
+ONE_CLOCK = ("baseline", "shared_t")
 # What a heatmap's published paths were found with, beside the map itself.
 PATH_SETTINGS = ("factor", "normalisation", "num_steps", "max_jump")
+
+
+class PathType(NamedTuple):
+    """A type of path and the parameters of a family, which are numbers, `best` or a file."""
+
+    name: str
+    parameters: tuple[float | int | str, ...] = ()
+
+    def __str__(self) -> str:
+        words = (word if isinstance(word, str) else repr(word).removesuffix(".0") for word in self.parameters)
+        return ":".join([self.name, ",".join(words)] if self.parameters else [self.name])
+
+    @property
+    def needs_heatmap(self) -> bool:
+        """Whether the path is an optimum on an error map."""
+        return self.name in PATH_TYPES[1:] or (self.name == "cascade" and self.parameters == ("best",))
+
+    @property
+    def file_name(self) -> str:
+        """The type as a part of file names: letters, digits, `_`, `-`, `.` and `+`; of a file its name alone."""
+        text = f"{self.name}_{FilePath(self.parameters[0]).stem}" if self.name == "schedule" else str(self)
+        return re.sub(r"[^\w.+-]+", "_", text)
+
+
+def parse_path_type(text: str) -> PathType:
+    """The type of path that a text such as `dp_64` or `cascade:2,6` names. Raises ValueError for any other text."""
+    name, colon, words = text.partition(":")
+    if not colon and name in PATH_TYPES:
+        return PathType(name)
+    if not colon or name not in PATH_FAMILIES:
+        known = ", ".join([*PATH_TYPES, *(f"{family}:{words}" for family, words in PATH_FAMILIES.items())])
+        raise ValueError(f"'{text}' is no type of path; choose one of {known}")
+    try:
+        parameters = _parameters(name, words)
+    except ValueError as error:
+        raise ValueError(f"'{text}' is no type of path: {name} needs {PATH_FAMILIES[name]}") from error
+    return PathType(name, parameters)
+
+
+def _parameters(family: str, words: str) -> tuple[float | int | str, ...]:
+    if family == "schedule" and words:
+        return (words,)
+    if family == "cascade" and words == "best":
+        return (words,)
+    if family == "lead":
+        return (int(words),)
+    first, *rest = words.split(",")
+    # -0 and 0 are one number, and have one name.
+    value, steps = float(first) + 0.0, tuple(map(int, rest))
+    good = {
+        "cascade": value > -math.inf and len(rest) <= 1 and min(steps, default=1) >= 1,
+        "shift": math.isfinite(value) and not rest,
+        "heuristic": 0 < value <= 1 and not rest,
+    }
+    if not good.get(family):
+        raise ValueError(words)
+    return (value, *steps)
+
+
+def path_type(text: str) -> str:
+    """Parse the text of `--path_type`; of several ways to write a type there is one that comes out."""
+    try:
+        return str(parse_path_type(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def why_not(model_type: str, path_type: str) -> str:
+    """Why a type of model cannot follow a type of path, as a sentence, or an empty text.
+
+    Raises what `parse_path_type` and, for a schedule, `load_schedule` raise.
+    """
+    kind, model = parse_path_type(path_type), MODEL_CLASSES[model_type]
+    if kind.name == "schedule":
+        path = load_schedule(kind.parameters[0])
+        two_clocks = any(len(set(point)) > 1 for point in path.points)
+        if path.num_scales == model.num_scales and not (two_clocks and model_type in ONE_CLOCK):
+            return ""
+        return (
+            f"Schedule {kind.parameters[0]} moves {path.num_scales} scale(s){' by two clocks' if two_clocks else ''}, "
+            f"which a '{model_type}' model cannot follow; pass one made for it."
+        )
+    if kind.name != "diagonal" and model_type in ONE_CLOCK:
+        return (
+            f"--path_type {path_type} needs a model with two clocks, but this one is '{model_type}'; use --path_type "
+            "diagonal."
+        )
+    if kind.needs_heatmap and kind.name != "dp_64" and model.num_predictions < model.num_scales:
+        return (
+            f"--path_type {path_type} counts the error of the coarse prediction, which a '{model_type}' model does not "
+            "make; use dp_64, or a path that needs no heatmap, such as cascade:2."
+        )
+    return ""
 
 
 def add_path_arguments(parser: argparse.ArgumentParser, several_steps: bool = False) -> None:
@@ -40,9 +168,21 @@ def add_criterion_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kl_weight", type=cli.unit_interval, default=1.0, help=text)
 
 
-def heatmap_file(folder: str, epoch: int, weights: str, grid: int = 30) -> FilePath:
-    """`{folder}/heatmap_{grid}_{epoch}ep.pth`, with `_ema` before the suffix for EMA weights."""
-    return FilePath(folder) / f"heatmap_{grid}_{epoch}ep{'_ema' if weights == 'ema' else ''}.pth"
+def add_path_type_argument(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """`--path_type`, a list where there may be several."""
+    families = "; ".join(f"{name}:{words}" for name, words in PATH_FAMILIES.items())
+    text = f"{', '.join(PATH_TYPES)}; {families} (diagonal)"
+    options = {"nargs": "+", "default": ["diagonal"]} if several else {"default": "diagonal"}
+    parser.add_argument("--path_type", type=path_type, metavar="TYPE", help=text, **options)
+
+
+def heatmap_file(folder: str, epoch: int, weights: str, grid: int = 30, model_type: str = "dual") -> FilePath:
+    """`{folder}/heatmap_{grid}_{epoch}ep.pth`, with `_ema` before the suffix for EMA weights.
+
+    Types of models other than dual are named: `heatmap_30_single_t_400ep.pth`.
+    """
+    model = "" if model_type == "dual" else f"{model_type}_"
+    return FilePath(folder) / f"heatmap_{grid}_{model}{epoch}ep{'_ema' if weights == 'ema' else ''}.pth"
 
 
 def path_errors(
@@ -80,9 +220,14 @@ class KLProblem(NamedTuple):
 
     @classmethod
     def of(cls, heatmap: dict, weight: float) -> "KLProblem":
-        """The problem of the mean maps of a heatmap. Raises ValueError for one without denoising errors."""
+        """The problem of the mean maps of a heatmap. Raises ValueError for one without those of both scales."""
         if "mse_64" not in heatmap:
             raise ValueError("This heatmap holds no denoising errors; compute it again with --maps all.")
+        if "mse_32" not in heatmap:
+            raise ValueError(
+                "This heatmap is of a model that predicts the fine image alone, and KL paths count the error of the "
+                "coarse one too; use dp_64."
+            )
         return cls.of_maps(*(heatmap[name].numpy() for name in path_mses(heatmap)), heatmap["snr_grid"].numpy(), weight)
 
     @classmethod
@@ -155,6 +300,37 @@ def kl_refined(
     return refined._replace(points=refined.points + end, path=lift_path(refined.path, end, provenance))
 
 
+def kl_cascade(
+    heatmap: dict,
+    log_snr: np.ndarray,  # [num_train_timesteps]
+    num_steps: int,
+    weight: float = 1.0,
+    start: int | None = None,  # as of `kl_refined`, and so is end
+    end: int = 0,
+    num_lines: int = 200,  # of the grid, at least 2 for each step
+) -> Path:
+    """The cascade of least KL divergence on a heatmap, over a grid of many lines even in log SNR.
+
+    Its provenance has the cost on that grid, `first_steps` of the coarse scale, and the timestep `remaining` at which
+    it waits, also as `waits_at_log_snr`. Raises ValueError as `kl_refined` does, and for what `best_cascade` refuses.
+    """
+    t_grid = kl_lines(heatmap, log_snr, start, end, max(num_lines, 2 * num_steps))
+    problem = KLProblem.of(heatmap, weight).on_lines(log_snr[t_grid])
+    cells, cost = best_cascade(*problem[:3], num_steps, weight, bands=problem.bands)
+    waits = cells[-2][1]
+    provenance = {
+        "cost": cost,
+        "weight": weight,
+        "start": int(t_grid[0]),
+        "end": end,
+        "first_steps": sum(i == 0 for i, _ in cells) - 1,
+        "remaining": int(t_grid[waits]),
+        "waits_at_log_snr": float(log_snr[t_grid[waits]]),
+    }
+    points = [(int(t_grid[i]), int(t_grid[j])) for i, j in cells[:-1]]
+    return Path([*points, (0, 0)], "cascade", provenance)
+
+
 def lift_path(path: Path, end: int, provenance: dict | None = None) -> Path:
     """The path over timesteps that are `end` higher, but for its last point, which is clean."""
     points = [tuple(t + end for t in point) for point in path.points[:-1]] + [(0,) * path.num_scales]
@@ -186,34 +362,54 @@ def choose_path(
 ) -> Path:
     """The path of `--schedule`, or of a path type for a loaded model.
 
-    Raises ValueError if a DP path is asked of a model with one clock, if the schedule is for other scales or
-    clocks, if the heatmap was computed with other weights, and what the path functions and the files raise.
+    Raises ValueError if the model cannot follow such a path (`why_not`), if the heatmap was computed with other
+    weights, and what the path functions and the files raise.
     """
-    if schedule is not None:
-        path = load_schedule(schedule)
-        two_clocks = any(len(set(point)) > 1 for point in path.points)
-        if path.num_scales != loaded.model.num_scales or (two_clocks and loaded.config["model_type"] != "dual"):
-            raise ValueError(
-                f"Schedule {schedule} moves {path.num_scales} scale(s){' by two clocks' if two_clocks else ''}, which "
-                f"a '{loaded.config['model_type']}' model cannot follow; pass one made for it."
-            )
-        return path
+    path_type = path_type if schedule is None else f"schedule:{schedule}"
+    kind = parse_path_type(path_type)
+    reason = why_not(loaded.config["model_type"], path_type)
+    if reason:
+        raise ValueError(reason)
+    if kind.name == "schedule":
+        return load_schedule(kind.parameters[0])
+    if kind.needs_heatmap:
+        return _optimal_path(args, kind, loaded, heatmap)
     log_snr = loaded.scheduler.log_snr.numpy()
-    if path_type == "diagonal":
-        return diagonal(args.num_steps, args.spacing, loaded.model.num_scales, log_snr=log_snr)
-    if loaded.config["model_type"] != "dual":
-        raise ValueError(
-            f"--path_type {path_type} needs a model with two clocks, but this one is "
-            f"'{loaded.config['model_type']}'; use --path_type diagonal."
+    table = {"log_snr": log_snr, "num_train_timesteps": len(log_snr)}
+    if kind.name == "cascade":
+        level, *steps = kind.parameters
+        # inf is equally far from all timesteps, of which the first one counts.
+        remaining = int(np.abs(log_snr - level).argmin())
+        if remaining == len(log_snr) - 1:
+            raise ValueError(
+                f"--path_type {path_type} waits at timestep {remaining}, where it starts; choose a log SNR above "
+                f"{log_snr[-2]:.4g}."
+            )
+        return cascade(
+            args.num_steps, coarse_steps=next(iter(steps), None), remaining=remaining, spacing=args.spacing, **table
         )
+    base = diagonal(args.num_steps, args.spacing, loaded.model.num_scales, **table)
+    if kind.name == "shift":
+        return log_snr_shift(base, *kind.parameters, log_snr)
+    families = {"lead": lead, "heuristic": heuristic}
+    return families[kind.name](base, *kind.parameters) if kind.name in families else base
+
+
+def _optimal_path(
+    args: argparse.Namespace, kind: PathType, loaded: LoadedModel, heatmap: str | FilePath | None
+) -> Path:
     content = load_heatmap(heatmap)
     if content["fingerprint"] != loaded.fingerprint:
         raise ValueError(
             f"Heatmap {heatmap} was computed with other weights than the {loaded.weights} ones of this checkpoint; "
             "compute it again (compute_heatmap_30.py --force) or name another."
         )
-    if path_type.startswith("kl"):
-        refined = kl_refined(content, log_snr, args.num_steps, args.kl_weight, path_type == "kl_diagonal")
-        criterion = {"criterion": f"{path_type}, weight {args.kl_weight:g}", "heatmap_weights": content["fingerprint"]}
-        return Path(refined.path.points, path_type, refined.path.provenance | criterion)
-    return heatmap_path(content, path_type, args.num_steps, args.max_jump, args.factor, args.normalisation)[0]
+    if kind.name.startswith("dp"):
+        return heatmap_path(content, kind.name, args.num_steps, args.max_jump, args.factor, args.normalisation)[0]
+    log_snr = loaded.scheduler.log_snr.numpy()
+    if kind.name == "cascade":
+        path = kl_cascade(content, log_snr, args.num_steps, args.kl_weight)
+    else:
+        path = kl_refined(content, log_snr, args.num_steps, args.kl_weight, kind.name == "kl_diagonal").path
+    criterion = {"criterion": f"{kind}, weight {args.kl_weight:g}", "heatmap_weights": content["fingerprint"]}
+    return Path(path.points, kind.name, path.provenance | criterion)

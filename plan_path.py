@@ -5,10 +5,11 @@
     python plan_path.py --heatmap FILE --criterion dp_total --nfe 18
     python plan_path.py --heatmap FILE --start 950 --end 20          # from less noise, and not counting the last of it
 
-Prints, for each number of steps, the cost of the optimum, of the best diagonal and of hand-made families, their
-excess over the optimum, and how the optimum leads. Writes into --output (results/plan_{epoch}ep_{weights}):
-schedule_{optimal,diagonal}_{N}.json, which generate_with_path_30.py --schedule replays, costs.csv, cost.png (cost
-against calls), paths.png, and density.png (the cells that the optimum visits when images are resampled).
+Prints, for each number of steps, the cost of the optimum, of the best diagonal, of the best cascade and of hand-made
+families, their excess over the optimum, how the optimum leads, and where the best cascade waits. Writes into --output
+(results/plan_{epoch}ep_{weights}): schedule_{optimal,diagonal,cascade}_{N}.json, which generate_with_path_30.py
+--schedule replays, costs.csv, cost.png (cost against calls), paths.png, and density.png (the cells that the optimum
+visits when images are resampled).
 """
 
 import argparse
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 import cli
-from error_map import BLOCKS, CLIPPED_MSES, MSES, load_heatmap
+from error_map import load_heatmap, per_image
 from map_interpolation import interpolate_map
 from map_plots import plot_path_comparison, plot_path_density
 from path import (
@@ -40,6 +41,7 @@ from path_choice import (
     KLProblem,
     add_criterion_arguments,
     heatmap_path,
+    kl_cascade,
     kl_lines,
     kl_refined,
     lift_path,
@@ -99,6 +101,11 @@ class Planner:
             options = {"criterion": "kl", "weight": args.kl_weight, "bands": problem.bands}
             maps = problem[:2]
         else:
+            if args.criterion == "dp_total" and "LL" not in heatmap.get("jacobian", {"LL": None}):
+                raise ValueError(
+                    "This heatmap is of a model that predicts the fine image alone, and dp_total counts the error of "
+                    "the coarse one too; use --criterion dp_64."
+                )
             maps = path_errors(heatmap, args.criterion, args.factor, args.normalisation)[:2]
             options = {"criterion": "published"}
         self._cost = cost_off_grid(self.t_grid, *maps, self.log_snr, **options)
@@ -143,6 +150,9 @@ class Planner:
         paths = {"optimal": self.optimum(nfe)}
         if self.is_kl:
             paths["optimal diagonal"] = self.optimum(nfe, on_diagonal=True)
+        if self.is_kl and nfe > 1:
+            options = {"weight": self.args.kl_weight, "start": self.start, "end": end}
+            paths["best cascade"] = kl_cascade(self.heatmap, self.log_snr, nfe, **options)
         paths |= {name: lift_path(path, end) for name, path in made.items()}
         if self.is_kl and "jacobian" in self.heatmap and self.start == self.t_grid[0]:
             paths |= {f"published {name}": self._published(kind, nfe) for kind, name in PUBLISHED.items()}
@@ -159,18 +169,19 @@ class Planner:
         """Timesteps of a grid, the maps per image on it, and how to solve for mean maps."""
         args, heatmap = self.args, self.heatmap
         if not self.is_kl:
-            maps = heatmap["jacobian_per_image"][[BLOCKS.index("HH"), BLOCKS.index("LL")]].double().numpy()
+            blocks = [block for block in ("HH", "LL") if block in heatmap["jacobian"]]
+            maps = torch.stack([per_image(heatmap, block) for block in blocks]).double().numpy()
 
-            def solve(norm_64, norm_32):
-                content = heatmap | {"jacobian": {"HH": torch.from_numpy(norm_64), "LL": torch.from_numpy(norm_32)}}
+            def solve(*norms):
+                content = heatmap | {"jacobian": dict(zip(blocks, map(torch.from_numpy, norms), strict=True))}
                 errors = path_errors(content, args.criterion, args.factor, args.normalisation)
                 return find_optimal_path_n_steps_lambda(*errors, nfe, args.max_jump)
 
             return self.t_grid, maps, solve
         t_grid = kl_lines(heatmap, self.log_snr, self.start, args.end, max(DENSITY_LINES, nfe + 1))
         lines = self.log_snr[t_grid]
-        rows = [(MSES + CLIPPED_MSES).index(name) for name in path_mses(heatmap)]
-        values = heatmap["mse_per_image"][rows].double().numpy().transpose(0, 3, 1, 2)  # [3, B, n, n]
+        values = torch.stack([per_image(heatmap, name) for name in path_mses(heatmap)]).double().numpy()
+        values = values.transpose(0, 3, 1, 2)  # [3, B, n, n]
         maps = interpolate_map(values, self.log_snr[self.t_grid], lines).transpose(0, 2, 3, 1)
 
         def solve(*means):
@@ -181,6 +192,14 @@ class Planner:
 
 
 PUBLISHED = {"dp_64": "DP-64", "dp_total": "DP-Total"}
+# Families that are written as schedules, and what their files are called.
+SCHEDULES = {"optimal": "optimal", "optimal diagonal": "diagonal", "best cascade": "cascade"}
+
+
+def describe_cascade(path: Path) -> str:
+    """Where the coarse scale of a `kl_cascade` waits, and how many of the calls take it there."""
+    made = path.provenance
+    return f"λ_32 waits at {made['waits_at_log_snr']:+.2f} after {made['first_steps']} of {path.nfe} calls"
 
 
 def describe_lead(path: Path, log_snr: np.ndarray) -> str:
@@ -218,12 +237,15 @@ def main() -> None:
         print(f"\n{nfe} calls: {describe_lead(best.path, planner.log_snr)}")
         for family, path, cost in families:
             excess = cost / best.cost - 1
-            print(f"  {family:24s} cost {cost:12.6g}  excess {excess:8.2%}")
+            said = f"  {describe_cascade(path)}" if family == "best cascade" else ""
+            print(f"  {family:24s} cost {cost:12.6g}  excess {excess:8.2%}{said}")
             rows.append({"nfe": nfe, "family": family, "cost": cost, "excess": excess, "path": path.fingerprint()})
-        for name, (_, path, cost) in zip(("optimal", "diagonal"), families[: 1 + planner.is_kl], strict=False):
+        for family, path, cost in families:
+            if family not in SCHEDULES:
+                continue
             save_schedule(
                 path,
-                folder / f"schedule_{name}_{nfe}.json",
+                folder / f"schedule_{SCHEDULES[family]}_{nfe}.json",
                 planner.log_snr,
                 solver={"name": "ddim", "eta": 0.0, "end": "clean"},
                 criterion=planner.criterion,

@@ -26,12 +26,12 @@ from cli import positive_int, run_stage
 from error_map import load_heatmap
 from plots import METRIC_TITLES, plot_scores_against_epoch, plot_scores_against_nfe
 from result_layout import (
-    COLUMN_TITLES,
     INCEPTION_FEATURES,
     MIN_FID_IMAGES,
     SETTING_FIELDS,
     VALUE_LAYOUTS,
     WEIGHTS_TITLES,
+    series_of,
 )
 from results_table import (
     GROUP_FIELDS,
@@ -48,6 +48,8 @@ from schedule_file import load_schedule
 TEMPLATE = "report_template.html"
 # Scores that differ in one of these share no section; NFE is an axis of its own here.
 COMPARABLE = tuple(field for field in SETTING_FIELDS if field != "nfe")
+# Models that differ in one of these were trained apart, each to its own last epoch.
+TRAINING_FIELDS = ("model_type", "regime", "weights")
 DEFAULT_NFE = 18  # --num_steps of every stage
 # The levels of the sliced Wasserstein distance are in the tables, and real images have no curve.
 CURVE_FIELDS = tuple(field for field in VALUE_LAYOUTS if not field.startswith("swd_") and field != "nn_distance_real")
@@ -153,17 +155,6 @@ def _grouped(rows: Iterable[Any], fields: Iterable[str]) -> dict[tuple[str, ...]
     return {name: groups[name] for name in sorted(groups, key=lambda name: [natural_order(text) for text in name])}
 
 
-def _series_title(row: Row | Result) -> str:
-    series = _values(row, ("model_type", "path_type"))
-    return COLUMN_TITLES.get(series, " ".join(filter(None, series)))
-
-
-def _series_order(row: Row | Result) -> tuple[int, str]:
-    titles = list(COLUMN_TITLES.values())
-    title = _series_title(row)
-    return (titles.index(title) if title in titles else len(titles), title)
-
-
 def _capitalised(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -201,15 +192,15 @@ def headline_table(results: Sequence[Result], nfe: str) -> ScoreTable:
     results = [result for result in results if result["nfe"] == nfe]
     last: dict[tuple[str, ...], int] = {}
     for result in results:
-        key = _values(result, ("model_type", "weights"))
+        key = _values(result, TRAINING_FIELDS)
         last[key] = max(int(result["epoch"]), last.get(key, 0))
-    results = [result for result in results if int(result["epoch"]) == last[_values(result, ("model_type", "weights"))]]
+    results = [result for result in results if int(result["epoch"]) == last[_values(result, TRAINING_FIELDS)]]
     one_epoch = len({result["epoch"] for result in results}) == 1
     fields = [f for f in VALUE_LAYOUTS if any(result[f"{f}_mean"] is not None for result in results)]
     blocks = []
     for (weights,), block in reversed(_grouped(results, ("weights",)).items()):
         by_row = _grouped(block, ("model_type", "path_type", "epoch", "checkpoint_fingerprint", "path_fingerprint"))
-        members = sorted(by_row.values(), key=lambda row: _series_order(row[0]))
+        members = sorted(by_row.values(), key=lambda row: series_of(row[0]).rank)
         columns = []
         for field in fields:
             column = [next((r for r in row if r[f"{field}_mean"] is not None), None) for row in members]
@@ -234,8 +225,8 @@ def _distinct_names(results: Sequence[Result]) -> list[str]:
     # Titles, with fingerprints where several checkpoints or paths have the same one.
     names = []
     for result in results:
-        same = [other for other in results if _series_title(other) == _series_title(result)]
-        parts = [_series_title(result)]
+        same = [other for other in results if series_of(other) == series_of(result)]
+        parts = [series_of(result).title]
         for field, what in (("checkpoint_fingerprint", "checkpoint"), ("path_fingerprint", "path")):
             if len({other[field] for other in same}) > 1:
                 parts.append(f"{what} {result[field]}")
@@ -274,10 +265,10 @@ def curve_points(results: Iterable[Result], field: str, axis: str) -> dict[str, 
     Of several checkpoints or paths at one point the last one written counts.
     """
     panels: dict[str, dict[str, dict[int, Result]]] = {}
-    ordered = sorted(results, key=lambda r: (r["weights"] == "ema", _series_order(r), int(r[axis]), _last_line(r)))
+    ordered = sorted(results, key=lambda r: (r["weights"] == "ema", series_of(r).rank, int(r[axis]), _last_line(r)))
     for result in ordered:
         if result[f"{field}_mean"] is not None:
-            points = panels.setdefault(result["weights"], {}).setdefault(_series_title(result), {})
+            points = panels.setdefault(result["weights"], {}).setdefault(series_of(result).title, {})
             points[int(result[axis])] = result
     return panels
 
@@ -415,8 +406,10 @@ def heatmap_pictures(folder: Path, scored: set[str]) -> tuple[list[Picture], lis
 
 
 def _heatmap_caption(content: dict[str, Any], scored: set[str]) -> str:
+    model_type = content.get("model_type", "dual")
+    epoch = "Epoch" if model_type == "dual" else f"{model_type}, epoch"
     parts = [
-        f"Epoch {content['epoch']}, {WEIGHTS_TITLES[content['weights']]} ({content['fingerprint']}"
+        f"{epoch} {content['epoch']}, {WEIGHTS_TITLES[content['weights']]} ({content['fingerprint']}"
         f"{'' if content['fingerprint'] in scored else ', not in the results table'})",
         f"K = {content['K']}, {content['batch']} images of {content['data_fingerprint']}",
         f"{content['grid']} × {content['grid']} lines {content['grid_spacing']} of {content['beta_schedule']}",
@@ -497,13 +490,14 @@ def fact_tables(rows: Sequence[Row]) -> list[FactTable]:
         table(
             "Checkpoints",
             model_type="Model",
+            regime="Timestep pairs",
             epoch="Epoch",
             weights="Weights",
             checkpoint="File",
             checkpoint_fingerprint="Fingerprint",
             precision="Precision",
         ),
-        table("Paths", path_type="Path", nfe="NFE", path_fingerprint="Fingerprint"),
+        table("Paths", path_type="Path", coarse_from="Coarse image", nfe="NFE", path_fingerprint="Fingerprint"),
         table(
             "References",
             dataset="Data set",

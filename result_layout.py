@@ -1,7 +1,8 @@
 """Tables of the results, in the layout of the published study, as Markdown, LaTeX and CSV.
 
-Only what is comparable shares a table: one data set, number of images, NFE, metric and reference. Published numbers
-stand in square brackets beside measured ones of the same kind, and nowhere else.
+Only what is comparable shares a table: one data set, number of images, NFE, metric and reference. A column or row is
+of one model, type of path, coarse feed and training regime. Published numbers stand in square brackets beside measured
+ones of the same kind, and nowhere else.
 """
 
 import csv
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plots import METRIC_TITLES
+from regimes import default_regime
 from results_table import (
     ERROR_BAR_FIELDS,
     VALUE_FIELDS,
@@ -32,6 +34,8 @@ COLUMN_TITLES = {
     ("dual", "kl_diagonal"): "LIFT KL diagonal",
     ("dual", "kl"): "LIFT KL",
 }
+# What the path types are called beside the name of another model.
+PATH_TITLES = {path: title.removeprefix("LIFT ") for (model, path), title in COLUMN_TITLES.items() if model == "dual"}
 WEIGHTS_TITLES = {"raw": "raw weights", "ema": "EMA weights"}
 ABLATIONS = ("single_t", "no_t")
 
@@ -92,6 +96,35 @@ Result = Mapping[str, Any]  # from aggregate
 Row = Mapping[str, Any]  # from read_rows
 
 
+class Series(NamedTuple):
+    """What the scores of a column have in common."""
+
+    model_type: str
+    path_type: str
+    coarse_from: str = ""  # x0 or noisy for models that read a coarse image they do not predict
+    regime: str = ""  # empty where it is the one that the model has unless told otherwise
+
+    @property
+    def title(self) -> str:
+        """As in `LIFT DP-64`, `single_t DP-64, x0` and `LIFT diagonal, shift:2`."""
+        model_and_path = self.model_type, PATH_TITLES.get(self.path_type, self.path_type)
+        name = COLUMN_TITLES.get(self[:2], " ".join(filter(None, model_and_path)))
+        return ", ".join(filter(None, (name, self.coarse_from, self.regime)))
+
+    @property
+    def rank(self) -> tuple:
+        """Sort key: the published columns in their order, then the others."""
+        known = list(COLUMN_TITLES)
+        return (known.index(self[:2]) if self[:2] in known else len(known), *self)
+
+
+def series_of(row: Row | Result) -> Series:
+    """The series of a row of the results table, or of `aggregate`."""
+    regime = row["regime"]
+    usual = default_regime(row["model_type"])
+    return Series(row["model_type"], row["path_type"], row["coarse_from"], "" if regime == usual else regime)
+
+
 class Cell(NamedTuple):
     """One entry of a table."""
 
@@ -114,6 +147,7 @@ class Published(NamedTuple):
 
     model_type: str
     path_type: str
+    coarse_from: str
     weights: str
     epoch: str
     fid_mean: str
@@ -175,17 +209,8 @@ def _groups(results: Iterable[Row], fields: Sequence[str]) -> list[list[Row]]:
     return [groups[key] for key in sorted(groups, key=lambda key: [natural_order(text) for text in key])]
 
 
-def _series(result: Row) -> tuple[str, str]:
-    return result["model_type"], result["path_type"]
-
-
-def _series_title(series: tuple[str, str]) -> str:
-    return COLUMN_TITLES.get(series, " ".join(filter(None, series)))
-
-
-def _ordered(series: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    known = list(COLUMN_TITLES)
-    return sorted(set(series), key=lambda s: (known.index(s) if s in known else len(known), s))
+def _ordered(series: Iterable[Series]) -> list[Series]:
+    return sorted(set(series), key=lambda one: one.rank)
 
 
 def _number(field: str, value: float) -> str:
@@ -206,14 +231,15 @@ def _goodness(field: str, result: Result) -> float:
 
 
 def _is_published_kind(field: str, result: Result) -> bool:
-    return field == "fid" and all(result[name] == value for name, value in PUBLISHED_SETTING.items())
+    usual = not series_of(result).regime
+    return field == "fid" and usual and all(result[name] == value for name, value in PUBLISHED_SETTING.items())
 
 
 def _published_text(field: str, published: Sequence[Published], result: Result) -> str:
-    wanted = tuple(result[name] for name in ("model_type", "path_type", "weights", "epoch"))
+    wanted = tuple(result[name] for name in ("model_type", "path_type", "coarse_from", "weights", "epoch"))
     if not _is_published_kind(field, result):
         return ""
-    return "".join(f" [{number.text}]" for number in published if number[:4] == wanted)
+    return "".join(f" [{number.text}]" for number in published if number[:5] == wanted)
 
 
 def _title(field: str, what: str, setting: Row, with_nfe: bool = True) -> str:
@@ -249,7 +275,7 @@ def _note(field: str, setting: Row, said: str, rows: Iterable[Iterable[Cell]]) -
 
 class _Entry(NamedTuple):
     labels: tuple[str, ...]
-    series: tuple[str, str]
+    series: Series
     text: str
     goodness: float
 
@@ -257,7 +283,7 @@ class _Entry(NamedTuple):
 def _grid(entries: Iterable[_Entry]) -> tuple[tuple[str, ...], tuple[tuple[Cell, ...], ...]]:
     # Titles of the series, and a row per labels that begins with them; the best of several series of it is marked.
     entries = list(entries)
-    by_row: dict[tuple[str, ...], dict[tuple[str, str], list[_Entry]]] = {}
+    by_row: dict[tuple[str, ...], dict[Series, list[_Entry]]] = {}
     for entry in entries:
         by_row.setdefault(entry.labels, {}).setdefault(entry.series, []).append(entry)
     series = _ordered(entry.series for entry in entries)
@@ -267,7 +293,7 @@ def _grid(entries: Iterable[_Entry]) -> tuple[tuple[str, ...], tuple[tuple[Cell,
         winners = _winners({name: max(entry.goodness for entry in row[name]) for name in row})
         cells = [Cell("; ".join(entry.text for entry in row.get(name, [])), name in winners) for name in series]
         rows.append((*map(Cell, labels), *cells))
-    return tuple(map(_series_title, series)), tuple(rows)
+    return tuple(one.title for one in series), tuple(rows)
 
 
 def _winners(goodness: Mapping[Hashable, float]) -> set[Hashable]:
@@ -278,7 +304,7 @@ def _winners(goodness: Mapping[Hashable, float]) -> set[Hashable]:
 
 def _mean_entry(field: str, result: Result, label_fields: Sequence[str], beside: str = "") -> _Entry:
     labels = tuple(result[name] for name in label_fields)
-    return _Entry(labels, _series(result), _value_text(field, result) + beside, _goodness(field, result))
+    return _Entry(labels, series_of(result), _value_text(field, result) + beside, _goodness(field, result))
 
 
 def _epoch_table(field: str, results: Sequence[Result], published: Sequence[Published]) -> Table:
@@ -301,14 +327,13 @@ def _nfe_tables(field: str, results: Sequence[Result]) -> list[Table]:
 
 def _best_table(field: str, what: str, results: Sequence[Result], said: str, beside: Callable[[Result], str]) -> Table:
     # Of equal epochs the first, so that more training has to pay.
-    groups = _groups(results, ("weights", "model_type", "path_type"))
+    groups = _groups(results, ("weights", "model_type", "path_type", "coarse_from", "regime"))
     best = [max(group, key=lambda result: _goodness(field, result)) for group in groups]
-    order = _ordered(map(_series, best))
-    best.sort(key=lambda result: (order.index(_series(result)), result["weights"] == "ema"))
+    best.sort(key=lambda result: (series_of(result).rank, result["weights"] == "ema"))
     winners = _winners({k: _goodness(field, result) for k, result in enumerate(best)})
     rows = tuple(
         (
-            Cell(_series_title(_series(result))),
+            Cell(series_of(result).title),
             Cell(result["weights"]),
             Cell(result["epoch"]),
             Cell(_value_text(field, result) + beside(result), k in winners),
@@ -324,8 +349,8 @@ def _ablation_table(field: str, results: Sequence[Result], published: Sequence[P
     def beside(result: Result) -> str:
         # The study names neither the kind of weights of its ablations nor that of their DP path.
         path_type = "dp" if result["path_type"].startswith("dp_") else result["path_type"]
-        wanted = (result["model_type"], path_type, "")
-        numbers = [number for number in published if number[:3] == wanted and _is_published_kind(field, result)]
+        wanted = (result["model_type"], path_type, result["coarse_from"], "")
+        numbers = [number for number in published if number[:4] == wanted and _is_published_kind(field, result)]
         return "".join(f" [{n.text}{f', epoch {n.epoch}' if n.epoch else ''}]" for n in numbers)
 
     shown = any(beside(result) for result in results)
@@ -369,19 +394,18 @@ def _improvement_tables(field: str, setting: Result, rows: Sequence[Row]) -> lis
     # Rows rather than results, since only they know which values share a seed.
     comparable = [row for row in rows if row[field] and all(row[name] == setting[name] for name in SETTING_FIELDS)]
     better, entries = VALUE_LAYOUTS[field].better, []
-    for checkpoint in _groups(
-        (row for row in comparable if row["model_type"] == "dual"), ("epoch", "weights", "checkpoint_fingerprint")
-    ):
-        paths = {
-            (path[0]["path_type"], path[0]["path_fingerprint"]): {row["seed"]: float(row[field]) for row in path}
-            for path in _groups(checkpoint, ("path_type", "path_fingerprint"))
-        }
+    for checkpoint in _groups(comparable, ("model_type", "epoch", "weights", "checkpoint_fingerprint")):
+        paths = [
+            (series_of(path[0]), {row["seed"]: float(row[field]) for row in path})
+            for path in _groups(checkpoint, ("path_type", "coarse_from", "path_fingerprint"))
+        ]
         labels = checkpoint[0]["epoch"], checkpoint[0]["weights"]
-        for (path_type, _), values in paths.items():
-            for (base_type, _), base in paths.items():
-                if path_type != "diagonal" and base_type == "diagonal":
+        for series, values in paths:
+            for other, base in paths:
+                # Of two coarse feeds, each has a diagonal of its own.
+                if series.path_type != "diagonal" and other == series._replace(path_type="diagonal"):
                     gain = improvement(base, values, better)
-                    entries.append(_Entry(labels, ("dual", path_type), _improvement_text(field, gain), gain.mean))
+                    entries.append(_Entry(labels, series, _improvement_text(field, gain), gain.mean))
     if not entries:
         return []
     titles, cells = _grid(entries)

@@ -64,7 +64,8 @@ TRAIN_ARGS=${TRAIN_ARGS:-}             # further flags of train_*.py, such as "-
 NUM_IMAGES=${NUM_IMAGES:-}             # empty: as many as the reference has
 NUM_STEPS=${NUM_STEPS:-18}             # of figures, and of scores unless SCORED_STEPS says otherwise
 SCORED_STEPS=${SCORED_STEPS:-$NUM_STEPS} # such as "6 10 18 36"
-PATHS=${PATHS:-diagonal dp_64 dp_total kl_diagonal kl} # that eval_all.sh scores
+PATHS=${PATHS:-diagonal dp_64 dp_total kl_diagonal kl} # that eval_all.sh scores; also such as cascade:2,6 shift:1
+COARSE_FROM=${COARSE_FROM:-x0}         # x0, noisy or both: what single_t and no_t read as the coarse image
 MAX_JUMP=${MAX_JUMP:-5}
 FACTOR=${FACTOR:-B}                    # chain-rule factor of the dp paths
 NORMALISATION=${NORMALISATION:-published} # of their errors: published, per_dim, sum
@@ -122,6 +123,15 @@ heatmap_name() {
     echo "$RESULTS_DIR/heatmap_${GRID}_$1ep$suffix.pth"
 }
 
+# Whether one of the paths given is an optimum on an error map.
+need_map() {
+    local path
+    for path in "$@"; do
+        [[ $path =~ ^(dp_|kl|cascade:best$) ]] && return
+    done
+    return 1
+}
+
 # Set evaluation_flags to score "$1" (model types) along "$2" (path types) at the epochs given, or at all of them.
 set_evaluation_flags() {
     local models=$1 paths=$2
@@ -130,6 +140,8 @@ set_evaluation_flags() {
     evaluation_flags=(--model_type $models --path_type $paths --weights $WEIGHTS --num_steps $SCORED_STEPS)
     # shellcheck disable=SC2206
     evaluation_flags+=(--metrics $METRICS --seeds $SEEDS --reference "$REFERENCE" --resize "$RESIZE")
+    # shellcheck disable=SC2206
+    evaluation_flags+=(--coarse_from $COARSE_FROM)
     evaluation_flags+=("${criterion_flags[@]}" "${solver_flags[@]}" --batch_size "$EVAL_BATCH_SIZE" --grid "$GRID")
     evaluation_flags+=(--grid_spacing "$GRID_SPACING" --K "$K" --heatmap_images "$HEATMAP_IMAGES")
     evaluation_flags+=(--checkpoint_dir "$CHECKPOINT_DIR" --heatmap_dir "$RESULTS_DIR")

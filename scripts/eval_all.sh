@@ -32,7 +32,8 @@ fi
 mapfile -t epochs < <(lift_epochs)
 [[ ${#epochs[@]} != 0 ]] || refuse "no LIFT checkpoint in $CHECKPOINT_DIR: train one, or run eval_baseline.sh"
 # Their figures are drawn here; jobs that need a map would compute it themselves.
-[[ $PATHS == diagonal ]] || ./scripts/compute_heatmap.sh "${epochs[@]}"
+# shellcheck disable=SC2086
+! need_map $PATHS || ./scripts/compute_heatmap.sh "${epochs[@]}"
 evaluate "$models" "$PATHS"
 
 # Figures: the scores, the losses, and for the last epoch paths and samples of equal seeds beside each other.
@@ -61,7 +62,8 @@ titles+=([kl_diagonal]="LIFT KL diagonal" [kl]="LIFT KL")
 # Samples of "$1" (a checkpoint's name) with weights "$2" along "$3", called "$4" in figures.
 generate() {
     local stem=$1 weights=$2 path_type=$3 title=$4
-    local folder="$RESULTS_DIR/samples/${stem}_${epoch}ep_${weights}_${path_type}_$NUM_STEPS"
+    # Parameters of a path come with colons and commas, and with slashes where it is a file.
+    local folder="$RESULTS_DIR/samples/${stem}_${epoch}ep_${weights}_${path_type//[:,\/ ]/_}_$NUM_STEPS"
     local flags=(--checkpoint "$CHECKPOINT_DIR/${stem}_${epoch}ep.pth" --path_type "$path_type" --output "$folder")
     flags+=("${sampling_flags[@]}" --heatmap "$(heatmap_name "$epoch" "$weights")" --num_images 12 --trajectory)
     [[ $weights == raw ]] || flags+=(--ema)
@@ -74,14 +76,15 @@ for weights in $WEIGHTS; do
     samples=() schedules=()
     [[ ! -e $CHECKPOINT_DIR/baseline_${epoch}ep.pth ]] || generate baseline "$weights" diagonal Baseline
     for path_type in $PATHS; do
-        generate lift_dual_timestep "$weights" "$path_type" "${titles[$path_type]}"
+        generate lift_dual_timestep "$weights" "$path_type" "${titles[$path_type]:-LIFT $path_type}"
     done
     title="epoch $epoch, $weights weights"
     python make_figures.py samples "${samples[@]}" --output "$RESULTS_DIR/samples_$name.png" \
         --title "$title, $NUM_STEPS network calls"
     python make_figures.py paths "${schedules[@]}" --output "$RESULTS_DIR/paths_$name.png" --title "$title"
     figures+=("samples_$name.png" "paths_$name.png")
-    if [[ $PATHS != diagonal ]]; then
+    # shellcheck disable=SC2086
+    if need_map $PATHS; then
         map=$(heatmap_name "$epoch" "$weights")
         python plan_path.py --heatmap "$map" --output "$RESULTS_DIR/plan_$name" "${criterion_flags[@]}"
         figures+=("$(basename "$map" .pth).png" "$(basename "$map" .pth)_maps.png" "plan_$name/*.png")

@@ -150,6 +150,38 @@ def test_other_settings_reach_the_scores(models):
     assert calls_of(commands) == [(eval_fid_batch, defaults(eval_fid_batch) | values)]
 
 
+def test_families_of_paths_reach_every_stage_under_names_that_are_files(models):
+    names = {
+        "diagonal": "diagonal",
+        "cascade:-2,6": "cascade_-2_6",
+        "shift:0.5": "shift_0.5",
+        "schedule:plans/a.json": "schedule_plans_a.json",
+    }
+    checkout = models("lift_dual_timestep_9")
+    (checkout / "plans").mkdir()
+    ended, commands = run_script(checkout, "eval_all.sh", PATHS=" ".join(names), COARSE_FROM="x0 noisy", METRICS="swd")
+    assert ended.returncode == 0, ended.stderr
+    [scored] = calls_of(commands, eval_fid_batch)
+    assert scored["path_type"] == list(names) and scored["coarse_from"] == ["x0", "noisy"]
+    generated = calls_of(commands, generate_with_path_30)
+    assert [call["path_type"] for call in generated] == list(names)
+    folders = [f"results/samples/lift_dual_timestep_9ep_raw_{name}_18" for name in names.values()]
+    assert [call["output"] for call in generated] == folders
+    figures = {call["figure"]: call for call in calls_of(commands, make_figures)}
+    assert figures["samples"]["inputs"] == [
+        f"LIFT {path_type}={folder}" for path_type, folder in zip(names, folders, strict=True)
+    ]
+    # None of these is an optimum on a map.
+    assert not calls_of(commands, compute_heatmap_30) and not calls_of(commands, plan_path)
+
+
+@pytest.mark.parametrize(("paths", "needs"), [("cascade:best", 1), ("shift:1 kl", 1), ("cascade:2 lead:1", 0)])
+def test_maps_are_made_for_the_paths_that_need_them(models, paths, needs):
+    ended, commands = run_script(models("lift_dual_timestep_9"), "eval_all.sh", PATHS=paths, METRICS="swd")
+    assert ended.returncode == 0, ended.stderr
+    assert len(calls_of(commands, compute_heatmap_30)) == len(calls_of(commands, plan_path)) == needs
+
+
 def test_scripts_of_one_model(models):
     checkout = models("lift_dual_timestep_9", "lift_dual_timestep_20")
     expected = {
@@ -232,7 +264,8 @@ def fleet(checkout):
     """`run(script, *arguments, **settings)` in a checkout that lists jobs 0 to 6; `events(*what)` after it."""
     python = checkout / ".venv/bin/python"
     python.write_text(f"#!{sys.executable} -IS\n{PYTHON}")
-    jobs = [["python", "eval_fid_batch.py", "--output", 'it\'s "$HOME" & more', "--job", str(k)] for k in range(JOBS)]
+    output = ["--output", 'it\'s "$HOME" & more', "--path_type", "schedule:my plan,*.json"]
+    jobs = [["python", "eval_fid_batch.py", *output, "--job", str(k)] for k in range(JOBS)]
     (checkout / "jobs").write_text("".join(f"{shlex.join(job)}\n" for job in jobs))
 
     def run(script, *arguments, **settings):
@@ -341,9 +374,13 @@ def test_the_tasks_of_an_array_share_the_jobs(fleet, submit, first, count):
 def test_tasks_list_the_jobs_of_eval_all(fleet, submit):
     assert submit(0, 0, 1).returncode == 0
     assert submit(0, 0, 1, "lift", "kl dp_64", WEIGHTS="raw ema", SEEDS="42 43").returncode == 0
+    assert submit(0, 0, 1, "single_t no_t", "cascade:2,6 shift:-1", COARSE_FROM="noisy x0").returncode == 0
     everything = defaults(eval_fid_batch) | {"list_jobs": True, "path_type": PATHS}
     changes = {"model_type": ["lift"], "path_type": ["kl", "dp_64"], "weights": ["raw", "ema"], "seeds": [42, 43]}
-    assert [parsed(event["command"])[1] for event in fleet.events("list")] == [everything, everything | changes]
+    ablations = {"model_type": ["single_t", "no_t"], "path_type": ["cascade:2,6", "shift:-1"]}
+    ablations |= {"coarse_from": ["noisy", "x0"]}
+    expected = [everything, everything | changes, everything | ablations]
+    assert [parsed(event["command"])[1] for event in fleet.events("list")] == expected
 
 
 @pytest.mark.parametrize("fails", ["0", "k0"])

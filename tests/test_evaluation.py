@@ -1,5 +1,6 @@
 """eval_fid_batch.py on tiny models: jobs and rows, references, refusals, many processes at one table, and kills."""
 
+import argparse
 import csv
 import multiprocessing.forkserver
 import os
@@ -29,14 +30,17 @@ import cli
 import compute_heatmap_30
 import eval_fid_batch
 import generate_with_path_30
+import path as sampling_path
 import scoring
 import train_lift
-from checkpoint import load_model
+from checkpoint import build_model, load_model, read_checkpoint, save_checkpoint
 from data import fingerprint_array, load_images, split_holdout
 from error_map import load_heatmap
 from inception import Features
 from metrics import fid_infinity, inception_score, kernel_distance, precision_recall, sliced_wasserstein
+from path_choice import choose_path
 from results_table import METRIC_VALUES, RESULT_FIELDS, VALUE_FIELDS, read_rows
+from schedule_file import save_schedule
 
 SECONDS = 120  # Far longer than anything here takes, so that a busy machine fails no test.
 JOBS = [(model_type, path_type, seed) for model_type, path_type in MEASURED for seed in ("42", "43")]
@@ -270,6 +274,170 @@ def test_a_missing_heatmap_is_computed_as_the_flags_say(stage, run, tmp_path):
         assert "is kept" in stage(compute_heatmap_30, *run.heatmap_flags(file), *flags).output
 
 
+# Path families, models that read a coarse image they do not predict, and regimes
+
+
+def save_model(file, like, **changes):
+    """A model of random weights whose config is that of the checkpoint `like`, but for the changes."""
+    content = read_checkpoint(like)
+    config = content["config"] | changes
+    torch.manual_seed(0)
+    state = build_model(config).state_dict()
+    file.parent.mkdir(exist_ok=True)
+    save_checkpoint(file, content | {"config": config, "model_state": state, "ema_state": None})
+    return file
+
+
+@pytest.fixture(scope="module")
+def others(run, tmp_path_factory):
+    """Folder of models of other types, and of a dual one whose clocks were one in training."""
+    folder = tmp_path_factory.mktemp("others")
+    for model_type in ("single_t", "no_t", "shared_t"):
+        save_model(folder / f"{model_type}_2ep.pth", run.lift, model_type=model_type, t_pairs="same")
+    save_model(folder / "single_t_2ep.pth", run.lift, model_type="single_t")
+    save_model(folder / "lift_dual_timestep_2ep.pth", run.lift, t_pairs="same")
+    return folder
+
+
+FEEDS = ["--coarse_from", "x0", "noisy"]
+
+
+def listed(stage, run, *flags):
+    """Notes, and the flags --model_type, --path_type, --num_steps and --coarse_from of the jobs that are listed."""
+    ended = stage(eval_fid_batch, *run.eval_flags("scores.csv"), *flags, "--list_jobs")
+    jobs = []
+    for line in ended.output.splitlines():
+        words = shlex.split(line)
+        # What comes last counts.
+        last = {word: words[k + 1] for k, word in enumerate(words[:-1]) if word.startswith("--")}
+        own = last["--coarse_from"] if words[-2] == "--coarse_from" else None
+        jobs.append((last["--model_type"], last["--path_type"], last["--num_steps"], own))
+    return ended.notes, jobs
+
+
+def test_jobs_of_models_that_read_a_coarse_image_have_a_feed(stage, run, others):
+    shutil.copy(run.baseline, others)
+    flags = ["--checkpoint_dir", others, "--model_type", "baseline", "lift", "shared_t", "single_t", "no_t"]
+    types = ["diagonal", "dp_64", "kl", "cascade:2.0,1", "shift:-1", "cascade:best"]
+    notes, jobs = listed(stage, run, *flags, "--path_type", *types, *FEEDS, "--num_steps", 4, 3)
+    names = ["diagonal", "dp_64", "kl", "cascade:2,1", "shift:-1", "cascade:best"]
+    expected = [("baseline", "diagonal", None)]
+    expected += [("dual", name, None) for name in names]
+    expected += [("shared_t", "diagonal", None)]
+    own = [name for name in names if name not in ("kl", "cascade:best")]
+    expected += [(m, name, feed) for m in ("single_t", "no_t") for name in own for feed in ("x0", "noisy")]
+    assert jobs == [(m, name, n, feed) for m, name, feed in expected for n in ("4", "3")]
+    # What one clock cannot follow goes without saying, where others can.
+    assert notes.count("note: left out: ") == 4 and "baseline" not in notes and "shared_t" not in notes
+    for text in ("--path_type kl counts the error of the coarse prediction, which a 'no_t' model", "cascade:best"):
+        assert text in notes
+    notes, jobs = listed(
+        stage, run, *flags[:3], "shared_t", "--path_type", "diagonal", "lead:1", "--checkpoint_dir", others
+    )
+    assert jobs == [("shared_t", "diagonal", "4", None)] and "lead:1 needs a model with two clocks" in notes
+
+
+def test_a_schedule_is_one_job_whatever_the_number_of_steps(stage, run, others, tmp_path):
+    path = sampling_path.lead(sampling_path.diagonal(3), 1)
+    file = tmp_path / "my plan.json"
+    save_schedule(path, file, load_model(run.lift).scheduler.log_snr.numpy(), solver={"name": "ddim"})
+    flags = ["--model_type", "lift", "single_t", "baseline", "--path_type", f"schedule:{file}", "diagonal"]
+    shutil.copy(run.baseline, others)
+    _, jobs = listed(stage, run, "--checkpoint_dir", others, *flags, "--num_steps", 4, 5)
+    both = [("4", None), ("5", None)]
+    name = f"schedule:{file}"
+    assert jobs == [
+        ("dual", name, "3", None),
+        *(("dual", "diagonal", *end) for end in both),
+        ("single_t", name, "3", "x0"),
+        *(("single_t", "diagonal", n, "x0") for n, _ in both),
+        *(("baseline", "diagonal", *end) for end in both),
+    ]
+    stage(eval_fid_batch, *run.eval_flags("scores.csv"), "--model_type", "lift", "--path_type", name)
+    [row] = read_rows("scores.csv")
+    assert (row["path_type"], row["nfe"], row["path_fingerprint"]) == (name, "3", path.fingerprint())
+
+
+def test_ablations_have_a_row_for_every_feed_and_path(stage, run, others, tmp_path):
+    flags = ["--checkpoint_dir", others, "--model_type", "single_t", "--path_type", "diagonal", "dp_64"]
+    flags += ["--heatmap_dir", tmp_path / "maps", "--K", 1, "--heatmap_images", 2]
+    ended = stage(eval_fid_batch, *run.eval_flags("at_once.csv"), *flags, *FEEDS)
+    assert list_files(tmp_path / "maps").keys() == {"heatmap_4_single_t_2ep.pth"}
+    rows = read_rows("at_once.csv")
+    keys = [(path_type, feed) for path_type in ("diagonal", "dp_64") for feed in ("x0", "noisy")]
+    assert [(row["path_type"], row["coarse_from"]) for row in rows] == keys
+    assert len({row["swd"] for row in rows}) == len({row["path_fingerprint"] for row in rows}) == 4
+    loaded = load_model(others / "single_t_2ep.pth")
+    for row, (path_type, feed) in zip(rows, keys, strict=True):
+        args = argparse.Namespace(num_steps=4, spacing="uniform_t", max_jump=5, factor="B", normalisation="published")
+        path = choose_path(args, path_type, loaded, tmp_path / "maps/heatmap_4_single_t_2ep.pth")
+        assert row["path_fingerprint"] == f"{path.fingerprint()}-{feed}"
+        assert (row["model_type"], row["regime"], row["nfe"]) == ("single_t", "independent", "4")
+        # It is the score of the files of the same feed.
+        words = ["--checkpoint", others / "single_t_2ep.pth", "--path_type", path_type, "--coarse_from", feed]
+        words += ["--heatmap", tmp_path / "maps/heatmap_4_single_t_2ep.pth", "--num_images", 12, "--num_steps", 4]
+        stage(generate_with_path_30, *words, "--device", "cpu", "--precision", "fp32")
+        folder = tmp_path / f"results/samples/single_t_2ep_raw_{path_type}_4_{feed}"
+        expected = sliced_wasserstein(run.images(), images_in(folder))[16]
+        assert float(row["swd"]) == pytest.approx(expected, abs=1e-3)
+    assert f"single_t_2ep.pth raw dp_64 coarse from noisy 4 steps seed 42: swd_16 {float(rows[3]['swd']):.5g}" in (
+        re.sub("swd_64.*?, swd_32.*?, ", "", ended.output)
+    )
+    # One by one the same, and skipped when there.
+    output = stage(eval_fid_batch, *run.eval_flags("one_by_one.csv"), *flags, *FEEDS, "--list_jobs").output
+    for command in map(shlex.split, output.splitlines()):
+        stage(eval_fid_batch, *command[2:])
+    assert [measured(row) for row in read_rows("one_by_one.csv")] == [measured(row) for row in rows]
+    ended = stage(eval_fid_batch, *run.eval_flags("one_by_one.csv"), *flags, *FEEDS)
+    assert ended.output.count("scored already") == 4 and "warning" not in ended.notes
+
+
+def test_models_that_predict_what_they_read_have_no_feed(stage, run, table, tmp_path):
+    file = tmp_path / "scores.csv"
+    shutil.copy(table, file)
+    ended = stage(eval_fid_batch, *run.eval_flags(file), *SCORED, "--coarse_from", "noisy", "x0")
+    assert ended.output.count("scored already") == 6
+    assert {row["coarse_from"] for row in read_rows(file)} == {""}
+    assert {(row["model_type"], row["regime"]) for row in read_rows(file)} == {
+        ("baseline", ""),
+        ("dual", "independent"),
+    }
+
+
+def test_families_are_scored_like_any_path(stage, run, tmp_path):
+    types = ["cascade:2,3", "cascade:best", "shift:1", "lead:1", "heuristic:0.8"]
+    stage(eval_fid_batch, *lift_flags(run, tmp_path / "scores.csv", "--path_type", *types))
+    rows = read_rows(tmp_path / "scores.csv")
+    assert [row["path_type"] for row in rows] == types
+    assert len({row["swd"] for row in rows}) == len({row["path_fingerprint"] for row in rows}) == 5
+    assert {row["nfe"] for row in rows} == {"4"}
+    loaded = load_model(run.lift)
+    args = argparse.Namespace(num_steps=4, spacing="uniform_t", kl_weight=1.0)
+    for row in rows:
+        path = choose_path(args, row["path_type"], loaded, run.heatmap)
+        assert row["path_fingerprint"] == path.fingerprint()
+
+
+def test_a_path_off_the_regime_of_training_is_warned_of_once(stage, run, others, tmp_path):
+    flags = ["--checkpoint_dir", others, "--model_type", "lift", "--path_type", "lead:2", "diagonal", "cascade:inf"]
+    seeds = ["--seeds", 1, 2]
+    ended = stage(eval_fid_batch, *run.eval_flags("scores.csv"), *flags, *seeds)
+    warnings = [line for line in ended.notes.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 2
+    for kind, line in zip(("lead", "cascade"), warnings, strict=True):
+        assert "lift_dual_timestep_2ep.pth" in line and "--t_pairs same" in line and f"path {kind}" in line
+    assert {row["regime"] for row in read_rows("scores.csv")} == {"same"}
+    # What is scored needs no warning.
+    assert "warning" not in stage(eval_fid_batch, *run.eval_flags("scores.csv"), *flags, *seeds).notes
+    words = ["--checkpoint", others / "lift_dual_timestep_2ep.pth", "--num_images", 1, "--num_steps", 4]
+    words += ["--device", "cpu", "--precision", "fp32", "--path_type"]
+    assert "warning: " in stage(generate_with_path_30, *words, "lead:2").notes
+    assert "warning: " not in stage(generate_with_path_30, *words, "diagonal").notes
+    # The model of one clock was trained as it is sampled.
+    ended = stage(eval_fid_batch, *run.eval_flags("scores.csv"), *flags[:3], "shared_t", "--checkpoint_dir", others)
+    assert "warning" not in ended.notes and read_rows("scores.csv")[-1]["regime"] == "same"
+
+
 # Metrics of Inception features
 
 
@@ -487,6 +655,12 @@ def test_fid_without_weights_says_why_not(refused, run, tmp_path, monkeypatch):
         (["--epochs", 7], 1, ("no baseline checkpoint of epoch 7", "--checkpoint_dir")),
         (["--checkpoint_dir", "missing"], 1, ("missing has no baseline checkpoint",)),
         (["--model_type", "baseline", "--path_type", "dp_64"], 1, ("dp_64", "two clocks")),
+        (["--model_type", "baseline", "--path_type", "cascade:2"], 1, ("cascade:2", "two clocks", "diagonal")),
+        (["--path_type", "cascade:fast"], 2, ("'cascade:fast'", "LOG_SNR[,STEPS] or best")),
+        (["--path_type", "zigzag"], 2, ("'zigzag'", "dp_total", "heuristic:")),
+        (["--path_type", "schedule:none.json"], 1, ("none.json does not exist",)),
+        (["--coarse_from", "clean"], 2, ("'clean'", "noisy")),
+        (["--model_type", "lift", "--path_type", "cascade:2,9"], 1, ("9 of 4 steps",)),
         (["--model_type", "lift", "--path_type", "dp_64", "--grid", 30], 1, ("4 steps", "29 cells", "at least 6")),
         (["--model_type", "lift", "--path_type", "dp_64", "--num_steps", 7], 1, ("7 steps", "lower num_steps")),
         (["--model_type", "unet"], 2, ("'unet'",)),
@@ -580,10 +754,10 @@ def test_a_network_that_is_not_finite_is_named_and_what_was_scored_is_kept(run, 
 
 
 def test_a_job_that_fails_keeps_no_other_from_running(run, tmp_path, monkeypatch):
-    def generate(loaded, path, seeds, *arguments):
+    def generate(loaded, path, seeds, *arguments, **options):
         if seeds[0] == 43_000_000:
             raise ValueError("this one will not do.")
-        return scoring.generate(loaded, path, seeds, *arguments)
+        return scoring.generate(loaded, path, seeds, *arguments, **options)
 
     monkeypatch.setattr(eval_fid_batch, "generate", generate)
     ended = run_stage(eval_fid_batch, *lift_flags(run, tmp_path / "scores.csv", "--seeds", 42, 43, 44))

@@ -15,11 +15,13 @@ from path import (
     Path,
     Readings,
     band_readings,
+    best_cascade,
     cascade,
     diagonal,
     find_optimal_path_n_steps_lambda,
     find_optimal_paths_all_steps,
     fine_first,
+    heuristic,
     kl_cost,
     kl_path,
     kl_paths_all_steps,
@@ -326,6 +328,17 @@ def test_lead_by_hand():
     assert lead(base, 1).provenance == {"base": base.provenance, "k": 1} and lead(base, 1).kind == "lead"
 
 
+def test_heuristic_by_hand():
+    base = diagonal(4, num_train_timesteps=41)
+    assert heuristic(base, 0.8).points == ((40, 40), (30, 24), (20, 16), (10, 8), (0, 0))
+    # 7.5 and 2.5 round to even numbers.
+    assert heuristic(base, 0.25).points == ((40, 40), (30, 8), (20, 5), (10, 2), (0, 0))
+    assert heuristic(base, 1).points == base.points
+    assert heuristic(base, 1e-9).points == ((40, 40), (30, 0), (20, 0), (10, 0), (0, 0))
+    assert heuristic(base, 0.8).provenance == {"base": base.provenance, "factor": 0.8}
+    assert heuristic(base, 0.8).kind == "heuristic"
+
+
 def test_cascade_and_fine_first_by_hand():
     path = cascade(4, num_train_timesteps=41)
     assert path.points == ((40, 40), (40, 20), (40, 0), (20, 0), (0, 0)) and path.kind == "cascade"
@@ -355,9 +368,13 @@ def test_the_legs_of_a_cascade_are_spaced_as_diagonals(spacing):
 
 def test_offsets_refuse():
     log_snr = cosine_clipped_log_snr()
-    for offset in (lambda base: lead(base, 1), lambda base: log_snr_shift(base, 1.0, log_snr)):
+    shift = functools.partial(log_snr_shift, shift=1.0, log_snr=log_snr)
+    for offset in (lambda base: lead(base, 1), shift, lambda base: heuristic(base, 0.8)):
         with pytest.raises(ValueError, match="point 1 of the base path is .* must move together"):
             offset(cascade(4))
+    for factor in (0.0, -0.5, 1.1, np.nan):
+        with pytest.raises(ValueError, match=f"the factor of timesteps is {factor}; it must"):
+            heuristic(diagonal(4), factor)
     for shift in (np.nan, np.inf):
         with pytest.raises(ValueError, match="must be finite"):
             log_snr_shift(diagonal(4), shift, log_snr)
@@ -393,6 +410,7 @@ def test_hand_made_paths_have_exactly_n_steps_and_their_ends(num_steps, data):
     for path in (
         base,
         lead(base, data.draw(st.integers(-70, 70))),
+        heuristic(base, data.draw(st.floats(0, 1, exclude_min=True))),
         log_snr_shift(base, data.draw(st.floats(-20, 20)), log_snr),
         cascade(num_steps, log_snr, first_steps, remaining, spacing, start=start),
         fine_first(num_steps, log_snr, first_steps, remaining, spacing, start=start),
@@ -737,6 +755,52 @@ def test_kl_optimum_equals_enumeration(bands, weight, symmetric, start, end, on_
             assert cost == pytest.approx(best[num_steps], rel=1e-12, abs=1e-12)
             assert cost == pytest.approx(sum(step(a, b) for a, b in itertools.pairwise(cells)), rel=1e-12, abs=1e-12)
             assert (cells, cost) == kl_path(*problem, num_steps, **options)
+
+
+def enumerate_cascades(n):
+    """Every cascade of every length: the line at which it waits, and subsets of the lines within both legs."""
+    for line in range(1, n):
+        for stops in itertools.product((False, True), repeat=line - 1 + n - 2):
+            coarse = [j for j in range(1, line) if stops[j - 1]]
+            fine = [i for i in range(1, n - 1) if stops[line - 2 + i]]
+            yield [(0, 0), *((0, j) for j in coarse), (0, line), *((i, line) for i in fine), (n - 1, n - 1)]
+
+
+@pytest.mark.parametrize(("weight", "symmetric"), CRITERIA)
+@pytest.mark.parametrize("bands", [False, True])
+@pytest.mark.usefixtures("both_recursions")
+def test_best_cascade_equals_enumeration(bands, weight, symmetric):
+    cascades = list(enumerate_cascades(5))
+    # Lines 1 to 4, with 0 to 3 inner lines on the way and 3 after it.
+    assert len(cascades) == (1 + 2 + 4 + 8) * 8
+    criterion = {"weight": weight, "symmetric": symmetric, "bands": bands}
+    for seed in range(3):
+        problem = kl_problem(5, seed)
+        step = functools.partial(plain_kl_step, *problem, **criterion)
+        costs = {}
+        for cells in cascades:
+            cost = sum(step(a, b) for a, b in itertools.pairwise(cells))
+            costs.setdefault(len(cells) - 1, []).append((cost, cells))
+        assert sorted(costs) == list(range(2, 9))
+        for num_steps, found in costs.items():
+            best, best_cells = min(found)
+            cells, cost = best_cascade(*problem, num_steps, **criterion)
+            assert cost == pytest.approx(best, rel=1e-12, abs=1e-12) and cells == best_cells
+            assert cost >= kl_path(*problem, num_steps, **criterion)[1] - 1e-9
+
+
+@pytest.mark.usefixtures("both_recursions")
+def test_the_best_of_equal_cascades_has_few_coarse_steps_and_waits_early():
+    zeros = np.zeros((4, 4))
+    assert best_cascade(zeros, zeros, np.arange(4.0), 3)[0] == [(0, 0), (0, 1), (2, 1), (3, 3)]
+    # The fine leg has three steps at most.
+    assert best_cascade(zeros, zeros, np.arange(4.0), 5)[0] == [(0, 0), (0, 1), (0, 2), (1, 2), (2, 2), (3, 3)]
+
+
+def test_a_cascade_needs_a_step_for_each_scale():
+    for num_steps in (1, 9):
+        with pytest.raises(ValueError, match=f"{num_steps} steps are no cascade on a grid of 5.*2 to 8"):
+            best_cascade(*kl_problem(5, 0), num_steps)
 
 
 def test_kl_ends_may_be_single_indices_and_default_to_the_whole_grid():

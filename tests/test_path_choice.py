@@ -1,24 +1,40 @@
 """What the KL paths minimise, how they are found off the grid, and that stages follow them."""
 
+import argparse
 import re
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import compute_heatmap_30
 import eval_fid_batch
 import generate_with_path_30
 import train_baseline
 import train_lift
-from checkpoint import load_model
+from checkpoint import MODEL_CLASSES, LoadedModel, load_model
 from error_map import load_heatmap
 from gaussian import Spectrum, exact_heatmap
-from path import Readings, kl_cost, kl_path, kl_step_cost, path_cost, timestep_grid
-from path_choice import KLProblem, kl_lines, kl_refined
+from model import LIFTDualTimestepModel
+from path import Path, Readings, cascade, diagonal, kl_cost, kl_path, kl_step_cost, path_cost, timestep_grid
+from path_choice import (
+    KLProblem,
+    choose_path,
+    heatmap_file,
+    kl_cascade,
+    kl_lines,
+    kl_refined,
+    parse_path_type,
+    path_type,
+    why_not,
+)
 from results_table import read_rows
-from schedule_file import load_schedule
+from sampler import sample_seeds
+from schedule_file import load_schedule, save_schedule
 from scheduler import DDIMScheduler
+from super_resolution import super_resolution_path, super_resolve
 
 SPECTRUM = Spectrum.power_law(8)
 LOW, HIGH = SPECTRUM.low.numpy(), SPECTRUM.high.numpy()
@@ -202,6 +218,259 @@ def test_band_cost_of_these_tests_is_that_of_one_step_by_hand():
     start, end = Readings(2.0, 0.25, 1e-9, 1e-9), Readings(1 / 3 + 1 / 2, 1 / 12, 1.0, 4.0)
     by_hand = (2 / 3 * (2 * 2**0.5) + 1 / 2 * 2) / 2
     assert kl_cost(start, end, weight=0.5, bands=True) == pytest.approx(by_hand, rel=1e-4)
+
+
+# Families
+
+
+def loaded(model_type="dual"):
+    """A model as far as a path needs one."""
+    return LoadedModel(MODEL_CLASSES[model_type], SCHEDULER, {"model_type": model_type, "weights": "raw"}, "f" * 16)
+
+
+def chosen(text, model_type="dual", num_steps=8, spacing="uniform_t"):
+    args = argparse.Namespace(num_steps=num_steps, spacing=spacing)
+    return choose_path(args, path_type(text), loaded(model_type))
+
+
+@pytest.mark.parametrize("model_type", ["dual", "single_t", "no_t"])
+@pytest.mark.parametrize(("spacing", "num_steps"), [("uniform_t", 8), ("uniform_log_snr", 5), ("published", 18)])
+def test_offsets_are_those_of_the_formulas_on_the_diagonal_of_the_spacing(model_type, spacing, num_steps):
+    base = [t for t, _ in diagonal(num_steps, spacing, log_snr=LOG_SNR).points]
+    first = base[0]
+
+    def nearest(level):
+        return int(np.argmin(np.abs(LOG_SNR[: first + 1] - level)))
+
+    expected = {
+        "shift:1.5": [nearest(LOG_SNR[t] + 1.5) for t in base],
+        "shift:-2": [nearest(LOG_SNR[t] - 2) for t in base],
+        "lead:2": [base[min(k + 2, num_steps)] for k in range(num_steps + 1)],
+        "heuristic:0.8": [int(np.rint(0.8 * t)) for t in base],
+        "diagonal": base,
+    }
+    for text, coarse in expected.items():
+        path = chosen(text, model_type, num_steps, spacing)
+        # All begin at noise and end clean in both scales.
+        assert path.points == tuple(zip(base, [first, *coarse[1:-1], 0], strict=True)), text
+        assert path.nfe == num_steps
+    # A lead of the fine scale is that of the coarse one with the scales exchanged.
+    mirrored = chosen("lead:-2", model_type, num_steps, spacing).points
+    assert mirrored == tuple(point[::-1] for point in chosen("lead:2", model_type, num_steps, spacing).points)
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "waits"),
+    [
+        ("cascade:inf", 4, 0),
+        ("cascade:99", 4, 0),
+        ("cascade:2", 4, None),
+        ("cascade:-1.5,7", 7, None),
+        ("cascade:-5.7,1", 1, None),
+        ("cascade:0,3", 3, None),
+    ],
+)
+def test_a_cascade_waits_at_the_timestep_nearest_to_its_log_snr(text, steps, waits):
+    level = float(text.split(":")[1].split(",")[0])
+    if waits is None:
+        waits = min(range(1000), key=lambda t: abs(LOG_SNR[t] - level))
+        assert 0 < waits < 999
+    coarse = [round(999 + (waits - 999) * k / steps) for k in range(steps + 1)]
+    fine = [round(999 - 999 * k / (8 - steps)) for k in range(8 - steps + 1)]
+    expected = [*((999, t) for t in coarse), *((t, waits) for t in fine[1:-1]), (0, 0)]
+    for model_type in ("dual", "single_t", "no_t"):
+        path = chosen(text, model_type)
+        assert list(path.points) == expected and path.kind == "cascade"
+    even = chosen(text, spacing="uniform_log_snr")
+    assert even.points[steps] == (999, waits) and even.points != path.points and even.nfe == 8
+
+
+def test_a_schedule_is_followed_by_whom_it_suits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = {"free": chosen("lead:1"), "level": chosen("diagonal"), "one": diagonal(8, num_scales=1)}
+    for name, path in paths.items():
+        save_schedule(path, f"{name}.json", LOG_SNR, solver={"name": "ddim"})
+    suits = {
+        "free": ("dual", "single_t", "no_t"),
+        "level": ("dual", "single_t", "no_t", "shared_t"),
+        "one": ("baseline",),
+    }
+    for name, models in suits.items():
+        text = f"schedule:{name}.json"
+        for model_type in MODEL_CLASSES:
+            if model_type in models:
+                assert why_not(model_type, text) == ""
+                # Its steps are its own.
+                assert chosen(text, model_type, num_steps=3).points == paths[name].points
+            else:
+                with pytest.raises(ValueError, match=f"{name}.json moves .* '{model_type}' model cannot follow"):
+                    chosen(text, model_type)
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        chosen("schedule:none.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical", "name"),
+    [
+        ("dp_64", "dp_64", "dp_64"),
+        ("cascade:2.0,06", "cascade:2,6", "cascade_2_6"),
+        ("cascade:inf", "cascade:inf", "cascade_inf"),
+        ("cascade:best", "cascade:best", "cascade_best"),
+        ("cascade:-0", "cascade:0", "cascade_0"),
+        ("shift:-1.25", "shift:-1.25", "shift_-1.25"),
+        ("shift:0.1", "shift:0.1", "shift_0.1"),
+        ("lead:-2", "lead:-2", "lead_-2"),
+        ("heuristic:.8", "heuristic:0.8", "heuristic_0.8"),
+        ("schedule:a b/c d:e.json", "schedule:a b/c d:e.json", "schedule_c_d_e"),
+    ],
+)
+def test_a_type_of_path_has_one_text_and_a_name_for_files(text, canonical, name):
+    assert path_type(text) == canonical == path_type(canonical)
+    assert parse_path_type(text) == parse_path_type(canonical)
+    assert parse_path_type(text).file_name == name
+    needs = {text for text in ("dp_64", "dp_total", "kl", "kl_diagonal", "cascade:best")}
+    assert parse_path_type(text).needs_heatmap == (canonical in needs)
+
+
+@given(st.floats(allow_nan=False), st.integers(1, 99))
+def test_numbers_in_the_text_of_a_type_keep_their_value(value, steps):
+    texts = [f"cascade:{value},{steps}"] * (value > -np.inf) + [f"shift:{value}"] * bool(np.isfinite(value))
+    for text in texts:
+        kind = parse_path_type(text)
+        assert kind.parameters[0] == value and parse_path_type(str(kind)) == kind
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("zigzag", "dp_total"),
+        ("diagonal:1", "dp_total"),
+        ("", "dp_total"),
+        ("cascade", "cascade:LOG_SNR"),
+        ("cascade:", "cascade needs LOG_SNR[,STEPS] or best"),
+        ("cascade:fast", "cascade needs"),
+        ("cascade:nan", "cascade needs"),
+        ("cascade:-inf", "cascade needs"),
+        ("cascade:2,0", "cascade needs"),
+        ("cascade:2,1.5", "cascade needs"),
+        ("cascade:2,3,4", "cascade needs"),
+        ("cascade:best,3", "cascade needs"),
+        ("shift:inf", "shift needs LOG_SNR"),
+        ("shift:nan", "shift needs"),
+        ("shift:1,2", "shift needs"),
+        ("lead:1.5", "lead needs POINTS"),
+        ("heuristic:0", "heuristic needs FACTOR in (0, 1]"),
+        ("heuristic:1.01", "heuristic needs"),
+        ("heuristic:nan", "heuristic needs"),
+        ("heuristic:0.5,2", "heuristic needs"),
+        ("schedule:", "schedule needs FILE"),
+    ],
+)
+def test_a_text_that_names_no_type_of_path_is_refused(text, says):
+    with pytest.raises(argparse.ArgumentTypeError) as error:
+        path_type(text)
+    assert str(error.value).startswith(f"'{text}' is no type of path") and says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "spacing", "says"),
+    [
+        ("cascade:-6", "uniform_t", "cascade:-6 waits at timestep 999, where it starts; choose a log SNR above -5.7"),
+        ("cascade:2,8", "uniform_t", "8 of 8 steps"),
+        ("cascade:-5.7,7", "uniform_t", "num_steps is 7 from timestep 999 to 99"),
+        ("cascade:2", "published", "'published'"),
+    ],
+)
+def test_families_refuse_what_makes_no_path(text, spacing, says):
+    with pytest.raises(ValueError, match=says):
+        chosen(text, spacing=spacing)
+
+
+FREE = ["cascade:2", "shift:1", "lead:1", "heuristic:0.8"]
+ON_MAPS = ["dp_64", "dp_total", "kl", "kl_diagonal", "cascade:best"]
+
+
+def test_who_can_follow_which_type():
+    def followed(model_type):
+        return [text for text in ("diagonal", *FREE, *ON_MAPS) if not why_not(model_type, text)]
+
+    assert followed("dual") == ["diagonal", *FREE, *ON_MAPS]
+    assert followed("single_t") == followed("no_t") == ["diagonal", *FREE, "dp_64"]
+    assert followed("baseline") == followed("shared_t") == ["diagonal"]
+    for text in FREE + ON_MAPS:
+        assert "two clocks" in why_not("shared_t", text) and text in why_not("shared_t", text)
+    for text in ON_MAPS[1:]:
+        assert "coarse prediction" in why_not("no_t", text) and "'no_t' model does not make" in why_not("no_t", text)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_cascade_on_a_map_is_near_the_best_by_the_closed_form(weight):
+    heatmap = exact(30, spacing="uniform_log_snr")
+    path = kl_cascade(heatmap, LOG_SNR, 6, weight)
+    made = path.provenance
+    snr = np.exp(LOG_SNR)
+    cost = band_cost if weight else plain_cost
+
+    def true_cost(points):
+        return cost(snr[np.array(points)], *([weight] if weight else []))
+
+    # The cost is what the interpolated map says of these points.
+    assert made["cost"] == pytest.approx(true_cost(path.points), rel=0.01 if weight else 0.05)
+    points = np.array(path.points)
+    first, remaining = made["first_steps"], made["remaining"]
+    assert (points[: first + 1, 0] == 999).all() and (points[first:-1, 1] == remaining).all()
+    assert made["waits_at_log_snr"] == LOG_SNR[remaining] and path.kind == "cascade"
+    # Neither another line nor another split, with the inner points of a much finer search, does better.
+    lines = np.unique(np.linspace(0, 990, 34).astype(int))
+    best = min(
+        true_cost(cascade(6, LOG_SNR, k, int(t), spacing).points)
+        for k in range(1, 6)
+        for t in lines
+        for spacing in ("uniform_log_snr", "uniform_t", "karras")
+        if t <= 999 - k
+    )
+    assert true_cost(path.points) < best * (1.005 if weight else 1.02)
+    coarser = kl_cascade(heatmap, LOG_SNR, 6, weight, num_lines=20)
+    assert made["cost"] <= coarser.provenance["cost"] * (1 + 1e-9)
+
+
+def plain_cost(snr):
+    low, detail = errors(*snr.T)
+    return ((low + detail)[:-1] * np.diff(snr[:, 0]) + low[:-1] / 4 * np.diff(snr[:, 1])).sum() / 2
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v"])
+def test_a_cascade_to_the_clean_coarse_image_is_super_resolution_of_it(prediction_type):
+    """Bit for bit: the fine image from the coarse ones that the first leg made, and from the same fine noise."""
+    torch.manual_seed(0)
+    model = LIFTDualTimestepModel((8, 16), channels=3).eval()
+    scheduler = DDIMScheduler(prediction_type=prediction_type)
+    path = chosen("cascade:inf,3", num_steps=7)
+    seeds, shapes = [5, 8, 13], [(3, 16, 16), (3, 8, 8)]
+    coarse = []
+
+    def capture(k, images):
+        if path.points[k][1] == 0 and not coarse:
+            assert k == 3
+            coarse.append(images[1])
+
+    with torch.no_grad():
+        [(_, samples)] = sample_seeds(model.denoise, scheduler, path, seeds, shapes, 3, callback=capture)
+        base = Path([(t_64,) for t_64, _ in path.points[3:]], "fine leg", {})
+        leg = super_resolution_path(base)
+        [(fine, nfe)] = super_resolve(model.denoise, scheduler, leg, coarse[0], seeds)
+    assert (samples.nfe, nfe) == (7, 4)
+    assert torch.equal(fine, samples.images[0]) and fine.std() > 0.05
+    # It is these coarse images that it is made of.
+    with torch.no_grad():
+        [(other, _)] = super_resolve(model.denoise, scheduler, leg, coarse[0].flip(0), seeds)
+    assert (other - fine).abs().max() > 1e-3
+
+
+def test_heatmap_files_tell_the_model_the_epoch_and_the_weights():
+    assert str(heatmap_file("r", 9, "raw")) == "r/heatmap_30_9ep.pth"
+    assert str(heatmap_file("r", 9, "ema", 4, "dual")) == "r/heatmap_4_9ep_ema.pth"
+    assert str(heatmap_file("r", 9, "ema", model_type="single_t")) == "r/heatmap_30_single_t_9ep_ema.pth"
 
 
 # Stages

@@ -27,6 +27,8 @@ LOG_SNR = SCHEDULER.log_snr.numpy()
 # Factors of the errors of six images, mean 1.
 FACTORS = np.array([0.5, 0.7, 0.9, 1.1, 1.3, 1.5])
 ROW = re.compile(r"  (\S.*?)\s+cost\s+(\S+)\s+excess\s+(\S+)%")
+# Families that are written as schedules, and what their files are called.
+SCHEDULES = {"optimal": "optimal", "optimal diagonal": "diagonal", "best cascade": "cascade"}
 
 
 def heatmap_content(factors=FACTORS) -> dict:
@@ -126,14 +128,13 @@ def test_no_family_costs_less_than_the_optimum_and_costs_are_those_of_the_closed
     costs, content = read_costs(folder), heatmap_content()
     for nfe in (2, 4):
         families = hand_made(nfe)
-        for name in ("optimal", "diagonal"):
-            family = "optimal" if name == "optimal" else "optimal diagonal"
+        for family, name in SCHEDULES.items():
             families[family] = load_schedule(folder / f"schedule_{name}_{nfe}.json")
         if nfe == 4:  # Two steps of five cells do not cross twelve.
             families["published DP-64"] = heatmap_path(content, "dp_64", nfe)[0]
             families["published DP-Total"] = heatmap_path(content, "dp_total", nfe)[0]
         rows = {family: row for (n, family), row in costs.items() if n == nfe}
-        assert list(rows)[:2] == ["optimal", "optimal diagonal"] and rows.keys() == families.keys()
+        assert list(rows)[:3] == list(SCHEDULES) and rows.keys() == families.keys()
         best = float(rows["optimal"]["cost"])
         for family, path in families.items():
             row = rows[family]
@@ -156,11 +157,12 @@ def test_no_family_costs_less_than_the_optimum_and_costs_are_those_of_the_closed
 def test_schedules_replay_and_say_what_made_them(plan):
     folder, _ = plan("--kl_weight", 1, "--bootstrap", 0)
     costs = read_costs(folder)
-    for name, family in (("optimal", "optimal"), ("diagonal", "optimal diagonal")):
+    for family, name in SCHEDULES.items():
         for nfe in (2, 4):
             path = load_schedule(folder / f"schedule_{name}_{nfe}.json")
             assert path.nfe == nfe and path.points[0] == (START, START) and path.points[-1] == (0, 0)
             assert all(t_64 == t_32 for t_64, t_32 in path.points) == (name == "diagonal")
+            assert path.kind == "cascade" if name == "cascade" else path.kind == "refined"
             details = path.provenance
             assert details["cost"] == float(costs[nfe, family]["cost"])
             assert details["criterion"] == "kl, weight 1, t = 960 to 0"
@@ -168,6 +170,33 @@ def test_schedules_replay_and_say_what_made_them(plan):
             stated = (details["model_fingerprint"], details["data_fingerprint"], details["beta_schedule"])
             assert stated == ("f" * 16, "d" * 16, "cosine_clipped")
             assert (details["start"], details["end"]) == (START, 0)
+
+
+@pytest.mark.parametrize("weight", [0, 1])
+def test_the_best_cascade_is_that_of_the_closed_form(plan, weight):
+    folder, output = plan("--kl_weight", weight, "--bootstrap", 0)
+    said = re.findall(r"best cascade .*%  λ_32 waits at (\S+) after (\d+) of (\d+) calls\n", output)
+    costs = read_costs(folder)
+    assert [calls for *_, calls in said] == ["2", "4"]
+    for waits, first, calls in said:
+        nfe = int(calls)
+        path = load_schedule(folder / f"schedule_cascade_{nfe}.json")
+        t_64, t_32 = np.array(path.points).T
+        steps = path.provenance["first_steps"]
+        assert steps == int(first) == (t_64 == START).sum() - 1
+        # The coarse scale alone, then the fine one alone, then both to the end.
+        remaining = t_32[steps]
+        assert (t_32[steps:-1] == remaining).all() and remaining == path.provenance["remaining"] and t_32[-1] == 0
+        assert float(waits) == pytest.approx(LOG_SNR[remaining], abs=0.0051)
+        assert path.provenance["waits_at_log_snr"] == LOG_SNR[remaining]
+        # By the closed form, no other waiting level, split or spacing by hand does better, up to interpolation.
+        table = {"log_snr": LOG_SNR, "start": START, "spacing": "uniform_log_snr"}
+        others = [
+            cascade(nfe, coarse_steps=k, remaining=t, **table) for k in range(1, nfe) for t in (0, *range(40, 900, 40))
+        ]
+        by_hand = min(closed_form_kl(other.points, weight) for other in others)
+        assert closed_form_kl(path.points, weight) < by_hand * (1.02 if weight else 1.1)
+        assert float(costs[nfe, "best cascade"]["cost"]) <= float(costs[nfe, "cascade, coarse first"]["cost"])
 
 
 def test_the_lead_printed_is_that_of_the_schedule(plan):
@@ -199,7 +228,7 @@ def test_the_interval_is_that_of_the_resampled_images(plan):
     maps = exact["mse_64"].numpy(), exact["mse_32"].numpy(), exact["snr_grid"].numpy()
     assert float(cost) == pytest.approx(kl_path(*maps, 4, 1.0, bands=True)[1], rel=0.02)
     figures = {"cost.png", "paths.png", "density.png"}
-    schedules = {f"schedule_{name}_{nfe}.json" for name in ("optimal", "diagonal") for nfe in (2, 4)}
+    schedules = {f"schedule_{name}_{nfe}.json" for name in SCHEDULES.values() for nfe in (2, 4)}
     assert list_files(folder).keys() == {"costs.csv", *figures, *schedules}
 
 
@@ -213,7 +242,7 @@ def test_published_criteria(stage, heatmap, tmp_path, criterion):
     names = {"costs.csv", "cost.png", "paths.png", "density.png", "schedule_optimal_4.json"}
     assert list_files(folder).keys() == names
     costs = {family: row for (_, family), row in read_costs(folder).items()}
-    assert not {"optimal diagonal", "published DP-64"} & costs.keys()
+    assert not {"optimal diagonal", "best cascade", "published DP-64"} & costs.keys()
     coarse = criterion == "dp_total"
     even = hand_made(4)["diagonal, uniform t"]
     assert not any(t % GAP for t, _ in even.points)
@@ -258,13 +287,15 @@ def test_start_and_end(stage, tmp_path):
     costs = read_costs(folders[0])
     assert costs == read_costs(folders[1]) != read_costs(folders[2])
     assert not any("published" in family for _, family in costs)
-    for name in ("optimal", "diagonal"):
+    for name in SCHEDULES.values():
         path = load_schedule(folders[0] / f"schedule_{name}_4.json")
         points = np.array(path.points)
         assert points[0].tolist() == [640, 640] and points[-1].tolist() == [0, 0] and points[:-1].min() >= 160
         assert path.points == load_schedule(folders[1] / f"schedule_{name}_4.json").points
         counted = np.clip(points, 160, None)
         assert path.provenance["cost"] == pytest.approx(closed_form_kl(counted, 1), rel=0.03)
+        if name == "cascade":
+            continue
         # The path on the grid, from which it was refined, is told in timesteps too.
         grid_path = path.provenance["grid_path"]
         assert grid_path[0] == [640, 640] and grid_path[-1] == [160, 160]
@@ -280,7 +311,8 @@ def test_one_call_leaves_no_choice(stage, heatmap, tmp_path):
     assert "\n1 calls: t_32 ahead at 0 of 2 points, behind at 0; λ_32 - λ_64 from +0.00 to +0.00\n" in output
     assert "resampled" not in output and not (tmp_path / "plan/density.png").exists()
     costs = read_costs(tmp_path / "plan")
-    assert {family for _, family in costs} == {"optimal", "optimal diagonal", *hand_made(2)} - {
+    assert {family for _, family in costs} == {*SCHEDULES, *hand_made(2)} - {
+        "best cascade",
         "cascade, coarse first",
         "fine first",
     }
@@ -334,6 +366,29 @@ def test_planning_refuses(refused, heatmap, tmp_path, flags, status, says):
     (tmp_path / "plan/schedule_optimal_4.json").write_text("kept")
     common = ["--heatmap", heatmap, "--output", tmp_path / "plan"]
     refused(plan_path, *common, *flags, says=says, status=status, keeps=(heatmap.parent,))
+
+
+def fine_only():
+    """The heatmap of a model that predicts the fine image alone."""
+    content = without("mse_32")
+    kept = [BLOCKS.index("HH"), BLOCKS.index("HL")]
+    content["jacobian"] = {block: content["jacobian"][block] for block in ("HH", "HL")}
+    content["jacobian_per_image"] = content["jacobian_per_image"][kept]
+    content["mse_per_image"] = content["mse_per_image"][[0, 2]]
+    return content | {"model_type": "single_t"}
+
+
+def test_a_map_of_the_fine_scale_alone_has_a_best_dp_64(stage, refused, heatmap, tmp_path):
+    save_heatmap(tmp_path / "fine.pth", fine_only())
+    flags = ["--heatmap", tmp_path / "fine.pth", "--nfe", 4, "--output", tmp_path / "plan"]
+    refused(plan_path, *flags, says=("predicts the fine image alone", "use dp_64"))
+    refused(plan_path, *flags, "--criterion", "dp_total", says=("predicts the fine image alone", "--criterion dp_64"))
+    prints = {}
+    for name, file in (("fine", tmp_path / "fine.pth"), ("both", heatmap)):
+        common = ("--nfe", 4, "--criterion", "dp_64", "--bootstrap", 5)
+        stage(plan_path, "--heatmap", file, "--output", tmp_path / name, *common)
+        prints[name] = read_costs(tmp_path / name)
+    assert prints["fine"] == prints["both"]
 
 
 def test_a_map_of_denoising_errors_alone_is_enough_for_kl(stage, tmp_path):

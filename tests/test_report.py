@@ -223,6 +223,27 @@ def cells_with_numbers(root, section):
                         yield table.one("caption").text, block.text, entries[0].text, column, cell
 
 
+def test_feeds_and_regimes_have_rows_of_their_own(tmp_path):
+    file = tmp_path / "fid_results.csv"
+    made = []
+    for k, (model, feed, regime, epoch) in enumerate(
+        [
+            ("dual", "", "independent", 400),
+            # Its last epoch is another one.
+            ("dual", "", "shift:2", 200),
+            ("single_t", "x0", "independent", 400),
+            ("single_t", "noisy", "independent", 400),
+        ]
+    ):
+        prints = {"checkpoint_fingerprint": f"{model}{regime}", "path_fingerprint": f"abc-{feed}"}
+        made.append(make_row(k, model_type=model, coarse_from=feed, regime=regime, epoch=epoch, **prints))
+        append_row(file, made[-1])
+    root = parse(build(file, tmp_path, "A title"))
+    found = {label: cell.text.split()[0] for _, _, label, _, cell in cells_with_numbers(root, "scores")}
+    names = ["LIFT diagonal", "LIFT diagonal, shift:2", "single_t diagonal, x0", "single_t diagonal, noisy"]
+    assert found == {name: f"{row['fid']:.2f}" for name, row in zip(names, made, strict=True)}
+
+
 def links_of(cell):
     return [int(link["href"].removeprefix("#row-")) for link in cell.all("a")]
 

@@ -23,6 +23,7 @@ from result_layout import (
     render_csv,
     render_latex,
     render_markdown,
+    series_of,
     write_tables,
 )
 from results_table import ERROR_BAR_FIELDS, METRIC_VALUES, RESULT_FIELDS, VALUE_FIELDS, append_row, read_rows
@@ -288,10 +289,11 @@ def test_a_value_against_nfe_where_several_were_measured():
 def test_the_published_file_holds_the_published_tables():
     numbers = read_published()
     assert len(numbers) == 10 * 8 + 5
-    assert len({number[:4] for number in numbers}) == len(numbers)
-    by_key = {number[:4]: number for number in numbers}
-    assert by_key["dual", "dp_total", "raw", "2000"][4:] == ("36.65", "0.23", "5")
-    assert by_key["baseline", "diagonal", "ema", "400"][4:] == ("27.90", "", "")
+    assert len({number[:5] for number in numbers}) == len(numbers)
+    by_key = {number[:5]: number for number in numbers}
+    assert by_key["dual", "dp_total", "", "raw", "2000"][5:] == ("36.65", "0.23", "5")
+    assert by_key["baseline", "diagonal", "", "ema", "400"][5:] == ("27.90", "", "")
+    assert by_key["single_t", "dp", "x0", "", "600"].fid_mean == "34.42"
     # Column sums of the published tables.
     for series, total in (
         (("baseline", "diagonal", "raw"), 441.80),
@@ -303,7 +305,7 @@ def test_the_published_file_holds_the_published_tables():
         (("dual", "dp_64", "ema"), 354.60),
         (("dual", "dp_total", "ema"), 351.03),
     ):
-        chosen = [number for number in numbers if number[:3] == series]
+        chosen = [n for n in numbers if (n.model_type, n.path_type, n.weights) == series]
         assert [number.epoch for number in chosen] == [str(epoch) for epoch in range(200, 2001, 200)]
         assert math.fsum(float(number.fid_mean) for number in chosen) == pytest.approx(total, abs=1e-9)
     for number in numbers:
@@ -347,21 +349,73 @@ def test_published_numbers_stand_beside_nothing_else(change):
     assert "[" not in text and "ublished" not in text
 
 
-def test_published_ablations_stand_beside_ours():
+def test_published_ablations_stand_beside_ours_of_the_same_feed():
     rows = [
-        make_row(model_type="single_t", fid=40, epoch=400),
-        make_row(model_type="single_t", fid=35, epoch=400, path_type="dp_64"),
-        make_row(model_type="no_t", fid=60, epoch=600, path_type="dp_total"),
-        make_row(model_type="no_t", fid=61, epoch=600, path_type="kl"),
+        make_row(model_type=model, path_type=path, epoch=epoch, coarse_from=feed, fid=fid + (feed == "x0") / 2)
+        for model, path, epoch, fid in (
+            ("single_t", "diagonal", 400, 40),
+            ("single_t", "dp_64", 400, 35),
+            ("no_t", "dp_64", 600, 60),
+            ("no_t", "cascade:2,6", 600, 61),
+        )
+        for feed in ("x0", "noisy")
     ]
-    table = table_of(layout_tables(rows), "ablations")
+    tables = layout_tables(rows)
+    table = table_of(tables, "ablations")
     assert {row[0]: row[3] for row in texts(table)} == {
-        "single_t diagonal": "40.00 (1) [209.82]",
-        "single_t dp_64": "35.00 (1) [34.42, epoch 600]",
-        "no_t dp_total": "60.00 (1) [61.68, epoch 600]",
-        "no_t kl": "61.00 (1)",
+        "single_t diagonal, noisy": "40.00 (1) [209.82]",
+        "single_t diagonal, x0": "40.50 (1)",
+        "single_t DP-64, noisy": "35.00 (1)",
+        "single_t DP-64, x0": "35.50 (1) [34.42, epoch 600]",
+        "no_t DP-64, noisy": "60.00 (1)",
+        "no_t DP-64, x0": "60.50 (1) [61.68, epoch 600]",
+        "no_t cascade:2,6, noisy": "61.00 (1)",
+        "no_t cascade:2,6, x0": "61.50 (1)",
     }
     assert "not stated" in table.note
+    # Each path is compared with the diagonal of its own feed, and no_t has none.
+    table = table_of(tables, "improvement")
+    assert table.columns[2:] == ("single_t DP-64, noisy", "single_t DP-64, x0")
+    assert texts(table) == [["400", "raw", "5.00 (12.5 %, 1)", "5.00 (12.3 %, 1)"]]
+    assert "; " not in "".join(cell for one in tables for row in texts(one) for cell in row)
+
+
+def test_published_numbers_are_of_the_published_regime():
+    rows = [
+        make_row(model_type=model, path_type=path, coarse_from=feed, regime=regime, checkpoint_fingerprint=regime)
+        for model, path, feed in (("dual", "diagonal", ""), ("single_t", "diagonal", "noisy"))
+        for regime in ("independent", "shift:2")
+    ]
+    tables = layout_tables(rows)
+    raw = table_of(tables, "raw weights")
+    assert raw.columns[1:] == (
+        "LIFT diagonal", "LIFT diagonal, shift:2", "single_t diagonal, noisy", "single_t diagonal, noisy, shift:2"
+    )  # fmt: skip
+    assert texts(raw) == [["200", "30.00 (1) [87.22 ± 0.35]", "30.00 (1)", "30.00 (1)", "30.00 (1)"]]
+    found = {row[0]: row[3] for row in texts(table_of(tables, "ablations"))}
+    assert found == {
+        "single_t diagonal, noisy": "30.00 (1) [209.82]",
+        "single_t diagonal, noisy, shift:2": "30.00 (1)",
+    }
+    assert len(texts(table_of(tables, "best epochs"))) == 4
+
+
+def test_the_usual_regime_of_a_model_goes_without_saying():
+    for model, usual, other in (("dual", "independent", "same"), ("shared_t", "same", ""), ("no_t", "independent", "")):
+        assert series_of(make_row(model_type=model, regime=usual)).regime == ""
+        assert series_of(make_row(model_type=model, regime=other)).regime == other
+    assert series_of(make_row(model_type="baseline")) == ("baseline", "diagonal", "", "")
+
+
+def test_regimes_are_compared_with_their_own_diagonal():
+    rows = [
+        make_row(**OURS, regime=regime, checkpoint_fingerprint=regime, path_type=path, fid=fid)
+        for regime, fids in (("independent", (50, 40)), ("band:2", (30, 27)))
+        for path, fid in zip(("diagonal", "kl"), fids, strict=True)
+    ]
+    table = table_of(layout_tables(rows), "improvement")
+    assert table.columns[2:] == ("LIFT KL", "LIFT KL, band:2")
+    assert texts(table) == [["200", "raw", "10.00 (20.0 %, 1)", "3.00 (10.0 %, 1)"]]
 
 
 def test_a_missing_published_file_is_named(tmp_path):

@@ -48,6 +48,8 @@ def make_row(**changes):
         "model_type": "dual",
         "epoch": 200,
         "path_type": "diagonal",
+        "coarse_from": "",
+        "regime": "independent",
         "fid": 33.25,
         "seconds": 1.5,
         "checkpoint": "lift_dual_timestep_200ep.pth",
@@ -231,7 +233,7 @@ def test_every_metric_needs_one_of_its_values_and_takes_no_other(tmp_path, metri
     assert read_rows(file) == rows
 
 
-FREE_TEXT = ("dataset", "reference", "model_type", "path_type", "checkpoint")
+FREE_TEXT = ("dataset", "reference", "model_type", "path_type", "coarse_from", "regime", "checkpoint")
 one_line = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), max_size=12)
 cell_text = one_line | st.integers().map(str) | st.floats().map(str) | st.sampled_from(["raw", "ema", *METRICS])
 
@@ -281,14 +283,20 @@ def test_a_row_cut_anywhere_is_skipped_and_never_refused(tmp_path_factory, datas
         assert [row["seed"] for row in read_rows(file)] == ["1", "3", "3"]
 
 
-@pytest.mark.parametrize("content", ["a,b\n1,2\n", "checkpoint_finger", ",".join((*RESULT_FIELDS, "extra")) + "\n"])
+# Tables of the version before regimes and coarse feeds were told are foreign too.
+OLD_FIELDS = [field for field in RESULT_FIELDS if field not in ("coarse_from", "regime")]
+FOREIGN = ["a,b\n1,2\n", "checkpoint_finger", csv_line((*RESULT_FIELDS, "extra")), csv_line(OLD_FIELDS)]
+
+
+@pytest.mark.parametrize("content", FOREIGN)
 def test_foreign_header_is_refused_and_left_alone(tmp_path, content):
     file = tmp_path / "other.csv"
     file.write_text(content)
-    with pytest.raises(ValueError, match="other.csv"):
-        append_row(file, make_row())
-    with pytest.raises(ValueError, match="other.csv"):
-        read_rows(file)
+    for use in (lambda: append_row(file, make_row()), lambda: read_rows(file)):
+        with pytest.raises(
+            ValueError, match="other.csv is not a results table of this version.*move it away or choose"
+        ):
+            use()
     assert file.read_text() == content
 
 

@@ -27,9 +27,9 @@ import plan_path
 import report
 import train_baseline
 import train_lift
-from checkpoint import load_model
+from checkpoint import build_model, load_model, read_checkpoint, save_checkpoint
 from data import load_images
-from error_map import load_heatmap
+from error_map import load_heatmap, save_heatmap
 from path import diagonal, find_optimal_path_n_steps_lambda
 from results_table import read_rows
 from schedule_file import load_schedule
@@ -161,9 +161,86 @@ def test_heatmap_refuses(refused, run, tmp_path, flags, status, says):
     refused(compute_heatmap_30, *flags, says=says, status=status, keeps=(run.folder,))
 
 
-def test_an_error_map_needs_two_clocks(refused, run, tmp_path):
-    flags = [*run.heatmap_flags(tmp_path / "map.pth"), "--checkpoint", run.baseline]
-    refused(compute_heatmap_30, *flags, says=(run.baseline, "'baseline'", "two clocks"))
+@pytest.fixture
+def untrained(run, tmp_path):
+    """`untrained(model_type)`: a checkpoint of new weights like that of the run."""
+
+    def make(model_type):
+        content = read_checkpoint(run.lift)
+        config = content["config"] | {"model_type": model_type}
+        torch.manual_seed(0)
+        content |= {"config": config, "model_state": build_model(config).state_dict(), "ema_state": None}
+        save_checkpoint(tmp_path / f"{model_type}.pth", content)
+        return tmp_path / f"{model_type}.pth"
+
+    return make
+
+
+@pytest.mark.parametrize("model_type", ["baseline", "shared_t"])
+def test_an_error_map_needs_scales_at_any_two_timesteps(refused, run, untrained, tmp_path, model_type):
+    checkpoint = untrained(model_type)
+    flags = [*run.heatmap_flags(tmp_path / "map.pth"), "--checkpoint", checkpoint]
+    refused(
+        compute_heatmap_30, *flags, says=(checkpoint, f"'{model_type}'", "any two timesteps", "dual, single_t, no_t")
+    )
+
+
+@pytest.mark.parametrize("model_type", ["single_t", "no_t"])
+def test_a_heatmap_of_the_fine_prediction_alone(stage, run, untrained, tmp_path, drawn, model_type):
+    flags = run.heatmap_flags("unused")
+    place = flags.index("--output")
+    flags = [*flags[:place], *flags[place + 2 :], "--checkpoint", untrained(model_type)]
+    stage(compute_heatmap_30, *flags)
+    file = tmp_path / f"results/heatmap_4_{model_type}_2ep.pth"
+    content = load_heatmap(file)
+    assert content["model_type"] == model_type and content["jacobian"].keys() == {"HH", "HL"}
+    assert not [name for name in content if "_32" in name and name not in ("num_pixels_32", "num_dims_32")]
+    assert not [name for name in content if "total" in name]
+    weight = 1 / (content["snr_grid"] * (1 + content["snr_grid"]))
+    torch.testing.assert_close(content["error_64"], content["jacobian"]["HH"] / 16**4 * weight[:, None])
+    log_snr = content["log_snr_grid"].numpy()
+    cells, cost = find_optimal_path_n_steps_lambda(content["error_64"].numpy(), np.zeros((4, 4)), log_snr, 4, 5)
+    assert content["samples_64"] == [list(cell) for cell in cells]
+    assert content["timesteps_64"] == [[content["t_grid"][i].item() for i in cell] for cell in cells]
+    assert content["costs"] == {"64": pytest.approx(cost)} and content["all_steps"].keys() == {"64"}
+    assert content["all_steps"]["64"][4] == {"cells": content["samples_64"], "cost": pytest.approx(cost)}
+    before = list_files(file.parent)
+    assert "is kept" in stage(compute_heatmap_30, *flags).output and list_files(file.parent) == before
+    stage(compute_heatmap_30, *flags, "--num_steps", 5)
+    assert len(load_heatmap(file)["timesteps_64"]) == 6 and len(drawn) == 3
+
+
+def test_figures_of_the_fine_prediction_alone(stage, run, untrained, tmp_path, monkeypatch):
+    file = tmp_path / "maps/map.pth"
+    with monkeypatch.context() as patched:
+        patched.setattr(compute_heatmap_30, "draw", lambda content, file: None)
+        stage(compute_heatmap_30, *run.heatmap_flags(file), "--checkpoint", untrained("single_t"))
+    before = list_files(file.parent)
+    output = stage(compute_heatmap_30, "--plot_only", "--output", file, *STEPS).output
+    assert "DP-64: " in output and "DP-Total" not in output
+    after = list_files(file.parent)
+    assert after.keys() == {"map.pth", "map.png", "map_maps.png"} and after["map.pth"] == before["map.pth"]
+    # One panel where a model that predicts both scales has two, and one row where it has two.
+    sizes = {}
+    for place in (file, run.heatmap):
+        for suffix in (".png", "_maps.png"):
+            with Image.open(place.with_name(place.stem + suffix)) as figure:
+                sizes[place, suffix] = figure.size
+    assert sizes[file, ".png"][0] < 0.7 * sizes[run.heatmap, ".png"][0]
+    assert sizes[file, "_maps.png"][1] < 0.8 * sizes[run.heatmap, "_maps.png"][1]
+
+
+def test_a_heatmap_from_before_models_were_told_apart_is_kept(stage, run, tmp_path, monkeypatch):
+    titles = []
+    for name in ("plot_maps", "plot_heatmap_pair"):
+        monkeypatch.setattr(compute_heatmap_30, name, lambda *arguments: titles.extend(arguments[4:]))
+    content = load_heatmap(run.heatmap)
+    assert content.pop("model_type") == "dual"
+    save_heatmap(tmp_path / "map.pth", content)
+    before = list_files(tmp_path)
+    assert "is kept" in stage(compute_heatmap_30, *run.heatmap_flags(tmp_path / "map.pth")).output
+    assert list_files(tmp_path)["map.pth"] == before["map.pth"]
+    assert titles[0] == "epoch 2, raw weights" and titles[-1] == "epoch 2, raw weights, factor B, 4 steps"
 
 
 def test_an_error_map_needs_images_like_those_of_training(refused, run, tmp_path):
@@ -480,6 +557,43 @@ def test_a_schedule_file_replays_its_path_without_a_heatmap(stage, run, samples,
     assert again == load_schedule(made / "schedule.json")
 
 
+def test_default_folders_tell_the_parameters_of_a_path_and_the_feed(stage, refused, run, tmp_path):
+    flags = ["--num_images", 1, *STEPS, *HARDWARE]
+    heatmap = ["--heatmap", run.heatmap]
+    for path_type in ("cascade:2,1", "cascade:best", "shift:-1.5", "lead:2", "heuristic:0.8"):
+        stage(generate_with_path_30, "--checkpoint", run.lift, *flags, *heatmap, "--path_type", path_type)
+    content = torch.load(run.lift, weights_only=True)
+    content["config"]["model_type"] = "no_t"
+    torch.manual_seed(0)
+    content["model_state"] = build_model(content["config"]).state_dict()
+    torch.save(content, "no_t_2ep.pth")
+    ablation = ["--checkpoint", "no_t_2ep.pth", *flags]
+    made = stage(generate_with_path_30, "--checkpoint", run.lift, *flags).output
+    plan = Path("results/samples/lift_dual_timestep_2ep_raw_lead_2_4/schedule.json")
+    stage(generate_with_path_30, *ablation, "--path_type", f"schedule:{plan}", "--num_steps", 9)
+    for feed in ("x0", "noisy"):
+        stage(generate_with_path_30, *ablation, "--coarse_from", feed, "--trajectory")
+    folders = {path.name: path for path in Path("results/samples").iterdir()}
+    lift, no_t = "lift_dual_timestep_2ep_raw", "no_t_2ep_raw"
+    kinds = ("cascade_2_1", "cascade_best", "shift_-1.5", "lead_2", "heuristic_0.8", "diagonal")
+    names = {f"{lift}_{kind}_4" for kind in kinds} | {f"{no_t}_diagonal_4_{feed}" for feed in ("x0", "noisy")}
+    assert folders.keys() == names | {f"{no_t}_schedule_schedule_4_x0"} and "path diagonal" in made
+    images = [image for folder in folders.values() for image in images_in(folder).values()]
+    assert len(set(images)) == len(images) == 9
+    settings = {name: json.loads((folder / "settings.json").read_text()) for name, folder in folders.items()}
+    assert {name for name in names if "coarse_from" in settings[name]} == {name for name in names if "no_t" in name}
+    assert settings[f"{no_t}_diagonal_4_noisy"]["coarse_from"] == "noisy"
+    assert load_schedule(folders[f"{lift}_cascade_best_4"] / "schedule.json").kind == "cascade"
+    # Images of another feed do not share a folder, and those of the dual model have none.
+    folder = folders[f"{no_t}_diagonal_4_noisy"]
+    refused(generate_with_path_30, *ablation, "--output", folder, says=(folder, "another coarse_from"))
+    output = ["--output", folders[f"{lift}_diagonal_4"], "--coarse_from", "noisy"]
+    assert "all there" in stage(generate_with_path_30, "--checkpoint", run.lift, *flags, *output).output
+    refused(
+        generate_with_path_30, *ablation, "--path_type", "dp_total", says=("dp_total", "coarse prediction", "dp_64")
+    )
+
+
 @pytest.mark.parametrize("path_type", ["baseline", "dp_64"])
 def test_a_trajectory_is_drawn_and_changes_no_image(stage, run, samples, tmp_path, path_type):
     folder = tmp_path / "samples"
@@ -524,6 +638,10 @@ def test_forced_images_replace_all_of_the_others(stage, run, samples, tmp_path):
         (["--path_type", "dp_64", "--heatmap", "missing.pth"], 1, ("missing.pth", "compute_heatmap_30.py")),
         (["--path_type", "dp_64", "--ema"], 1, ("heatmap_4_2ep.pth", "other weights", "ema")),
         (["--path_type", "zigzag"], 2, ("'zigzag'", "dp_total")),
+        (["--path_type", "cascade:2,x"], 2, ("'cascade:2,x'", "LOG_SNR[,STEPS] or best")),
+        (["--path_type", "cascade:2,4"], 1, ("4 of 4 steps",)),
+        (["--path_type", "schedule:missing.json"], 1, ("missing.json",)),
+        (["--coarse_from", "clean"], 2, ("'clean'", "noisy")),
         (["--schedule", "missing.json"], 1, ("missing.json",)),
         (["--num_steps", 1000], 1, ("num_steps is 1000",)),
         (["--num_images", 1_000_001], 1, ("1000001 images", "several seeds")),
