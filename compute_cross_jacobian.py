@@ -9,7 +9,9 @@ Writes into --output_dir, for every epoch:
     cross_jacobian_{epoch}ep.csv             the four blocks and the ratios HL / HH and LH / LL in every cell
     cross_jacobian_analysis_{epoch}ep.png    the ratios over the plane, and HL / HH along the noisiest fine timestep
     coupling_{epoch}ep.csv, .png             the error of the fine image with other coarse inputs (coupling.py)
-and path_statistics.csv over all epochs: where t_32 and where t_64 leads along DP-64 and DP-Total.
+and over all epochs:
+    path_statistics.csv                      where t_32 and where t_64 leads along DP-64 and DP-Total
+    path_comparison_across_epochs.png        these paths, of raw weights; path_comparison_ema_across_epochs.png of EMA
 
 Blocks are squared Frobenius norms, means over images, so that the ratios are those of squared norms; `_se` is a
 standard error. A heatmap that is missing in --heatmap_dir is computed. Paths are found with the settings of their
@@ -31,7 +33,7 @@ from data import to_float
 from device import autocast
 from distributed import PATIENCE, Processes
 from error_map import BLOCKS, CHAIN_RULE_FACTORS, NORMALISATIONS, load_heatmap
-from map_plots import plot_coupling, plot_cross_jacobian
+from map_plots import plot_coupling, plot_cross_jacobian, plot_paths_across_epochs
 from path import Path as PathOfTimesteps
 from path import check_steps, leads, timestep_grid
 from path_choice import PATH_SETTINGS, heatmap_file, heatmap_path
@@ -244,17 +246,33 @@ def path_statistics(path: PathOfTimesteps, t_grid: torch.Tensor, log_snr_grid: t
     }
 
 
-def statistics_of(args: argparse.Namespace, key: tuple[int, str], heatmap: dict[str, Any]) -> list[dict]:
-    """The rows of path_statistics.csv of one heatmap, with its own settings of paths where flags name no others."""
+def paths_of(args: argparse.Namespace, heatmap: dict[str, Any]) -> dict[str, PathOfTimesteps]:
+    """The published paths on a heatmap by type, with its own settings where flags name no others."""
     settings = {name: getattr(args, name) or heatmap.get(name) for name in PATH_SETTINGS}
     settings = {name: value for name, value in settings.items() if value is not None}
-    rows = []
-    for path_type in DP_TYPES:
-        path, _ = heatmap_path(heatmap, path_type, **settings)
-        row = {"epoch": key[0], "weights": key[1], "path_type": path_type, "num_steps": path.nfe}
-        row["criterion"] = path.provenance["criterion"]
-        rows.append(row | path_statistics(path, heatmap["t_grid"], heatmap["log_snr_grid"]))
-    return rows
+    return {path_type: heatmap_path(heatmap, path_type, **settings)[0] for path_type in DP_TYPES}
+
+
+def statistics_of(key: tuple[int, str], heatmap: dict[str, Any], paths: dict[str, PathOfTimesteps]) -> list[dict]:
+    """The rows of path_statistics.csv of one heatmap."""
+    return [
+        {"epoch": key[0], "weights": key[1], "path_type": path_type, "num_steps": path.nfe}
+        | {"criterion": path.provenance["criterion"]}
+        | path_statistics(path, heatmap["t_grid"], heatmap["log_snr_grid"])
+        for path_type, path in paths.items()
+    ]
+
+
+def draw_paths(paths: dict[tuple[int, str], dict[str, PathOfTimesteps]], log_snr: np.ndarray, folder: Path) -> None:
+    """One figure of the paths of every epoch for each set of weights, raw and EMA."""
+    for weights, infix in (("raw", ""), ("ema", "ema_")):
+        panels = {
+            key: {DP_TYPES[path_type]: path for path_type, path in of_key.items()}
+            for key, of_key in paths.items()
+            if key[1] == weights
+        }
+        if panels:
+            plot_paths_across_epochs(panels, log_snr, folder / f"path_comparison_{infix}across_epochs.png")
 
 
 def print_statistics(rows: list[dict]) -> None:
@@ -276,6 +294,7 @@ def main() -> None:
     checkpoints = {(epoch, weights): file for epoch, file in found.items() for weights in args.weights}
     heatmaps: dict[int, dict[str, dict]] = {}
     published = {}
+    paths: dict[tuple[int, str], dict[str, PathOfTimesteps]] = {}
     statistics = []
     for (epoch, weights), checkpoint in checkpoints.items():
         loaded = load_model(checkpoint, weights == "ema", processes.device)
@@ -288,7 +307,8 @@ def main() -> None:
                 "again (compute_heatmap_30.py --force), or pass one kind of --weights."
             )
         published[epoch] = comparable_ratios(heatmap, args.dataset or loaded.config["dataset"])
-        statistics += statistics_of(args, (epoch, weights), heatmap)
+        paths[epoch, weights] = paths_of(args, heatmap)
+        statistics += statistics_of((epoch, weights), heatmap, paths[epoch, weights])
     processes.close()
     if not processes.is_main:
         return
@@ -301,6 +321,7 @@ def main() -> None:
         write_jacobians(epoch, of_epoch, published[epoch], folder)
         write_coupling(epoch, measured, folder)
     write_csv(folder / "path_statistics.csv", statistics)
+    draw_paths(paths, loaded.scheduler.log_snr.cpu().numpy(), folder)
     print_statistics(statistics)
     print(f"tables and figures in {folder}")
 

@@ -14,6 +14,7 @@ the table is printed and written to sr_metrics.csv, and sr.png shows some of the
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from device import autocast, resolve_compile, resolve_precision, select_device
 from path import SPACINGS, diagonal
 from path import Path as SamplingPath
 from plots import WEIGHTS_TITLES, plot_super_resolution
+from regimes import off_regime_note
 from results_table import csv_line
 from safe_write import replacing
 from sampler import compile_denoiser
@@ -204,6 +206,9 @@ class Upscaler:
         log_snr = self.loaded.scheduler.log_snr.numpy()
         base = diagonal(args.num_steps, args.spacing, 1, log_snr, len(log_snr), args.start)  # One scale.
         self.path: SamplingPath = super_resolution_path(base)
+        note = off_regime_note(self.path, self.loaded.config, self.loaded.scheduler)
+        if note:
+            print(f"warning: {note}", file=sys.stderr)
         self.settings = {
             "weights_fingerprint": self.loaded.fingerprint,
             "path_fingerprint": self.path.fingerprint(),

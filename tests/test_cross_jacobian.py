@@ -23,6 +23,8 @@ WRITTEN = {
     "coupling_2ep.csv",
     "coupling_2ep.png",
     "path_statistics.csv",
+    "path_comparison_across_epochs.png",
+    "path_comparison_ema_across_epochs.png",
 }
 
 
