@@ -1,4 +1,4 @@
-"""Measure what a step costs at every (t_64, t_32): the error map of a LIFT checkpoint on a 30x30 grid.
+"""Measure what a step costs at every (t_64, t_32): the error map of a two-scale checkpoint on a 30x30 grid.
 
     python compute_heatmap_30.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema --device 0
     python compute_heatmap_30.py --checkpoint FILE --output results/heatmap_30_400ep.pth --K 4 --num_images 16
@@ -10,6 +10,9 @@
 Writes results/heatmap_30_{epoch}ep[_ema].pth and two figures beside it: the published errors with their optimal
 paths (.png), and the maps themselves, Jacobian blocks and denoising errors (_maps.png). Images are those the
 checkpoint was trained on. A run that is stopped and started again goes on from its .part files.
+
+Models that predict the fine scale alone (single_t, no_t) have maps of that scale, and DP-64 is the only path found on
+them; theirs are results/heatmap_30_{model}_{epoch}ep[_ema].pth.
 """
 
 import argparse
@@ -36,18 +39,21 @@ from error_map import (
     published_errors,
     save_heatmap,
 )
-from map_plots import plot_heatmap_pair, plot_maps
+from map_plots import plot_heatmap, plot_heatmap_pair, plot_maps
 from path import GRID_SPACINGS, check_steps, find_optimal_paths_all_steps, leads, path_from_cells, timestep_grid
 from path_choice import PATH_SETTINGS, add_path_arguments, heatmap_file, path_errors
+
+# Others know no second scale, or none at a timestep of its own.
+MAPPED_MODELS = ("dual", "single_t", "no_t")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of this stage, from the command line unless `argv` is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", help="a LIFT checkpoint (required unless --plot_only)")
+    add("--checkpoint", help="a checkpoint of train_lift.py (required unless --plot_only)")
     add("--ema", action="store_true", help="use the EMA weights")
-    add("--output", help="the heatmap file (results/heatmap_30_{epoch}ep[_ema].pth)")
+    add("--output", help="the heatmap file (results/heatmap_30_[{model}_]{epoch}ep[_ema].pth)")
     add("--grid", type=cli.positive_int, default=30, help="grid lines per axis (30)")
     add("--K", type=cli.positive_int, default=4, help="Hutchinson probes (4)")
     add("--num_images", type=cli.positive_int, default=16, help="images averaged over (16)")
@@ -103,14 +109,20 @@ def compute_missing(args: argparse.Namespace, checkpoint: Path, weights: str, fi
     compute(parse_args(words), processes)
 
 
+def dp_names(content: dict) -> tuple[str, ...]:
+    """What the published paths on a map minimise: the fine error, and where the coarse one is known the total."""
+    return ("64", "total") if "LL" in content["jacobian"] else ("64",)
+
+
 def path_fields(content: dict, args: argparse.Namespace) -> dict:
     """What follows from a map for a factor, a normalisation and a rule for steps: errors, optimal paths for every N."""
     error_64, error_32 = published_errors(content, args.factor, args.normalisation)
-    fields = {name: getattr(args, name) for name in PATH_SETTINGS}
-    fields |= {"error_64": error_64, "error_32": error_32, "error_total": error_64 + error_32}
+    fields = {name: getattr(args, name) for name in PATH_SETTINGS} | {"error_64": error_64}
+    if "total" in dp_names(content):
+        fields |= {"error_32": error_32, "error_total": error_64 + error_32}
     t_grid = content["t_grid"].tolist()
     costs, all_steps = {}, {}
-    for name in ("64", "total"):
+    for name in dp_names(content):
         errors = path_errors(content, f"dp_{name}", args.factor, args.normalisation)
         optima = find_optimal_paths_all_steps(*errors, 2 * (len(t_grid) - 1), args.max_jump)
         all_steps[name] = {n: {"cells": [list(c) for c in cells], "cost": cost} for n, (cells, cost) in optima.items()}
@@ -124,23 +136,39 @@ def draw(content: dict, file: Path) -> None:
     """The figures of one heatmap, beside it, and how its published paths lead."""
     t_grid, log_snr_grid = content["t_grid"].numpy(), content["log_snr_grid"].numpy()
     label = f"epoch {content['epoch']}, {content['weights']} weights"
+    # Maps from before other models had any do not say whose they are.
+    model_type = content.get("model_type", "dual")
+    label = label if model_type == "dual" else f"{model_type}, {label}"
     maps = content.get("jacobian", {}) | {name: content[name] for name in ("mse_64", "mse_32") if name in content}
     maps_file = file.with_name(f"{file.stem}_maps.png")
     plot_maps(maps, log_snr_grid, t_grid, maps_file, label, content["of"])
     print(f"figure {maps_file}")
     if "jacobian" not in content:
         return
-    plot_heatmap_pair(
-        content["error_64"].numpy(),
-        content["error_total"].numpy(),
-        t_grid,
-        log_snr_grid,
-        content["samples_64"],
-        content["samples_total"],
-        file.with_suffix(".png"),
-        f"{label}, factor {content['factor']}, {content['num_steps']} steps",
-    )
-    for name in ("64", "total"):
+    title = f"{label}, factor {content['factor']}, {content['num_steps']} steps"
+    names = dp_names(content)
+    if "total" in names:
+        plot_heatmap_pair(
+            content["error_64"].numpy(),
+            content["error_total"].numpy(),
+            t_grid,
+            log_snr_grid,
+            content["samples_64"],
+            content["samples_total"],
+            file.with_suffix(".png"),
+            title,
+        )
+    else:
+        plot_heatmap(
+            content["error_64"].numpy(),
+            t_grid,
+            log_snr_grid,
+            file.with_suffix(".png"),
+            title,
+            "fine error $E_{64}$ per unit of log SNR",
+            {"DP-64": content["samples_64"]},
+        )
+    for name in names:
         lead = leads(path_from_cells(content[f"samples_{name}"], t_grid, f"dp_{name}", {}), t_grid)
         print(
             f"DP-{name.title()}: t_32 ahead at {lead['ahead']} of {lead['points']} points, behind at {lead['behind']}, "
@@ -156,9 +184,11 @@ def compute(args: argparse.Namespace, processes: Processes) -> tuple[dict, Path]
     """
     device = processes.device
     loaded = load_model(args.checkpoint, args.ema, device)
-    if loaded.config["model_type"] != "dual":
+    model_type = loaded.config["model_type"]
+    if model_type not in MAPPED_MODELS:
         raise ValueError(
-            f"{args.checkpoint} is a '{loaded.config['model_type']}' model; an error map needs two clocks."
+            f"{args.checkpoint} is a '{model_type}' model, but an error map needs two scales that may be at any two "
+            f"timesteps; pass a checkpoint of one of {', '.join(MAPPED_MODELS)}."
         )
     log_snr = loaded.scheduler.log_snr.numpy()
     if args.start < len(log_snr) and loaded.scheduler.snr[args.start] == 0:
@@ -166,7 +196,7 @@ def compute(args: argparse.Namespace, processes: Processes) -> tuple[dict, Path]
             f"{args.checkpoint} was trained with schedule '{loaded.config['beta_schedule']}', whose SNR is 0 at "
             f"timestep {args.start}, where a map has no log SNR; pass a --start below it, such as {args.start - 1}."
         )
-    file = Path(args.output or heatmap_file("results", loaded.config["epoch"], loaded.weights, args.grid))
+    file = Path(args.output or heatmap_file("results", loaded.config["epoch"], loaded.weights, args.grid, model_type))
     images = cli.load_training_images(args, loaded.config)
     if images.channels != loaded.config["channels"]:
         raise ValueError(
@@ -232,6 +262,7 @@ def measure(
             autocast=functools.partial(autocast, device, precision),
             maps=args.maps,
             of=args.of,
+            num_predictions=loaded.model.num_predictions,
             **options,
         )
 
@@ -249,6 +280,8 @@ def measure(
     parts = PartFiles(file, settings | {"used": precision})
     content = run(grid, precision, coarse=args.coarse, processes=processes, parts=parts)
     content |= {"used_precision": precision, "num_train_timesteps": num_timesteps}
+    # It follows from the fingerprint, so that maps from before it was told are kept.
+    content["model_type"] = loaded.config["model_type"]
     # The file calls these K and batch, as published.
     del content["num_probes"], content["num_images"]
     if processes.is_main:

@@ -1,9 +1,11 @@
-"""What a two-scale denoiser does at every pair of timesteps: Jacobian blocks and denoising error.
+"""What a denoiser of two scales does at every pair of timesteps: Jacobian blocks and denoising error.
 
 A cell (i, j) of the map is the pair (t_grid[i], t_grid[j]) of the fine and the coarse timestep; index 0 is
 noise, the last index is clean. H stands for the fine ("64") and L for the coarse ("32") scale, output first:
 
     HH = ∂ε_64/∂x_64   HL = ∂ε_64/∂x_32   LH = ∂ε_32/∂x_64   LL = ∂ε_32/∂x_32
+
+The map of a denoiser that predicts the fine scale alone has the first two, and no error of the coarse image.
 
 Squared Frobenius norms come from random projections (Hutchinson 1990; of Jacobians, arXiv 1908.02729):
 `E‖Jᵀw‖² = ‖J‖²_F` for probes w whose entries are ±1 with equal probability. They are vector-Jacobian
@@ -33,6 +35,7 @@ from safe_write import replacing
 from scheduler import DDIMScheduler
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # Fine first.
+Predictions = tuple[torch.Tensor, ...]  # Of both scales, fine first, or of the fine one alone.
 
 HEATMAP_FORMAT_VERSION = 2  # 2 has denoising errors per image, and says what was measured.
 BLOCKS = ("HH", "HL", "LH", "LL")
@@ -59,7 +62,7 @@ NORMALISATIONS: dict[str, Callable[[int, int], int]] = {
 
 
 def error_map(
-    denoise: Callable[[Pair, Pair], Pair],
+    denoise: Callable[[Pair, Pair], Predictions],
     scheduler: DDIMScheduler,
     images_64: torch.Tensor,  # [B, C, H, W], float, in [-1, 1]; H and W even
     t_grid: Sequence[int] | torch.Tensor,  # [n], strictly falling timesteps
@@ -73,16 +76,17 @@ def error_map(
     coarse: int | None = None,  # measure this many lines per axis, and interpolate
     processes: Processes | None = None,  # that share the cells
     parts: "PartFiles | None" = None,  # where unfinished work is kept
+    num_predictions: int = 2,  # of the denoiser: both scales, or 1 for the fine one alone
 ) -> dict[str, Any]:
-    """Squared Jacobian norms and denoising errors of a two-scale denoiser in all n x n cells of a grid.
+    """Squared Jacobian norms and denoising errors of a denoiser of two scales in all n x n cells of a grid.
 
     `denoise((x_64, x_32), (t_64, t_32))` gets noisy images `[S, C, H, W]` and `[S, C, H/2, W/2]` and int64
-    timesteps `[S]` twice, and returns its two predictions, shaped like the images, in the prediction type
-    of the scheduler; they are converted to ε. It must treat samples independently (no batch statistics),
-    since one call may hold several cells or part of one. It runs on the device and in the dtype of
+    timesteps `[S]` twice, and returns a tuple of its predictions P, one or two, shaped like the images, in the
+    prediction type of the scheduler; they are converted to ε. It must treat samples independently (no batch
+    statistics), since one call may hold several cells or part of one. It runs on the device and in the dtype of
     images_64; only gradients of its inputs are taken. The coarse image is the 2x2 mean of the fine one.
-    Noise and probes are drawn once from `seed`, on the CPU, independently per image. The whole map costs
-    n² B / batch_size calls, with 2K backward passes each unless `maps` is "mse".
+    Noise and probes are drawn once from `seed`, on the CPU, independently per image and whatever P. The whole map
+    costs n² B / batch_size calls, with P K backward passes each unless `maps` is "mse".
 
     With `coarse` m < n, m lines per axis, about even in both index and log SNR, are measured, and the maps of every
     image are interpolated in log space over log SNR; m further cells off those lines are measured to tell the error.
@@ -90,21 +94,23 @@ def error_map(
     Returns, on the CPU, all float64 `[n, n]` (row i: t_64, column j: t_32) unless stated:
         t_grid int64 `[n]`; snr_grid, log_snr_grid float64 `[n]`
         jacobian, jacobian_se: dicts over `BLOCKS`; mean of ‖J‖²_F over images, and its standard error
-        jacobian_per_image: float32 `[4, n, n, B]`, blocks in the order of `BLOCKS`, mean over probes
+        jacobian_per_image: float32 `[4, n, n, B]`, blocks in the order of `jacobian`, mean over probes
         mse_64, mse_32, mse_64_se, mse_32_se: E‖ε_s - ε̂_s‖² / SNR(t_s) = E‖x_s - x̂_s‖², total over the
             C·H·W dimensions of scale s, in units of x², mean over images
         mse_64_low, mse_64_low_se: the part of mse_64 in the low band of the fine image, 4 ‖A (x_64 - x̂_64)‖² with A
             the 2x2 mean; the rest is in its details. A perfect denoiser has mse_64_low = 4 mse_32
         clipped_mse_64, clipped_mse_32, clipped_mse_64_low, each with _se: the same of x̂ clamped to [-1, 1], as the
             sampler clamps it
-        mse_per_image: float32 `[6, n, n, B]`, in the order of `MSES` and `CLIPPED_MSES`
+        mse_per_image: float32 `[6, n, n, B]`, in the order of `MSES` and `CLIPPED_MSES`; `per_image` reads both
         eps_mse_64, eps_mse_32, eps_mse_64_se, eps_mse_32_se: E‖ε_s - ε̂_s‖² per dimension
         measured: bool; where the map was measured and kept, not interpolated
         interpolation_error: with `coarse`, a dict over blocks and errors of the median and largest relative error
             at the held-out cells, and "cells", which these are; else None
         num_probes, num_images, num_pixels_64 (H·W), num_pixels_32 (H·W/4), num_dims_64 (C·H·W), num_dims_32,
         seed: int; of: str
-    `maps` "blocks" leaves the mse keys out, "mse" those of the Jacobian.
+    `maps` "blocks" leaves the mse keys out, "mse" those of the Jacobian. With one prediction there are the blocks HH
+    and HL alone, and all that is named mse_32 is left out; jacobian_per_image is then `[2, n, n, B]` and mse_per_image
+    `[4, n, n, B]`, in the same order.
 
     A standard error is the sample deviation (ddof 1) over images of the mean over probes, divided by √B.
     Images, each with its own noise and probes, are the independent draws, so this covers all three sources
@@ -113,8 +119,8 @@ def error_map(
     is NaN. Errors of different cells are correlated: to compare cells, resample the values per image.
 
     Raises ValueError for images or a grid of the wrong kind, zero SNR on the grid, num_probes or batch_size
-    below 1, an impossible `maps`, `of` or `coarse`, and a denoiser that returns other shapes, detached
-    predictions, or what is not finite.
+    below 1, an impossible `maps`, `of`, `coarse` or num_predictions, and a denoiser that returns another number of
+    predictions, other shapes, detached predictions, or what is not finite.
     """
     timesteps = _check_grid(t_grid, scheduler)  # [n]
     _check_images(images_64)
@@ -125,6 +131,8 @@ def error_map(
     for name, value, choices in (("maps", maps, MAPS), ("of", of, DIFFERENTIATED)):
         if value not in choices:
             raise ValueError(f"{name} is '{value}' but must be one of {', '.join(choices)}.")
+    if num_predictions not in (1, 2):
+        raise ValueError(f"num_predictions is {num_predictions} but must be 1 (the fine scale alone) or 2.")
     if coarse is not None and not 2 <= coarse < num_lines:
         raise ValueError(f"coarse is {coarse} but a grid of {num_lines} lines can be thinned to 2 to {num_lines - 1}.")
 
@@ -133,6 +141,7 @@ def error_map(
     lines = np.arange(num_lines) if coarse is None else _coarse_lines(log_snr_grid.numpy(), coarse)
     held_out = [] if coarse is None else _held_out_cells(lines, num_lines, coarse, seed)
     cells = torch.tensor([(i, j) for i in lines for j in lines] + held_out)  # [M, 2]
+    blocks, kinds = _names(num_predictions)
     norms, mses = _measure(
         denoise,
         scheduler,
@@ -146,15 +155,16 @@ def error_map(
         progress,
         processes,
         parts,
-    )  # [4, K, M, B], [6, M, B]
+        num_predictions,
+    )  # [2P, K, M, B], [6 or 4, M, B]
 
     measured = torch.zeros(num_lines, num_lines, dtype=torch.bool)
     measured[tuple(cells[: len(lines) ** 2].T)] = True
     values = {}  # Name -> [M, B], mean over probes.
     if maps != "mse":
-        values |= dict(zip(BLOCKS, norms.mean(1), strict=True))
+        values |= dict(zip(blocks, norms.mean(1), strict=True))
     if maps != "blocks":
-        values |= dict(zip(MSES + CLIPPED_MSES, mses, strict=True))
+        values |= dict(zip(kinds, mses, strict=True))
     spread = {name: _whole_map(value, lines, log_snr_grid) for name, value in values.items()}  # [n, n, B]
     interpolation_error = None
     if coarse is not None:
@@ -177,35 +187,52 @@ def error_map(
         "of": of,
     }
     if maps != "mse":
-        errors = {name: _standard_error(spread[name], -1) for name in BLOCKS}
+        errors = {name: _standard_error(spread[name], -1) for name in blocks}
         if num_images == 1:
-            probes = norms.permute(0, 2, 3, 1)[:, :, 0]  # [4, M, K]
+            probes = norms.permute(0, 2, 3, 1)[:, :, 0]  # [2P, M, K]
             errors = {
                 name: _standard_error(_whole_map(values, lines, log_snr_grid), -1)
-                for name, values in zip(BLOCKS, probes, strict=True)
+                for name, values in zip(blocks, probes, strict=True)
             }
         result |= {
-            "jacobian": {name: spread[name].mean(-1) for name in BLOCKS},
+            "jacobian": {name: spread[name].mean(-1) for name in blocks},
             "jacobian_se": errors,
-            "jacobian_per_image": torch.stack([spread[name] for name in BLOCKS]).float(),
+            "jacobian_per_image": torch.stack([spread[name] for name in blocks]).float(),
         }
     if maps != "blocks":
-        result["mse_per_image"] = torch.stack([spread[name] for name in MSES + CLIPPED_MSES]).float()
-        for name in MSES + CLIPPED_MSES:
+        result["mse_per_image"] = torch.stack([spread[name] for name in kinds]).float()
+        for name in kinds:
             result |= {name: spread[name].mean(-1), f"{name}_se": _standard_error(spread[name], -1)}
-        for name, snr, count in zip(MSES[:2], (snr_grid[:, None], snr_grid), num_dims, strict=True):
+        scales = list(zip(MSES[:2], (snr_grid[:, None], snr_grid), num_dims, strict=True))
+        for name, snr, count in scales[:num_predictions]:
             result |= {f"eps_{kind}": result[kind] * snr / count for kind in (name, f"{name}_se")}
     return result
+
+
+def per_image(result: dict[str, Any], name: str) -> torch.Tensor:
+    """The values float32 `[n, n, B]` per image of a block or a denoising error, by its name.
+
+    Raises ValueError for a map that does not hold them.
+    """
+    stacks = {
+        "jacobian_per_image": list(result.get("jacobian", ())),
+        "mse_per_image": [kind for kind in MSES + CLIPPED_MSES if kind in result],
+    }
+    for stack, names in stacks.items():
+        if name in names:
+            return result[stack][names.index(name)]
+    raise ValueError(f"This heatmap holds no {name} but {', '.join(sum(stacks.values(), []))}.")
 
 
 def largest_deviation(result: dict[str, Any], reference: dict[str, Any]) -> float:
     """The largest difference between two maps of one grid, in standard errors of the reference.
 
-    Over all cells of all Jacobian blocks and denoising errors that both hold. NaN where a standard error is.
+    Over all cells of all Jacobian blocks and denoising errors of the first. NaN where a standard error is.
     """
     triples = [(result[n], reference[n], reference[f"{n}_se"]) for n in MSES + CLIPPED_MSES if n in result]
     if "jacobian" in result:
-        triples += [(result["jacobian"][b], reference["jacobian"][b], reference["jacobian_se"][b]) for b in BLOCKS]
+        blocks = result["jacobian"]
+        triples += [(blocks[b], reference["jacobian"][b], reference["jacobian_se"][b]) for b in blocks]
     return torch.stack([(one - other).abs() / error for one, other, error in triples]).max().item()
 
 
@@ -251,8 +278,8 @@ def published_errors(result: dict[str, Any], factor: str = "B", normalisation: s
     `error_s = ‖∂ε_s/∂x_s‖²_F / N_s · f(SNR(t_s))` with f from `CHAIN_RULE_FACTORS` and N from
     `NORMALISATIONS`: (H_s W_s)² as published, C H_s W_s for "per_dim", 1 for "sum". The SNR of the fine scale
     varies along axis 0 and that of the coarse scale along axis 1.
-    Returns (error_64, error_32), float64 `[n, n]` each. Raises ValueError for an unknown factor or
-    normalisation, and for maps without Jacobian.
+    Returns (error_64, error_32), float64 `[n, n]` each; error_32 is 0 where the coarse scale is not predicted.
+    Raises ValueError for an unknown factor or normalisation, and for maps without Jacobian.
     """
     if factor not in CHAIN_RULE_FACTORS:
         raise ValueError(f"Unknown chain-rule factor '{factor}'; choose one of {', '.join(CHAIN_RULE_FACTORS)}.")
@@ -263,6 +290,8 @@ def published_errors(result: dict[str, Any], factor: str = "B", normalisation: s
     weight = CHAIN_RULE_FACTORS[factor](result["snr_grid"])  # [n]
     divide = NORMALISATIONS[normalisation]
     error_64 = result["jacobian"]["HH"] / divide(result["num_pixels_64"], result["num_dims_64"]) * weight[:, None]
+    if "LL" not in result["jacobian"]:
+        return error_64, torch.zeros_like(error_64)
     error_32 = result["jacobian"]["LL"] / divide(result["num_pixels_32"], result["num_dims_32"]) * weight[None, :]
     return error_64, error_32
 
@@ -295,6 +324,13 @@ def load_heatmap(file: str | os.PathLike) -> dict[str, Any]:
             "(compute_heatmap_30.py --force)."
         )
     return content
+
+
+def _names(num_predictions: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    # Of the Jacobian blocks, and of the denoising errors in the order of MSES + CLIPPED_MSES.
+    return BLOCKS[: 2 * num_predictions], tuple(
+        name for name in MSES + CLIPPED_MSES if num_predictions == 2 or "32" not in name
+    )
 
 
 def _check_grid(t_grid: Sequence[int] | torch.Tensor, scheduler: DDIMScheduler) -> torch.Tensor:
@@ -351,7 +387,19 @@ def _held_out_cells(lines: np.ndarray, num_lines: int, count: int, seed: int) ->
 
 
 def _measure(
-    denoise, scheduler, images, ts, num_probes, seed, batch_size, autocast, of, progress, processes, parts
+    denoise,
+    scheduler,
+    images,
+    ts,
+    num_probes,
+    seed,
+    batch_size,
+    autocast,
+    of,
+    progress,
+    processes,
+    parts,
+    num_predictions,
 ) -> Pair:
     # ts is [M, 2]. Samples are numbered cell by cell, and a call takes any run of them.
     num_images, num_cells, device = len(images[0]), len(ts), images[0].device
@@ -359,8 +407,9 @@ def _measure(
     noise, probes = draw_noise_and_probes(images, num_probes, seed)  # [B, ...], [K, B, ...]
     tables = scheduler.to(device)
 
-    norms = torch.zeros(len(BLOCKS), num_probes, num_samples, dtype=torch.float64)
-    mses = torch.zeros(len(MSES + CLIPPED_MSES), num_samples, dtype=torch.float64)
+    blocks, kinds = _names(num_predictions)
+    norms = torch.zeros(len(blocks), num_probes, num_samples, dtype=torch.float64)
+    mses = torch.zeros(len(kinds), num_samples, dtype=torch.float64)
     done = torch.zeros(num_samples, dtype=torch.bool)
     for part in parts.read() if parts else ():
         new = part["done"] & ~done
@@ -389,7 +438,7 @@ def _measure(
                     tables,
                     tuple(x[image] for x in images),
                     tuple(e[image] for e in noise),
-                    tuple(w[:, image] for w in probes),
+                    tuple(w[:, image] for w in probes[:num_predictions]),
                     tuple(t.to(device) for t in ts[cell].T),
                     autocast,
                     of,
@@ -412,58 +461,57 @@ def _measure(
         # What was read from parts is known to every process, and counts once.
         mine[done if rank == 0 else todo] = 1.0
         norms, mses = processes.sum(norms * mine), processes.sum(mses * mine)
-    return norms.view(*norms.shape[:2], num_cells, num_images), mses.view(
-        len(MSES + CLIPPED_MSES), num_cells, num_images
-    )
+    return norms.view(*norms.shape[:2], num_cells, num_images), mses.view(len(kinds), num_cells, num_images)
 
 
 def _evaluate(
-    denoise: Callable[[Pair, Pair], Pair],
+    denoise: Callable[[Pair, Pair], Predictions],
     scheduler: DDIMScheduler,
     images: Pair,  # [S, C, H, W], [S, C, H/2, W/2]
     noise: Pair,  # like images
-    probes: Pair,  # [K, S, ...]
+    probes: Predictions,  # [K, S, ...], for each prediction
     ts: Pair,  # [S], [S]
     autocast: Callable[[], AbstractContextManager],
     of: str,
 ) -> Pair:
-    # Returns ‖Jᵀw‖² [4, K, S] and the denoising errors [6, S].
-    num_probes = len(probes[0])
+    # Returns ‖Jᵀw‖² [2P, K, S] and the denoising errors [6 or 4, S].
+    num_probes, num_predictions = len(probes[0]), len(probes)
     xs = tuple(scheduler.add_noise(x, e, t) for x, e, t in zip(images, noise, ts, strict=True))
     with torch.set_grad_enabled(num_probes > 0):
         xs = tuple(x.requires_grad_(num_probes > 0) for x in xs)
         with autocast():
             predictions = denoise(xs, ts)
-        _check_predictions(predictions, xs)
-        predictions = [p.to(x.dtype) for p, x in zip(predictions, xs, strict=True)]
-        epsilons = [scheduler.predict_epsilon(p, t, x) for p, x, t in zip(predictions, xs, ts, strict=True)]
+        _check_predictions(predictions, xs, num_predictions)
+        # What follows is of the scales predicted; gradients are of both.
+        seen = list(zip(xs, ts, strict=True))[:num_predictions]
+        predictions = [p.to(x.dtype) for p, (x, _) in zip(predictions, seen, strict=True)]
+        epsilons = [scheduler.predict_epsilon(p, t, x) for p, (x, t) in zip(predictions, seen, strict=True)]
         outputs = epsilons
         if of == "x0":
-            outputs = [scheduler.predict_x0(p, t, x) for p, x, t in zip(predictions, xs, ts, strict=True)]
+            outputs = [scheduler.predict_x0(p, t, x) for p, (x, t) in zip(predictions, seen, strict=True)]
     norms = []
     for scale, (output, ws) in enumerate(zip(outputs, probes, strict=True)):
         for k, w in enumerate(ws):
-            last = scale == 1 and k == num_probes - 1
+            last = scale == num_predictions - 1 and k == num_probes - 1
             # One pass per probe is as fast as vmap over the probes and holds 1/K of its gradients, and a
             # prediction that ignores one scale has a zero block there.
             grads = torch.autograd.grad(output, xs, w, retain_graph=not last, materialize_grads=True)
             norms.append(torch.stack([_sum_of_squares(g) for g in grads]))  # [2, S]
-    shape = (2, num_probes, 2, len(ts[0]))
+    shape = (num_predictions, num_probes, 2, len(ts[0]))
     norms = torch.stack(norms).view(shape) if norms else torch.zeros(shape, dtype=torch.float64)
     with torch.no_grad():
-        x0s = [scheduler.predict_x0(p, t, x) for p, x, t in zip(predictions, xs, ts, strict=True)]
+        x0s = [scheduler.predict_x0(p, t, x) for p, (x, t) in zip(predictions, seen, strict=True)]
+        images, noise = images[:num_predictions], noise[:num_predictions]
         errors = [x - x0 for x, x0 in zip(images, x0s, strict=True)]
         if scheduler.prediction_type == "epsilon":
             # The same number, with more digits where there is little noise.
-            scales = [scheduler.snr[t].rsqrt().to(e.dtype)[:, None, None, None] for t, e in zip(ts, noise, strict=True)]
+            scales = [scheduler.snr[t].rsqrt().to(x.dtype)[:, None, None, None] for x, t in seen]
             errors = [(p - e) * scale for p, e, scale in zip(epsilons, noise, scales, strict=True)]
         clipped = [x - x0.clamp(-1, 1) for x, x0 in zip(images, x0s, strict=True)]
         mses = [
-            value
-            for fine, coarse in (errors, clipped)
-            for value in map(_sum_of_squares, (fine, coarse, 2 * F.avg_pool2d(fine, 2)))
+            _sum_of_squares(error) for group in (errors, clipped) for error in (*group, 2 * F.avg_pool2d(group[0], 2))
         ]
-    return norms.transpose(1, 2).flatten(0, 1).cpu(), torch.stack(mses).cpu()  # [out and in, K, S], [6, S]
+    return norms.transpose(1, 2).flatten(0, 1).cpu(), torch.stack(mses).cpu()  # [out and in, K, S], [6 or 4, S]
 
 
 def _whole_map(values: torch.Tensor, lines: np.ndarray, log_snr_grid: torch.Tensor) -> torch.Tensor:
@@ -490,10 +538,11 @@ def _interpolation_error(values: dict, spread: dict, held_out: list[tuple[int, i
     return report
 
 
-def _check_predictions(predictions: Pair, xs: Pair) -> None:
-    if not isinstance(predictions, tuple | list) or len(predictions) != 2:
-        raise ValueError("The denoiser must return two predictions, fine and coarse.")
-    for name, prediction, x in zip(("fine", "coarse"), predictions, xs, strict=True):
+def _check_predictions(predictions: Predictions, xs: Pair, num_predictions: int) -> None:
+    if not isinstance(predictions, tuple | list) or len(predictions) != num_predictions:
+        wanted = "two predictions, fine and coarse" if num_predictions == 2 else "a tuple of one prediction, the fine"
+        raise ValueError(f"The denoiser must return {wanted}.")
+    for name, prediction, x in zip(("fine", "coarse"), predictions, xs, strict=False):
         if prediction.shape != x.shape:
             raise ValueError(
                 f"The denoiser returned a {name} prediction of shape {list(prediction.shape)} for images of "

@@ -4,6 +4,7 @@
     python make_figures.py paths results/samples/*/schedule.json --output results/paths.png
     python make_figures.py scores results/fid_results.csv --metric swd --output results/swd.png
     python make_figures.py paths_epochs results/heatmap_30_*ep*.pth --output results/paths_epochs.png
+    python make_figures.py t_pairs independent same shift:2 heuristic:0.8 band:2 --output results/t_pairs.png
     python make_figures.py samples "Baseline=results/samples/a" "LIFT=results/samples/b" --output results/rows.png
 
 One heatmap is drawn by compute_heatmap_30.py, one sampling trajectory by generate_with_path_30.py.
@@ -14,19 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from cli import positive_int, run_stage
 from data import read_png
 from error_map import load_heatmap
-from map_plots import plot_path_comparison, plot_paths_across_epochs
+from map_plots import plot_path_comparison, plot_paths_across_epochs, plot_timestep_pairs
 from path import Path as PathOfTimesteps
 from path_choice import PATH_SETTINGS
 from plots import plot_losses, plot_samples, plot_scores
+from regimes import TimestepPairs, resolve_regime
 from result_layout import series_of
 from results_table import GROUP_FIELDS, VALUE_FIELDS, aggregate, read_rows
 from run_log import METRICS_FILE, read_metrics
 from schedule_file import load_schedule
-from scheduler import DDIMScheduler
+from scheduler import SCHEDULE_NAMES, DDIMScheduler
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,6 +42,7 @@ def parse_args() -> argparse.Namespace:
         ("paths_epochs", "heatmap file", "published paths, epochs side by side"),
         ("scores", "results table", "a metric against the epoch, or beside each other for one epoch"),
         ("samples", "NAME=FOLDER of PNGs", "samples of equal seeds beside each other"),
+        ("t_pairs", "regime as of train_lift.py --t_pairs", "pairs of timesteps that a training draws"),
     ):
         kind = kinds.add_parser(name, help=text)
         kind.add_argument("inputs", nargs="+", metavar="INPUT", help=inputs)
@@ -49,6 +53,9 @@ def parse_args() -> argparse.Namespace:
             kind.add_argument("--metric", choices=VALUE_FIELDS, default="fid")
             kind.add_argument("--num_images", type=positive_int, help="only results over this many images")
             kind.add_argument("--nfe", type=positive_int, help="only results of this many network calls")
+        if name == "t_pairs":
+            kind.add_argument("--beta_schedule", choices=SCHEDULE_NAMES, default="cosine_clipped")
+            kind.add_argument("--num_pairs", type=positive_int, default=200_000, help="draws of each (200000)")
         if name == "samples":
             kind.add_argument("--columns", type=positive_int, default=12, help="images per row (12)")
     return parser.parse_args()
@@ -160,6 +167,16 @@ def draw_scores(args: argparse.Namespace) -> None:
     plot_scores(named_rows, args.metric, args.output, args.title)
 
 
+def draw_timestep_pairs(args: argparse.Namespace) -> None:
+    """A histogram of each regime, of pairs as a training on that noise schedule draws them."""
+    scheduler = DDIMScheduler(beta_schedule=args.beta_schedule, prediction_type="v")
+    panels = {}
+    for text in args.inputs:
+        pairs = TimestepPairs(resolve_regime(text, "dual"), scheduler)
+        panels[text] = pairs.draw(args.num_pairs, torch.Generator().manual_seed(0))
+    plot_timestep_pairs(panels, scheduler.num_train_timesteps, args.output, args.title)
+
+
 def main() -> None:
     """Draw one figure."""
     args = parse_args()
@@ -169,6 +186,7 @@ def main() -> None:
         "paths_epochs": draw_paths_epochs,
         "scores": draw_scores,
         "samples": draw_samples,
+        "t_pairs": draw_timestep_pairs,
     }
     draw[args.figure](args)
     print(args.output)

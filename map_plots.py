@@ -62,6 +62,8 @@ CONDITION_TITLES = {
 PALE_GREYS = LinearSegmentedColormap.from_list("pale greys", ["1.0", "0.62"])
 DENSITY_COLORS = LinearSegmentedColormap.from_list("density", [to_rgba(COLORS[1], 0.2), to_rgba(COLORS[1], 0.95)])
 
+PAIR_COLORS = LinearSegmentedColormap.from_list("pairs", ["0.88", COLORS[0], "0.05"])
+
 NO_LOGARITHM = "0.85"  # Colour of cells whose value has none.
 
 Cells = Sequence[tuple[int, int]]
@@ -212,6 +214,20 @@ def plot_paths_across_epochs(
     save_figure(_paths_across_epochs_figure(panels, log_snr_table, title), file)
 
 
+def plot_timestep_pairs(
+    panels: Mapping[str, tuple[ArrayLike, ArrayLike]],  # title -> timesteps t_64 and t_32 that were drawn, [B] each
+    num_train_timesteps: int,
+    file: str | os.PathLike,
+    title: str = "",
+) -> None:
+    """Draw how often pairs of timesteps occur: a histogram of 40 x 40 bins per panel, on one logarithmic scale.
+
+    The unit is the share of a bin where both timesteps are uniform and independent; bins without a pair stay white.
+    Raises ValueError for no panel and for timesteps outside the schedule.
+    """
+    save_figure(_timestep_pairs_figure(panels, num_train_timesteps, title), file)
+
+
 @rc_context(STYLE)
 def _heatmap_figure(error, t_grid, log_snr_grid, title, colorbar_label, paths) -> Figure:
     figure = Figure(figsize=(6.0, 5.6), layout="compressed")
@@ -261,7 +277,7 @@ def _maps_figure(maps, log_snr_grid, t_grid, title, of, shared) -> Figure:
     columns = {label: [name for name in names if name in maps] for label, names in shared.items()}
     columns = {label: names for label, names in columns.items() if names}
     num_rows = max(map(len, columns.values()))
-    figure = Figure(figsize=(1.1 + 2.95 * len(columns), 1.5 + 3.1 * num_rows), layout="compressed")
+    figure = Figure(figsize=(1.1 + 2.95 * len(columns), 2.9 + 2.4 * num_rows), layout="compressed")
     slots = figure.add_gridspec(num_rows, len(columns))
     panels = np.full((num_rows, len(columns)), None)  # Of axes, None where there is no map.
     for column, (label, names) in enumerate(columns.items()):
@@ -591,6 +607,40 @@ def _paths_across_epochs_figure(panels, log_snr_table, title) -> Figure:
         axes.set_title(f"epoch {epoch}, {WEIGHTS_TITLES[weights]}", fontsize=10)
     _label_outside_only(plane)
     _add_legend(figure, styles)
+    figure.suptitle(title)
+    return figure
+
+
+@rc_context(STYLE)
+def _timestep_pairs_figure(panels, num_train_timesteps, title) -> Figure:
+    if not panels:
+        raise ValueError("there are no pairs to draw; pass at least one regime")
+    bins, last = 40, num_train_timesteps - 1
+    edges = np.linspace(0, num_train_timesteps, bins + 1) - 0.5
+    shares = {}
+    for name, pairs in panels.items():
+        pairs = np.stack([np.asarray(timesteps) for timesteps in pairs])  # [2, B]
+        if pairs.min() < 0 or pairs.max() > last:
+            raise ValueError(f"the timesteps of {name} are not all within 0 to {last}")
+        counts = np.histogram2d(*pairs, bins=[edges, edges])[0]  # [t_64, t_32]
+        shares[name] = np.ma.masked_equal(counts / counts.sum() * bins**2, 0)
+    norm = LogNorm(min(s.min() for s in shares.values()), max(s.max() for s in shares.values()))
+    columns = even_columns(len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(1.6 + 2.3 * columns, 1.1 + 2.4 * rows), layout="compressed")
+    plane = figure.subplots(rows, columns, squeeze=False)
+    for axes, name in zip(plane.flat, shares, strict=False):
+        mesh = axes.pcolormesh(edges, edges, shares[name], norm=norm, cmap=PAIR_COLORS)
+        axes.set_aspect("equal", adjustable="box")
+        # Reversed like the error maps: noise at the lower left, clean at the upper right.
+        axes.set_xlim(last, 0)
+        axes.set_ylim(last, 0)
+        axes.set_xlabel(SHORT_COARSE_LABEL)
+        axes.set_ylabel(SHORT_FINE_LABEL)
+        axes.set_title(name, fontsize=10)
+    for axes in plane.flat[len(panels) :]:
+        axes.remove()
+    figure.colorbar(mesh, ax=plane, label="pairs, independent = 1", shrink=0.8)
     figure.suptitle(title)
     return figure
 

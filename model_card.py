@@ -43,7 +43,7 @@ scheduler = DDIMScheduler(config["num_train_timesteps"], config["beta_schedule"]
 path = diagonal(18, num_scales=model.num_scales, num_train_timesteps=config["num_train_timesteps"])  # 18 network calls.
 shapes = scale_shapes(model.num_scales, config["channels"], config["resolution"])
 seeds = image_seeds(42, 8)  # An image depends on its seed alone.
-[(_, samples)] = sample_seeds(model.denoise, scheduler, path, seeds, shapes, len(seeds), device)
+[(_, samples)] = sample_seeds(model.denoise, scheduler, path, seeds, shapes, len(seeds), device{feed})
 save_image_grid(to_uint8(samples.images[0]).cpu(), "samples.png", columns=4)
 ```
 
@@ -80,10 +80,15 @@ TWO_CLOCKS = (
     "checkpoint that this model was exported from; `load_schedule` of `schedule_file.py` reads those of a "
     "`schedule.json`."
 )
+COARSE_FEED = (
+    'The model reads the coarse image and does not predict it. With `coarse_from="x0"` that is the 2×2 mean of the '
+    "clean image that was predicted last, noised again to its own timestep; with "
+    '`coarse_from="noisy"` it is the 2×2 mean of the noisy fine image.'
+)
 ONE_CLOCK = "The diagonal, in any number of steps, is the only kind of path that this model can follow."
 APPROXIMATE_INPUT = (
-    "- In training the coarse image had noise of its own; in sampling it is the 2×2 mean of the noisy fine one, whose "
-    "noise is weaker.\n"
+    "- In training the coarse image was that of a real one, with noise of its own; in sampling it is made from the "
+    "fine one and tells nothing more.\n"
 )
 PREDICTIONS = {"epsilon": "the noise", "x0": "the clean image", "v": "the velocity v"}
 
@@ -127,6 +132,8 @@ def _training_section(config: dict[str, Any]) -> str:
 def model_card(config: dict[str, Any], num_parameters: int) -> str:
     """The card, Markdown with a YAML head, of a model whose config holds `class_name` and `pretrained.MODEL_KEYS`."""
     class_name, fine = config["class_name"], config["resolution"]
+    reads_more_than_it_predicts = class_name in ("SingleTimestepModel", "NoTimestepModel")
+    paths = ONE_CLOCK if class_name in ("BaselineModel", "LIFTBaselineModel") else TWO_CLOCKS
     said = config | {
         "description": DESCRIPTIONS[class_name].format(fine=fine, coarse=fine // 2),
         "num_parameters": num_parameters,
@@ -139,6 +146,7 @@ def model_card(config: dict[str, Any], num_parameters: int) -> str:
         introduction=textwrap.fill(INTRODUCTION.format(**said), 120),
         training=_training_section(config),
         module="baseline_model" if class_name == "BaselineModel" else "model",
-        paths=textwrap.fill(TWO_CLOCKS if class_name == "LIFTDualTimestepModel" else ONE_CLOCK, 120),
-        limitation=APPROXIMATE_INPUT if class_name in ("SingleTimestepModel", "NoTimestepModel") else "",
+        feed=', coarse_from="x0"' if reads_more_than_it_predicts else "",
+        paths=textwrap.fill(f"{COARSE_FEED} {paths}" if reads_more_than_it_predicts else paths, 120),
+        limitation=APPROXIMATE_INPUT if reads_more_than_it_predicts else "",
     )

@@ -19,14 +19,16 @@ from error_map import (
     CLIPPED_MSES,
     MSES,
     PartFiles,
+    draw_noise_and_probes,
     error_map,
     largest_deviation,
     load_heatmap,
+    per_image,
     published_errors,
     save_heatmap,
 )
 from gaussian import GaussianDenoiser, Spectrum, jacobian_maps, mse_maps
-from model import LIFTDualTimestepModel
+from model import LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
 from path import find_optimal_path_n_steps_lambda, leads, path_from_cells, timestep_grid
 from path_choice import heatmap_path, path_errors
 from scheduler import DDIMScheduler
@@ -69,13 +71,14 @@ def linear_norms(t_64, t_32, n_64, n_32):
     return {"HH": hh**2 * n_64, "HL": hl**2 * n_32, "LH": lh**2 * n_32 / 4, "LL": ll**2 * n_32}
 
 
-def small_model():
+def small_model(model_class=LIFTDualTimestepModel):
     torch.manual_seed(1)
-    model = LIFTDualTimestepModel(hidden_dims=(8, 16), channels=1).double()
+    model = model_class(hidden_dims=(8, 16), channels=1).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.25)
-    # The sinusoid is float32 by design.
-    model.embed.mlp.register_forward_pre_hook(lambda module, args: (args[0].double(),))
+    if model.knows_time:
+        # The sinusoid is float32 by design.
+        model.embed.mlp.register_forward_pre_hook(lambda module, args: (args[0].double(),))
     return model
 
 
@@ -394,7 +397,14 @@ def test_runs_inside_no_grad_and_under_autocast():
             {"scheduler": DDIMScheduler(beta_schedule="linear_zero_terminal", prediction_type="v")},
             "999 is 0; start",
         ),
+        ({"num_predictions": 0}, "num_predictions is 0 but must be 1"),
+        ({"num_predictions": 3}, "num_predictions is 3 but must be 1"),
         ({"denoise": lambda xs, ts: xs[0]}, "must return two predictions"),
+        ({"denoise": lambda xs, ts: xs[:1]}, "must return two predictions"),
+        ({"num_predictions": 1}, "must return a tuple of one prediction, the fine"),
+        ({"num_predictions": 1, "denoise": lambda xs, ts: xs[0]}, "must return a tuple of one prediction, the fine"),
+        ({"num_predictions": 1, "denoise": lambda xs, ts: xs[1:]}, r"fine prediction of shape \[8, 1, 2, 2\]"),
+        ({"num_predictions": 1, "denoise": lambda xs, ts: (xs[0].detach(),)}, "fine prediction .* carries no gradient"),
         ({"denoise": lambda xs, ts: (xs[0], xs[0])}, r"coarse prediction of shape \[8, 1, 4, 4\] .*\[8, 1, 2, 2\]"),
         ({"denoise": lambda xs, ts: (xs[0], xs[1].detach())}, "coarse prediction .* carries no gradient"),
     ],
@@ -520,6 +530,148 @@ def test_parts_of_a_map_are_those_of_the_whole():
     assert whole["measured"].all() and whole["interpolation_error"] is None
 
 
+# Denoisers that predict the fine scale alone
+
+
+@pytest.mark.parametrize("of", ["eps", "x0"])
+@pytest.mark.parametrize("model_class", [SingleTimestepModel, NoTimestepModel])
+def test_a_fine_map_is_the_exact_jacobian_and_error_of_its_model(model_class, of):
+    model, scheduler, x, t_grid = small_model(model_class), DDIMScheduler(), images(b=1, h=8, w=8), [950, 400, 10]
+    options = {"scheduler": scheduler, "num_probes": 150, "seed": 3, "of": of}
+    result = run(model.denoise, x, t_grid, num_predictions=1, **options)
+    clean = (x, F.avg_pool2d(x, 2))
+    noise, (probes, _) = draw_noise_and_probes(clean, 150, 3)
+    for i, t_64 in enumerate(t_grid):
+        for j, t_32 in enumerate(t_grid):
+            abars = scheduler.alphas_cumprod[[t_64, t_32]]
+            xs = [a.sqrt() * c + (1 - a).sqrt() * e for a, c, e in zip(abars, clean, noise, strict=True)]
+            clocks = [torch.tensor([t_64])] if model_class is SingleTimestepModel else []
+
+            def differentiated(x_64, x_32, clocks=clocks, abar=abars[0]):
+                epsilon = model(x_64, x_32, *clocks)
+                return epsilon if of == "eps" else (x_64 - (1 - abar).sqrt() * epsilon) / abar.sqrt()
+
+            for name, jacobian in zip(
+                ("HH", "HL"), torch.func.jacrev(differentiated, argnums=(0, 1))(*xs), strict=True
+            ):
+                matrix = jacobian.reshape(64, -1)
+                # Both what these very probes give, and what they are an estimate of.
+                estimate = (probes.view(150, 64) @ matrix).square().sum(1).mean()
+                torch.testing.assert_close(result["jacobian"][name][i, j], estimate, rtol=1e-9, atol=0)
+                error = result["jacobian_se"][name][i, j]
+                assert 0 < (estimate - matrix.square().sum()).abs() < 3 * error < 0.6 * matrix.square().sum()
+            with torch.no_grad():
+                x0 = (xs[0] - (1 - abars[0]).sqrt() * model(*xs, *clocks)) / abars[0].sqrt()
+            for clamped, error in (("", x - x0), ("clipped_", x - x0.clamp(-1, 1))):
+                low = error.view(4, 2, 4, 2).sum((1, 3)) / 2
+                for name, value in (("mse_64", error), ("mse_64_low", low)):
+                    torch.testing.assert_close(result[clamped + name][i, j], value.square().sum(), rtol=1e-6, atol=0)
+
+
+def only_fine(denoise):
+    return lambda xs, ts: denoise(xs, ts)[:1]
+
+
+def fine_part(result):
+    """What a map says of the fine prediction, in the form of the map of a denoiser that makes no other."""
+    kept = {key: value for key, value in result.items() if "mse_32" not in key}
+    for key in ("jacobian", "jacobian_se"):
+        kept |= {key: {name: result[key][name] for name in ("HH", "HL")}} if key in result else {}
+    if "jacobian" in result:
+        kept["jacobian_per_image"] = result["jacobian_per_image"][[0, 1]]
+    if "mse_64" in result:
+        kept["mse_per_image"] = result["mse_per_image"][[0, 2, 3, 5]]
+    if result["interpolation_error"]:
+        gone = ("LH", "LL", "mse_32", "clipped_mse_32")
+        report = result["interpolation_error"]
+        kept["interpolation_error"] = {name: value for name, value in report.items() if name not in gone}
+    return kept
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"of": "x0"},
+        {"maps": "mse"},
+        {"maps": "blocks", "num_probes": 3},
+        {"coarse": 3},
+        {"batch_size": 5},
+        {"t_grid": [700, 20]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "x0", "v"])
+def test_a_fine_map_is_the_fine_part_of_the_whole(prediction_type, options):
+    denoiser, scheduler = gaussian_model(prediction_type)
+    x = denoiser.draw(4, torch.Generator().manual_seed(12))
+    options = {"t_grid": timestep_grid(5).tolist(), "scheduler": scheduler, "num_probes": 2, "seed": 6} | options
+    whole = run(denoiser.denoise, x, **options)
+    fine = run(only_fine(denoiser.denoise), x, num_predictions=1, **options)
+    assert_same(fine, fine_part(whole))
+    assert largest_deviation(fine, whole) == largest_deviation(fine, fine) == 0
+    for name in {*BLOCKS, *MSES, *CLIPPED_MSES} & values_of(fine).keys():
+        assert torch.equal(per_image(fine, name), per_image(whole, name))
+        torch.testing.assert_close(per_image(fine, name).double().mean(-1), values_of(fine)[name], rtol=1e-6, atol=0)
+    if "jacobian" in fine:
+        for normalisation in ("published", "sum"):
+            ours, theirs = (published_errors(result, "C", normalisation) for result in (fine, whole))
+            assert torch.equal(ours[0], theirs[0]) and not ours[1].any() and theirs[1].all()
+            errors = (path_errors(result, "dp_64", "C", normalisation) for result in (fine, whole))
+            assert all(np.array_equal(one, other) for one, other in zip(*errors, strict=True))
+
+
+def test_values_per_image_go_by_name():
+    result = run(linear, images(b=3), [900, 400, 20], num_probes=1)
+    for k, name in enumerate(BLOCKS):
+        assert torch.equal(per_image(result, name), result["jacobian_per_image"][k])
+    for k, name in enumerate(MSES + CLIPPED_MSES):
+        assert torch.equal(per_image(result, name), result["mse_per_image"][k])
+    fine = run(only_fine(linear), images(b=3), [900, 400, 20], maps="blocks", num_predictions=1)
+    with pytest.raises(ValueError, match="^This heatmap holds no LL but HH, HL.$"):
+        per_image(fine, "LL")
+
+
+def test_a_deviation_of_a_fine_map_counts():
+    reference = run(only_fine(small_model().denoise), images(b=3, h=8, w=8), [900, 20], num_predictions=1)
+    for name, values in values_of(reference).items():
+        error = (reference["jacobian_se"] | reference).get(name if name in BLOCKS else f"{name}_se")
+        moved = values.clone()
+        moved[1, 0] += 2.5 * error[1, 0]
+        other = reference | ({"jacobian": reference["jacobian"] | {name: moved}} if name in BLOCKS else {name: moved})
+        assert largest_deviation(other, reference) == pytest.approx(2.5, rel=1e-6)
+
+
+def test_clocks_that_a_model_hides_reach_its_map_through_the_noise_alone():
+    def measured(model_class, clocks):
+        model = small_model(model_class).requires_grad_(False)
+        options = {"num_probes": 1, "num_predictions": model.num_predictions}
+        result = run(lambda xs, ts: model.denoise(xs, clocks(*ts)), images(h=8, w=8), [900, 500, 20], **options)
+        assert all((values.diff(dim=dim) != 0).all() for values in values_of(result).values() for dim in (0, 1))
+        return result
+
+    def told(t_64, t_32):
+        return t_64, t_32
+
+    def other_fine(t_64, t_32):
+        return 999 - t_64, t_32
+
+    def other_coarse(t_64, t_32):
+        return t_64, 999 - t_32
+
+    for model_class, hidden, shown in (
+        (LIFTDualTimestepModel, [], [other_fine, other_coarse]),
+        (SingleTimestepModel, [other_coarse], [other_fine]),
+        (NoTimestepModel, [other_fine, other_coarse], []),
+    ):
+        result = measured(model_class, told)
+        for clocks in hidden:
+            assert_same(measured(model_class, clocks), result)
+        for clocks in shown:
+            other = measured(model_class, clocks)
+            assert all(not torch.equal(other[name], result[name]) for name in ("mse_64", "mse_64_low"))
+
+
 # Thinned maps
 
 
@@ -542,7 +694,7 @@ def thinned():
 
 
 def values_of(result):
-    return result["jacobian"] | {name: result[name] for name in MSES + CLIPPED_MSES}
+    return result.get("jacobian", {}) | {name: result[name] for name in MSES + CLIPPED_MSES if name in result}
 
 
 def test_a_thinned_map_measures_its_lines_and_as_many_cells_off_them(thinned):
@@ -631,15 +783,15 @@ class Interrupted(Exception):
 class Counting:
     """A denoiser that counts its samples, and raises at a call."""
 
-    def __init__(self, raises_at=None, failure=Interrupted):
-        self.model, self.raises_at, self.failure = small_model(), raises_at, failure
+    def __init__(self, raises_at=None, failure=Interrupted, model_class=LIFTDualTimestepModel):
+        self.model, self.raises_at, self.failure = small_model(model_class), raises_at, failure
         self.sizes = []
 
     def __call__(self, xs, ts):
         if len(self.sizes) == self.raises_at:
             raise self.failure
         self.sizes.append(len(xs[0]))
-        return self.model(*xs, *ts)
+        return self.model.denoise(xs, ts)
 
 
 def measure(denoise, file=None, **options):
@@ -745,6 +897,18 @@ def test_a_thinned_map_is_resumed_too(tmp_path):
     assert sum(rest.sizes) == 3 * (9 + 3) - 24
 
 
+def test_a_fine_map_is_resumed_too(tmp_path):
+    def counting(calls=None):
+        return Counting(calls, model_class=SingleTimestepModel)
+
+    whole = measure(counting(), coarse=3, num_predictions=1)
+    with pytest.raises(Interrupted):
+        measure(counting(4), tmp_path / "map.pth", coarse=3, num_predictions=1)
+    rest = counting()
+    assert_same(measure(rest, tmp_path / "map.pth", coarse=3, num_predictions=1), whole)
+    assert sum(rest.sizes) == 3 * (9 + 3) - 24 and whole["jacobian"].keys() == {"HH", "HL"}
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("options", [{}, {"maps": "mse"}, {"maps": "blocks"}, {"coarse": 2}])
 def test_a_denoiser_that_is_not_finite_is_named_and_not_kept(tmp_path, bad, options, monkeypatch):
@@ -762,14 +926,15 @@ def test_a_denoiser_that_is_not_finite_is_named_and_not_kept(tmp_path, bad, opti
     assert 0 < sum(rest.sizes) < sum(counting.sizes) + sum(rest.sizes)
 
 
-def measure_in_child(environment, folder, raises_at):
+def measure_in_child(environment, folder, raises_at, model_class):
     """One of several processes: it shares a map, and leaves what it got and how many samples it saw."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     processes = Processes("cpu")
-    denoise = Counting(raises_at)
+    denoise = Counting(raises_at, model_class=model_class)
+    options = {"processes": processes, "num_predictions": model_class.num_predictions}
     try:
-        result = measure(denoise, folder / "map.pth", processes=processes)
+        result = measure(denoise, folder / "map.pth", **options)
     finally:
         torch.save(denoise.sizes, folder / f"sizes{processes.rank}.pth")
     torch.save(result, folder / f"result{processes.rank}.pth")
@@ -781,14 +946,14 @@ def together(tmp_path):
     """`together(2, raises_at={rank: call})` measures in processes; samples that each saw, and their exit codes."""
     started = []
 
-    def start(count, raises_at=()):
+    def start(count, raises_at=(), model_class=LIFTDualTimestepModel):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
         ranks = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
         calls = [dict(raises_at).get(rank) for rank in range(count)]
         processes = [
-            FORKS.Process(target=measure_in_child, args=(environment, tmp_path, call))
+            FORKS.Process(target=measure_in_child, args=(environment, tmp_path, call, model_class))
             for environment, call in zip(ranks, calls, strict=True)
         ]
         started.extend(processes)
@@ -807,7 +972,7 @@ def together(tmp_path):
 
 def assert_nearly_same(result, other):
     assert result.keys() == other.keys()
-    for name in ("jacobian", "jacobian_se", "mse_64", "mse_32", "mse_64_se", "mse_32_se", "eps_mse_64"):
+    for name in {"jacobian", "jacobian_se", "mse_64", "mse_32", "mse_64_se", "mse_32_se", "eps_mse_64"} & other.keys():
         torch.testing.assert_close(result[name], other[name], rtol=1e-12, atol=0)
 
 
@@ -820,6 +985,14 @@ def test_several_processes_share_the_cells_and_agree(together, tmp_path, uninter
     for result in results:
         assert_same(result, results[0])
     assert_nearly_same(results[0], uninterrupted)
+
+
+def test_several_processes_share_a_fine_map(together, tmp_path):
+    sizes, codes = together(2, model_class=NoTimestepModel)
+    assert codes == [0, 0] and sizes == [24, 24]
+    alone = measure(Counting(model_class=NoTimestepModel), num_predictions=1)
+    for rank in range(2):
+        assert_nearly_same(torch.load(tmp_path / f"result{rank}.pth"), alone)
 
 
 def test_another_number_of_processes_goes_on(together, tmp_path, uninterrupted):

@@ -518,13 +518,17 @@ def test_the_card_says_how_the_model_was_trained(exported):
 @pytest.mark.parametrize("model_type", MODEL_CLASSES)
 def test_every_card_describes_its_model(exported, model_type):
     changes = {"dataset": "synthetic", "flip": False, "ema_decay": 0.0}
-    text = (exported(model_type, **changes) / "README.md").read_text()
+    folder = exported(model_type, **changes)
+    text = (folder / "README.md").read_text()
     assert "| images | `synthetic`, drawn by LIFT at 16×16 |" in text and "| EMA | none |" in text
     assert f"# {MODEL_CLASSES[model_type].__name__}, 16×16" in text
     assert "number of images" not in text and "| mirrored at random | no |" in text
     assert "| weights in this folder | raw |" in text
-    assert ("compute_heatmap_30.py" in text) == (model_type == "dual")
-    assert ("2×2 mean" in text) == (model_type in ("single_t", "no_t"))
+    assert ("compute_heatmap_30.py" in text) == (model_type in ("dual", "single_t", "no_t"))
+    assert ("only kind of path" in text) == (model_type in ("baseline", "shared_t"))
+    for said in ("2×2 mean", "does not predict it", 'device, coarse_from="x0")', "- In training the coarse image was"):
+        assert (said in " ".join(text.split())) == (model_type in ("single_t", "no_t"))
+    assert max(map(len, snippet(folder).splitlines())) <= 120
     # A field that was not filled in would be left in braces.
     assert "None" not in text.partition("## Sampling")[0] and not re.search(r"\{\w*\}", text)
 
@@ -546,7 +550,9 @@ def test_the_snippet_of_the_card_samples_the_exported_model(exported, monkeypatc
     path = diagonal(18, num_scales=model.num_scales)
     shapes = scale_shapes(model.num_scales, 3, 16)
     scheduler = DDIMScheduler(**settings)
-    [(_, samples)] = sample_seeds(model.denoise, scheduler, path, image_seeds(42, 8), shapes, 8)
+    feed = "x0" if model_type in ("single_t", "no_t") else None
+    arguments = (model.denoise, scheduler, path, image_seeds(42, 8), shapes, 8)
+    [(_, samples)] = sample_seeds(*arguments, coarse_from=feed)
     expected = image_grid(to_uint8(samples.images[0]).numpy(), columns=4)
     with Image.open(io.BytesIO((folder / "samples.png").read_bytes())) as image:
         assert np.array_equal(np.asarray(image), expected)

@@ -27,6 +27,8 @@ RNG = np.random.default_rng(0)
 ERROR = np.exp(RNG.uniform(-9, 0, (N, N)))
 MAPS = {name: np.exp(RNG.uniform(-9, 9, (N, N))) for name in ("HH", "HL", "LH", "LL", "mse_64", "mse_32")}
 BLOCKS = ("HH", "HL", "LH", "LL")
+# What is known of a model that predicts the fine scale alone.
+FINE_MAPS = {name: MAPS[name] for name in ("HH", "HL", "mse_64")}
 CELLS = [(0, 0), (0, 2), (3, 7), (4, 7), (20, 25), (29, 29)]
 OTHER_CELLS = [(i, i) for i in range(N)]
 DENSITY = np.where(RNG.uniform(size=(N, N)) < 0.1, RNG.uniform(size=(N, N)), 0)
@@ -91,6 +93,7 @@ FIGURES = {
         (1590, 810),
     ),
     "maps": (lambda file: plot_maps(MAPS, LOG_SNR_GRID, T_GRID, file), (1492, 1155)),
+    "fine maps": (lambda file: plot_maps(FINE_MAPS, LOG_SNR_GRID, T_GRID, file, "title"), (1492, 795)),
     "density": (
         lambda file: plot_path_density(ERROR, DENSITY, LOG_SNR_GRID, T_GRID, CELLS, 2, (1, 3), file),
         (1110, 870),
@@ -114,6 +117,8 @@ LAID_OUT = {
     "pair": lambda: map_plots._heatmap_pair_figure(ERROR, ERROR, T_GRID, LOG_SNR_GRID, CELLS, CELLS, "title"),
     "maps": lambda: maps_figure(MAPS),
     "blocks": lambda: maps_figure({name: MAPS[name] for name in BLOCKS}),
+    "fine maps": lambda: maps_figure(FINE_MAPS),
+    "fine blocks": lambda: maps_figure({name: MAPS[name] for name in BLOCKS[:2]}),
     "errors": lambda: maps_figure({name: MAPS[name] for name in ("mse_64", "mse_32")}),
     "coarse grid": lambda: map_plots._maps_figure(
         {"HH": np.ones((4, 4))}, LOG_SNR[[999, 666, 333, 0]], [999, 666, 333, 0], "title", "eps", SHARED_SCALES
@@ -307,6 +312,20 @@ def test_absent_maps_leave_no_gap():
     assert len(names("mse_64", "mse_32")) == 2
     assert ["J_{HH}" in names(*BLOCKS)[0], len(names(*BLOCKS))] == [True, 4]
     assert len(maps_figure({"mse_32": MAPS["mse_32"]}).axes) == 2  # Its panel and its colour bar.
+
+
+def test_maps_of_the_fine_prediction_stand_in_one_row():
+    figure = maps_figure(FINE_MAPS)
+    render(figure)
+    panels = maps_of(figure)
+    for axes, (name, values) in zip(panels, FINE_MAPS.items(), strict=True):
+        (mesh,) = meshes(axes)
+        np.testing.assert_array_equal(mesh.get_array(), values)
+        assert (mesh.norm.vmin, mesh.norm.vmax) == pytest.approx((values.min(), values.max()))
+        assert ("x_{64}" if name == "mse_64" else f"J_{{{name}}}") in axes.get_title()
+        assert axes.get_xlabel() and axes.child_axes[0].get_xlabel()
+    assert len({round(axes.bbox.y0) for axes in panels}) == 1
+    assert [bool(axes.get_ylabel()) for axes in panels] == [True, False, False]
 
 
 def test_blocks_of_the_image_predicted_are_named_so():

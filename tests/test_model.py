@@ -15,6 +15,9 @@ from model import (
     SingleTimestepModel,
     timestep_embedding,
 )
+from path import diagonal
+from sampler import sample
+from scheduler import DDIMScheduler
 
 PARAMETERS = {
     BaselineModel: 58_274_627,
@@ -30,6 +33,13 @@ NUM_CLOCKS = {
     LIFTDualTimestepModel: 2,
     SingleTimestepModel: 1,
     NoTimestepModel: 0,
+}
+NUM_PREDICTIONS = {
+    BaselineModel: 1,
+    LIFTBaselineModel: 2,
+    LIFTDualTimestepModel: 2,
+    SingleTimestepModel: 1,
+    NoTimestepModel: 1,
 }
 SMALL = (8, 8, 16, 24)
 
@@ -76,8 +86,7 @@ def test_dual_model_costs_the_published_flops_and_reaches_4x4():
 def test_predictions_have_the_shapes_of_the_images(model_class, size, channels):
     xs, ts = inputs(model_class, size=size, channels=channels)
     out = as_tuple(build(model_class, channels=channels)(*xs, *ts))
-    both = model_class in (LIFTDualTimestepModel, LIFTBaselineModel)
-    assert [o.shape for o in out] == [x.shape for x in xs[: 2 if both else 1]]
+    assert [o.shape for o in out] == [x.shape for x in xs[: NUM_PREDICTIONS[model_class]]]
     assert all(o.isfinite().all() and o.std() > 0 for o in out)
 
 
@@ -212,22 +221,25 @@ def test_coarse_image_must_be_half_the_fine_one(model_class):
 
 
 @pytest.mark.parametrize("model_class", MODELS)
-def test_denoise_calls_the_model_with_one_image_and_clock_per_sampled_scale(model_class):
+def test_denoise_takes_one_image_and_clock_per_scale_and_gives_each_prediction(model_class):
     model = build(model_class)
     (x_64, x_32), (t_64, t_32) = inputs(LIFTDualTimestepModel, size=32)
-    pooled = x_64.reshape(2, 3, 16, 2, 16, 2).mean(dim=(3, 5))
     expected = {
         BaselineModel: lambda: (model(x_64, t_64),),
         LIFTBaselineModel: lambda: model(x_64, x_32, t_64),
         LIFTDualTimestepModel: lambda: model(x_64, x_32, t_64, t_32),
-        SingleTimestepModel: lambda: (model(x_64, pooled, t_64),),
-        NoTimestepModel: lambda: (model(x_64, pooled),),
+        SingleTimestepModel: lambda: (model(x_64, x_32, t_64),),
+        NoTimestepModel: lambda: (model(x_64, x_32),),
     }[model_class]()
     t_coarse = t_64 if model_class is LIFTBaselineModel else t_32
     out = model.denoise((x_64, x_32)[: model.num_scales], (t_64, t_coarse)[: model.num_scales])
-    assert isinstance(out, tuple) and len(out) == model.num_scales
+    assert isinstance(out, tuple) and len(out) == model.num_predictions == NUM_PREDICTIONS[model_class]
+    assert model.num_scales == (1 if model_class is BaselineModel else 2)
     for got, wanted in zip(out, expected, strict=True):
         torch.testing.assert_close(got, wanted)
+    if model.num_scales == 2:
+        other = model.denoise((x_64, x_32 + 0.5), (t_64, t_coarse))
+        assert all((a - b).abs().max() > 1e-3 for a, b in zip(out, other, strict=True))
 
 
 def test_shared_clock_refuses_to_leave_the_diagonal():
@@ -251,6 +263,8 @@ def test_a_model_reacts_to_the_clocks_it_knows_and_to_no_other(model_class):
         pairs = zip(model.denoise(xs, base), model.denoise(xs, ts), strict=True)
         return [(a - b).abs().max().item() for a, b in pairs]
 
+    if model_class in (SingleTimestepModel, NoTimestepModel):
+        assert change((base[0], torch.full((2,), 700))) == [0.0]
     if model_class is NoTimestepModel:
         assert change(with_fine) == [0.0]
         assert not any("time" in name or "embed" in name for name, _ in model.named_parameters())
@@ -261,6 +275,70 @@ def test_a_model_reacts_to_the_clocks_it_knows_and_to_no_other(model_class):
         fine_ahead = model(*xs, torch.full((2,), 700), torch.full((2,), 300))
         coarse_ahead = model(*xs, torch.full((2,), 300), torch.full((2,), 700))
         assert (fine_ahead[0] - coarse_ahead[0]).abs().max() > 1e-3
+
+
+def twin_models(share):
+    """A shared-t model, and a dual one whose joint embedding is `share` of that of t_64 and the rest of that of t_32.
+
+    On the diagonal that is the embedding of t. SiLU is the identity there, to 1e-25, because its inputs are about 64.
+    """
+    torch.manual_seed(2)
+    shared, dual = (c(hidden_dims=(8, 16)).double().eval() for c in (LIFTBaselineModel, LIFTDualTimestepModel))
+    for parameter in shared.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    missing, unexpected = dual.load_state_dict(shared.state_dict(), strict=False)
+    assert {name.split(".")[0] for name in missing} == {"combine"} and not unexpected
+    for model in (shared, dual):
+        # The sinusoid is float32 by design.
+        model.embed.mlp.register_forward_pre_hook(lambda module, args: (args[0].double(),))
+    identity = torch.eye(32, dtype=torch.float64)
+    dual.combine[0].weight.data = torch.cat([share * identity, (1 - share) * identity], dim=1)
+    dual.combine[0].bias.data.fill_(64)
+    dual.combine[2].weight.data = identity
+    dual.combine[2].bias.data.fill_(-64)
+    return shared.requires_grad_(False), dual.requires_grad_(False)
+
+
+@pytest.mark.parametrize("share", [1, 0.25, 0])
+def test_the_shared_clock_is_the_dual_model_on_the_diagonal_with_tied_weights(share):
+    shared, dual = twin_models(share)
+    (x_64, x_32), (t, other) = inputs(LIFTDualTimestepModel, size=16)
+    x_64, x_32 = x_64.double(), x_32.double()
+    wanted = shared(x_64, x_32, t)
+    # Sums with 64 are rounded by 7e-15 at most, which this network does not amplify.
+    for got, expected in zip(dual(x_64, x_32, t, t), wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
+    for ts, same in (((t, other), share == 1), ((other, t), share == 0)):
+        change = max((a - b).abs().max() for a, b in zip(dual(x_64, x_32, *ts), wanted, strict=True))
+        assert change < 1e-13 if same else change > 1e-3
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_with_tied_weights_both_models_sample_the_same_images_on_the_diagonal(eta):
+    shared, dual = twin_models(0.5)
+    (x_64, x_32), _ = inputs(LIFTDualTimestepModel, size=16)
+    noise, path, visited = (x_64.double(), x_32.double()), diagonal(12), {}
+
+    def sampled(model):
+        generator, points = torch.Generator().manual_seed(3), visited.setdefault(type(model), [])
+
+        def draw(shape):
+            return torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+
+        def callback(k, images):
+            points.append(images)
+
+        return sample(model.denoise, DDIMScheduler(), path, noise, eta, callback, draw=draw).images
+
+    images = sampled(shared)
+    for got, wanted in zip(sampled(dual), images, strict=True):
+        # At most 1e-13 at each of 12 calls, of which a step makes 17 times as much near noise, if nothing is clamped.
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-11)
+        assert 0.1 < wanted.std() and wanted.abs().max() <= 1
+    for one, other in zip(*visited.values(), strict=True):
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-11) for a, b in zip(one, other, strict=True))
+    dual.combine[0].bias.data.fill_(63.9)
+    assert (sampled(dual)[0] - images[0]).abs().max() > 1e-4
 
 
 def test_each_image_of_a_batch_follows_its_own_clock():

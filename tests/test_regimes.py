@@ -6,6 +6,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+import make_figures
+import map_plots
 import train_lift
 from checkpoint import checkpoint_file, load_model, read_checkpoint, save_checkpoint
 from path import Path, cascade, diagonal, log_snr_shift
@@ -226,3 +228,15 @@ def test_models_without_a_choice_refuse_one(refused, tiny, cache, tmp_path):
     refused(train_lift, *flags, "single_t", "--loss_weights", "1,2", says=["fine scale alone"])
     refused(train_lift, *flags, "dual", "--t_pairs", "band:x", says=["no regime"], status=2)
     refused(train_lift, *flags, "dual", "--loss_weights", "0,0", says=["not a pair of weights"], status=2)
+
+
+def test_the_figure_counts_pairs_against_independent_ones(stage, tmp_path):
+    figure = map_plots._timestep_pairs_figure({"one": ([0, 999, 999, 999], [0, 0, 0, 999])}, 1000, "")
+    [mesh] = [artist for axes in figure.axes for artist in axes.collections if axes.get_title() == "one"]
+    counts = np.ma.filled(mesh.get_array(), 0).reshape(40, 40)  # Of t_64 and t_32.
+    assert (counts[0, 0], counts[39, 0], counts[39, 39]) == pytest.approx((400, 800, 400)) and counts.sum() == 1600
+    file = tmp_path / "pairs.png"
+    stage(make_figures, "t_pairs", "independent", "same", "band:2", "--num_pairs", 1000, "--output", file)
+    assert file.stat().st_size > 5000
+    with pytest.raises(ValueError, match="not all within 0 to 999"):
+        map_plots.plot_timestep_pairs({"one": ([1000], [0])}, 1000, file)
