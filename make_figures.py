@@ -111,7 +111,7 @@ def draw_paths_epochs(args: argparse.Namespace) -> None:
     """Published paths of one rule, as each heatmap holds them."""
     contents, panels = [load_jacobians(Path(file)) for file in args.inputs], {}
     for file, content in zip(args.inputs, contents, strict=True):
-        if "timesteps_total" not in content:
+        if "timesteps_64" not in content:
             raise ValueError(f"{file} holds no paths yet; run the compute_heatmap_30.py that made it again.")
     for name in PATH_SETTINGS:
         values = sorted({str(content[name]) for content in contents})
@@ -124,6 +124,7 @@ def draw_paths_epochs(args: argparse.Namespace) -> None:
         panels[key] = {
             f"DP-{name.title()}": PathOfTimesteps(content[f"timesteps_{name}"], f"dp_{name}", {})
             for name in ("64", "total")
+            if f"timesteps_{name}" in content  # A model that predicts the fine scale alone has the first one.
         }
     log_snr = log_snr_table({content["beta_schedule"] for content in contents})
     plot_paths_across_epochs(panels, log_snr, args.output, args.title)

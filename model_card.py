@@ -105,6 +105,9 @@ def _training_section(config: dict[str, Any]) -> str:
         ("optimizer", "AdamW, learning rate {lr:g} ({lr_schedule}), weight decay {weight_decay:g}",
          ("lr", "lr_schedule", "weight_decay")),
         ("gradient clip", "norm {grad_clip:g}", ("grad_clip",)),
+        ("pairs of timesteps", "{t_pairs}", ("t_pairs",)),
+        ("weights of the losses, fine and coarse", "{weighed}", ("loss_weights",)),
+        ("min-SNR weights of the timesteps", "gamma {min_snr_gamma:g}", ("min_snr_gamma",)),
         ("EMA", "{ema}", ("ema_decay",)),
         ("precision", "{precision}", ("precision",)),
         ("seed", "{seed}", ("seed",)),
@@ -115,6 +118,7 @@ def _training_section(config: dict[str, Any]) -> str:
     said = config | {
         "made": "drawn by LIFT at" if config.get("dataset") == "synthetic" else "resized and cropped at the centre to",
         "ema": f"decay {config['ema_decay']:g} per step" if config.get("ema_decay") else "none",
+        "weighed": ", ".join(f"{weight:g}" for weight in config.get("loss_weights") or ()),
         "flip": "yes" if config.get("flip") else "no",
         "weights": {"raw": "raw", "ema": "EMA"}.get(config.get("weights")),
         "step": f"{config.get('step', 0):,}",

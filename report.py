@@ -388,14 +388,14 @@ def heatmap_pictures(folder: Path, scored: set[str]) -> tuple[list[Picture], lis
                 raise ValueError(f"Heatmap {source} lacks {error}; make it with compute_heatmap_30.py.") from error
         views = {
             folder / f"{name}.png": (
-                "Two heat maps over coarse timestep (across) and fine timestep (up, clean on top): the error of a step "
-                "on the fine scale, and on both scales, brighter where larger, each with the path of least error "
-                "from noise at the lower left to the clean image at the upper right.",
+                "Heat maps over coarse timestep (across) and fine timestep (up, clean on top): the error of a step on "
+                "the fine scale and, for a model that predicts both, on both scales, brighter where larger, each with "
+                "the path of least error from noise at the lower left to the clean image at the upper right.",
                 "Error of a step at every pair of timesteps, with the optimal paths",
             ),
             folder / f"{name}_maps.png": (
-                "Heat maps over the log SNR of both scales: the four Jacobian blocks, and the denoising errors of the "
-                "fine and of the coarse image, as far as they were measured, brighter where larger.",
+                "Heat maps over the log SNR of both scales: the Jacobian blocks, and the denoising errors of the fine "
+                "and of the coarse image, as far as they were measured, brighter where larger.",
                 "What was measured: Jacobian blocks and denoising errors",
             ),
         }

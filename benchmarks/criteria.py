@@ -59,8 +59,8 @@ def measured_reader(heatmap: dict, log_snr: np.ndarray) -> Reader:
     Between timesteps the nearest one counts: paths of a network have none. Raises ValueError for a heatmap without
     Jacobians or denoising errors.
     """
-    if not {"jacobian", *MSES} <= heatmap.keys():
-        raise ValueError("This heatmap lacks Jacobians or denoising errors; compute it again with --maps all.")
+    if not {"jacobian", *MSES} <= heatmap.keys() or "LL" not in heatmap["jacobian"]:
+        raise ValueError("This heatmap lacks Jacobians or errors of a scale; compute that of a dual model, --maps all.")
     known = heatmap["log_snr_grid"].numpy()
     start = int(heatmap["t_grid"][0])
     maps = [heatmap["jacobian"]["HH"], heatmap["jacobian"]["LL"], *(heatmap[name] for name in path_mses(heatmap))]

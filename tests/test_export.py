@@ -488,7 +488,8 @@ def test_bad_checkpoints_end_with_one_sentence(refused, tmp_path):
 
 
 def test_the_card_says_how_the_model_was_trained(exported):
-    folder = exported("dual", "--ema", limit=5000, dataset="huggan/AFHQv2")
+    regime = {"t_pairs": "band:2", "t_pairs_points": None, "loss_weights": [1.0, 0.25], "min_snr_gamma": 5.0}
+    folder = exported("dual", "--ema", limit=5000, dataset="huggan/AFHQv2", **regime)
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "lift" and card.data.pipeline_tag == "unconditional-image-generation"
     assert {"diffusion", "pytorch_model_hub_mixin"} <= set(card.data.tags)
@@ -502,6 +503,9 @@ def test_the_card_says_how_the_model_was_trained(exported):
         "batch size": "64",
         "optimizer": "AdamW, learning rate 0.0001 (constant), weight decay 0.01",
         "gradient clip": "norm 1",
+        "pairs of timesteps": "band:2",
+        "weights of the losses, fine and coarse": "1, 0.25",
+        "min-SNR weights of the timesteps": "gamma 5",
         "EMA": "decay 0.9999 per step",
         "precision": "bf16",
         "seed": "42",

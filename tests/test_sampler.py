@@ -16,8 +16,10 @@ from device import MIN_COMPILED_CALLS, compile_or_not, resolve_compile
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
 from path import Path, diagonal, find_optimal_path_n_steps_lambda, path_from_cells, timestep_grid
 from sampler import (
+    COARSE_FEEDS,
     IMAGES_PER_SEED,
     SeededNoise,
+    coarse_feed,
     compile_denoiser,
     image_seeds,
     in_full_batches,
@@ -240,13 +242,14 @@ MODELS = {
     BaselineModel: PATHS["one scale"],
     LIFTDualTimestepModel: PATHS["optimised"],
     LIFTBaselineModel: diagonal(7),
-    SingleTimestepModel: PATHS["one scale"],
-    NoTimestepModel: PATHS["one scale"],
+    SingleTimestepModel: PATHS["optimised"],
+    NoTimestepModel: PATHS["cascade"],
 }
 
 
-def generate(model, path, seeds, batch_size, **options):
+def generate(model, path, seeds, batch_size, coarse_from="x0", **options):
     shapes = scale_shapes(model.num_scales, 3, 16)
+    options["coarse_from"] = coarse_feed(model, coarse_from)
     starts = {}
 
     def keep(k, xs):
@@ -266,16 +269,20 @@ def generate(model, path, seeds, batch_size, **options):
     return starts, images
 
 
+# A model that predicts all it reads is the same with every feed.
+FED = [(model_class, "x0") for model_class in MODELS] + [(SingleTimestepModel, "noisy"), (NoTimestepModel, "noisy")]
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.5])
-@pytest.mark.parametrize("model_class", MODELS)
-def test_an_image_depends_on_its_seed_alone(model_class, eta):
+@pytest.mark.parametrize(("model_class", "coarse_from"), FED)
+def test_an_image_depends_on_its_seed_alone(model_class, coarse_from, eta):
     torch.manual_seed(0)
     model, path = model_class(hidden_dims=(8, 16)).eval(), MODELS[model_class]
     seeds = list(image_seeds(42, 5))
-    starts, images = generate(model, path, seeds, batch_size=5, eta=eta)
+    starts, images = generate(model, path, seeds, 5, coarse_from, eta=eta)
     others = [(seeds, 1), (seeds, 2), (seeds[::-1], 3), ([seeds[3], 7, seeds[1]], 3)]
     for other_seeds, batch_size in others:
-        other_starts, other_images = generate(model, path, other_seeds, batch_size, eta=eta)
+        other_starts, other_images = generate(model, path, other_seeds, batch_size, coarse_from, eta=eta)
         for seed in set(seeds) & set(other_seeds):
             for s in range(model.num_scales):
                 assert torch.equal(starts[seed][s], other_starts[seed][s])
@@ -287,19 +294,156 @@ def test_an_image_depends_on_its_seed_alone(model_class, eta):
 class Pixelwise:
     """A denoiser without sums over pixels, whose result has the same bits at every batch size."""
 
-    num_scales = 2
+    num_scales = num_predictions = 2
     denoise = staticmethod(fading)
 
 
+def blending(xs, ts):
+    """One prediction, of the fine scale, from both images."""
+    return (0.4 * xs[0] + 0.3 * xs[1].repeat_interleave(2, 2).repeat_interleave(2, 3),)
+
+
+class PixelwiseFine(Pixelwise):
+    num_predictions = 1
+    denoise = staticmethod(blending)
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.5])
-def test_the_sampler_itself_adds_no_dependence_on_the_batch(eta):
+@pytest.mark.parametrize(
+    ("model", "coarse_from"), [(Pixelwise, "x0"), *((PixelwiseFine, feed) for feed in COARSE_FEEDS)]
+)
+def test_the_sampler_itself_adds_no_dependence_on_the_batch(model, coarse_from, eta):
     seeds = list(image_seeds(42, 6))
-    starts, images = generate(Pixelwise, PATHS["optimised"], seeds, batch_size=6, eta=eta)
+    starts, images = generate(model, PATHS["optimised"], seeds, 6, coarse_from, eta=eta)
     for other_seeds, batch_size in [(seeds, 1), (seeds, 4), (seeds[::-1], 3)]:
-        other_starts, other_images = generate(Pixelwise, PATHS["optimised"], other_seeds, batch_size, eta=eta)
+        other_starts, other_images = generate(model, PATHS["optimised"], other_seeds, batch_size, coarse_from, eta=eta)
         for seed in seeds:
             assert all(torch.equal(a, b) for a, b in zip(starts[seed], other_starts[seed], strict=True))
             assert all(torch.equal(a, b) for a, b in zip(images[seed], other_images[seed], strict=True))
+
+
+def fed_by_hand(denoise, scheduler, path, noise, feed, eta, end, draws):
+    """What `sample` makes of a denoiser of the fine scale, with a fine image twice the size of the coarse one."""
+
+    def mean(x):
+        return (x[..., ::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, ::2] + x[..., 1::2, 1::2]) / 4
+
+    abar = scheduler.alphas_cumprod.tolist()
+    fine, coarse_image = noise
+    if feed == "noisy":
+        coarse_image = mean(fine)
+    for k in range(path.nfe):
+        (t, _), (t_next, coarse_next) = path.points[k], path.points[k + 1]
+        is_clean = end == "clean" and k == path.nfe - 1
+        (epsilon,) = denoise((fine, coarse_image), None)
+        x0 = (fine - (1 - abar[t]) ** 0.5 * epsilon) / abar[t] ** 0.5
+        x0 = x0.clamp(-1, 1) if scheduler.clip_sample else x0
+        if t_next != t or is_clean:
+            a_next = 1.0 if is_clean else abar[t_next]
+            sigma = eta * ((1 - a_next) / (1 - abar[t]) * (1 - abar[t] / a_next)) ** 0.5
+            epsilon = (fine - abar[t] ** 0.5 * x0) / (1 - abar[t]) ** 0.5
+            fine = a_next**0.5 * x0 + max(1 - a_next - sigma**2, 0) ** 0.5 * epsilon
+            if eta > 0:
+                fine = fine + sigma * next(draws)
+        if feed == "noisy":
+            coarse_image = mean(fine)
+        elif is_clean:
+            coarse_image = mean(x0)
+        else:
+            a_coarse = abar[coarse_next]
+            coarse_image = a_coarse**0.5 * mean(x0) + (1 - a_coarse) ** 0.5 * next(draws)
+    return fine, coarse_image
+
+
+@pytest.mark.parametrize("clip_sample", [True, False])
+@pytest.mark.parametrize("end", ["clean", "t0"])
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("feed", COARSE_FEEDS)
+@pytest.mark.parametrize("name", ["diagonal", "cascade", "fine first", "optimised"])
+def test_a_fed_coarse_image_is_made_as_a_plain_loop_makes_it(name, feed, eta, end, clip_sample):
+    path, scheduler = PATHS[name], DDIMScheduler(clip_sample=clip_sample)
+    noise, drawn = start_noise(path, dtype=torch.float64), []
+
+    def draw(shape):
+        drawn.append(torch.randn(2, *shape, generator=generator, dtype=torch.float64))
+        return drawn[-1]
+
+    generator, recorder = torch.Generator().manual_seed(5), Recorder(blending)
+    result = sample(recorder, scheduler, path, noise, eta, end=end, draw=draw, coarse_from=feed)
+    left = iter(drawn)
+    expected = fed_by_hand(blending, scheduler, path, noise, feed, eta, end, left)
+    assert next(left, None) is None and result.nfe == len(recorder.calls) == path.nfe
+    for x, y in zip(result.images, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-7, atol=1e-7)
+    # A denoiser is told both timesteps, whatever it makes of them.
+    assert [tuple(t[0].item() for t in ts) for _, ts in recorder.calls] == list(path.points[:-1])
+
+
+def test_a_feed_is_for_models_that_read_what_they_do_not_predict():
+    feeds = {model_class: coarse_feed(model_class((8, 8)), "noisy") for model_class in MODELS}
+    assert {model_class for model_class, feed in feeds.items() if feed} == {SingleTimestepModel, NoTimestepModel}
+    assert set(feeds.values()) == {None, "noisy"}
+    path = diagonal(3)
+    noise = start_noise(path)
+    with pytest.raises(ValueError, match=r"^The denoiser predicts 1 of 2 scales, .* coarse_from = None\.$"):
+        sample(blending, DDIMScheduler(), path, noise)
+    for feed in COARSE_FEEDS:
+        with pytest.raises(ValueError, match=rf"^The denoiser predicts 2 of 2 scales, .* coarse_from = {feed}\.$"):
+            sample(fading, DDIMScheduler(), path, noise, coarse_from=feed)
+    with pytest.raises(ValueError, match=r"^Unknown coarse feed 'x1'; choose one of x0, noisy\.$"):
+        sample(blending, DDIMScheduler(), path, noise, coarse_from="x1")
+
+
+@pytest.mark.parametrize("end", ["clean", "t0"])
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+def test_a_callback_may_go_back_with_other_images(path, end):
+    # Twice back over the whole of what lies behind, and once from the images that are already done.
+    scheduler, noise, recorder = DDIMScheduler(), start_noise(path), Recorder()
+    jumps = [(path.nfe - 1, 0), (path.nfe - 1, path.nfe // 2)] * (path.nfe > 1) + [(path.nfe, path.nfe - 1)]
+    left, seen, handed = list(jumps), [], {}
+
+    def callback(k, xs):
+        seen.append(k)
+        if left and left[0][0] == k:
+            handed[len(recorder.calls)] = tuple(1 - x for x in xs)
+            return left.pop(0)[1], handed[len(recorder.calls)]
+
+    result = sample(recorder, scheduler, path, noise, end=end, callback=callback)
+    xs, k, waiting, visited = tuple(noise), 0, list(jumps), []
+    while True:
+        if waiting and waiting[0][0] == k:
+            xs, k = tuple(1 - x for x in xs), waiting.pop(0)[1]
+        if k == path.nfe:
+            break
+        visited.append(k)
+        clean = end == "clean" and k == path.nfe - 1
+        steps = zip(fading(xs, None), path.points[k], path.points[k + 1], xs, strict=True)
+        xs = tuple(scheduler.step(e, t, CLEAN if clean else u, x) if clean or u != t else x for e, t, u, x in steps)
+        k += 1
+    assert result.nfe == len(recorder.calls) == len(visited) > path.nfe
+    assert [tuple(t[0].item() for t in ts) for _, ts in recorder.calls] == [path.points[k] for k in visited]
+    # A point that was jumped to is not announced again.
+    assert seen == [0, *(k + 1 for k in visited)] and not left
+    for call, images in handed.items():
+        assert all(a is b for a, b in zip(recorder.calls[call][0], images, strict=True))
+    for x, y in zip(result.images, xs, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_callback_may_replace_the_images_where_it_is():
+    path, recorder = diagonal(4), Recorder()
+    replaced = {k: tuple(torch.full_like(x, k) for x in start_noise(path)) for k in range(5)}
+    result = sample(recorder, DDIMScheduler(), path, start_noise(path), callback=lambda k, xs: (k, replaced[k]))
+    assert result.nfe == 4 and result.images is replaced[4]
+    assert all(xs is replaced[k] for k, (xs, _) in enumerate(recorder.calls))
+
+
+@pytest.mark.parametrize(("at", "to"), [(0, 1), (2, 3), (2, -1), (4, 5)])
+def test_a_callback_cannot_go_on(at, to):
+    recorder, path = Recorder(), diagonal(4)
+    with pytest.raises(ValueError, match=rf"^A callback at point {at} must go on from point 0 to {at}, not from {to}"):
+        sample(recorder, DDIMScheduler(), path, start_noise(path), callback=lambda k, xs: (to, xs) if k == at else None)
+    assert len(recorder.calls) == at
 
 
 def test_fresh_noise_changes_the_image_but_not_its_start():
@@ -444,12 +588,14 @@ def test_compiled_once_for_every_batch_and_for_further_models(model_class):
         model = model_class(hidden_dims=(8, 16)).eval().requires_grad_(False)
         model = model.to(memory_format=torch.channels_last)
         shapes, scheduler = scale_shapes(model.num_scales, 3, 16), DDIMScheduler(prediction_type=prediction_type)
+        feed = coarse_feed(model, "x0")
         with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend=backend)):
             denoise, note = compile_denoiser(model.denoise, shapes, 2, torch.device("cpu"), "fp32")
         assert note == ""
         first = len(graphs)
         eager, compiled = (
-            [s.images for _, s in sample_seeds(d, scheduler, path, seeds, shapes, 2)] for d in (model.denoise, denoise)
+            [s.images for _, s in sample_seeds(d, scheduler, path, seeds, shapes, 2, coarse_from=feed)]
+            for d in (model.denoise, denoise)
         )
         assert len(graphs) == first > 0
         for one, other in zip(eager, compiled, strict=True):
