@@ -1,0 +1,381 @@
+"""Paint what a mask leaves open, with a model that was trained for nothing of the sort (RePaint, arXiv 2201.09865).
+
+    python inpaint.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema --mask center
+    python inpaint.py --checkpoint FILE --ema --input my_images --mask mask.png --repeats 4 --output painted
+    python inpaint.py --checkpoint FILE --ema --mask left --mask_scale coarse --path_type dp_total --heatmap FILE
+
+White of a mask is known and black is painted, with the line at mid-grey. A mask of the fine size says which fine pixels
+are known; a coarse one is known then where all four of its fine ones are. A mask of the coarse size says which coarse
+pixels are known, and the fine image may be anything with these 2x2 means: a local super-resolution.
+
+At every point of the path what is known replaces what was sampled, noised to the timestep of its scale; known coarse
+pixels also say what the 2x2 means of the noisy fine image are (not with --free_fine). A jump goes back --jump_length
+points by adding noise, so that what is painted can take in what is known (--jump_repeats passes over each stretch; 1 is
+none). Known fine pixels come out as they went in, bit for bit.
+
+Writes one PNG per image and seed, named after both, into --output (what is there already is skipped), settings.json,
+and `inpainting.png` with some of them. Without --input, images that were kept out of training serve, if there are any.
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+import cli
+from checkpoint import LoadedModel, load_model
+from data import UNREADABLE, coarse, fingerprint_array, read_png, save_png, to_float, to_uint8
+from device import autocast, resolve_compile, resolve_precision, select_device
+from generate_sr import claim, evaluation_images, evenly, read_folder, write_settings
+from path import Path as SamplingPath
+from path_choice import add_path_arguments, add_path_type_argument, choose_path, heatmap_file, parse_path_type
+from plots import WEIGHTS_TITLES, plot_samples
+from regimes import off_regime_note
+from sampler import (
+    COARSE_FEEDS,
+    Denoiser,
+    Images,
+    Samples,
+    SeededNoise,
+    coarse_feed,
+    compile_denoiser,
+    sample,
+    scale_shapes,
+)
+from scheduler import DDIMScheduler
+from super_resolution import noise_seeds
+
+# What is known of n x n pixels, by the name of the mask.
+MASKS: dict[str, Callable[[int], np.ndarray]] = {
+    "center": lambda n: np.pad(np.zeros((n - n // 4 * 2,) * 2, bool), n // 4, constant_values=True),
+    "left": lambda n: np.broadcast_to(np.arange(n) >= n // 2, (n, n)),
+    "random": lambda n: np.random.default_rng(0).random((n, n)) < 0.5,
+    "none": lambda n: np.ones((n, n), bool),
+}
+FIGURE_FILE = "inpainting.png"
+FIGURE_IMAGES, FIGURE_SEEDS = 8, 4
+UNKNOWN_GREY = 128
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags of this stage."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", required=True)
+    add("--ema", action="store_true", help="use the EMA weights")
+    text = "PNG of the fine or the coarse size, white where known; or what is painted: the central quarter (center), "
+    add("--mask", required=True, help=text + f"half (left, random) or nothing (none); one of {', '.join(MASKS)}")
+    add("--mask_scale", choices=("fine", "coarse"), help="of a mask by name (fine)")
+    images = parser.add_mutually_exclusive_group()
+    images.add_argument("--input", help="folder of images of the fine size")
+    images.add_argument("--on", choices=("holdout", "train"), help="images of the data set (holdout if there are any)")
+    text = "evenly over those there are (all of --input, 8 of a data set)"
+    add("--num_images", type=cli.positive_int, default=None, metavar="N", help=text)
+    add("--repeats", type=cli.positive_int, default=1, help="results per image, by as many seeds from --seed on (1)")
+    add("--batch_size", type=cli.positive_int, default=64, help="images per network call (64)")
+    add("--seed", type=cli.seed, default=42, help="the noise of an image depends on this and its pixels (42)")
+    text = "with a coarse mask: put nothing into the fine image on the way, as in super-resolution"
+    add("--free_fine", action="store_true", help=text)
+    add("--eta", type=cli.unit_interval, default=1.0, help="0 DDIM to 1 ancestral, as published (1)")
+    add("--jump_length", type=cli.positive_int, default=3, help="points that a jump goes back (3)")
+    add("--jump_repeats", type=cli.positive_int, default=5, help="passes over each stretch; 1 is no jump (5)")
+    add_path_type_argument(parser)
+    add("--schedule", help="follow the path of this schedule file instead of --path_type")
+    add("--heatmap", help="for dp, kl and cascade:best (results/heatmap_30_{epoch}ep[_ema].pth)")
+    add("--coarse_from", choices=COARSE_FEEDS, default="x0", help="coarse image of single_t and no_t models (x0)")
+    add("--output", help="folder (results/inpainting/{checkpoint}_{weights}_{path}_{mask}[_{input}])")
+    add("--force", action="store_true", help="replace the images of other settings that --output holds")
+    cli.add_data_arguments(parser, dataset_default=None)
+    cli.add_device_arguments(parser)
+    cli.add_compile_argument(parser)
+    add_path_arguments(parser)
+    args = parser.parse_args()
+    if args.mask_scale and args.mask not in MASKS:
+        parser.error("--mask_scale is for a mask by name; the size of a PNG says its scale")
+    return args
+
+
+def load_mask(mask: str, scale: str, resolution: int) -> torch.Tensor:
+    """What is known, bool `[n, n]`: a mask by name, for the fine or the coarse scale, or that of an image file.
+
+    Raises FileNotFoundError for neither, ValueError for a file that is no 8-bit image of either size.
+    """
+    half = resolution // 2
+    if mask in MASKS:
+        return torch.from_numpy(np.array(MASKS[mask](half if scale == "coarse" else resolution)))
+    if not Path(mask).is_file():
+        raise FileNotFoundError(f"--mask {mask} is neither a file nor one of {', '.join(MASKS)}; name one of these.")
+    try:
+        with Image.open(mask) as image:
+            if image.size not in ((resolution,) * 2, (half,) * 2):
+                raise ValueError(f"it is {image.width}x{image.height}")
+            if image.mode.startswith(("I", "F")):
+                raise ValueError("it has more than 8 bits per value")
+            return torch.from_numpy(np.array(image.convert("L")) > 127)
+    except UNREADABLE as error:
+        raise ValueError(
+            f"--mask {mask} cannot be used ({error}); this model takes an 8-bit image of {resolution}x{resolution} "
+            f"pixels, or of {half}x{half} for the coarse scale."
+        ) from error
+
+
+def scale_masks(
+    mask: torch.Tensor, resolution: int, num_scales: int, coarse_from: str | None = None
+) -> tuple[torch.Tensor, ...]:
+    """What a mask of either scale says is known of every scale, bool `[H, W]` each, fine first.
+
+    Raises ValueError for a mask of the coarse scale where a model has none, or reads it off the noisy fine image.
+    """
+    if len(mask) == resolution:
+        half = resolution // 2
+        return (mask, mask.view(half, 2, half, 2).all(3).all(1))[:num_scales]
+    if num_scales == 1 or coarse_from == "noisy":
+        raise ValueError(
+            "A mask of the coarse scale needs a model that is given a coarse image of its own, unlike a baseline model "
+            f"or --coarse_from noisy; pass a mask of {resolution}x{resolution} pixels."
+        )
+    return torch.zeros(resolution, resolution, dtype=torch.bool), mask
+
+
+def jump_counts(num_steps: int, jump_length: int, jump_repeats: int) -> dict[int, int]:
+    """How often to jump at which points of a path: jump_repeats - 1 times at every jump_length-th one but the last.
+
+    Raises ValueError for jumps as long as the path or longer.
+    """
+    if jump_repeats == 1:
+        return {}
+    if jump_length >= num_steps:
+        raise ValueError(
+            f"--jump_length {jump_length} is too long for a path of {num_steps} steps; choose less, or "
+            "--jump_repeats 1 for no jumps."
+        )
+    return dict.fromkeys(range(jump_length, num_steps, jump_length), jump_repeats - 1)
+
+
+def renoise(scheduler: DDIMScheduler, x: torch.Tensor, noise: torch.Tensor, t: int, t_back: int) -> torch.Tensor:
+    """A draw at the noisier timestep t_back of the diffusion that is at x at t: sqrt(r) x + sqrt(1 - r) noise.
+
+    r = abar(t_back) / abar(t); with neighbouring timesteps the last line but one of RePaint's algorithm 1.
+    """
+    ratio = scheduler.alphas_cumprod[t_back].item() / scheduler.alphas_cumprod[t].item()
+    return ratio**0.5 * x + (1 - ratio) ** 0.5 * noise
+
+
+def fit_means(x: torch.Tensor, means: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The image nearest to x `[B, C, 2H, 2W]` whose 2x2 means are `means` `[B, C, H, W]` where mask `[H, W]` is set."""
+    return x + F.interpolate((means - coarse(x)) * mask, scale_factor=2, mode="nearest")
+
+
+def repaint(
+    denoise: Denoiser,
+    scheduler: DDIMScheduler,
+    path: SamplingPath,
+    images: torch.Tensor,  # clean, [B, C, R, R] in [-1, 1]; what is not known of them is not looked at
+    masks: Sequence[torch.Tensor],  # of `scale_masks`
+    draw: Callable[[Sequence[int]], torch.Tensor],  # (C, H, W) -> standard normal [B, C, H, W]
+    eta: float = 1.0,
+    jump_length: int = 1,
+    jump_repeats: int = 1,
+    coarse_from: str | None = None,
+    free_fine: bool = False,
+) -> Samples:
+    """Sample along a path with what is known put in at every point (RePaint, arXiv 2201.09865, algorithm 1).
+
+    Known pixels are the clean ones noised to the timestep of their scale with fresh noise (eq. 8a), at timestep 0 the
+    clean ones themselves, as in super-resolution; the others are sampled (eq. 8b). `jump_counts` says where to jump. A
+    jump takes every scale back by its own timesteps, and leaves one alone that had not moved since.
+
+    Where no fine pixel is known, the 2x2 means of the fine image are, at the known coarse pixels, and they are put in
+    likewise (`fit_means`), which holds to the rounding of floats in the end. free_fine: only then, at the last point.
+
+    Noise is drawn for the start scale by scale, then at each point for the scales of which something is known, for the
+    means, for a jump, and as `sample` does: with nothing known and no jumps this is `sample`. Raises what `sample` and
+    `jump_counts` raise.
+    """
+    known = [images, coarse(images)][: path.num_scales]
+    masks = [mask.to(images.device) for mask in masks]
+    is_known = [mask.any().item() for mask in masks]
+    by_means = is_known == [False, True]
+    left = jump_counts(path.nfe, jump_length, jump_repeats)
+
+    def noised(image: torch.Tensor, t: int, strength: float = 1.0) -> torch.Tensor:
+        return scheduler.add_noise(image, strength * draw(image.shape[1:]), t) if t > 0 else image
+
+    def place(k: int, xs: Images) -> tuple[int, Images]:
+        placed = [
+            torch.where(mask, noised(image, t), x) if some else x
+            for x, image, mask, some, t in zip(xs, known, masks, is_known, path.points[k], strict=True)
+        ]
+        if by_means and (k == path.nfe or not free_fine):
+            # The mean of four pixels has half the noise of one.
+            placed[0] = fit_means(placed[0], noised(known[1], path.points[k][0], 0.5), masks[1])
+        if left.get(k, 0) > 0:
+            left[k] -= 1
+            back = zip(placed, path.points[k], path.points[k - jump_length], strict=True)
+            placed = [renoise(scheduler, x, draw(x.shape[1:]), t, u) if u > t else x for x, t, u in back]
+            k -= jump_length
+        if coarse_from == "noisy":
+            placed[1] = coarse(placed[0])
+        return k, tuple(placed)
+
+    noise = [draw(image.shape[1:]) for image in known]
+    return sample(denoise, scheduler, path, noise, eta, place, draw=draw, coarse_from=coarse_from)
+
+
+def inpaint(
+    denoise: Denoiser,
+    scheduler: DDIMScheduler,
+    path: SamplingPath,
+    images: torch.Tensor,  # [N, C, R, R] in [-1, 1]
+    masks: Sequence[torch.Tensor],
+    seeds: Sequence[int],  # of the noise of each image
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    **options: Any,  # of `repaint`
+) -> Iterator[Samples]:
+    """`repaint` batch by batch: image k depends on what is known of it and on `seeds[k]` alone.
+
+    Raises ValueError if an image comes out NaN or infinite, and what `repaint` raises.
+    """
+    for start in range(0, len(images), batch_size):
+        draw = functools.partial(SeededNoise(seeds[start : start + batch_size]).draw, device=device)
+        given = images[start : start + batch_size].to(device)
+        samples = repaint(denoise, scheduler, path, given, masks, draw, **options)
+        finite = samples.images[0].isfinite().flatten(1).all(1)  # [B]
+        if not finite.all():
+            raise ValueError(
+                f"The network makes image {start + finite.tolist().index(False)} NaN or infinite; use another "
+                "checkpoint, or --precision fp32."
+            )
+        yield samples
+
+
+def read_images(args: argparse.Namespace, loaded: LoadedModel) -> dict[str, torch.Tensor]:
+    """The images to paint in, uint8 `[C, R, R]` by name: those of --input, or of the data set by their number."""
+    config = loaded.config
+    if args.input is None:
+        inherited = config if args.dataset is None else {}
+        args.on = args.on or ("holdout" if args.holdout or inherited.get("holdout") else "train")
+        args.num_images = args.num_images or FIGURE_IMAGES
+        return {f"{k:04d}": pixels for k, pixels in enumerate(evaluation_images(args, loaded))}
+    images = read_folder(Path(args.input), config["resolution"], config["channels"])
+    names = list(images)
+    return {names[k]: images[names[k]] for k in evenly(args.num_images or len(names), len(names), args.input)}
+
+
+def claim_images(folder: Path, settings: dict[str, Any], prints: dict[str, str], force: bool) -> list[str]:
+    """Make a folder that of images of these settings; returns the names of those that are not there yet.
+
+    prints: name -> fingerprint of what the image is made from. Raises ValueError for a folder of other settings or an
+    image that came from elsewhere, unless forced.
+    """
+    made = claim(folder, settings, force).get("images", {})
+    files = {name: folder / f"{name}.png" for name in prints}
+    foreign = [file for name, file in files.items() if file.exists() and name not in made]
+    if foreign and not force:
+        raise ValueError(f"{foreign[0]} was not made by this stage; pass --force to replace it, or another --output.")
+    missing = [name for name in prints if not files[name].exists() or made.get(name) != prints[name]]
+    for name in missing:
+        files[name].unlink(missing_ok=True)
+    write_settings(folder, settings | {"images": made | prints})
+    return missing
+
+
+def draw_figure(
+    images: dict[str, torch.Tensor], mask: torch.Tensor, seeds: Sequence[int], folder: Path, title: str
+) -> None:
+    """Some images, what was known of them, and what was made of them, one row per seed."""
+    names = [list(images)[k] for k in evenly(min(FIGURE_IMAGES, len(images)), len(images), "the figure")]
+    originals = torch.stack([images[name] for name in names])
+    given = originals.clone() if len(mask) == originals.shape[-1] else to_uint8(coarse(to_float(originals)))
+    given[:, :, ~mask] = UNKNOWN_GREY
+    rows = {"original": originals, f"known of {len(mask)} × {len(mask)}": given}
+    for seed in seeds[:FIGURE_SEEDS]:
+        rows[f"seed {seed}"] = torch.stack([read_png(folder / f"{name}_{seed}.png") for name in names])
+    plot_samples({label: pixels.numpy() for label, pixels in rows.items()}, folder / FIGURE_FILE, title)
+
+
+def main() -> None:
+    """Paint what is missing, then draw the figure."""
+    args = parse_args()
+    device = select_device(args.device)
+    loaded = load_model(args.checkpoint, args.ema, device)
+    config, denoise = loaded.config, loaded.model.denoise
+    weights, model_type = loaded.weights, config["model_type"]
+    heatmap = args.heatmap or heatmap_file("results", config["epoch"], weights, model_type=model_type)
+    path = choose_path(args, args.path_type, loaded, heatmap, args.schedule)
+    note = off_regime_note(path, config, loaded.scheduler)
+    if note:
+        print(f"warning: {note}", file=sys.stderr)
+    feed = coarse_feed(loaded.model, args.coarse_from)
+    mask = load_mask(args.mask, args.mask_scale or "fine", config["resolution"])
+    masks = scale_masks(mask, config["resolution"], loaded.model.num_scales, feed)
+    if args.free_fine and len(mask) == config["resolution"]:
+        raise ValueError("--free_fine is for a mask of the coarse scale, and this one is of the fine; leave it out.")
+    jumps = jump_counts(path.nfe, args.jump_length, args.jump_repeats)
+    images = read_images(args, loaded)
+    kind = path.kind if args.schedule else parse_path_type(args.path_type).file_name
+    name = f"{Path(args.checkpoint).stem}_{weights}_{kind}_{path.nfe}_{Path(args.mask).stem}"
+    name += f"_{Path(args.input).resolve().name}" if args.input else ""
+    folder = Path(args.output or f"results/inpainting/{name}")
+    if args.input and folder.resolve() == Path(args.input).resolve():
+        raise ValueError(f"--output {folder} is the folder of the input; pass another.")
+
+    settings = {
+        "weights_fingerprint": loaded.fingerprint,
+        "path_fingerprint": path.fingerprint(),
+        "mask_fingerprint": fingerprint_array(mask.numpy()),
+        "eta": args.eta,
+        "jump_length": args.jump_length if jumps else None,
+        "jump_repeats": args.jump_repeats,
+        "free_fine": args.free_fine,
+        "coarse_from": feed,
+        "precision": resolve_precision(device, args.precision),
+    }
+    seeds = range(args.seed, args.seed + args.repeats)
+    results = {f"{name}_{seed}": (pixels, seed) for name, pixels in images.items() for seed in seeds}
+    prints = {name: fingerprint_array(pixels.numpy()) for name, (pixels, _) in results.items()}
+    missing = claim_images(folder, settings, prints, args.force)
+
+    batch_size = min(args.batch_size, max(1, len(missing)))
+    calls = path.nfe + args.jump_length * sum(jumps.values())
+    if missing and resolve_compile(device, args.compile, len(missing) * calls):
+        shapes = scale_shapes(loaded.model.num_scales, config["channels"], config["resolution"])
+        denoise, note = compile_denoiser(denoise, shapes, batch_size, device, args.precision)
+        if note:
+            print(note)
+    nfe = start = 0
+    with autocast(device, args.precision), tqdm(total=len(missing), unit="img", desc="inpainting") as bar:
+        if missing:
+            pixels = torch.stack([results[name][0] for name in missing])
+            own_seeds = [noise_seeds(results[name][0][None], results[name][1])[0] for name in missing]
+            batches = inpaint(
+                denoise, loaded.scheduler, path, to_float(pixels), masks, own_seeds, batch_size, device,
+                eta=args.eta, jump_length=args.jump_length, jump_repeats=args.jump_repeats, coarse_from=feed,
+                free_fine=args.free_fine,
+            )  # fmt: skip
+            for samples in batches:
+                nfe = samples.nfe
+                for image in to_uint8(samples.images[0]).cpu():
+                    save_png(image, folder / f"{missing[start]}.png")
+                    start += 1
+                bar.update(len(samples.images[0]))
+
+    title = f"Inpainting along {path.kind}, {calls} network calls, epoch {config['epoch']}, "
+    draw_figure(images, mask, seeds, folder, title + WEIGHTS_TITLES[weights])
+    made = "all there already"
+    if missing:
+        made = f"{len(missing)} new with {nfe} network calls each, {path.nfe} of the path and {nfe - path.nfe} by jumps"
+    print(f"{len(results)} images in {folder}: {made}; path {path.kind} {path.fingerprint()}")
+
+
+if __name__ == "__main__":
+    cli.run_stage(main)

@@ -1,0 +1,193 @@
+"""Walk from the image of one seed to that of another along a path.
+
+    python interpolate.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema --seeds 42000000 42000001
+    python interpolate.py --checkpoint FILE --ema --seeds 42000000 42000007 --frames 24 --gif
+    python interpolate.py --checkpoint FILE --ema --seeds 42000000 42000007 --at 6 --schedule schedule.json
+
+Seeds are those in the names of the images of generate_with_path_30.py, which the first and the last frame are. Between
+them lie the great circles of their noise, each scale by itself, sampled on without fresh noise of their own; with
+--at K not of the noise, but of what the two seeds have become at point K of the path.
+
+Writes `frame_000.png` and so on into --output (what is there already is skipped), settings.json, all of them in a
+strip, `grid.png`, and with --gif `frames.gif`, which goes there and back without end.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import cli
+from checkpoint import load_model
+from data import read_png, save_png, to_uint8
+from device import autocast, resolve_precision, select_device
+from inpaint import claim_images
+from path import Path as SamplingPath
+from path_choice import add_path_arguments, add_path_type_argument, choose_path, heatmap_file, parse_path_type
+from plots import even_columns, image_grid, save_image_grid
+from regimes import off_regime_note
+from safe_write import replacing
+from sampler import COARSE_FEEDS, ENDS, Denoiser, Images, Samples, SeededNoise, coarse_feed, sample, scale_shapes
+from scheduler import DDIMScheduler
+
+GRID_COLUMNS, GRID_SIDE = 12, 128
+GIF_FILE, GIF_SIDE, GIF_MILLISECONDS = "frames.gif", 256, 100
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags of this stage."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", required=True)
+    add("--ema", action="store_true", help="use the EMA weights")
+    add("--seeds", type=cli.seed, nargs=2, required=True, metavar=("A", "B"), help="of the first and the last frame")
+    add("--frames", type=cli.positive_int, default=12, help="the two ends counted (12)")
+    add("--at", type=int, default=0, metavar="K", help="point of the path whose states are interpolated (0: the noise)")
+    add_path_type_argument(parser)
+    add("--schedule", help="follow the path of this schedule file instead of --path_type")
+    add("--heatmap", help="for dp, kl and cascade:best (results/heatmap_30_{epoch}ep[_ema].pth)")
+    add("--coarse_from", choices=COARSE_FEEDS, default="x0", help="coarse image of single_t and no_t models (x0)")
+    add("--batch_size", type=cli.positive_int, default=64, help="images per network call, at least 3 (64)")
+    add("--end", choices=ENDS, default="clean", help="land on the clean image, or on t=0 as published (clean)")
+    add("--gif", action="store_true", help="also write an animation")
+    add("--output", help="folder (results/interpolation/{checkpoint}_{weights}_{path}_{A}_{B}[_at{K}])")
+    add("--force", action="store_true", help="replace the frames of other settings that --output holds")
+    cli.add_device_arguments(parser)
+    add_path_arguments(parser)
+    args = parser.parse_args()
+    if args.frames < 2 or args.batch_size < 3:
+        parser.error("--frames must be at least 2, the two ends, and --batch_size 3, both ends and a frame between")
+    return args
+
+
+def slerp(first: torch.Tensor, last: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Points of the great circle from one image `[C, H, W]` to another, `[B, C, H, W]` for weights `[B]` in [0, 1].
+
+    (sin((1 - w) a) first + sin(w a) last) / sin(a) with the angle a between them (Shoemake 1985): images of equal norm
+    keep it, and independent normal ones stay normal, whose straight mean has half the variance. The ends, and all
+    there is between equal images, are exact. Opposite images have no such circle, and go through 0 instead.
+    """
+    a, b = first.double(), last.double()
+    cosine = (a * b).sum() / (a.norm() * b.norm())
+    angle = cosine.clamp(-1, 1).acos()
+    w = weights.double().to(a.device).view(-1, 1, 1, 1)
+    if angle.sin() < 1e-6:
+        points = torch.where(w == 1, b, a + w * (b - a))
+    else:
+        points = (((1 - w) * angle).sin() * a + (w * angle).sin() * b) / angle.sin()
+    return points.to(first.dtype)
+
+
+def check_point(at: int, path: SamplingPath) -> None:
+    """Raises ValueError for what is no point of a path, or the last, where nothing is left to sample."""
+    if not 0 <= at < path.nfe:
+        raise ValueError(f"--at {at} is not a point before the last of a path of {path.nfe} steps; choose 0 or more.")
+
+
+def interpolate(
+    denoise: Denoiser,
+    scheduler: DDIMScheduler,
+    path: SamplingPath,
+    seeds: Sequence[int],  # two
+    weights: torch.Tensor,  # [B], of the second seed; the first two of them 0 and 1
+    shapes: Sequence[tuple[int, int, int]],  # (C, H, W) per scale, fine first
+    at: int = 0,
+    device: torch.device | str = "cpu",
+    end: str = "clean",
+    coarse_from: str | None = None,
+) -> Samples:
+    """Sample with DDIM what lies between the states of two seeds at point `at` of a path, scale by scale.
+
+    Rows 0 and 1 are the images that `sample_seeds` makes of the two seeds. What a coarse feed draws lies between what
+    it draws for the two. Raises ValueError for an `at` that is no point of the path before the last, or other first
+    weights, and what `sample` raises.
+    """
+    check_point(at, path)
+    if weights[:2].tolist() != [0, 1]:
+        raise ValueError(f"The first two weights must be 0 and 1, the ends, not {weights[:2].tolist()}.")
+    source = SeededNoise(seeds)
+
+    def draw(shape: Sequence[int]) -> torch.Tensor:
+        return slerp(*source.draw(shape, device), weights)
+
+    def meet(k: int, xs: Images) -> tuple[int, Images] | None:
+        return (k, tuple(slerp(x[0], x[1], weights) for x in xs)) if k == at else None
+
+    noise = [draw(shape) for shape in shapes]
+    return sample(denoise, scheduler, path, noise, 0.0, meet, end, draw, coarse_from)
+
+
+def save_gif(frames: torch.Tensor, file: Path) -> None:
+    """Write uint8 `[N, C, H, W]` as an animation that goes there and back, of 256 pixels a side or a little more."""
+    scale = -(-GIF_SIDE // frames.shape[-1])
+    pictures = [Image.fromarray(image_grid(frame[None].numpy(), 1, scale, padding=0)) for frame in frames]
+    turn = pictures[1:] + pictures[-2:0:-1]
+    with replacing(file) as temporary:
+        pictures[0].save(temporary, format="GIF", save_all=True, append_images=turn, duration=GIF_MILLISECONDS, loop=0)
+
+
+def main() -> None:
+    """Make the frames that are missing, then draw the strip."""
+    args = parse_args()
+    device = select_device(args.device)
+    loaded = load_model(args.checkpoint, args.ema, device)
+    config = loaded.config
+    weights, model_type = loaded.weights, config["model_type"]
+    heatmap = args.heatmap or heatmap_file("results", config["epoch"], weights, model_type=model_type)
+    path = choose_path(args, args.path_type, loaded, heatmap, args.schedule)
+    note = off_regime_note(path, config, loaded.scheduler)
+    if note:
+        print(f"warning: {note}", file=sys.stderr)
+    feed = coarse_feed(loaded.model, args.coarse_from)
+    check_point(args.at, path)
+    first, last = args.seeds
+    kind = path.kind if args.schedule else parse_path_type(args.path_type).file_name
+    name = f"{Path(args.checkpoint).stem}_{weights}_{kind}_{path.nfe}_{first}_{last}"
+    folder = Path(args.output or f"results/interpolation/{name}{f'_at{args.at}' if args.at else ''}")
+
+    settings = {
+        "weights_fingerprint": loaded.fingerprint,
+        "path_fingerprint": path.fingerprint(),
+        "seeds": args.seeds,
+        "frames": args.frames,
+        "at": args.at,
+        "end": args.end,
+        "coarse_from": feed,
+        "precision": resolve_precision(device, args.precision),
+    }
+    # The ends lead every batch, because what is between them is made from their rows.
+    shares = torch.linspace(0, 1, args.frames, dtype=torch.float64)
+    names = [f"frame_{k:03d}" for k in range(args.frames)]
+    missing = claim_images(folder, settings, dict.fromkeys(names, ""), args.force)
+    inner = [k for k in range(1, args.frames - 1) if names[k] in missing]
+    chunks = [inner[s : s + args.batch_size - 2] for s in range(0, len(inner), args.batch_size - 2)] or [[]]
+    shapes = scale_shapes(loaded.model.num_scales, config["channels"], config["resolution"])
+    with autocast(device, args.precision), tqdm(total=len(missing), unit="img", desc="interpolation") as bar:
+        for chunk in chunks if missing else []:
+            rows = [0, args.frames - 1, *chunk]
+            samples = interpolate(
+                loaded.model.denoise, loaded.scheduler, path, args.seeds, shares[rows], shapes, args.at, device,
+                args.end, feed,
+            )  # fmt: skip
+            for k, pixels in zip(rows, to_uint8(samples.images[0]).cpu(), strict=True):
+                file = folder / f"{names[k]}.png"
+                if not file.exists():
+                    save_png(pixels, file)
+                    bar.update()
+    frames = torch.stack([read_png(folder / f"{name}.png") for name in names])
+    save_image_grid(
+        frames.numpy(), folder / "grid.png", even_columns(len(frames), GRID_COLUMNS), -(-GRID_SIDE // frames.shape[-1])
+    )
+    (folder / GIF_FILE).unlink(missing_ok=True)
+    if args.gif:
+        save_gif(frames, folder / GIF_FILE)
+    made = f"{len(missing)} new with {path.nfe} network calls each" if missing else "all there already"
+    print(f"{args.frames} frames in {folder}: {made}; path {path.kind} {path.fingerprint()}")
+
+
+if __name__ == "__main__":
+    cli.run_stage(main)
