@@ -13,7 +13,6 @@ the table is printed and written to sr_metrics.csv, and sr.png shows some of the
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import cli
 from checkpoint import LoadedModel, load_model
-from data import IMAGE_SUFFIXES, UNREADABLE, coarse, fingerprint_array, save_png, to_float, to_uint8
+from data import coarse, fingerprint_array, save_png, to_float, to_uint8
 from device import autocast, resolve_compile, resolve_precision, select_device
+from image_folder import claim, claim_images, evenly, read_folder, write_settings
 from path import SPACINGS, diagonal
 from path import Path as SamplingPath
 from plots import WEIGHTS_TITLES, plot_super_resolution
@@ -90,43 +89,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def read_folder(folder: Path, size: int, channels: int) -> dict[str, torch.Tensor]:
-    """The images of a folder by name without suffix, in order, uint8 `[C, size, size]`; of its subfolders, none.
-
-    Colour becomes grey and grey becomes colour where the model wants it. Raises FileNotFoundError for a missing folder,
-    ValueError for one without images, an image that is unreadable, of another size or of 16 bits, and for two images
-    whose names differ in the suffix alone.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--input {folder} is not a folder; name one of {size}x{size} images.")
-    images: dict[str, torch.Tensor] = {}
-    for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES):
-        if file.stem in images:
-            raise ValueError(f"{file} would be enlarged to the same {file.stem}.png as another image; rename it.")
-        try:
-            with Image.open(file) as image:
-                if image.size != (size, size):
-                    raise ValueError(f"it is {image.width}x{image.height} and not {size}x{size}")
-                if image.mode.startswith(("I", "F")):
-                    raise ValueError("it has more than 8 bits per value")
-                pixels = np.array(image.convert("RGB" if channels == 3 else "L"))
-        except UNREADABLE as error:
-            raise ValueError(
-                f"{file} cannot be enlarged ({error}); this model takes 8-bit images of {size}x{size} pixels."
-            ) from error
-        images[file.stem] = torch.from_numpy(pixels).view(size, size, channels).permute(2, 0, 1)
-    if not images:
-        raise ValueError(f"--input {folder} holds no image; name a folder of {size}x{size} images.")
-    return images
-
-
-def evenly(count: int, available: int, where: str) -> np.ndarray:
-    """Indices of `count` of `available` images, spread over them as held-out ones are. Raises ValueError for more."""
-    if count > available:
-        raise ValueError(f"--num_images {count} asks for more than the {available} images of {where}; lower it.")
-    return (2 * np.arange(count) + 1) * available // (2 * count)
-
-
 def evaluation_images(args: argparse.Namespace, loaded: LoadedModel) -> torch.Tensor:
     """The images to measure on, uint8 `[N, C, R, R]`, with a note on what the network has seen of them.
 
@@ -159,37 +121,6 @@ def evaluation_images(args: argparse.Namespace, loaded: LoadedModel) -> torch.Te
         print(f"note: '{images.name}' is not what the network was trained on, and nothing shows what it saw of it")
     chosen = evenly(args.num_images or len(images), len(images), f"'{images.name}'")
     return torch.from_numpy(np.array(images.pixels[chosen]))
-
-
-def claim(folder: Path, settings: dict[str, Any], force: bool) -> dict[str, Any]:
-    """What settings.json of a folder says, or nothing; refuses a folder of other settings, or if forced empties it.
-
-    `images`, what the folder has images of, may differ.
-    """
-    file = folder / "settings.json"
-    if not file.exists():
-        return {}
-    try:
-        saved = json.loads(file.read_text())
-        different = [key for key in saved | settings if key != "images" and saved.get(key) != settings.get(key)]
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged ({error}); pass another --output.") from error
-    if different and not force:
-        raise ValueError(
-            f"{folder} holds results with another {', '.join(different)}; pass --force to replace them, or another "
-            "--output."
-        )
-    if different:
-        images = (f"{name}.png" for name in saved.get("images", ()))
-        for old in (*images, METRICS_FILE, FIGURE_FILE):
-            (folder / old).unlink(missing_ok=True)
-    return {} if different else saved
-
-
-def write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write settings.json."""
-    with replacing(folder / "settings.json") as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n")
 
 
 class Upscaler:
@@ -248,16 +179,8 @@ def enlarge(upscaler: Upscaler, source: Path, folder: Path) -> None:
         names = list(images)
         images = {names[k]: images[names[k]] for k in evenly(args.num_images, len(names), str(source))}
     settings = upscaler.settings | {"of": "input", "consistent": not args.no_consistency}
-    made = claim(folder, settings, args.force).get("images", {})
-    files = {name: folder / f"{name}.png" for name in images}
-    foreign = [file for name, file in files.items() if file.exists() and name not in made]
-    if foreign and not args.force:
-        raise ValueError(f"{foreign[0]} was not made by this stage; pass --force to replace it, or another --output.")
     prints = {name: fingerprint_array(pixels.numpy()) for name, pixels in images.items()}
-    missing = [name for name in images if not files[name].exists() or made.get(name) != prints[name]]
-    for name in missing:
-        files[name].unlink(missing_ok=True)
-    write_settings(folder, settings | {"images": made | prints})
+    missing = claim_images(folder, settings, prints, args.force, (METRICS_FILE, FIGURE_FILE))
 
     deviation = nfe = 0
     if missing:
@@ -267,7 +190,7 @@ def enlarge(upscaler: Upscaler, source: Path, folder: Path) -> None:
             rounded = to_uint8(fine if args.no_consistency else make_consistent(fine, to_float(pixels[batch])))
             deviation = max(deviation, mean_deviation(rounded, pixels[batch]).max().item())
             for name, image in zip(missing[batch], rounded, strict=True):
-                save_png(image, files[name])
+                save_png(image, folder / f"{name}.png")
     said = f"{len(missing)} new with {nfe} network calls each" if missing else "all there already"
     print(f"{len(images)} images in {folder}: {said}; path {upscaler.path.kind} {upscaler.path.fingerprint()}")
     if missing:
@@ -284,7 +207,7 @@ def measure(upscaler: Upscaler, folder: Path) -> None:
     }
     # Whatever refuses these images does so before an hour of sampling.
     image_quality(originals[:1], originals[:1])
-    claim(folder, settings, args.force)
+    claim(folder, settings, args.force, (METRICS_FILE, FIGURE_FILE))
     write_settings(folder, settings)
     reason = lpips_missing(config["resolution"])
     if reason:

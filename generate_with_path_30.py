@@ -13,7 +13,6 @@ the fine image alone (single_t, no_t) read a coarse one that --coarse_from makes
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -24,11 +23,11 @@ import cli
 from checkpoint import LoadedModel, load_model
 from data import read_png, save_png, to_uint8
 from device import autocast, resolve_compile, resolve_precision, select_device
+from image_folder import claim, write_settings
 from path import Path as SamplingPath
 from path_choice import add_path_arguments, add_path_type_argument, choose_path, heatmap_file, parse_path_type
 from plots import plot_trajectory, save_image_grid
 from regimes import off_regime_note
-from safe_write import replacing
 from sampler import COARSE_FEEDS, ENDS, coarse_feed, compile_denoiser, image_seeds, sample_seeds, scale_shapes
 from schedule_file import save_schedule
 
@@ -74,23 +73,8 @@ def prepare_output(
     feed = coarse_feed(loaded.model, args.coarse_from)
     if feed is not None:
         settings["coarse_from"] = feed
-    file = folder / "settings.json"
-    if file.exists():
-        try:
-            saved = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged ({error}); pass another --output.") from error
-        different = [k for k, v in saved.items() if settings.get(k) != v]
-        if different and not args.force:
-            raise ValueError(
-                f"{folder} holds images with another {', '.join(different)}; pass --force to replace them, or another "
-                "--output."
-            )
-        if different:
-            for old in (*folder.glob("[0-9]*.png"), folder / "trajectory.png"):
-                old.unlink(missing_ok=True)
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    claim(folder, settings, args.force, ("[0-9]*.png", "trajectory.png"))
+    write_settings(folder, settings)
     save_schedule(
         path,
         folder / "schedule.json",

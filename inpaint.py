@@ -34,7 +34,8 @@ import cli
 from checkpoint import LoadedModel, load_model
 from data import UNREADABLE, coarse, fingerprint_array, read_png, save_png, to_float, to_uint8
 from device import autocast, resolve_compile, resolve_precision, select_device
-from generate_sr import claim, evaluation_images, evenly, read_folder, write_settings
+from generate_sr import evaluation_images
+from image_folder import claim_images, evenly, read_folder
 from path import Path as SamplingPath
 from path_choice import add_path_arguments, add_path_type_argument, choose_path, heatmap_file, parse_path_type
 from plots import WEIGHTS_TITLES, plot_samples
@@ -271,24 +272,6 @@ def read_images(args: argparse.Namespace, loaded: LoadedModel) -> dict[str, torc
     return {names[k]: images[names[k]] for k in evenly(args.num_images or len(names), len(names), args.input)}
 
 
-def claim_images(folder: Path, settings: dict[str, Any], prints: dict[str, str], force: bool) -> list[str]:
-    """Make a folder that of images of these settings; returns the names of those that are not there yet.
-
-    prints: name -> fingerprint of what the image is made from. Raises ValueError for a folder of other settings or an
-    image that came from elsewhere, unless forced.
-    """
-    made = claim(folder, settings, force).get("images", {})
-    files = {name: folder / f"{name}.png" for name in prints}
-    foreign = [file for name, file in files.items() if file.exists() and name not in made]
-    if foreign and not force:
-        raise ValueError(f"{foreign[0]} was not made by this stage; pass --force to replace it, or another --output.")
-    missing = [name for name in prints if not files[name].exists() or made.get(name) != prints[name]]
-    for name in missing:
-        files[name].unlink(missing_ok=True)
-    write_settings(folder, settings | {"images": made | prints})
-    return missing
-
-
 def draw_figure(
     images: dict[str, torch.Tensor], mask: torch.Tensor, seeds: Sequence[int], folder: Path, title: str
 ) -> None:
@@ -343,7 +326,7 @@ def main() -> None:
     seeds = range(args.seed, args.seed + args.repeats)
     results = {f"{name}_{seed}": (pixels, seed) for name, pixels in images.items() for seed in seeds}
     prints = {name: fingerprint_array(pixels.numpy()) for name, (pixels, _) in results.items()}
-    missing = claim_images(folder, settings, prints, args.force)
+    missing = claim_images(folder, settings, prints, args.force, (FIGURE_FILE,))
 
     batch_size = min(args.batch_size, max(1, len(missing)))
     calls = path.nfe + args.jump_length * sum(jumps.values())

@@ -25,7 +25,7 @@ import cli
 from checkpoint import load_model
 from data import read_png, save_png, to_uint8
 from device import autocast, resolve_precision, select_device
-from inpaint import claim_images
+from image_folder import claim_images
 from path import Path as SamplingPath
 from path_choice import add_path_arguments, add_path_type_argument, choose_path, heatmap_file, parse_path_type
 from plots import even_columns, image_grid, save_image_grid
@@ -35,7 +35,8 @@ from sampler import COARSE_FEEDS, ENDS, Denoiser, Images, Samples, SeededNoise, 
 from scheduler import DDIMScheduler
 
 GRID_COLUMNS, GRID_SIDE = 12, 128
-GIF_FILE, GIF_SIDE, GIF_MILLISECONDS = "frames.gif", 256, 100
+GRID_FILE, GIF_FILE = "grid.png", "frames.gif"
+GIF_SIDE, GIF_MILLISECONDS = 256, 100
 
 
 def parse_args() -> argparse.Namespace:
@@ -162,7 +163,7 @@ def main() -> None:
     # The ends lead every batch, because what is between them is made from their rows.
     shares = torch.linspace(0, 1, args.frames, dtype=torch.float64)
     names = [f"frame_{k:03d}" for k in range(args.frames)]
-    missing = claim_images(folder, settings, dict.fromkeys(names, ""), args.force)
+    missing = claim_images(folder, settings, dict.fromkeys(names, ""), args.force, (GRID_FILE, GIF_FILE))
     inner = [k for k in range(1, args.frames - 1) if names[k] in missing]
     chunks = [inner[s : s + args.batch_size - 2] for s in range(0, len(inner), args.batch_size - 2)] or [[]]
     shapes = scale_shapes(loaded.model.num_scales, config["channels"], config["resolution"])
@@ -180,7 +181,7 @@ def main() -> None:
                     bar.update()
     frames = torch.stack([read_png(folder / f"{name}.png") for name in names])
     save_image_grid(
-        frames.numpy(), folder / "grid.png", even_columns(len(frames), GRID_COLUMNS), -(-GRID_SIDE // frames.shape[-1])
+        frames.numpy(), folder / GRID_FILE, even_columns(len(frames), GRID_COLUMNS), -(-GRID_SIDE // frames.shape[-1])
     )
     (folder / GIF_FILE).unlink(missing_ok=True)
     if args.gif:

@@ -151,6 +151,8 @@ def sample(
         raise ValueError(f"Unknown end '{end}'; choose one of {', '.join(ENDS)}.")
     if coarse_from not in (None, *COARSE_FEEDS):
         raise ValueError(f"Unknown coarse feed '{coarse_from}'; choose one of {', '.join(COARSE_FEEDS)}.")
+    if coarse_from == "x0" and draw is None:
+        raise ValueError("A coarse image made of the clean one needs fresh noise; pass draw.")
     targets = [*path.points[1:-1], (CLEAN,) * path.num_scales if end == "clean" else path.points[-1]]
     xs = tuple(noise)
     if coarse_from == "noisy":

@@ -12,6 +12,7 @@ from figure_checks import check_file, check_layout, render
 from PIL import Image
 
 import generate_sr
+import image_folder
 import plots
 import super_resolution
 import train_lift
@@ -520,12 +521,12 @@ def test_grey_and_colour_become_what_the_model_takes(tmp_path):
     Image.fromarray(grey).save(tmp_path / "grey.png")
     Image.fromarray(colour).save(tmp_path / "colour.png")
     (tmp_path / "notes.txt").write_text("no image")
-    images = generate_sr.read_folder(tmp_path, 8, 3)
+    images = image_folder.read_folder(tmp_path, 8, 3)
     assert list(images) == ["colour", "grey"]
     np.testing.assert_array_equal(images["colour"], colour[..., :3].transpose(2, 0, 1))
     np.testing.assert_array_equal(images["grey"], np.stack([grey] * 3))
-    np.testing.assert_array_equal(generate_sr.read_folder(tmp_path, 8, 1)["grey"], grey[None])
-    assert generate_sr.read_folder(tmp_path, 8, 1)["colour"].shape == (1, 8, 8)
+    np.testing.assert_array_equal(image_folder.read_folder(tmp_path, 8, 1)["grey"], grey[None])
+    assert image_folder.read_folder(tmp_path, 8, 1)["colour"].shape == (1, 8, 8)
 
 
 def write_sixteen_bits(folder):
@@ -543,7 +544,7 @@ def write_twins(folder):
         (lambda folder: None, ("holds no image", "8x8")),
         (lambda folder: folder.rmdir(), ("small is not a folder", "8x8")),
         (lambda folder: write_images(folder, pixels_of(1, 16)), ("a.png", "16x16 and not 8x8")),
-        (lambda folder: (folder / "a.png").write_bytes(b"no picture"), ("a.png", "cannot be enlarged")),
+        (lambda folder: (folder / "a.png").write_bytes(b"no picture"), ("a.png", "cannot be used")),
         (write_sixteen_bits, ("deep.png", "more than 8 bits")),
         (write_twins, ("a.png", "another image", "rename")),
     ],

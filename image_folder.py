@@ -1,0 +1,103 @@
+"""Folders of images: what a stage is given in one, and what it writes into another with the settings it was made by."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data import IMAGE_SUFFIXES, UNREADABLE
+from safe_write import replacing
+
+SETTINGS_FILE = "settings.json"
+
+
+def read_folder(folder: Path, size: int, channels: int) -> dict[str, torch.Tensor]:
+    """The images of a folder by name without suffix, in order, uint8 `[C, size, size]`; of its subfolders, none.
+
+    Colour becomes grey and grey becomes colour where the model wants it. Raises FileNotFoundError for a missing folder,
+    ValueError for one without images, an image that is unreadable, of another size or of 16 bits, and for two images
+    whose names differ in the suffix alone.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--input {folder} is not a folder; name one of {size}x{size} images.")
+    images: dict[str, torch.Tensor] = {}
+    for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES):
+        if file.stem in images:
+            raise ValueError(f"{file} has the name of another image but for its suffix; rename it.")
+        try:
+            with Image.open(file) as image:
+                if image.size != (size, size):
+                    raise ValueError(f"it is {image.width}x{image.height} and not {size}x{size}")
+                if image.mode.startswith(("I", "F")):
+                    raise ValueError("it has more than 8 bits per value")
+                pixels = np.array(image.convert("RGB" if channels == 3 else "L"))
+        except UNREADABLE as error:
+            raise ValueError(
+                f"{file} cannot be used ({error}); this model takes 8-bit images of {size}x{size} pixels."
+            ) from error
+        images[file.stem] = torch.from_numpy(pixels).view(size, size, channels).permute(2, 0, 1)
+    if not images:
+        raise ValueError(f"--input {folder} holds no image; name a folder of {size}x{size} images.")
+    return images
+
+
+def evenly(count: int, available: int, where: str) -> np.ndarray:
+    """Indices of `count` of `available` images, spread over them as held-out ones are. Raises ValueError for more."""
+    if count > available:
+        raise ValueError(f"--num_images {count} asks for more than the {available} images of {where}; lower it.")
+    return (2 * np.arange(count) + 1) * available // (2 * count)
+
+
+def claim(folder: Path, settings: dict[str, Any], force: bool, made: Sequence[str] = ()) -> dict[str, Any]:
+    """What settings.json of a folder says, or nothing; refuses a folder of other settings, or if forced empties it.
+
+    `images`, what the folder has images of, may differ; made: glob patterns of what else there is to be removed.
+    """
+    file = folder / SETTINGS_FILE
+    if not file.exists():
+        return {}
+    try:
+        saved = json.loads(file.read_text())
+        different = [key for key in saved | settings if key != "images" and saved.get(key) != settings.get(key)]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); pass another --output.") from error
+    if different and not force:
+        raise ValueError(
+            f"{folder} holds results with another {', '.join(different)}; pass --force to replace them, or another "
+            "--output."
+        )
+    if different:
+        for pattern in (*(f"{name}.png" for name in saved.get("images", ())), *made):
+            for old in folder.glob(pattern):
+                old.unlink()
+    return {} if different else saved
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write settings.json."""
+    with replacing(folder / SETTINGS_FILE) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def claim_images(
+    folder: Path, settings: dict[str, Any], prints: dict[str, str], force: bool, made: Sequence[str] = ()
+) -> list[str]:
+    """Make a folder that of images of these settings; returns the names of those that are not there yet.
+
+    prints: name -> fingerprint of what the image is made from. Raises ValueError for a folder of other settings or an
+    image that came from elsewhere, unless forced.
+    """
+    known = claim(folder, settings, force, made).get("images", {})
+    files = {name: folder / f"{name}.png" for name in prints}
+    foreign = [file for name, file in files.items() if file.exists() and name not in known]
+    if foreign and not force:
+        raise ValueError(f"{foreign[0]} was not made by this stage; pass --force to replace it, or another --output.")
+    missing = [name for name in prints if not files[name].exists() or known.get(name) != prints[name]]
+    for name in missing:
+        files[name].unlink(missing_ok=True)
+    write_settings(folder, settings | {"images": known | prints})
+    return missing
