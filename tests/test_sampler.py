@@ -389,7 +389,9 @@ def test_a_feed_is_for_models_that_read_what_they_do_not_predict():
         sample(blending, DDIMScheduler(), path, noise)
     for feed in COARSE_FEEDS:
         with pytest.raises(ValueError, match=rf"^The denoiser predicts 2 of 2 scales, .* coarse_from = {feed}\.$"):
-            sample(fading, DDIMScheduler(), path, noise, coarse_from=feed)
+            sample(fading, DDIMScheduler(), path, noise, coarse_from=feed, draw=torch.zeros)
+    with pytest.raises(ValueError, match="needs fresh noise"):
+        sample(blending, DDIMScheduler(), path, noise, coarse_from="x0")
     with pytest.raises(ValueError, match=r"^Unknown coarse feed 'x1'; choose one of x0, noisy\.$"):
         sample(blending, DDIMScheduler(), path, noise, coarse_from="x1")
 
