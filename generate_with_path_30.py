@@ -13,7 +13,6 @@ the fine image alone (single_t, no_t) read a coarse one that --coarse_from makes
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -25,10 +24,9 @@ from data import read_png, save_png, to_uint8
 from device import autocast, resolve_compile, resolve_precision, select_device
 from image_folder import claim, write_settings
 from path import Path as SamplingPath
-from path_choice import add_path_arguments, add_path_type_argument, choose_path, heatmap_file, parse_path_type
+from path_choice import add_one_path_arguments, path_of_flags
 from plots import plot_trajectory, save_image_grid
-from regimes import off_regime_note
-from sampler import COARSE_FEEDS, ENDS, coarse_feed, compile_denoiser, image_seeds, sample_seeds, scale_shapes
+from sampler import ENDS, coarse_feed, compile_denoiser, image_seeds, sample_seeds, scale_shapes
 from schedule_file import save_schedule
 
 GRID_IMAGES = 64
@@ -40,22 +38,17 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", required=True)
     add("--ema", action="store_true", help="use the EMA weights")
-    add_path_type_argument(parser)
-    add("--schedule", help="follow the path of this schedule file instead of --path_type")
-    add("--heatmap", help="for dp, kl and cascade:best (results/heatmap_30_{epoch}ep[_ema].pth)")
     add("--num_images", type=cli.positive_int, default=64, help="(64)")
     add("--batch_size", type=cli.positive_int, default=64, help="images per network call (64)")
     add("--seed", type=cli.seed, default=42, help="image k has seed 1000000 * SEED + k (42)")
     add("--eta", type=cli.unit_interval, default=0.0, help="0 DDIM to 1 ancestral (0)")
     add("--end", choices=ENDS, default="clean", help="land on the clean image, or on t=0 as published (clean)")
-    text = "coarse image that a model reads and does not predict: of its clean or of its noisy fine image (x0)"
-    add("--coarse_from", choices=COARSE_FEEDS, default="x0", help=text)
     add("--output", help="folder (results/samples/{checkpoint}_{weights}_{path}_{calls}[_{coarse_from}])")
     add("--force", action="store_true", help="replace the images of other settings that --output holds")
     add("--trajectory", action="store_true", help="also draw both scales along the path")
     cli.add_device_arguments(parser)
     cli.add_compile_argument(parser)
-    add_path_arguments(parser)
+    add_one_path_arguments(parser)
     return parser.parse_args()
 
 
@@ -99,14 +92,9 @@ def main() -> None:
     device = select_device(args.device)
     loaded = load_model(args.checkpoint, args.ema, device)
     config = loaded.config
-    weights, model_type = loaded.weights, config["model_type"]
-    heatmap = args.heatmap or heatmap_file("results", config["epoch"], weights, model_type=model_type)
-    path = choose_path(args, args.path_type, loaded, heatmap, args.schedule)
-    note = off_regime_note(path, config, loaded.scheduler)
-    if note:
-        print(f"warning: {note}", file=sys.stderr)
+    weights = loaded.weights
+    path, kind = path_of_flags(args, loaded)
     feed = coarse_feed(loaded.model, args.coarse_from)
-    kind = path.kind if args.schedule else parse_path_type(args.path_type).file_name
     name = "_".join([Path(args.checkpoint).stem, weights, kind, str(path.nfe), *([feed] if feed else [])])
     folder = Path(args.output or f"results/samples/{name}")
     seeds = image_seeds(args.seed, args.num_images)

@@ -19,7 +19,6 @@ and `inpainting.png` with some of them. Without --input, images that were kept o
 
 import argparse
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,11 +36,9 @@ from device import autocast, resolve_compile, resolve_precision, select_device
 from generate_sr import evaluation_images
 from image_folder import claim_images, evenly, read_folder
 from path import Path as SamplingPath
-from path_choice import add_path_arguments, add_path_type_argument, choose_path, heatmap_file, parse_path_type
+from path_choice import add_one_path_arguments, path_of_flags
 from plots import WEIGHTS_TITLES, plot_samples
-from regimes import off_regime_note
 from sampler import (
-    COARSE_FEEDS,
     Denoiser,
     Images,
     Samples,
@@ -88,16 +85,12 @@ def parse_args() -> argparse.Namespace:
     add("--eta", type=cli.unit_interval, default=1.0, help="0 DDIM to 1 ancestral, as published (1)")
     add("--jump_length", type=cli.positive_int, default=3, help="points that a jump goes back (3)")
     add("--jump_repeats", type=cli.positive_int, default=5, help="passes over each stretch; 1 is no jump (5)")
-    add_path_type_argument(parser)
-    add("--schedule", help="follow the path of this schedule file instead of --path_type")
-    add("--heatmap", help="for dp, kl and cascade:best (results/heatmap_30_{epoch}ep[_ema].pth)")
-    add("--coarse_from", choices=COARSE_FEEDS, default="x0", help="coarse image of single_t and no_t models (x0)")
     add("--output", help="folder (results/inpainting/{checkpoint}_{weights}_{path}_{mask}[_{input}])")
     add("--force", action="store_true", help="replace the images of other settings that --output holds")
     cli.add_data_arguments(parser, dataset_default=None)
     cli.add_device_arguments(parser)
     cli.add_compile_argument(parser)
-    add_path_arguments(parser)
+    add_one_path_arguments(parser)
     args = parser.parse_args()
     if args.mask_scale and args.mask not in MASKS:
         parser.error("--mask_scale is for a mask by name; the size of a PNG says its scale")
@@ -292,12 +285,8 @@ def main() -> None:
     device = select_device(args.device)
     loaded = load_model(args.checkpoint, args.ema, device)
     config, denoise = loaded.config, loaded.model.denoise
-    weights, model_type = loaded.weights, config["model_type"]
-    heatmap = args.heatmap or heatmap_file("results", config["epoch"], weights, model_type=model_type)
-    path = choose_path(args, args.path_type, loaded, heatmap, args.schedule)
-    note = off_regime_note(path, config, loaded.scheduler)
-    if note:
-        print(f"warning: {note}", file=sys.stderr)
+    weights = loaded.weights
+    path, kind = path_of_flags(args, loaded)
     feed = coarse_feed(loaded.model, args.coarse_from)
     mask = load_mask(args.mask, args.mask_scale or "fine", config["resolution"])
     masks = scale_masks(mask, config["resolution"], loaded.model.num_scales, feed)
@@ -305,7 +294,6 @@ def main() -> None:
         raise ValueError("--free_fine is for a mask of the coarse scale, and this one is of the fine; leave it out.")
     jumps = jump_counts(path.nfe, args.jump_length, args.jump_repeats)
     images = read_images(args, loaded)
-    kind = path.kind if args.schedule else parse_path_type(args.path_type).file_name
     name = f"{Path(args.checkpoint).stem}_{weights}_{kind}_{path.nfe}_{Path(args.mask).stem}"
     name += f"_{Path(args.input).resolve().name}" if args.input else ""
     folder = Path(args.output or f"results/inpainting/{name}")

@@ -13,7 +13,6 @@ strip, `grid.png`, and with --gif `frames.gif`, which goes there and back withou
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,11 +26,10 @@ from data import read_png, save_png, to_uint8
 from device import autocast, resolve_precision, select_device
 from image_folder import claim_images
 from path import Path as SamplingPath
-from path_choice import add_path_arguments, add_path_type_argument, choose_path, heatmap_file, parse_path_type
+from path_choice import add_one_path_arguments, path_of_flags
 from plots import even_columns, image_grid, save_image_grid
-from regimes import off_regime_note
 from safe_write import replacing
-from sampler import COARSE_FEEDS, ENDS, Denoiser, Images, Samples, SeededNoise, coarse_feed, sample, scale_shapes
+from sampler import ENDS, Denoiser, Images, Samples, SeededNoise, coarse_feed, sample, scale_shapes
 from scheduler import DDIMScheduler
 
 GRID_COLUMNS, GRID_SIDE = 12, 128
@@ -48,17 +46,13 @@ def parse_args() -> argparse.Namespace:
     add("--seeds", type=cli.seed, nargs=2, required=True, metavar=("A", "B"), help="of the first and the last frame")
     add("--frames", type=cli.positive_int, default=12, help="the two ends counted (12)")
     add("--at", type=int, default=0, metavar="K", help="point of the path whose states are interpolated (0: the noise)")
-    add_path_type_argument(parser)
-    add("--schedule", help="follow the path of this schedule file instead of --path_type")
-    add("--heatmap", help="for dp, kl and cascade:best (results/heatmap_30_{epoch}ep[_ema].pth)")
-    add("--coarse_from", choices=COARSE_FEEDS, default="x0", help="coarse image of single_t and no_t models (x0)")
     add("--batch_size", type=cli.positive_int, default=64, help="images per network call, at least 3 (64)")
     add("--end", choices=ENDS, default="clean", help="land on the clean image, or on t=0 as published (clean)")
     add("--gif", action="store_true", help="also write an animation")
     add("--output", help="folder (results/interpolation/{checkpoint}_{weights}_{path}_{A}_{B}[_at{K}])")
     add("--force", action="store_true", help="replace the frames of other settings that --output holds")
     cli.add_device_arguments(parser)
-    add_path_arguments(parser)
+    add_one_path_arguments(parser)
     args = parser.parse_args()
     if args.frames < 2 or args.batch_size < 3:
         parser.error("--frames must be at least 2, the two ends, and --batch_size 3, both ends and a frame between")
@@ -137,16 +131,11 @@ def main() -> None:
     device = select_device(args.device)
     loaded = load_model(args.checkpoint, args.ema, device)
     config = loaded.config
-    weights, model_type = loaded.weights, config["model_type"]
-    heatmap = args.heatmap or heatmap_file("results", config["epoch"], weights, model_type=model_type)
-    path = choose_path(args, args.path_type, loaded, heatmap, args.schedule)
-    note = off_regime_note(path, config, loaded.scheduler)
-    if note:
-        print(f"warning: {note}", file=sys.stderr)
+    weights = loaded.weights
+    path, kind = path_of_flags(args, loaded)
     feed = coarse_feed(loaded.model, args.coarse_from)
     check_point(args.at, path)
     first, last = args.seeds
-    kind = path.kind if args.schedule else parse_path_type(args.path_type).file_name
     name = f"{Path(args.checkpoint).stem}_{weights}_{kind}_{path.nfe}_{first}_{last}"
     folder = Path(args.output or f"results/interpolation/{name}{f'_at{args.at}' if args.at else ''}")
 

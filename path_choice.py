@@ -13,6 +13,7 @@ Types of paths are names, such as `diagonal`, or families with parameters:
 import argparse
 import math
 import re
+import sys
 from pathlib import Path as FilePath
 from typing import NamedTuple
 
@@ -38,6 +39,8 @@ from path import (
     timestep_grid,
 )
 from path_refine import Refined, refine_path
+from regimes import off_regime_note
+from sampler import COARSE_FEEDS
 from schedule_file import load_schedule
 
 # All but the first are optima on a heatmap.
@@ -174,6 +177,31 @@ def add_path_type_argument(parser: argparse.ArgumentParser, several: bool = Fals
     text = f"{', '.join(PATH_TYPES)}; {families} (diagonal)"
     options = {"nargs": "+", "default": ["diagonal"]} if several else {"default": "diagonal"}
     parser.add_argument("--path_type", type=path_type, metavar="TYPE", help=text, **options)
+
+
+def add_one_path_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a stage that samples along one path, for `path_of_flags`."""
+    add_path_type_argument(parser)
+    parser.add_argument("--schedule", help="follow the path of this schedule file instead of --path_type")
+    text = "for dp, kl and cascade:best (results/heatmap_30_[{model}_]{epoch}ep[_ema].pth)"
+    parser.add_argument("--heatmap", help=text)
+    text = "coarse image that a model reads and does not predict: of its clean or of its noisy fine image (x0)"
+    parser.add_argument("--coarse_from", choices=COARSE_FEEDS, default="x0", help=text)
+    add_path_arguments(parser)
+
+
+def path_of_flags(args: argparse.Namespace, loaded: LoadedModel) -> tuple[Path, str]:
+    """The path that the flags of `add_one_path_arguments` name, and what to call it in the name of a file.
+
+    Prints a warning if it leads far from what the model was trained on. Raises what `choose_path` raises.
+    """
+    config = loaded.config
+    file = heatmap_file("results", config["epoch"], loaded.weights, model_type=config["model_type"])
+    path = choose_path(args, args.path_type, loaded, args.heatmap or file, args.schedule)
+    note = off_regime_note(path, config, loaded.scheduler)
+    if note:
+        print(f"warning: {note}", file=sys.stderr)
+    return path, path.kind if args.schedule else parse_path_type(args.path_type).file_name
 
 
 def heatmap_file(folder: str, epoch: int, weights: str, grid: int = 30, model_type: str = "dual") -> FilePath:
