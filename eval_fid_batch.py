@@ -179,7 +179,7 @@ class Evaluation:
         self._inception: Inception | None = None
         self._scorer: Scorer | None = None
         self._warned = False
-        self._judged: set[tuple[str, str]] = set()
+        self._judged: set[tuple[str, str, str | None]] = set()
 
     def run(self, job: Job, wait: bool) -> bool:
         """Generate and score what has no row yet; False if another process is at this job and `wait` is not set."""
@@ -280,11 +280,11 @@ class Evaluation:
 
     def _warn_off_regime(self, job: Job, loaded: LoadedModel, path: SamplingPath) -> None:
         # Jobs of other seeds have the same weights and path.
-        pair = loaded.fingerprint, path.fingerprint()
-        if pair in self._judged or not self.processes.is_main:
+        judged = loaded.fingerprint, path.fingerprint(), job.coarse_from
+        if judged in self._judged or not self.processes.is_main:
             return
-        self._judged.add(pair)
-        note = off_regime_note(path, loaded.config, loaded.scheduler)
+        self._judged.add(judged)
+        note = off_regime_note(path, loaded.config, loaded.scheduler, job.coarse_from)
         if note:
             print(f"warning: {job.checkpoint.name}: {note}", file=sys.stderr)
 

@@ -71,9 +71,10 @@ def claim(folder: Path, settings: dict[str, Any], force: bool, made: Sequence[st
             "--output."
         )
     if different:
-        for pattern in (*(f"{name}.png" for name in saved.get("images", ())), *made):
-            for old in folder.glob(pattern):
-                old.unlink()
+        # Names of images are not patterns, whatever characters they hold.
+        images = [folder / f"{name}.png" for name in saved.get("images", ())]
+        for old in (*images, *(file for pattern in made for file in folder.glob(pattern))):
+            old.unlink(missing_ok=True)
     return {} if different else saved
 
 

@@ -11,7 +11,8 @@ pixels are known, and the fine image may be anything with these 2x2 means: a loc
 At every point of the path what is known replaces what was sampled, noised to the timestep of its scale; known coarse
 pixels also say what the 2x2 means of the noisy fine image are (not with --free_fine). A jump goes back --jump_length
 points by adding noise, so that what is painted can take in what is known (--jump_repeats passes over each stretch; 1 is
-none). Known fine pixels come out as they went in, bit for bit.
+none). Known fine pixels come out as they went in, bit for bit; known 2x2 means do up to the rounding to bytes, where no
+value is clipped.
 
 Writes one PNG per image and seed, named after both, into --output (what is there already is skipped), settings.json,
 and `inpainting.png` with some of them. Without --input, images that were kept out of training serve, if there are any.
@@ -85,7 +86,7 @@ def parse_args() -> argparse.Namespace:
     add("--eta", type=cli.unit_interval, default=1.0, help="0 DDIM to 1 ancestral, as published (1)")
     add("--jump_length", type=cli.positive_int, default=3, help="points that a jump goes back (3)")
     add("--jump_repeats", type=cli.positive_int, default=5, help="passes over each stretch; 1 is no jump (5)")
-    add("--output", help="folder (results/inpainting/{checkpoint}_{weights}_{path}_{mask}[_{input}])")
+    add("--output", help="folder (one named after all of these in results/inpainting)")
     add("--force", action="store_true", help="replace the images of other settings that --output holds")
     cli.add_data_arguments(parser, dataset_default=None)
     cli.add_device_arguments(parser)
@@ -253,13 +254,14 @@ def inpaint(
 
 
 def read_images(args: argparse.Namespace, loaded: LoadedModel) -> dict[str, torch.Tensor]:
-    """The images to paint in, uint8 `[C, R, R]` by name: those of --input, or of the data set by their number."""
+    """The images to paint in, uint8 `[C, R, R]` by name: those of --input, or some of the data set, numbered."""
     config = loaded.config
     if args.input is None:
         inherited = config if args.dataset is None else {}
         args.on = args.on or ("holdout" if args.holdout or inherited.get("holdout") else "train")
-        args.num_images = args.num_images or FIGURE_IMAGES
-        return {f"{k:04d}": pixels for k, pixels in enumerate(evaluation_images(args, loaded))}
+        pixels = evaluation_images(args, loaded)
+        few = evenly(args.num_images or min(FIGURE_IMAGES, len(pixels)), len(pixels), "the data set")
+        return {f"{k:04d}": image for k, image in enumerate(pixels[few])}
     images = read_folder(Path(args.input), config["resolution"], config["channels"])
     names = list(images)
     return {names[k]: images[names[k]] for k in evenly(args.num_images or len(names), len(names), args.input)}
@@ -295,7 +297,8 @@ def main() -> None:
     jumps = jump_counts(path.nfe, args.jump_length, args.jump_repeats)
     images = read_images(args, loaded)
     name = f"{Path(args.checkpoint).stem}_{weights}_{kind}_{path.nfe}_{Path(args.mask).stem}"
-    name += f"_{Path(args.input).resolve().name}" if args.input else ""
+    words = (args.mask_scale, feed, Path(args.input).resolve().name if args.input else None)
+    name += "".join(f"_{word}" for word in words if word)
     folder = Path(args.output or f"results/inpainting/{name}")
     if args.input and folder.resolve() == Path(args.input).resolve():
         raise ValueError(f"--output {folder} is the folder of the input; pass another.")

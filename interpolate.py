@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import cli
 from checkpoint import load_model
-from data import read_png, save_png, to_uint8
+from data import coarse, read_png, save_png, to_uint8
 from device import autocast, resolve_precision, select_device
 from image_folder import claim_images
 from path import Path as SamplingPath
@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch_size", type=cli.positive_int, default=64, help="images per network call, at least 3 (64)")
     add("--end", choices=ENDS, default="clean", help="land on the clean image, or on t=0 as published (clean)")
     add("--gif", action="store_true", help="also write an animation")
-    add("--output", help="folder (results/interpolation/{checkpoint}_{weights}_{path}_{A}_{B}[_at{K}])")
+    add("--output", help="folder (one named after all of these in results/interpolation)")
     add("--force", action="store_true", help="replace the frames of other settings that --output holds")
     cli.add_device_arguments(parser)
     add_one_path_arguments(parser)
@@ -110,7 +110,12 @@ def interpolate(
         return slerp(*source.draw(shape, device), weights)
 
     def meet(k: int, xs: Images) -> tuple[int, Images] | None:
-        return (k, tuple(slerp(x[0], x[1], weights) for x in xs)) if k == at else None
+        if k != at:
+            return None
+        fine = slerp(xs[0][0], xs[0][1], weights)
+        if coarse_from == "noisy":
+            return k, (fine, coarse(fine))
+        return k, (fine, *(slerp(x[0], x[1], weights) for x in xs[1:]))
 
     noise = [draw(shape) for shape in shapes]
     return sample(denoise, scheduler, path, noise, 0.0, meet, end, draw, coarse_from)
@@ -136,7 +141,7 @@ def main() -> None:
     feed = coarse_feed(loaded.model, args.coarse_from)
     check_point(args.at, path)
     first, last = args.seeds
-    name = f"{Path(args.checkpoint).stem}_{weights}_{kind}_{path.nfe}_{first}_{last}"
+    name = f"{Path(args.checkpoint).stem}_{weights}_{kind}_{path.nfe}_{first}_{last}{f'_{feed}' if feed else ''}"
     folder = Path(args.output or f"results/interpolation/{name}{f'_at{args.at}' if args.at else ''}")
 
     settings = {
@@ -172,9 +177,10 @@ def main() -> None:
     save_image_grid(
         frames.numpy(), folder / GRID_FILE, even_columns(len(frames), GRID_COLUMNS), -(-GRID_SIDE // frames.shape[-1])
     )
-    (folder / GIF_FILE).unlink(missing_ok=True)
     if args.gif:
         save_gif(frames, folder / GIF_FILE)
+    elif missing:  # An animation of other frames would be left.
+        (folder / GIF_FILE).unlink(missing_ok=True)
     made = f"{len(missing)} new with {path.nfe} network calls each" if missing else "all there already"
     print(f"{args.frames} frames in {folder}: {made}; path {path.kind} {path.fingerprint()}")
 

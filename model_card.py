@@ -123,10 +123,11 @@ def _training_section(config: dict[str, Any]) -> str:
         "weights": {"raw": "raw", "ema": "EMA"}.get(config.get("weights")),
         "step": f"{config.get('step', 0):,}",
     }
+    one_loss = len(config.get("loss_weights") or ()) == 1
     lines = [
         f"| {label} | {text.format(**said)} |"
         for label, text, keys in rows
-        if all(config.get(key) is not None for key in keys)
+        if all(config.get(key) is not None for key in keys) and not (keys == ("loss_weights",) and one_loss)
     ]
     if not lines:
         return "How these weights were trained is not recorded."

@@ -40,7 +40,7 @@ from path import (
 )
 from path_refine import Refined, refine_path
 from regimes import off_regime_note
-from sampler import COARSE_FEEDS
+from sampler import COARSE_FEEDS, coarse_feed
 from schedule_file import load_schedule
 
 # All but the first are optima on a heatmap.
@@ -198,7 +198,7 @@ def path_of_flags(args: argparse.Namespace, loaded: LoadedModel) -> tuple[Path, 
     config = loaded.config
     file = heatmap_file("results", config["epoch"], loaded.weights, model_type=config["model_type"])
     path = choose_path(args, args.path_type, loaded, args.heatmap or file, args.schedule)
-    note = off_regime_note(path, config, loaded.scheduler)
+    note = off_regime_note(path, config, loaded.scheduler, coarse_feed(loaded.model, args.coarse_from))
     if note:
         print(f"warning: {note}", file=sys.stderr)
     return path, path.kind if args.schedule else parse_path_type(args.path_type).file_name

@@ -7,9 +7,9 @@
 
 Prints, for each number of steps, the cost of the optimum, of the best diagonal, of the best cascade and of hand-made
 families, their excess over the optimum, how the optimum leads, and where the best cascade waits. Writes into --output
-(results/plan_{epoch}ep_{weights}): schedule_{optimal,diagonal,cascade}_{N}.json, which generate_with_path_30.py
---schedule replays, costs.csv, cost.png (cost against calls), paths.png, and density.png (the cells that the optimum
-visits when images are resampled).
+(results/plan_[{model}_]{epoch}ep_{weights}): schedule_{optimal,diagonal,cascade}_{N}.json, which the --schedule of
+generate_with_path_30.py replays, costs.csv, cost.png (cost against calls), paths.png, and density.png (the cells that
+the optimum visits when images are resampled).
 """
 
 import argparse
@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     add("--end", type=cli.seed, default=0, help="timestep at which the cost ends, for kl (0)")
     add("--bootstrap", type=cli.seed, default=200, help="replicates of the images (200); 0 leaves them out")
     add("--seed", type=cli.seed, default=0, help="of the replicates (0)")
-    add("--output", default=None, help="folder (results/plan_{epoch}ep_{weights})")
+    add("--output", default=None, help="folder (results/plan_[{model}_]{epoch}ep_{weights})")
     add_criterion_arguments(parser)
     args = parser.parse_args()
     if args.criterion != "kl" and (args.start is not None or args.end):
@@ -219,7 +219,8 @@ def main() -> None:
     heatmap = load_heatmap(args.heatmap)
     planner = Planner(heatmap, args)
     label = f"epoch {heatmap['epoch']}, {heatmap['weights']} weights"
-    folder = FilePath(args.output or f"results/plan_{heatmap['epoch']}ep_{heatmap['weights']}")
+    model = f"{heatmap['model_type']}_" if heatmap.get("model_type", "dual") != "dual" else ""
+    folder = FilePath(args.output or f"results/plan_{model}{heatmap['epoch']}ep_{heatmap['weights']}")
     plans = {nfe: planner.families(nfe) for nfe in sorted(set(args.nfe))}
     if args.bootstrap:  # Before anything is written, because too few images or replicates are refused.
         resampled = min(plans, key=lambda n: abs(n - DENSITY_NFE))

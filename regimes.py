@@ -27,7 +27,8 @@ from scheduler import DDIMScheduler
 PARAMETERS = {"shift": "log SNR", "heuristic": "a factor in (0, 1]", "band": "log SNR >= 0", "path": "a schedule file"}
 NAMES = ("independent", "same", *PARAMETERS)
 SUBDIVISIONS = 1000  # Of a step of a path, for its pairs.
-FAR = 1.0  # Beyond this distance in log SNR a network extrapolates.
+FAR = 1.5  # Beyond this distance in log SNR, over both clocks, a network extrapolates.
+NOISE_OF_MEANS = math.log(4)  # By which the log SNR of the 2x2 mean of a noisy image is above that of the image.
 
 
 def default_regime(model_type: str) -> str | None:
@@ -148,11 +149,14 @@ class TimestepPairs:
         return index // self._count, index % self._count
 
 
-def off_regime_note(path: Path, config: dict[str, Any], scheduler: DDIMScheduler) -> str | None:
+def off_regime_note(
+    path: Path, config: dict[str, Any], scheduler: DDIMScheduler, coarse_from: str | None = None
+) -> str | None:
     """One sentence if a path calls a network far from every pair of timesteps it was trained on, else None.
 
-    config: of a checkpoint; one without a regime was trained with the default of its model. The distance of two pairs
-    is the larger one of their distances in log SNR by scale, and far is more than FAR.
+    config: of a checkpoint; one without a regime was trained with the default of its model. coarse_from: the feed of
+    `sampler.sample`; with "noisy" the coarse image is as noisy as the fine one makes it, wherever t_32 is. The distance
+    of two pairs is the sum of their distances in log SNR by scale, and far is more than FAR.
     """
     regime = {"t_pairs": default_regime(config["model_type"]), "t_pairs_points": None} | config
     if regime["t_pairs"] in (None, "independent") or path.num_scales != 2:
@@ -161,12 +165,14 @@ def off_regime_note(path: Path, config: dict[str, Any], scheduler: DDIMScheduler
     distances = _distances(log_snr)  # [T, T]
     seen = pair_probabilities(regime, log_snr).nonzero()  # [S, 2]
     called = path.points[:-1]
-    off = [torch.maximum(distances[i, seen[:, 0]], distances[j, seen[:, 1]]).min().item() for i, j in called]
+    if coarse_from == "noisy":
+        called = [(t, (log_snr - log_snr[t] - NOISE_OF_MEANS).abs().argmin().item()) for t, _ in called]
+    off = [(distances[i, seen[:, 0]] + distances[j, seen[:, 1]]).min().item() for i, j in called]
     far = sum(distance > FAR for distance in off)
     if not far:
         return None
     return (
         f"this model was trained with --t_pairs {regime['t_pairs']}, and {far} of the {path.nfe} calls of path "
-        f"{path.kind} are more than {FAR:g} in log SNR from any pair it was shown, up to {max(off):.3g} at "
+        f"{path.kind} are more than {FAR:g} in log SNR, over both clocks, from all it saw, up to {max(off):.3g} at "
         f"(t_64, t_32) = {called[off.index(max(off))]}; expect worse images than along a path of that regime."
     )

@@ -417,9 +417,10 @@ class Trainer:
         # What follows from another flag comes last, so that the flag is named.
         for key in sorted(settings, key=lambda key: (key == "data_fingerprint", key == "epochs", key)):
             if saved.get(key) != settings[key]:
+                file = " (--t_pairs path:FILE with the file of its path)" if "path:" in str(saved.get(key)) else ""
                 raise ValueError(
-                    f"{what} with {key} = {saved.get(key)}, not {settings[key]}; resume with the same value or start "
-                    "in another --output_dir and --log_dir."
+                    f"{what} with {key} = {saved.get(key)}, not {settings[key]}; resume with the same value{file} or "
+                    "start in another --output_dir and --log_dir."
                 )
 
     def _differences(self, before: dict) -> list[str]:

@@ -142,6 +142,15 @@ def test_a_frame_does_not_depend_on_those_beside_it(feed, at):
     assert torch.equal(same.images[0], together[:1].expand(5, -1, -1, -1))
 
 
+@pytest.mark.parametrize("at", [0, 3])
+def test_the_noisy_feed_is_the_mean_of_the_fine_image_in_every_call(at):
+    def denoise(xs, ts):
+        torch.testing.assert_close(xs[1], coarse(xs[0]), rtol=0, atol=1e-6)
+        return blending(xs, ts)[:1]
+
+    interpolate.interpolate(denoise, SCHEDULER, CASCADE, [5, 6], WEIGHTS, SHAPES, at, coarse_from="noisy")
+
+
 def test_each_scale_goes_its_own_way():
     seen = []
 
@@ -216,6 +225,8 @@ def test_frames_strip_and_animation(stage, refused, run, tmp_path):
             pixels = np.asarray(animation.convert("RGB"))[8::16, 8::16].transpose(2, 0, 1).astype(int)
             # There and back, in the 256 colours of this format.
             assert np.abs(pixels - frames[min(k, 8 - k)].numpy()).mean() < 8
+    stage(interpolate, *flags)
+    assert (tmp_path / "walk/frames.gif").exists()
     # A frame that is gone comes back as it was, the others stay, and so does no animation that was not asked for.
     (tmp_path / "walk/frame_003.png").unlink()
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "walk").glob("frame_*.png")}

@@ -321,10 +321,13 @@ def test_one_call_leaves_no_choice(stage, heatmap, tmp_path):
     assert load_schedule(tmp_path / "plan/schedule_optimal_1.json").points == ((START, START), (0, 0))
 
 
-def test_the_default_folder_tells_epoch_and_weights(stage, heatmap, tmp_path):
+def test_the_default_folder_tells_model_epoch_and_weights(stage, heatmap, tmp_path):
     output = stage(plan_path, "--heatmap", heatmap, "--nfe", 1, "--bootstrap", 0).output
     assert "schedules and figures in results/plan_7ep_ema\n" in output
     assert (tmp_path / "results/plan_7ep_ema/schedule_optimal_1.json").exists()
+    save_heatmap(tmp_path / "other.pth", load_heatmap(heatmap) | {"model_type": "single_t"})
+    output = stage(plan_path, "--heatmap", tmp_path / "other.pth", "--nfe", 1, "--bootstrap", 0).output
+    assert "schedules and figures in results/plan_single_t_7ep_ema\n" in output
 
 
 def without(*prefixes):

@@ -158,13 +158,13 @@ def test_what_is_no_regime_is_refused(text):
     [
         (None, cascade(6), None),
         ("same", diagonal(6), None),
-        # The pair of the diagonal that is nearest to (i, j) is halfway between their log SNRs.
-        ("same", log_snr_shift(diagonal(6), 3, LOG_SNR.numpy()), 1.5),
-        ("same", cascade(6), (LOG_SNR[0] - LOG_SNR[999]).item() / 2),
+        ("same", log_snr_shift(diagonal(6), 1, LOG_SNR.numpy()), None),
+        ("same", log_snr_shift(diagonal(6), 3, LOG_SNR.numpy()), 3),
+        ("same", cascade(6), (LOG_SNR[0] - LOG_SNR[999]).item()),
         ("band:4", log_snr_shift(diagonal(6), 3, LOG_SNR.numpy()), None),
-        ("band:1", log_snr_shift(diagonal(6), 4, LOG_SNR.numpy()), 1.5),
+        ("band:1", log_snr_shift(diagonal(6), 4, LOG_SNR.numpy()), 3),
         ("shift:3", log_snr_shift(diagonal(6), 3, LOG_SNR.numpy()), None),
-        ("shift:3", diagonal(6), 1.5),
+        ("shift:3", diagonal(6), 3),
     ],
 )
 def test_a_path_far_from_what_was_seen_is_pointed_out(regime, path, distance):
@@ -184,9 +184,18 @@ def test_what_is_off_is_counted_by_brute_force():
     seen = [(i, j) for i, j in itertools.product(range(1000), repeat=2) if abs(table[i] - table[j]) <= 2]
     far = 0
     for t_64, t_32 in path.points[:-1]:
-        near = (max(abs(table[t_64] - table[i]), abs(table[t_32] - table[j])) <= FAR for i, j in seen)
+        near = (abs(table[t_64] - table[i]) + abs(table[t_32] - table[j]) <= FAR for i, j in seen)
         far += not any(near)
     assert 0 < far < 9 and f"{far} of the 9 calls" in off_regime_note(path, config, SCHEDULER)
+
+
+def test_the_mean_of_a_noisy_image_is_as_far_from_it_wherever_the_path_says():
+    # Averaging four pixels leaves a quarter of the noise.
+    path = log_snr_shift(diagonal(9), 5, LOG_SNR.numpy())
+    for regime, off in (("same", False), ("shift:1.386", False), ("shift:5", True), ("shift:-1.386", True)):
+        config = {"model_type": "single_t"} | resolve_regime(regime, "single_t")
+        assert (off_regime_note(path, config, SCHEDULER, "noisy") is not None) == off
+        assert (off_regime_note(path, config, SCHEDULER, "x0") is not None) == (regime != "shift:5")
 
 
 @pytest.mark.parametrize("model_type", ["baseline", "shared_t"])
