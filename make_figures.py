@@ -174,7 +174,10 @@ def draw_timestep_pairs(args: argparse.Namespace) -> None:
     panels = {}
     for text in args.inputs:
         pairs = TimestepPairs(resolve_regime(text, "dual"), scheduler)
-        panels[text] = pairs.draw(args.num_pairs, torch.Generator().manual_seed(0))
+        name, _, parameter = text.partition(":")
+        panels[f"path:{Path(parameter).name}" if name == "path" else text] = pairs.draw(
+            args.num_pairs, torch.Generator().manual_seed(0)
+        )
     plot_timestep_pairs(panels, scheduler.num_train_timesteps, args.output, args.title)
 
 

@@ -638,9 +638,10 @@ def _timestep_pairs_figure(panels, num_train_timesteps, title) -> Figure:
         axes.set_xlabel(SHORT_COARSE_LABEL)
         axes.set_ylabel(SHORT_FINE_LABEL)
         axes.set_title(name, fontsize=10)
+    used = list(plane.flat[: len(panels)])
     for axes in plane.flat[len(panels) :]:
         axes.remove()
-    figure.colorbar(mesh, ax=plane, label="pairs, independent = 1", shrink=0.8)
+    figure.colorbar(mesh, ax=used, label="pairs, independent = 1", shrink=0.8)
     figure.suptitle(title)
     return figure
 

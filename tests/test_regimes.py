@@ -245,7 +245,19 @@ def test_the_figure_counts_pairs_against_independent_ones(stage, tmp_path):
     counts = np.ma.filled(mesh.get_array(), 0).reshape(40, 40)  # Of t_64 and t_32.
     assert (counts[0, 0], counts[39, 0], counts[39, 39]) == pytest.approx((400, 800, 400)) and counts.sum() == 1600
     file = tmp_path / "pairs.png"
-    stage(make_figures, "t_pairs", "independent", "same", "band:2", "--num_pairs", 1000, "--output", file)
+    stage(
+        make_figures,
+        "t_pairs",
+        "independent",
+        "same",
+        "band:2",
+        "shift:1",
+        "band:1",
+        "--num_pairs",
+        1000,
+        "--output",
+        file,
+    )
     assert file.stat().st_size > 5000
     with pytest.raises(ValueError, match="not all within 0 to 999"):
         map_plots.plot_timestep_pairs({"one": ([1000], [0])}, 1000, file)
