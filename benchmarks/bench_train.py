@@ -211,6 +211,8 @@ class DiffusersBaseline(nn.Module):
     Widths and places of attention are ours, but the last width is changed until the parameters fit.
     """
 
+    num_predictions = BaselineModel.num_predictions
+
     def __init__(self, hidden_dims: tuple[int, ...], channels: int):
         super().__init__()
         step = max(NUM_GROUPS, hidden_dims[0] // 2)
