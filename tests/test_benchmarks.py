@@ -123,7 +123,7 @@ def test_bench_heatmap_prints_and_writes_its_tables(stage, tiny, cache, tmp_path
     ways = ["plain, K=4", "ours, K=4", "ours, K=1"]
     assert [row[0] for row in rows].count("ours, denoising errors") == 1  # Which have no Jacobian to compare.
     for way in ways:
-        timed, factors = [row[1:] for row in rows if row[0] == way]
+        timed, factors = [[cell.replace(",", "") for cell in row[1:]] for row in rows if row[0] == way]
         assert float(timed[0]) > 0 and float(timed[2]) <= float(timed[1]) and len(factors) == 4
     assert [float(f) for f in next(row[1:] for row in rows[5:] if row[0] == ways[0])] == [1] * 4
     names = [row[0] for row in rows]
