@@ -190,7 +190,7 @@ def test_bench_eval_prints_and_writes_its_tables(stage, tiny, cache, tmp_path):
         assert [(row["variant"], row["precision"], row["graph"]) for row in rows] == kinds
         assert float(rows[0]["it / plain"]) == 1
     for row in table_rows(output, "model"):
-        assert all(0 < float(row[name].strip("%")) < 100 for name in ("around the network", "free network"))
+        assert 0 < float(row["around the network"].strip("%")) < 100 and float(row["free network"].strip("%")) > 0
     rows = table_rows(output.split("3 images of")[1], "variant")
     assert [row["variant"] for row in rows] == ["plain", "fp32", "fp32 compiled", "bf16 compiled"]
     assert [row["largest difference"] for row in rows[:1]] == ["0"]
