@@ -45,9 +45,25 @@ class DamagedCheckpointError(ValueError):
 
 
 def build_model(config: dict[str, Any]) -> nn.Module:
-    """A freshly initialised model of `config["model_type"]`, `["hidden_dims"]` and `["channels"]`."""
+    """A freshly initialised model of the `model_type`, `hidden_dims`, `channels` and `representation` of a config.
+
+    Without the last, which is then from before there was a choice, it is over-complete.
+    """
     model_class = MODEL_CLASSES[config["model_type"]]
-    return model_class(hidden_dims=tuple(config["hidden_dims"]), channels=config["channels"])
+    options = {"hidden_dims": tuple(config["hidden_dims"]), "channels": config["channels"]}
+    if model_class.num_scales > 1:
+        options["representation"] = config.get("representation", "overcomplete")
+    return model_class(**options)
+
+
+def build_scheduler(config: dict[str, Any]) -> DDIMScheduler:
+    """The noise schedule of a config, with its prediction type and representation."""
+    return DDIMScheduler(
+        config["num_train_timesteps"],
+        config["beta_schedule"],
+        config["prediction_type"],
+        representation=config.get("representation", "overcomplete"),
+    )
 
 
 def checkpoint_file(output_dir: str | os.PathLike, model_type: str, epoch: int | str) -> Path:
@@ -200,7 +216,7 @@ def load_model(file: str | os.PathLike, ema: bool = False, device: torch.device 
     try:
         model = build_model(config)
         model.load_state_dict(state)
-        scheduler = DDIMScheduler(config["num_train_timesteps"], config["beta_schedule"], config["prediction_type"])
+        scheduler = build_scheduler(config)
     except (KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"Checkpoint {file} does not fit the model its config describes; it is damaged.") from error
     model = model.to(device, memory_format=memory_format(torch.device(device))).eval().requires_grad_(False)

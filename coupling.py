@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data import coarse
 from error_map import draw_noise_and_probes
 from scheduler import DDIMScheduler
 
@@ -52,8 +51,8 @@ def measure_coupling(
     from `seed`, so that nobody is given its own. Costs n c ⌈B / batch_size⌉ calls.
 
     Returns, on the CPU: t_64 int64 `[n]`; t_32 int64 `[n, c]`; mse_64 and clipped_mse_64 float64 `[n, c, B]`, the
-    squared error ‖x_64 - x̂_64‖² of every image, summed over its values, in units of x², as predicted and with x̂
-    clamped to [-1, 1] as the sampler clamps it.
+    squared error ‖x_64 - x̂_64‖² of every image (of its residual, in that representation), summed over its values, in
+    units of x², as predicted and with x̂ clamped to [-1, 1] as the sampler clamps it.
 
     Raises ValueError for images of another kind, fewer than 2, no timestep, one outside the schedule or without
     signal, batch_size below 1, and predictions that are not finite.
@@ -73,8 +72,9 @@ def measure_coupling(
         )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size} but must be at least 1.")
-    images = (images_64, coarse(images_64))
-    (noise_64, noise_32), _ = draw_noise_and_probes(images, 0, seed)
+    representation = scheduler.representation
+    images = representation.split(images_64)
+    noise_64, noise_32 = representation.project(draw_noise_and_probes(images, 0, seed)[0])
     order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(seed))
     partner = torch.empty_like(order)
     partner[order] = order.roll(1)
@@ -85,17 +85,18 @@ def measure_coupling(
     calls = [(i, k) for i in range(len(t_64)) for k in range(len(CONDITIONS))]
     for i, k in tqdm(calls, desc="coupling", unit="condition", disable=not progress):
         t = int(t_64[i])
-        x_64 = tables.add_noise(images_64, noise_64, t)
+        x_64 = tables.add_noise(images[0], noise_64, t)
         x_32, t_32[i, k] = _coarse_input(CONDITIONS[k], tables, images[1], noise_32, partner.to(device), t)
         for chosen in torch.arange(shape[0]).split(batch_size):
             batch = chosen.to(device)
             ts = tuple(torch.full_like(batch, value) for value in (t, t_32[i, k].item()))
             with torch.no_grad(), autocast() if autocast else nullcontext():
-                prediction, _ = denoise((x_64[batch], x_32[batch]), ts)
+                predictions = denoise((x_64[batch], x_32[batch]), ts)
             # In fp64, because x̂ is the difference of almost equal numbers where there is little noise.
-            x0 = tables.predict_x0(prediction.double(), t, x_64[batch].double())
-            for e, estimate in enumerate((x0, x0.clamp(-1, 1))):
-                errors[e, i, k, chosen] = (images_64[batch] - estimate).square().flatten(1).sum(1).cpu()
+            xs = (x_64[batch].double(), x_32[batch].double())
+            x0s = tuple(tables.predict_x0(p.double(), u, x) for p, u, x in zip(predictions, ts, xs, strict=True))
+            for e, estimate in enumerate((x0s[0], representation.clamp(x0s)[0])):
+                errors[e, i, k, chosen] = (images[0][batch] - estimate).square().flatten(1).sum(1).cpu()
     if not errors.isfinite().all():
         raise ValueError("The denoiser returns what is not finite here; its weights may be damaged.")
     return {"t_64": torch.as_tensor(t_64), "t_32": t_32} | dict(zip(COUPLING_ERRORS, errors, strict=True))

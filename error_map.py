@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from distributed import Processes
 from map_interpolation import interpolate_map
+from representation import OVERCOMPLETE
 from safe_write import replacing
 from scheduler import DDIMScheduler
 
@@ -82,11 +83,11 @@ def error_map(
 
     `denoise((x_64, x_32), (t_64, t_32))` gets noisy images `[S, C, H, W]` and `[S, C, H/2, W/2]` and int64
     timesteps `[S]` twice, and returns a tuple of its predictions P, one or two, shaped like the images, in the
-    prediction type of the scheduler; they are converted to ε. It must treat samples independently (no batch
-    statistics), since one call may hold several cells or part of one. It runs on the device and in the dtype of
-    images_64; only gradients of its inputs are taken. The coarse image is the 2x2 mean of the fine one.
-    Noise and probes are drawn once from `seed`, on the CPU, independently per image and whatever P. The whole map
-    costs n² B / batch_size calls, with P K backward passes each unless `maps` is "mse".
+    prediction type of the scheduler; they are converted to ε. What x_64 and x_32 are of an image says the
+    representation of the scheduler. It must treat samples independently (no batch statistics), since one call may hold
+    several cells or part of one. It runs on the device and in the dtype of images_64; only gradients of its inputs are
+    taken. Noise and probes are drawn once from `seed`, on the CPU, independently per image and whatever P. The whole
+    map costs n² B / batch_size calls, with P K backward passes each unless `maps` is "mse".
 
     With `coarse` m < n, m lines per axis, about even in both index and log SNR, are measured, and the maps of every
     image are interpolated in log space over log SNR; m further cells off those lines are measured to tell the error.
@@ -98,7 +99,7 @@ def error_map(
         mse_64, mse_32, mse_64_se, mse_32_se: E‖ε_s - ε̂_s‖² / SNR(t_s) = E‖x_s - x̂_s‖², total over the
             C·H·W dimensions of scale s, in units of x², mean over images
         mse_64_low, mse_64_low_se: the part of mse_64 in the low band of the fine image, 4 ‖A (x_64 - x̂_64)‖² with A
-            the 2x2 mean; the rest is in its details. A perfect denoiser has mse_64_low = 4 mse_32
+            the 2x2 mean; the rest is in its details. A perfect denoiser has mse_64_low = 4 mse_32. Zero for residuals
         clipped_mse_64, clipped_mse_32, clipped_mse_64_low, each with _se: the same of x̂ clamped to [-1, 1], as the
             sampler clamps it
         mse_per_image: float32 `[6, n, n, B]`, in the order of `MSES` and `CLIPPED_MSES`; `per_image` reads both
@@ -136,7 +137,7 @@ def error_map(
     if coarse is not None and not 2 <= coarse < num_lines:
         raise ValueError(f"coarse is {coarse} but a grid of {num_lines} lines can be thinned to 2 to {num_lines - 1}.")
 
-    images = (images_64, F.avg_pool2d(images_64, 2))  # [B, C, H, W], half
+    images = scheduler.representation.split(images_64)  # [B, C, H, W], half
     log_snr_grid = scheduler.log_snr.cpu()[timesteps]
     lines = np.arange(num_lines) if coarse is None else _coarse_lines(log_snr_grid.numpy(), coarse)
     held_out = [] if coarse is None else _held_out_cells(lines, num_lines, coarse, seed)
@@ -169,7 +170,7 @@ def error_map(
     interpolation_error = None
     if coarse is not None:
         interpolation_error = _interpolation_error(values, spread, held_out)
-    num_dims = [x[0].numel() for x in images]
+    num_dims = [round(scheduler.representation.fine_share * images[0][0].numel()), images[1][0].numel()]
     snr_grid = scheduler.snr.cpu()[timesteps]
     result = {
         "t_grid": timesteps,
@@ -405,6 +406,7 @@ def _measure(
     num_images, num_cells, device = len(images[0]), len(ts), images[0].device
     num_samples = num_cells * num_images
     noise, probes = draw_noise_and_probes(images, num_probes, seed)  # [B, ...], [K, B, ...]
+    noise = scheduler.representation.project(noise)
     tables = scheduler.to(device)
 
     blocks, kinds = _names(num_predictions)
@@ -507,9 +509,11 @@ def _evaluate(
             # The same number, with more digits where there is little noise.
             scales = [scheduler.snr[t].rsqrt().to(x.dtype)[:, None, None, None] for x, t in seen]
             errors = [(p - e) * scale for p, e, scale in zip(epsilons, noise, scales, strict=True)]
-        clipped = [x - x0.clamp(-1, 1) for x, x0 in zip(images, x0s, strict=True)]
+        clipped = [x - x0 for x, x0 in zip(images, scheduler.representation.clamp(tuple(x0s)), strict=True)]
+        # Means of residuals are zero but for rounding.
+        low = 2 * (scheduler.representation is OVERCOMPLETE)
         mses = [
-            _sum_of_squares(error) for group in (errors, clipped) for error in (*group, 2 * F.avg_pool2d(group[0], 2))
+            _sum_of_squares(error) for group in (errors, clipped) for error in (*group, low * F.avg_pool2d(group[0], 2))
         ]
     return norms.transpose(1, 2).flatten(0, 1).cpu(), torch.stack(mses).cpu()  # [out and in, K, S], [6 or 4, S]
 

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -39,6 +38,7 @@ from image_folder import claim_images, evenly, read_folder
 from path import Path as SamplingPath
 from path_choice import add_one_path_arguments, path_of_flags
 from plots import WEIGHTS_TITLES, plot_samples
+from representation import RESIDUAL, enlarge
 from sampler import (
     Denoiser,
     Images,
@@ -166,7 +166,7 @@ def renoise(scheduler: DDIMScheduler, x: torch.Tensor, noise: torch.Tensor, t: i
 
 def fit_means(x: torch.Tensor, means: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The image nearest to x `[B, C, 2H, 2W]` whose 2x2 means are `means` `[B, C, H, W]` where mask `[H, W]` is set."""
-    return x + F.interpolate((means - coarse(x)) * mask, scale_factor=2, mode="nearest")
+    return x + enlarge((means - coarse(x)) * mask)
 
 
 def repaint(
@@ -191,14 +191,21 @@ def repaint(
     Where no fine pixel is known, the 2x2 means of the fine image are, at the known coarse pixels, and they are put in
     likewise (`fit_means`), which holds to the rounding of floats in the end. free_fine: only then, at the last point.
 
+    A residual, which is of four pixels together, is known where all of them are, and known pixels of other blocks are
+    put in at the end. It has no means, so that known coarse pixels alone hold by themselves.
+
     Noise is drawn for the start scale by scale, then at each point for the scales of which something is known, for the
     means, for a jump, and as `sample` does: with nothing known and no jumps this is `sample`. Raises what `sample` and
     `jump_counts` raise.
     """
-    known = [images, coarse(images)][: path.num_scales]
+    representation = scheduler.representation
+    known = representation.split(images)[: path.num_scales]
     masks = [mask.to(images.device) for mask in masks]
+    pixels, is_residual = masks[0], representation is RESIDUAL
+    by_means = not pixels.any() and not is_residual and len(masks) == 2
+    if is_residual and pixels.any():
+        masks[0] = enlarge(masks[1][None, None].float())[0, 0].bool()
     is_known = [mask.any().item() for mask in masks]
-    by_means = is_known == [False, True]
     left = jump_counts(path.nfe, jump_length, jump_repeats)
 
     def noised(image: torch.Tensor, t: int, strength: float = 1.0) -> torch.Tensor:
@@ -209,7 +216,7 @@ def repaint(
             torch.where(mask, noised(image, t), x) if some else x
             for x, image, mask, some, t in zip(xs, known, masks, is_known, path.points[k], strict=True)
         ]
-        if by_means and (k == path.nfe or not free_fine):
+        if by_means and is_known[1] and (k == path.nfe or not free_fine):
             # The mean of four pixels has half the noise of one.
             placed[0] = fit_means(placed[0], noised(known[1], path.points[k][0], 0.5), masks[1])
         if left.get(k, 0) > 0:
@@ -219,10 +226,13 @@ def repaint(
             k -= jump_length
         if coarse_from == "noisy":
             placed[1] = coarse(placed[0])
-        return k, tuple(placed)
+        return k, representation.project(tuple(placed))
 
     noise = [draw(image.shape[1:]) for image in known]
-    return sample(denoise, scheduler, path, noise, eta, place, draw=draw, coarse_from=coarse_from)
+    (painted, *rest), nfe = sample(denoise, scheduler, path, noise, eta, place, draw=draw, coarse_from=coarse_from)
+    # A sum of residual and mean is rounded.
+    painted = torch.where(pixels, images, painted) if is_residual else painted
+    return Samples((painted, *rest), nfe)
 
 
 def inpaint(

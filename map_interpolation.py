@@ -13,28 +13,30 @@ def interpolate_map(
     values: ArrayLike,  # [..., m, m], > 0 or all zero, at the pairs of `known`
     known: ArrayLike,  # [m], log SNR of the lines of both axes, rising
     wanted: ArrayLike,  # [n], log SNR, within those of `known`
+    wanted_32: ArrayLike | None = None,  # [k], of the last axis; None for those of `wanted`
 ) -> np.ndarray:
-    """Maps `[..., m, m]` at every pair of `wanted`, float64 `[..., n, n]`.
+    """Maps `[..., m, m]` at every pair of `wanted` and `wanted_32`, float64 `[..., n, k]`.
 
     Piecewise cubic Hermite interpolation (Fritsch and Carlson 1980) of the logarithm along one axis after the
     other: smooth, equal to the map on its own lines, and without extrema that the map does not have. A map of
     zeros stays zero. Raises ValueError for other shapes, lines that do not rise, a wanted log SNR outside the
     known ones, and values that are negative, not finite, or zero beside positive ones.
     """
-    values, known, wanted = (np.asarray(v, dtype=np.float64) for v in (values, known, wanted))
+    values, known, *axes = (
+        np.asarray(v, dtype=np.float64) for v in (values, known, wanted, wanted if wanted_32 is None else wanted_32)
+    )
     if known.ndim != 1 or len(known) < 2 or values.shape[-2:] != (len(known),) * 2:
         raise ValueError(f"values have shape {list(values.shape)} but known has {list(known.shape)}; pass [..., m, m]")
     if not (np.diff(known) > 0).all():
         raise ValueError("known must rise strictly from noise to clean")
     tolerance = 1e-9 * (known[-1] - known[0])
-    if wanted.min() < known[0] - tolerance or wanted.max() > known[-1] + tolerance:
-        asked, there = (f"{v.min():.4g} to {v.max():.4g}" for v in (wanted, known))
+    if min(map(np.min, axes)) < known[0] - tolerance or max(map(np.max, axes)) > known[-1] + tolerance:
+        asked, there = (f"{v.min():.4g} to {v.max():.4g}" for v in (np.concatenate(axes), known))
         raise ValueError(f"a map of log SNR {there} cannot tell {asked}; stay within its lines")
     zero = ~values.any((-2, -1), keepdims=True)  # [..., 1, 1]
     if not np.isfinite(values).all() or (~zero & (values <= 0)).any():
         raise ValueError("a map must be positive and finite everywhere, or zero everywhere, to be interpolated")
     logs = np.log(np.where(zero, 1.0, values))
-    wanted = np.clip(wanted, known[0], known[-1])
-    for axis in (-2, -1):
-        logs = PchipInterpolator(known, logs, axis=axis)(wanted)
+    for axis, lines in zip((-2, -1), axes, strict=True):
+        logs = PchipInterpolator(known, logs, axis=axis)(np.clip(lines, known[0], known[-1]))
     return np.where(zero, 0.0, np.exp(logs))

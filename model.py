@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrained import PretrainedMixin
+from representation import REPRESENTATIONS
 
 NUM_GROUPS = 8
 NUM_HEADS = 4
@@ -193,17 +194,33 @@ class _TwoScaleModel(nn.Module, PretrainedMixin):
 
     Every model also answers to `denoise(xs, ts)`, the form the sampler and the error map call: one noisy
     image and one `[B]` timestep tensor per scale, fine first, to one prediction per predicted scale.
-    `num_scales` and `num_predictions` say how many these are. Raises ValueError for the widths that `check_hidden_dims`
-    refuses, for image sizes the UNet refuses, and for a coarse image that is not half the fine one.
+    `num_scales` and `num_predictions` say how many these are. In the residual `representation` the fine input and its
+    prediction are projected to the subspace of details, so that the network knows of nothing else and its Jacobian
+    neither. Raises ValueError for the widths that `check_hidden_dims` refuses, for a representation that is unknown or
+    that the predictions do not compose, for image sizes the UNet refuses, and for a coarse image that is not half the
+    fine one.
     """
 
     num_scales = 2
     num_predictions = 2
     knows_time = True
 
-    def __init__(self, hidden_dims: tuple[int, ...] = (64, 128, 256, 512), channels: int = 3):
+    def __init__(
+        self,
+        hidden_dims: tuple[int, ...] = (64, 128, 256, 512),
+        channels: int = 3,
+        representation: str = "overcomplete",
+    ):
         super().__init__()
         check_hidden_dims(hidden_dims)
+        if representation not in REPRESENTATIONS:
+            raise ValueError(f"Unknown representation '{representation}'; choose one of {', '.join(REPRESENTATIONS)}.")
+        if representation == "residual" and self.num_predictions < self.num_scales:
+            raise ValueError(
+                f"{type(self).__name__} predicts no coarse image, without which a residual is no image; use the "
+                "over-complete representation."
+            )
+        self.representation = REPRESENTATIONS[representation]
         self.channels = channels
         embedding_dim = 4 * hidden_dims[0] if self.knows_time else None
         self.unet = UNet(2 * channels, self.num_predictions * channels, hidden_dims, embedding_dim)
@@ -216,12 +233,13 @@ class _TwoScaleModel(nn.Module, PretrainedMixin):
                 f"A coarse image of {x_32.shape[-2]}x{x_32.shape[-1]} must be half the size of the fine image, "
                 f"which is {x_64.shape[-2]}x{x_64.shape[-1]}."
             )
+        x_64, x_32 = self.representation.project((x_64, x_32))
         x_up = F.interpolate(x_32, size=x_64.shape[-2:], mode="bilinear", align_corners=False)
         out = self.unet(torch.cat([x_64, x_up], dim=1), t)  # [B, 2C or C, H, W]
         if self.num_predictions == 1:
             return out
         eps_64, eps_32 = out.split(self.channels, dim=1)  # [B, C, H, W] twice
-        return eps_64, F.avg_pool2d(eps_32, 2)  # [B, C, H/2, W/2]
+        return self.representation.project((eps_64, F.avg_pool2d(eps_32, 2)))  # [B, C, H, W], [B, C, H/2, W/2]
 
 
 class LIFTDualTimestepModel(_TwoScaleModel):
@@ -232,8 +250,13 @@ class LIFTDualTimestepModel(_TwoScaleModel):
     embedding; the pair is combined by Linear-SiLU-Linear.
     """
 
-    def __init__(self, hidden_dims: tuple[int, ...] = (64, 128, 256, 512), channels: int = 3):
-        super().__init__(hidden_dims, channels)
+    def __init__(
+        self,
+        hidden_dims: tuple[int, ...] = (64, 128, 256, 512),
+        channels: int = 3,
+        representation: str = "overcomplete",
+    ):
+        super().__init__(hidden_dims, channels, representation)
         width = 4 * hidden_dims[0]
         self.combine = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
 

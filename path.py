@@ -355,9 +355,10 @@ def kl_step_cost(
     weight: float = 0.0,
     symmetric: bool = False,
     bands: bool = False,
+    snr_32: np.ndarray | None = None,  # [n], of the coarse lines; None for `snr`
 ) -> np.ndarray:
     """KL cost in nats (`kl_cost`) of the step from cell start to cell end; broadcasts like `step_cost`."""
-    return kl_cost(*(_read(mmse_64, mmse_32, snr, cell) for cell in (start, end)), weight, symmetric, bands)
+    return kl_cost(*(_read(mmse_64, mmse_32, snr, cell, snr_32) for cell in (start, end)), weight, symmetric, bands)
 
 
 def path_cost(step: StepCost, cells: Sequence[Sequence[int]]) -> float:
@@ -447,12 +448,14 @@ def kl_path(
     diagonal: bool = False,
     symmetric: bool = False,
     bands: bool = False,
+    snr_32: ArrayLike | None = None,
 ) -> tuple[Cells, float]:
     """Path of exactly num_steps steps with the least KL divergence (`kl_cost`); returns (cells, cost in nats).
 
     mmse_64, mmse_32: [n, n], >= 0, denoising error E‖x_s - x̂_s‖² summed over the dimensions of a scale, in
         x-space, indexed (index of t_64, index of t_32); index 0 is noise, n - 1 clean.
     snr: [n], SNR of the grid lines, rising with the index, >= 0, and > 0 for weight 1.
+    snr_32: [n], that of the coarse lines where it is another one; never falling with the index.
     weight: exponent p of w(γ) = γ^-p, 0 to 1. symmetric: the second form of `kl_cost` at weight 0 as well.
     bands: weigh the bands of the fine image instead of the scales (`kl_cost`); for weight > 0 the sound choice.
     start, end: cells (i, j), or one index for both axes; None ends at n - 1.
@@ -468,7 +471,7 @@ def kl_path(
     rising and in range, a weight outside 0..1, a start or end outside the grid, an end not beyond the start, a
     diagonal between cells off the diagonal, and num_steps outside 1..M, M the one-cell moves from start to end.
     """
-    step, cell_at, shape = _kl_problem(mmse_64, mmse_32, snr, weight, start, end, diagonal, symmetric, bands)
+    step, cell_at, shape = _kl_problem(mmse_64, mmse_32, snr, weight, start, end, diagonal, symmetric, bands, snr_32)
     most = sum(shape) - 2
     if not 1 <= num_steps <= most:
         raise ValueError(
@@ -740,8 +743,14 @@ def _check_maps(clock_name: str, clock: ArrayLike, **maps: ArrayLike) -> list[np
     return [*checked, clock]
 
 
-def _read(map_64: np.ndarray, map_32: np.ndarray, clock: np.ndarray, cell: tuple[ArrayLike, ArrayLike]) -> Readings:
-    return Readings(map_64[cell], map_32[cell], clock[cell[0]], clock[cell[1]])
+def _read(
+    map_64: np.ndarray,
+    map_32: np.ndarray,
+    clock: np.ndarray,
+    cell: tuple[ArrayLike, ArrayLike],
+    clock_32: np.ndarray | None = None,
+) -> Readings:
+    return Readings(map_64[cell], map_32[cell], clock[cell[0]], (clock if clock_32 is None else clock_32)[cell[1]])
 
 
 def _weigh(snr: ArrayLike, weight: float) -> np.ndarray:
@@ -763,6 +772,7 @@ def _kl_problem(
     diagonal: bool,
     symmetric: bool,
     bands: bool,
+    snr_32: ArrayLike | None = None,
 ) -> tuple[StepCost, CellAt, tuple[int, int]]:
     maps = _check_maps("snr", snr, mmse_64=mmse_64, mmse_32=mmse_32)
     snr, n = maps[-1], len(maps[-1])
@@ -777,7 +787,11 @@ def _kl_problem(
             f"no path leads from cell {(i, j)} to cell {(last_i, last_j)} on a grid with indices 0 to {n - 1}; "
             "choose an end beyond the start in one axis at least and behind it in none"
         )
-    step = functools.partial(kl_step_cost, *maps, weight=weight, symmetric=symmetric, bands=bands)
+    if snr_32 is not None:
+        snr_32 = np.asarray(snr_32, dtype=np.float64)
+        if snr_32.shape != (n,) or not np.isfinite(snr_32).all() or (np.diff(snr_32) < 0).any():
+            raise ValueError(f"snr_32 must be finite, [{n}] like snr, and never fall with the grid index")
+    step = functools.partial(kl_step_cost, *maps, weight=weight, symmetric=symmetric, bands=bands, snr_32=snr_32)
     if not diagonal:
         return step, lambda row, column: (i + row, j + column), (last_i - i + 1, last_j - j + 1)
     if i != j or last_i != last_j:

@@ -40,11 +40,13 @@ from path import (
 )
 from path_refine import Refined, refine_path
 from regimes import off_regime_note
+from representation import REPRESENTATIONS, Overcomplete
 from sampler import COARSE_FEEDS, coarse_feed
 from schedule_file import load_schedule
 
-# All but the first are optima on a heatmap.
-PATH_TYPES = ("diagonal", "dp_64", "dp_total", "kl", "kl_diagonal")
+# Optima on a heatmap.
+OPTIMA = ("dp_64", "dp_total", "kl", "kl_diagonal")
+PATH_TYPES = ("diagonal", "image_diagonal", *OPTIMA)
 PATH_FAMILIES = {
     "cascade": "LOG_SNR[,STEPS] or best",
     "shift": "LOG_SNR",
@@ -71,7 +73,7 @@ class PathType(NamedTuple):
     @property
     def needs_heatmap(self) -> bool:
         """Whether the path is an optimum on an error map."""
-        return self.name in PATH_TYPES[1:] or (self.name == "cascade" and self.parameters == ("best",))
+        return self.name in OPTIMA or (self.name == "cascade" and self.parameters == ("best",))
 
     @property
     def file_name(self) -> str:
@@ -223,6 +225,11 @@ def path_errors(
     return error_64.numpy(), error_32.numpy(), heatmap["log_snr_grid"].numpy()
 
 
+def representation_of(heatmap: dict) -> Overcomplete:
+    """The representation that a heatmap is of; one that does not say is from before there was a choice."""
+    return REPRESENTATIONS[heatmap.get("representation", "overcomplete")]
+
+
 def path_mses(heatmap: dict) -> tuple[str, ...]:
     """The names of the three denoising errors that paths go by: clamped, as the sampler clamps, where measured."""
     return CLIPPED_MSES if CLIPPED_MSES[0] in heatmap else MSES
@@ -238,6 +245,9 @@ class KLProblem(NamedTuple):
     is nearly clean, and then a path would see no cost in moving the clock that it leaves unread.
     Errors are those of the clamped image, which is what the sampler goes by: at high noise that of a network's raw
     prediction can be several times the variance of the images.
+
+    In the residual representation the scales are the bands already. That of the coarse one, summed over the image,
+    counts four times and is seen at a quarter of its SNR; together that is a factor of 4^p.
     """
 
     mse_64: np.ndarray  # [n, n], totals in x-space, as the next
@@ -256,21 +266,30 @@ class KLProblem(NamedTuple):
                 "This heatmap is of a model that predicts the fine image alone, and KL paths count the error of the "
                 "coarse one too; use dp_64."
             )
-        return cls.of_maps(*(heatmap[name].numpy() for name in path_mses(heatmap)), heatmap["snr_grid"].numpy(), weight)
+        maps = (heatmap[name].numpy() for name in path_mses(heatmap))
+        return cls.of_maps(*maps, heatmap["snr_grid"].numpy(), weight, representation_of(heatmap).name)
 
     @classmethod
     def of_maps(
-        cls, mse_64: np.ndarray, mse_32: np.ndarray, mse_64_low: np.ndarray, snr: np.ndarray, weight: float
+        cls,
+        mse_64: np.ndarray,
+        mse_32: np.ndarray,
+        mse_64_low: np.ndarray,
+        snr: np.ndarray,
+        weight: float,
+        representation: str = "overcomplete",
     ) -> "KLProblem":
         """The same from the three maps `[n, n]` themselves."""
+        if representation == "residual":
+            return cls(mse_64, 4**weight * mse_32, snr, weight, bands=False)
         if weight == 0:
             return cls(mse_64, mse_32, snr, weight, bands=False)
         low = np.minimum(mse_64_low, 4 * mse_32)
         return cls(mse_64 - mse_64_low + low, low / 4, snr, weight, bands=True)
 
-    def on_lines(self, log_snr: np.ndarray) -> "KLProblem":
-        """The same problem with the maps interpolated to other grid lines."""
-        maps = interpolate_map(np.stack([self.mse_64, self.mse_32]), np.log(self.snr), log_snr)
+    def on_lines(self, log_snr: np.ndarray, log_snr_32: np.ndarray | None = None) -> "KLProblem":
+        """The same problem with the maps interpolated to other grid lines, the coarse ones at `log_snr_32` if given."""
+        maps = interpolate_map(np.stack([self.mse_64, self.mse_32]), np.log(self.snr), log_snr, log_snr_32)
         return self._replace(mse_64=maps[0], mse_32=maps[1], snr=np.exp(log_snr))
 
 
@@ -314,18 +333,26 @@ def kl_refined(
 ) -> Refined:
     """The KL optimum on a heatmap whose points may lie anywhere: on a finer grid, even in log SNR, then off it.
 
-    The last of `points` is at `end`, that of `path` at 0 as of every path. Raises ValueError for a heatmap without
-    denoising errors, a start that is not on the map, and for what `kl_path` and `refine_path` refuse.
+    The last of `points` is at `end`, that of `path` at 0 as of every path. The diagonal is that of the image: in the
+    residual representation t_32 follows t_64 at λ_32 = λ_64 + log 4, as in `path.log_snr_shift`. Raises ValueError for
+    a heatmap without denoising errors, a start that is not on the map, and for what `kl_path` and `refine_path` refuse.
     """
     t_grid = kl_lines(heatmap, log_snr, start, end, max(num_lines, 2 * num_steps))
-    problem = KLProblem.of(heatmap, weight).on_lines(log_snr[t_grid])
-    cells, _ = kl_path(*problem[:3], num_steps, weight, diagonal=diagonal, bands=problem.bands)
+    ahead = representation_of(heatmap).image_lead if diagonal else 0.0
+    # Where the coarse clock would be beyond the map it waits at its end.
+    log_snr_32 = np.minimum(log_snr + ahead, log_snr[end]) if ahead else log_snr
+    problem = KLProblem.of(heatmap, weight).on_lines(log_snr[t_grid], log_snr_32[t_grid])
     options = {"weight": weight, "diagonal": diagonal, "bands": problem.bands}
+    cells, _ = kl_path(*problem[:3], num_steps, **options, snr_32=np.exp(log_snr_32[t_grid]))
     # A schedule that begins at `end` is like any other.
-    refined = refine_path(cells, t_grid - end, *problem[:2], log_snr[end:], **options)
+    refined = refine_path(cells, t_grid - end, *problem[:2], log_snr[end:], **options, log_snr_32=log_snr_32[end:])
     grid_path = [[t + end for t in point] for point in refined.path.provenance["grid_path"]]
     provenance = refined.path.provenance | {"grid_path": grid_path, "start": int(t_grid[0]), "end": end}
-    return refined._replace(points=refined.points + end, path=lift_path(refined.path, end, provenance))
+    path = lift_path(refined.path, end, provenance)
+    if ahead:
+        points = log_snr_shift(Path([(t,) for t, _ in path.points], "diagonal", {}), ahead, log_snr).points
+        path = Path(points, path.kind, provenance)
+    return refined._replace(points=refined.points + end, path=path)
 
 
 def kl_cascade(
@@ -417,6 +444,9 @@ def choose_path(
             args.num_steps, coarse_steps=next(iter(steps), None), remaining=remaining, spacing=args.spacing, **table
         )
     base = diagonal(args.num_steps, args.spacing, loaded.model.num_scales, **table)
+    if kind.name == "image_diagonal":
+        ahead = loaded.scheduler.representation.image_lead
+        return Path(log_snr_shift(base, ahead, log_snr).points, "image_diagonal", {"base": base.provenance})
     if kind.name == "shift":
         return log_snr_shift(base, *kind.parameters, log_snr)
     families = {"lead": lead, "heuristic": heuristic}

@@ -76,6 +76,7 @@ def refine_path(
     bands: bool = False,  # of `kl_cost`
     max_jump: int | None = None,  # grid cells that a step may move per axis; needed for "published"
     diagonal: bool = False,  # keep t_64 = t_32
+    log_snr_32: ArrayLike | None = None,  # log SNR of the coarse scale at every timestep; None for `log_snr`
     tolerance: float = 0.01,  # timesteps; the finest spacing of candidates
 ) -> Refined:
     """Improve a path of grid cells at real timesteps, its ends fixed, and find integer timesteps for it.
@@ -108,7 +109,7 @@ def refine_path(
     if diagonal and (grid_points[:, 0] != grid_points[:, 1]).any():
         raise ValueError("the path to refine leaves the diagonal; pass one with equal indices or diagonal=False")
 
-    read = _reader(t_grid, map_64, map_32, log_snr, criterion)
+    read = _reader(t_grid, map_64, map_32, log_snr, criterion, log_snr_32)
     best_chain = functools.partial(_best_chain, read=read, cost=cost, t_grid=t_grid, max_jump=max_jump)
     steps = np.arange(-REACH, REACH + 1.0)
     offsets = np.stack([steps, steps], -1) if diagonal else np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2)
@@ -148,7 +149,12 @@ def _step_cost(
 
 
 def _reader(
-    t_grid: np.ndarray, map_64: ArrayLike, map_32: ArrayLike, log_snr: ArrayLike, criterion: str
+    t_grid: np.ndarray,
+    map_64: ArrayLike,
+    map_32: ArrayLike,
+    log_snr: ArrayLike,
+    criterion: str,
+    log_snr_32: ArrayLike | None = None,
 ) -> Callable[[np.ndarray], Readings]:
     # A function from points [..., 2] to what a step cost reads there.
     high = int(t_grid.max())
@@ -163,6 +169,7 @@ def _reader(
     present = maps.any((1, 2))
     logs = np.log(np.where(present[:, None, None], maps, 1.0))
     clock = np.exp if criterion == "kl" else np.asarray
+    tables = [table[: high + 1], table[: high + 1] if log_snr_32 is None else np.asarray(log_snr_32)[: high + 1]]
 
     def read(points: np.ndarray) -> Readings:
         below = np.minimum(np.floor(points).astype(int), high - 1)
@@ -170,8 +177,8 @@ def _reader(
         left = (1 - u) * logs[:, i, j] + u * logs[:, i + 1, j]
         right = (1 - u) * logs[:, i, j + 1] + u * logs[:, i + 1, j + 1]
         values = np.exp((1 - v) * left + v * right)  # [2, ...]
-        clocks = clock(np.interp(points, np.arange(high + 1), table[: high + 1]))
-        return Readings(values[0] * present[0], values[1] * present[1], clocks[..., 0], clocks[..., 1])
+        clocks = [clock(np.interp(points[..., s], np.arange(high + 1), tables[s])) for s in (0, 1)]
+        return Readings(values[0] * present[0], values[1] * present[1], *clocks)
 
     return read
 

@@ -47,6 +47,7 @@ from path_choice import (
     lift_path,
     path_errors,
     path_mses,
+    representation_of,
 )
 from path_refine import cost_off_grid, refine_path
 from plots import plot_cost_against_nfe
@@ -91,6 +92,7 @@ class Planner:
     def __init__(self, heatmap: dict, args: argparse.Namespace):
         self.heatmap, self.args = heatmap, args
         scheduler = DDIMScheduler(heatmap["num_train_timesteps"], heatmap["beta_schedule"], prediction_type="v")
+        self.representation = representation_of(heatmap)
         self.log_snr = scheduler.log_snr.numpy()
         self.t_grid = heatmap["t_grid"].numpy()
         self.is_kl = args.criterion == "kl"
@@ -141,6 +143,8 @@ class Planner:
         even = diagonal(nfe, "uniform_log_snr", **table)
         made = {"diagonal, uniform t": diagonal(nfe, "uniform_t", **table), "diagonal, uniform λ": even}
         made["diagonal, Karras"] = diagonal(nfe, "karras", **table)
+        if self.representation.image_lead:
+            made["image diagonal, uniform λ"] = log_snr_shift(even, self.representation.image_lead, log_snr)
         for name, sign in (("coarse", 1), ("fine", -1)):
             made[f"{name} ahead by 1 in λ"] = log_snr_shift(even, sign, log_snr)
             made[f"{name} 1 point ahead"] = lead(even, sign)
@@ -185,7 +189,7 @@ class Planner:
         maps = interpolate_map(values, self.log_snr[self.t_grid], lines).transpose(0, 2, 3, 1)
 
         def solve(*means):
-            problem = KLProblem.of_maps(*means, np.exp(lines), args.kl_weight)
+            problem = KLProblem.of_maps(*means, np.exp(lines), args.kl_weight, self.representation.name)
             return kl_path(*problem[:3], nfe, args.kl_weight, bands=problem.bands)
 
         return t_grid, maps, solve

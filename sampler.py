@@ -5,6 +5,7 @@ abar(0), noise of standard deviation 0.01, as the published runs did (`end="t0"`
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -129,7 +130,9 @@ def sample(
     draw: Callable[[Sequence[int]], torch.Tensor] | None = None,
     coarse_from: str | None = None,
 ) -> Samples:
-    """Sample along a path from `noise`, one `[B, C, H, W]` tensor per scale, fine first.
+    """Sample along a path from white `noise`, one `[B, C, H, W]` tensor per scale, fine first.
+
+    The scales are those of `scheduler.representation`, to whose subspaces all noise is brought.
 
     denoise: `(xs, ts) -> predictions`, one tensor per scale each, ts int64 `[B]`, called once at every point
         but the last. A scale whose timestep does not move keeps its image, except that with `end="clean"` the
@@ -141,9 +144,10 @@ def sample(
         theirs, noised to their timestep with fresh noise from `draw`; pure noise at the start. "noisy": the mean of
         the noisy fine image, whatever their timestep.
 
-    Returns images (float32, in [-1, 1] if the schedule clamps) and the calls counted. Raises ValueError if path and
-    noise differ in their number of scales, for an unknown end or feed, for predictions that leave a scale to no feed,
-    for a callback that goes on from a later point, and what `scheduler.step` raises.
+    Returns images (float32, in [-1, 1] if the schedule clamps; the first is the image that the scales compose) and the
+    calls counted. Raises ValueError if path and noise differ in their number of scales, for an unknown end or feed, for
+    predictions that leave a scale to no feed, for a callback that goes on from a later point, and what
+    `scheduler.step_from` raises.
     """
     if path.num_scales != len(noise):
         raise ValueError(f"The path has {path.num_scales} scale(s) but the model samples {len(noise)}.")
@@ -154,7 +158,8 @@ def sample(
     if coarse_from == "x0" and draw is None:
         raise ValueError("A coarse image made of the clean one needs fresh noise; pass draw.")
     targets = [*path.points[1:-1], (CLEAN,) * path.num_scales if end == "clean" else path.points[-1]]
-    xs = tuple(noise)
+    representation = scheduler.representation
+    xs = representation.project(tuple(noise))
     if coarse_from == "noisy":
         xs = (xs[0], *(_mean_like(xs[0], x) for x in xs[1:]))
     batch, device = len(xs[0]), xs[0].device
@@ -165,7 +170,7 @@ def sample(
                 raise ValueError(f"A callback at point {k} must go on from point 0 to {k}, not from {moved[0]}.")
             k, xs = moved
         if k == path.nfe:
-            return Samples(xs, nfe)
+            return Samples(representation.finished(xs), nfe)
         point, next_point = path.points[k], targets[k]
         ts = tuple(torch.full((batch,), t, dtype=torch.long, device=device) for t in point)
         predictions = denoise(xs, ts)
@@ -175,26 +180,24 @@ def sample(
                 f"The denoiser predicts {len(predictions)} of {path.num_scales} scales, which does not go with "
                 f"coarse_from = {coarse_from}."
             )
+        predictions = tuple(prediction.to(x.dtype) for x, prediction in zip(xs, predictions, strict=False))
+        moves = [t_next != t for t, t_next in zip(point, next_point, strict=True)]
+        for t, t_next in itertools.compress(zip(point, next_point, strict=True), moves):
+            scheduler.check_step(t, t_next)
+        x0s = scheduler.predict_clean(predictions, point, xs)
+        fresh = (None,) * len(x0s)
+        if eta > 0 and draw is not None:
+            drawn = tuple(draw(x.shape[1:]) if move else x for x, move in zip(xs, moves[: len(x0s)], strict=False))
+            fresh = representation.project(drawn)
         stepped = tuple(
-            scheduler.step(
-                prediction.to(x.dtype),
-                t,
-                t_next,
-                x,
-                eta=eta,
-                noise=draw(x.shape[1:]) if eta > 0 and draw is not None else None,
-            )
-            if t_next != t
-            else x
-            for x, prediction, t, t_next in zip(xs, predictions, point, next_point, strict=False)
+            scheduler.step_from(x0, t, t_next, x, eta, fresh_noise) if move else x
+            for x, x0, t, t_next, move, fresh_noise in zip(xs, x0s, point, next_point, moves, fresh, strict=False)
         )
         if coarse_from == "noisy":
             stepped += tuple(_mean_like(stepped[0], x) for x in xs[1:])
         elif coarse_from == "x0":
-            x0 = scheduler.predict_x0(predictions[0].to(xs[0].dtype), point[0], xs[0])
-            x0 = x0.clamp(-1, 1) if scheduler.clip_sample else x0
             for x, t_next in zip(xs[1:], next_point[1:], strict=True):
-                x = _mean_like(x0, x)
+                x = _mean_like(x0s[0], x)
                 stepped += (x if t_next == CLEAN else scheduler.add_noise(x, draw(x.shape[1:]), t_next),)
         k, xs = k + 1, stepped
 
@@ -239,7 +242,8 @@ def sample_greedy(
         epsilons = tuple(tables.predict_epsilon(p, t, x) for p, t, x in zip(predictions, ts, xs, strict=True))
         return predictions, epsilons
 
-    xs, at = tuple(noise), torch.zeros(len(noise[0]), 2, dtype=torch.long, device=ladder.device)
+    xs = scheduler.representation.project(tuple(noise))
+    at = torch.zeros(len(noise[0]), 2, dtype=torch.long, device=ladder.device)
     nfe = torch.ones(len(at), dtype=torch.long, device=ladder.device)
     predictions, epsilons = evaluate(xs, at)
     points = [ladder[at]]
@@ -254,9 +258,11 @@ def sample_greedy(
                 continue
             x, prediction, epsilon = (tuple(s[rows] for s in group) for group in (xs, predictions, epsilons))
             start, end = at[rows], at[rows] + move
+            ts = ladder[start].T
+            x0s = tables.predict_clean(prediction, ts, x)
             x = tuple(
-                tables.step(p, t, u, y) if m else y
-                for y, p, t, u, m in zip(x, prediction, ladder[start].T, ladder[end].T, move.tolist(), strict=True)
+                tables.step_from(x0, t, u, y) if m else y
+                for y, x0, t, u, m in zip(x, x0s, ts, ladder[end].T, move.tolist(), strict=True)
             )
             prediction, new_epsilon = evaluate(x, end)
             nfe[rows] += 1
@@ -270,9 +276,10 @@ def sample_greedy(
         at, xs, predictions, epsilons = best_at, best[:2], best[2:4], best[4:]
         points.append(ladder[at])
     ts = ladder[at].T
-    xs = tuple(tables.step(p, t, torch.full_like(t, CLEAN), x) for p, t, x in zip(predictions, ts, xs, strict=True))
+    x0s = tables.predict_clean(predictions, ts, xs)
+    xs = tuple(tables.step_from(x0, t, torch.full_like(t, CLEAN), x) for x0, t, x in zip(x0s, ts, xs, strict=True))
     points.append(torch.zeros_like(points[0]))
-    return GreedySamples(xs, nfe.cpu(), torch.stack(points, 1).cpu())
+    return GreedySamples(scheduler.representation.finished(xs), nfe.cpu(), torch.stack(points, 1).cpu())
 
 
 def sample_seeds(

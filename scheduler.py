@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from representation import REPRESENTATIONS, Images
+
 CLEAN = -1
 PREDICTION_TYPES = ("epsilon", "x0", "v")
 ZERO_TERMINAL_SUFFIX = "_zero_terminal"
@@ -71,7 +73,8 @@ class DDIMScheduler:
 
     Attributes, float64 `[num_train_timesteps]`: `alphas_cumprod`, `snr` (0 to inf), `log_snr`.
     `prediction_type` says what the network returns: "epsilon", "x0" or "v". `clip_sample` clamps every
-    predicted clean image to [-1, 1]. Nothing is kept between calls and nothing moves between devices unless
+    predicted clean image to [-1, 1]. `representation`, of `representation.REPRESENTATIONS`, says what the scales of an
+    image are and which noise is theirs. Nothing is kept between calls and nothing moves between devices unless
     `to(device)` is called. Raises ValueError for unknown names, and for ε-prediction on a schedule with zero
     terminal SNR, where noise carries no information about the image.
     """
@@ -82,11 +85,15 @@ class DDIMScheduler:
         beta_schedule: str = "cosine_clipped",
         prediction_type: str = "epsilon",
         clip_sample: bool = True,
+        representation: str = "overcomplete",
     ):
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(
                 f"Unknown prediction type '{prediction_type}'; choose one of {', '.join(PREDICTION_TYPES)}."
             )
+        if representation not in REPRESENTATIONS:
+            raise ValueError(f"Unknown representation '{representation}'; choose one of {', '.join(REPRESENTATIONS)}.")
+        self.representation = REPRESENTATIONS[representation]
         self.num_train_timesteps = num_train_timesteps
         self.beta_schedule = beta_schedule
         self.prediction_type = prediction_type
@@ -151,6 +158,24 @@ class DDIMScheduler:
             return prediction
         return epsilon_from_x0(x, self.predict_x0(prediction, t, x), self._alpha_bar(t, x))
 
+    def predict_clean(self, predictions: Images, ts: tuple[int | torch.Tensor, ...], xs: Images) -> Images:
+        """The clean scales that predictions at (xs, ts) stand for, clamped as one image if the schedule clamps.
+
+        One `[B, C, H, W]` tensor per scale, fine first; there may be fewer predictions than scales. A clamp acts on
+        the image that all of them compose, which is split again (`Representation.clamp`).
+        """
+        x0s = tuple(self.predict_x0(*each) for each in zip(predictions, ts, xs, strict=False))
+        return self.representation.clamp(x0s) if self.clip_sample else x0s
+
+    def check_step(self, t: int | torch.Tensor, t_next: int | torch.Tensor) -> None:
+        """Raise ValueError unless a step from t to t_next lowers the noise, within the schedule."""
+        falls = (t_next < t) & (t_next >= CLEAN) & (t < self.num_train_timesteps)
+        if not (falls if isinstance(falls, bool) else falls.all()):
+            raise ValueError(
+                f"A DDIM step must go from a timestep in 0..{self.num_train_timesteps - 1} to a lower one "
+                f"or to {CLEAN} (clean); got {t} to {t_next}."
+            )
+
     def step(
         self,
         noise_pred: torch.Tensor,
@@ -160,25 +185,35 @@ class DDIMScheduler:
         eta: float = 0.0,
         noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """One DDIM step of an image x `[B, C, H, W]` from timestep t to t_next < t, from what the network returned.
+
+        noise_pred: in this schedule's prediction type. The clean image is clamped by itself. The rest is as in
+        `step_from`.
+        """
+        self.check_step(t, t_next)
+        x0 = self.predict_x0(noise_pred, t, x)
+        return self.step_from(x0.clamp(-1, 1) if self.clip_sample else x0, t, t_next, x, eta, noise)
+
+    def step_from(
+        self,
+        x0: torch.Tensor,
+        t: int | torch.Tensor,
+        t_next: int | torch.Tensor,
+        x: torch.Tensor,
+        eta: float = 0.0,
+        noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """One DDIM step of x `[B, C, H, W]` from timestep t to t_next < t (arXiv 2010.02502, eq. 12 and 16).
 
-        noise_pred: what the network returned, in this schedule's prediction type. t, t_next: one for all images, or
-        int64 `[B]` each; t_next is a timestep, or `CLEAN` (-1) for abar = 1. eta: 0 is deterministic DDIM, 1 the
-        ancestral sampler of DDPM; above 0 it needs `noise` like x. The noise is derived again from the clamped clean
-        image. Raises ValueError for a step that does not lower the noise, eta outside [0, 1], or missing noise.
+        x0: the clean x as predicted, from which the noise is derived. t, t_next: one for all images, or int64 `[B]`
+        each; t_next is a timestep, or `CLEAN` (-1) for abar = 1. eta: 0 is deterministic DDIM, 1 the ancestral sampler
+        of DDPM; above 0 it needs `noise` like x. Raises ValueError for a step that does not lower the noise, eta
+        outside [0, 1], or missing noise.
         """
-        falls = (t_next < t) & (t_next >= CLEAN) & (t < self.num_train_timesteps)
-        if not (falls if isinstance(falls, bool) else falls.all()):
-            raise ValueError(
-                f"A DDIM step must go from a timestep in 0..{self.num_train_timesteps - 1} to a lower one "
-                f"or to {CLEAN} (clean); got {t} to {t_next}."
-            )
+        self.check_step(t, t_next)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], from DDIM to DDPM; got {eta}.")
         alpha_bar, alpha_bar_next = self._alpha_bar(t, x), self._alpha_bar(t_next, x)
-        x0 = self.predict_x0(noise_pred, t, x)
-        if self.clip_sample:
-            x0 = x0.clamp(-1, 1)
         epsilon = epsilon_from_x0(x, x0, alpha_bar)
         if eta == 0:
             return alpha_bar_next.sqrt() * x0 + (1 - alpha_bar_next).sqrt() * epsilon

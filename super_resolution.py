@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import data
 from data import fingerprint_array, to_float, to_uint8
 from path import Path
-from sampler import IMAGES_PER_SEED, Denoiser, SeededNoise, image_seeds, sample
+from representation import enlarge
+from sampler import IMAGES_PER_SEED, Denoiser, Images, SeededNoise, image_seeds, sample
 from scheduler import DDIMScheduler
 
 # Half-pixel centres, as of the 2x2 mean; bicubic with a = -1/2 (Keys 1981), Lanczos with three lobes.
@@ -92,8 +92,12 @@ def super_resolve(
     for start in range(0, len(coarse), batch_size):
         given = coarse[start : start + batch_size].to(device)
         draw = functools.partial(SeededNoise(seeds[start : start + batch_size]).draw, device=device)
-        # The coarse image that this returns is the network's and not the given one: the last step moves both scales.
-        (fine, _), nfe = sample(denoise, scheduler, path, (draw(shape), given), eta, draw=draw)
+
+        # The last step moves both scales, and the coarse one to what the network makes of it.
+        def restore(k: int, xs: Images, given: torch.Tensor = given) -> tuple[int, Images]:
+            return k, (xs[0], given)
+
+        (fine, _), nfe = sample(denoise, scheduler, path, (draw(shape), given), eta, restore, draw=draw)
         finite = fine.isfinite().flatten(1).all(1)  # [B]
         if not finite.all():
             raise ValueError(
@@ -111,7 +115,7 @@ def make_consistent(fine: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
     holds to the rounding of floats; values may leave [-1, 1], and `to_uint8` moves a mean by half a grey level at
     most where they do not and by more where they are clipped (`mean_deviation` tells).
     """
-    return fine + F.interpolate(coarse - data.coarse(fine), scale_factor=2, mode="nearest")
+    return fine + enlarge(coarse - data.coarse(fine))
 
 
 def mean_deviation(pixels: torch.Tensor, coarse_pixels: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,7 @@ from checkpoint import (
     FILE_STEMS,
     MODEL_CLASSES,
     build_model,
+    build_scheduler,
     bytes_of,
     checkpoint_file,
     read_resume_file,
@@ -53,9 +54,10 @@ from device import (
 )
 from distributed import Processes
 from memory_estimate import for_batch, saved_bytes
-from path import diagonal
+from path import diagonal, log_snr_shift
 from plots import save_image_grid
 from regimes import TimestepPairs, default_regime, parse_regime, resolve_regime
+from representation import OVERCOMPLETE, Overcomplete
 from run_log import METRICS_FILE, SETTINGS_FILE, RunLog
 from safe_write import remove_temporaries, versions
 from sampler import coarse_feed, image_seeds, sample_seeds, scale_shapes
@@ -136,7 +138,7 @@ def step_generator(seed: int, step: int, device: torch.device) -> torch.Generato
 class TrainingBatch(NamedTuple):
     """What one step shows the network: clean images in [-1, 1], their noise and their timesteps, image by image."""
 
-    x_64: torch.Tensor  # [B, C, H, W]
+    x_64: torch.Tensor  # [B, C, H, W], in the residual representation the residual, and so the noise
     x_32: torch.Tensor  # [B, C, H/2, W/2]
     noise_64: torch.Tensor  # [B, C, H, W]
     noise_32: torch.Tensor  # [B, C, H/2, W/2]
@@ -153,22 +155,28 @@ def draw_batch(
     x_64: torch.Tensor,
     x_32: torch.Tensor,
     generator: torch.Generator,
+    representation: Overcomplete = OVERCOMPLETE,
 ) -> TrainingBatch:
-    """Noise and timesteps for clean images x_64 `[B, C, H, W]` and x_32 `[B, C, H/2, W/2]`.
+    """Noise and timesteps for clean images x_64 `[B, C, H, W]` and x_32 `[B, C, H/2, W/2]`, their 2x2 mean.
 
-    Each scale has its own noise, and the timesteps are pairs of the regime.
+    Each scale has its own noise, and the timesteps are pairs of the regime. Images and noise of the fine scale are
+    those of the representation.
     """
     device = x_64.device
     t_64, t_32 = pairs.draw(len(x_64), generator)  # [B] twice
     noise_64 = torch.randn(x_64.shape, generator=generator, device=device)  # [B, C, H, W]
     noise_32 = torch.randn(x_32.shape, generator=generator, device=device)  # [B, C, H/2, W/2]
-    return TrainingBatch(x_64, x_32, noise_64, noise_32, t_64, t_32)
+    clean, noise = map(representation.project, ((x_64, x_32), (noise_64, noise_32)))
+    return TrainingBatch(*clean, *noise, t_64, t_32)
 
 
 def diffusion_loss(
     network: nn.Module, model_type: str, scheduler: DDIMScheduler, batch: TrainingBatch
 ) -> dict[str, torch.Tensor]:
-    """Mean squared error of every image per predicted scale, `loss_64` and where predicted `loss_32`, float32 `[B]`."""
+    """Squared error of every image per predicted scale, `loss_64` and where predicted `loss_32`, float32 `[B]`.
+
+    Each is a mean over the dimensions of its scale: a residual has three for every four pixels.
+    """
     x_64, x_32, noise_64, noise_32, t_64, t_32 = batch
     z_64 = scheduler.add_noise(x_64, noise_64, t_64)  # [B, C, H, W]
     inputs = {
@@ -184,9 +192,10 @@ def diffusion_loss(
         targets.append(scheduler.target(x_32, noise_32, t_32))
     else:
         predictions = (predictions,)
+    shares = (scheduler.representation.fine_share, 1.0)
     return {
-        f"loss_{scale}": F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)  # [B]
-        for scale, prediction, target in zip(SCALES, predictions, targets, strict=False)
+        f"loss_{scale}": F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1) / share  # [B]
+        for scale, prediction, target, share in zip(SCALES, predictions, targets, shares, strict=False)
     }
 
 
@@ -319,9 +328,7 @@ class Trainer:
         self.damaged: list[Path] = []  # Newer than the resume file that this run goes on from.
         self.owed: dict[Path, dict] = {}  # Snapshots that a full disk kept from being written.
         saved = self._find_earlier_run()
-        self.scheduler = DDIMScheduler(beta_schedule=args.beta_schedule, prediction_type=args.prediction_type).to(
-            self.device
-        )
+        self.scheduler = build_scheduler(self.config).to(self.device)
         self.pairs = TimestepPairs(self.config, self.scheduler)
         self.batches = TwoScaleBatches(images, args.batch_size, args.seed, self.device, args.flip)
         if args.batch_size % (processes.count * args.accumulate):
@@ -473,7 +480,7 @@ class Trainer:
     def draw(self, x_64: torch.Tensor, x_32: torch.Tensor) -> TrainingBatch:
         """This process's share of a step: noise is drawn for all images of the step, so that shares do not matter."""
         generator = step_generator(self.args.seed, self.step, self.device)
-        batch = draw_batch(self.pairs, x_64, x_32, generator)
+        batch = draw_batch(self.pairs, x_64, x_32, generator, self.scheduler.representation)
         return batch.rows(self.processes.share(len(x_64)))
 
     def _backward(self, part: TrainingBatch, network: nn.Module) -> dict[str, torch.Tensor]:
@@ -600,7 +607,7 @@ class Trainer:
 
     @torch.no_grad()
     def sample_grids(self, stop: StopRequest | None = None) -> list[torch.Tensor]:
-        """Samples of the EMA (else raw) weights along the t-uniform diagonal, uint8, one tensor per predicted scale.
+        """Samples of the EMA (else raw) weights along the t-uniform diagonal of the image, uint8, by predicted scale.
 
         Raises InterruptedError if a stop is asked for meanwhile.
         """
@@ -611,6 +618,9 @@ class Trainer:
 
         model = (self.model if self.ema is None else self.ema).eval()
         path = diagonal(GRID_STEPS, "uniform_t", num_scales=model.num_scales)
+        if self.scheduler.representation.image_lead and self.model_type == "dual":
+            log_snr = self.scheduler.log_snr.cpu().numpy()
+            path = log_snr_shift(path, self.scheduler.representation.image_lead, log_snr)
         shapes = scale_shapes(model.num_scales, self.config["channels"], self.config["resolution"])
         seeds = image_seeds(self.args.seed, GRID_IMAGES)
         arguments = (model.denoise, self.scheduler, path, seeds, shapes, GRID_IMAGES, self.device)
