@@ -267,6 +267,7 @@ class Evaluation:
                 "epoch": loaded.config["epoch"],
                 "coarse_from": job.coarse_from,
                 "regime": loaded.config.get("t_pairs") or default_regime(loaded.config["model_type"]),
+                "representation": loaded.scheduler.representation.name if loaded.model.num_scales > 1 else "",
                 "seconds": round(sampling_seconds + time.perf_counter() - start, 1),
                 "checkpoint": job.checkpoint.name,
                 "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

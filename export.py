@@ -16,7 +16,7 @@ from typing import Any
 import cli
 from checkpoint import LoadedModel, load_model
 from model_card import model_card
-from pretrained import CONFIG_FILE, MODEL_KEYS, read_config, write_pretrained
+from pretrained import CONFIG_FILE, MODEL_KEYS, OPTIONAL_MODEL_KEYS, read_config, write_pretrained
 
 # Other entries of a checkpoint's config may hold places on the machine that trained.
 TRAINING_KEYS = (
@@ -55,6 +55,7 @@ def export_config(loaded: LoadedModel, checkpoint: str) -> dict[str, Any]:
     return (
         {"class_name": type(loaded.model).__name__}
         | {key: config[key] for key in MODEL_KEYS}
+        | {key: config[key] for key in OPTIONAL_MODEL_KEYS if config.get(key, "overcomplete") != "overcomplete"}
         | dataset
         | {key: config[key] for key in TRAINING_KEYS if key in config}
         | {"weights_fingerprint": loaded.fingerprint}

@@ -31,7 +31,7 @@ With the code of LIFT and its requirements at hand, in this folder, by `PYTHONPA
 from data import to_uint8
 from device import select_device
 from {module} import {class_name}
-from path import diagonal
+from path import diagonal{shift}
 from plots import save_image_grid
 from sampler import image_seeds, sample_seeds, scale_shapes
 from scheduler import DDIMScheduler
@@ -39,9 +39,9 @@ from scheduler import DDIMScheduler
 device = select_device(None)  # The first GPU if there is one.
 model = {class_name}.from_pretrained(".").to(device)  # This folder; or the id of the model on the hub.
 config = model.config
-scheduler = DDIMScheduler(config["num_train_timesteps"], config["beta_schedule"], config["prediction_type"])
+scheduler = DDIMScheduler(config["num_train_timesteps"], config["beta_schedule"], config["prediction_type"]{process})
 path = diagonal(18, num_scales=model.num_scales, num_train_timesteps=config["num_train_timesteps"])  # 18 network calls.
-shapes = scale_shapes(model.num_scales, config["channels"], config["resolution"])
+{tie}shapes = scale_shapes(model.num_scales, config["channels"], config["resolution"])
 seeds = image_seeds(42, 8)  # An image depends on its seed alone.
 [(_, samples)] = sample_seeds(model.denoise, scheduler, path, seeds, shapes, len(seeds), device{feed})
 save_image_grid(to_uint8(samples.images[0]).cpu(), "samples.png", columns=4)
@@ -74,6 +74,14 @@ INTRODUCTION = (
     "its own timestep, and samples along a path through the plane of the two timesteps. This is {description}. It has "
     "{num_parameters:,} parameters (`hidden_dims` {hidden_dims}) and predicts {prediction} on the noise schedule "
     "`{beta_schedule}` with {num_train_timesteps} timesteps."
+)
+RESIDUAL_SCALES = (
+    " Its fine scale is what the coarse one leaves: the image less its upsampled 2×2 mean, of which every 2×2 block "
+    "sums to zero."
+)
+IMAGE_DIAGONAL = (
+    "path = log_snr_shift(path, scheduler.representation.image_lead, scheduler.log_snr.numpy())  "
+    "# Noise as on the image.\n"
 )
 TWO_CLOCKS = (
     "On the diagonal both scales have the same timestep. `compute_heatmap_30.py` finds other paths, from the "
@@ -138,6 +146,7 @@ def model_card(config: dict[str, Any], num_parameters: int) -> str:
     """The card, Markdown with a YAML head, of a model whose config holds `class_name` and `pretrained.MODEL_KEYS`."""
     class_name, fine = config["class_name"], config["resolution"]
     reads_more_than_it_predicts = class_name in ("SingleTimestepModel", "NoTimestepModel")
+    is_residual = config.get("representation") == "residual"
     paths = ONE_CLOCK if class_name in ("BaselineModel", "LIFTBaselineModel") else TWO_CLOCKS
     said = config | {
         "description": DESCRIPTIONS[class_name].format(fine=fine, coarse=fine // 2),
@@ -148,9 +157,12 @@ def model_card(config: dict[str, Any], num_parameters: int) -> str:
     return TEMPLATE.format(
         class_name=class_name,
         fine=fine,
-        introduction=textwrap.fill(INTRODUCTION.format(**said), 120),
+        introduction=textwrap.fill(INTRODUCTION.format(**said) + RESIDUAL_SCALES * is_residual, 120),
         training=_training_section(config),
         module="baseline_model" if class_name == "BaselineModel" else "model",
+        process=', representation="residual"' if is_residual else "",
+        tie=IMAGE_DIAGONAL if is_residual else "",
+        shift=", log_snr_shift" if is_residual else "",
         feed=', coarse_from="x0"' if reads_more_than_it_predicts else "",
         paths=textwrap.fill(f"{COARSE_FEED} {paths}" if reads_more_than_it_predicts else paths, 120),
         limitation=APPROXIMATE_INPUT if reads_more_than_it_predicts else "",

@@ -33,6 +33,8 @@ CARD_FILE = "README.md"
 MODEL_KEYS = (
     "model_type", "hidden_dims", "channels", "resolution", "num_train_timesteps", "beta_schedule", "prediction_type",
 )  # fmt: skip
+# Likewise, where it is not the usual one.
+OPTIONAL_MODEL_KEYS = ("representation",)
 REQUIRED_KEYS = ("class_name", "hidden_dims", "channels", "weights_sha256")
 
 
@@ -59,7 +61,7 @@ def write_pretrained(
     weights = save({name: value.contiguous() for name, value in model.state_dict().items()})
     checksum = hashlib.sha256(weights).hexdigest()
     if config.get("weights_sha256", checksum) != checksum:
-        config = {key: config[key] for key in MODEL_KEYS if key in config}
+        config = {key: config[key] for key in MODEL_KEYS + OPTIONAL_MODEL_KEYS if key in config}
     config = config | {"class_name": type(model).__name__, "weights_sha256": checksum}
     contents = {CONFIG_FILE: f"{json.dumps(config, indent=2)}\n".encode()}
     if card is not None:
@@ -152,7 +154,8 @@ class PretrainedMixin(PyTorchModelHubMixin):
         if hashlib.sha256(weights).hexdigest() != config["weights_sha256"]:
             raise ValueError(f"{file} is damaged or not the weights of its {CONFIG_FILE}; export the model again.")
         try:
-            model = cls(hidden_dims=tuple(config["hidden_dims"]), channels=config["channels"])
+            options = {key: config[key] for key in OPTIONAL_MODEL_KEYS if key in config}
+            model = cls(hidden_dims=tuple(config["hidden_dims"]), channels=config["channels"], **options)
             model.load_state_dict(load(weights))
         except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{file} does not fit the model that its {CONFIG_FILE} describes.") from error

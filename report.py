@@ -49,7 +49,7 @@ TEMPLATE = "report_template.html"
 # Scores that differ in one of these share no section; NFE is an axis of its own here.
 COMPARABLE = tuple(field for field in SETTING_FIELDS if field != "nfe")
 # Models that differ in one of these were trained apart, each to its own last epoch.
-TRAINING_FIELDS = ("model_type", "regime", "weights")
+TRAINING_FIELDS = ("model_type", "regime", "representation", "weights")
 DEFAULT_NFE = 18  # --num_steps of every stage
 # The levels of the sliced Wasserstein distance are in the tables, and real images have no curve.
 CURVE_FIELDS = tuple(field for field in VALUE_LAYOUTS if not field.startswith("swd_") and field != "nn_distance_real")
@@ -491,6 +491,7 @@ def fact_tables(rows: Sequence[Row]) -> list[FactTable]:
             "Checkpoints",
             model_type="Model",
             regime="Timestep pairs",
+            representation="Scales",
             epoch="Epoch",
             weights="Weights",
             checkpoint="File",

@@ -103,13 +103,14 @@ class Series(NamedTuple):
     path_type: str
     coarse_from: str = ""  # x0 or noisy for models that read a coarse image they do not predict
     regime: str = ""  # empty where it is the one that the model has unless told otherwise
+    representation: str = ""  # empty where it is over-complete, or of one scale
 
     @property
     def title(self) -> str:
-        """As in `LIFT DP-64`, `single_t DP-64, x0` and `LIFT diagonal, shift:2`."""
+        """As in `LIFT DP-64`, `single_t DP-64, x0`, `LIFT diagonal, shift:2` and `LIFT KL, residual`."""
         model_and_path = self.model_type, PATH_TITLES.get(self.path_type, self.path_type)
         name = COLUMN_TITLES.get(self[:2], " ".join(filter(None, model_and_path)))
-        return ", ".join(filter(None, (name, self.coarse_from, self.regime)))
+        return ", ".join(filter(None, (name, self.coarse_from, self.regime, self.representation)))
 
     @property
     def rank(self) -> tuple:
@@ -122,7 +123,10 @@ def series_of(row: Row | Result) -> Series:
     """The series of a row of the results table, or of `aggregate`."""
     regime = row["regime"]
     usual = default_regime(row["model_type"])
-    return Series(row["model_type"], row["path_type"], row["coarse_from"], "" if regime == usual else regime)
+    representation = row["representation"].replace("overcomplete", "")
+    return Series(
+        row["model_type"], row["path_type"], row["coarse_from"], "" if regime == usual else regime, representation
+    )
 
 
 class Cell(NamedTuple):
@@ -231,7 +235,7 @@ def _goodness(field: str, result: Result) -> float:
 
 
 def _is_published_kind(field: str, result: Result) -> bool:
-    usual = not series_of(result).regime
+    usual = not (series_of(result).regime or series_of(result).representation)
     return field == "fid" and usual and all(result[name] == value for name, value in PUBLISHED_SETTING.items())
 
 
@@ -327,7 +331,7 @@ def _nfe_tables(field: str, results: Sequence[Result]) -> list[Table]:
 
 def _best_table(field: str, what: str, results: Sequence[Result], said: str, beside: Callable[[Result], str]) -> Table:
     # Of equal epochs the first, so that more training has to pay.
-    groups = _groups(results, ("weights", "model_type", "path_type", "coarse_from", "regime"))
+    groups = _groups(results, ("weights", "model_type", "path_type", "coarse_from", "regime", "representation"))
     best = [max(group, key=lambda result: _goodness(field, result)) for group in groups]
     best.sort(key=lambda result: (series_of(result).rank, result["weights"] == "ema"))
     winners = _winners({k: _goodness(field, result) for k, result in enumerate(best)})

@@ -44,6 +44,7 @@ DESCRIPTION_FIELDS = (
     "path_type",
     "coarse_from",  # x0 or noisy, for models that read a coarse image they do not predict; else empty
     "regime",  # timestep pairs of training (--t_pairs); empty for a model of one scale
+    "representation",  # of the scales (--representation); empty for a model of one
 )
 
 # What each metric measures; the first value is the one it is known by.
@@ -148,7 +149,8 @@ _COUNT = (_whole_number(0), "0 or a positive integer")
 _TEXT = (lambda text: text.strip() != "", "a name")
 _EMPTY_OR_NUMBER = (lambda text: text == "" or _is_number(text), "empty or a finite number")
 
-# What a column may hold; dataset, reference, model_type, path_type, coarse_from, regime and checkpoint are free text.
+# What a column may hold; dataset, reference, model_type, path_type, coarse_from, regime,
+# representation and checkpoint are free text.
 _COLUMN_CHECKS: dict[str, tuple[Callable[[str], bool], str]] = {
     **dict.fromkeys(RESULT_KEY, _TEXT),
     "weights": (("raw", "ema").__contains__, "raw or ema"),

@@ -50,6 +50,7 @@ def make_row(**changes):
         "path_type": "diagonal",
         "coarse_from": "",
         "regime": "independent",
+        "representation": "overcomplete",
         "fid": 33.25,
         "seconds": 1.5,
         "checkpoint": "lift_dual_timestep_200ep.pth",
@@ -233,7 +234,7 @@ def test_every_metric_needs_one_of_its_values_and_takes_no_other(tmp_path, metri
     assert read_rows(file) == rows
 
 
-FREE_TEXT = ("dataset", "reference", "model_type", "path_type", "coarse_from", "regime", "checkpoint")
+FREE_TEXT = ("dataset", "reference", "model_type", "path_type", "coarse_from", "regime", "representation", "checkpoint")
 one_line = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), max_size=12)
 cell_text = one_line | st.integers().map(str) | st.floats().map(str) | st.sampled_from(["raw", "ema", *METRICS])
 
@@ -284,7 +285,7 @@ def test_a_row_cut_anywhere_is_skipped_and_never_refused(tmp_path_factory, datas
 
 
 # Tables of the version before regimes and coarse feeds were told are foreign too.
-OLD_FIELDS = [field for field in RESULT_FIELDS if field not in ("coarse_from", "regime")]
+OLD_FIELDS = [field for field in RESULT_FIELDS if field not in ("coarse_from", "regime", "representation")]
 FOREIGN = ["a,b\n1,2\n", "checkpoint_finger", csv_line((*RESULT_FIELDS, "extra")), csv_line(OLD_FIELDS)]
 
 
