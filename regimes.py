@@ -8,6 +8,7 @@
     path:FILE      along the path of a schedule file: each of its steps as often, and evenly in t within a step
     band:PATH,W    t_64 as on a path, t_32 evenly within W/2 in λ of where the path has it; 0 is the path, inf all
     band:PATH,W-V  such a band whose width changes evenly from W at the first step of the run to V at the last one
+    follow:W       a band of width W around a path that is planned again in the course of the run (`replanning`)
 
 A curve or band:W is seen from both clocks, each the leading one in half of the pairs: the leading clock is uniform, and
 the other one is what belongs to it, uniform over that in a band. Where it belongs beyond the end of the schedule it
@@ -16,6 +17,7 @@ waits there, so that a curve begins at pure noise in both scales and ends where 
 The PATH of a band is `diagonal` (λ_32 = λ_64), `image` (λ_32 = λ_64 + log 4: noise on one image, as it is in the 2x2
 means), `shift:D`, `heuristic:F` or the schedule FILE of one. Here t_64 always leads, uniform over the schedule or as
 along the FILE, and the timestep nearest to the path belongs to every band; beyond the schedule that is its end.
+`follow` starts at `diagonal` in the over-complete representation and at `image` in the residual one.
 
 Shapes: T training timesteps, B pairs, M places on a path.
 """
@@ -37,7 +39,9 @@ PARAMETERS = {
     "band": "log SNR >= 0, or PATH,WIDTH with PATH diagonal, image, shift:D, heuristic:F or a schedule file and WIDTH "
     "log SNR >= 0 or two finite ones such as 4-1",
     "path": "a schedule file",
+    "follow": "a finite log SNR > 0",
 }
+FIRST_PATHS = {"overcomplete": "diagonal", "residual": "image"}  # Of `follow`.
 NAMES = ("independent", "same", *PARAMETERS)
 SUBDIVISIONS = 1000  # Of a step of a path, for its pairs.
 FAR = 1.5  # Beyond this distance in log SNR, over both clocks, a network extrapolates.
@@ -54,7 +58,7 @@ class Regime(NamedTuple):
 
     name: str  # of NAMES
     parameter: float | str | None = None  # its number or file, in a band around a path that of the path
-    around: str | None = None  # what kind of path the band is around
+    around: str | None = None  # what kind of path the band is around; of `follow` itself
     widths: tuple[float, float] | None = None  # of that band, in log SNR, at the first and at the last step
 
     @property
@@ -68,6 +72,8 @@ class Regime(NamedTuple):
         return first + (last - first) * progress if self.changes else first
 
     def __str__(self) -> str:
+        if self.name == "follow":
+            return f"follow:{self.widths[0]:g}"
         parameter = self.parameter if isinstance(self.parameter, str) else f"{self.parameter or 0:g}"
         text = ":".join([self.around or self.name, parameter][: 1 if self.parameter is None else 2])
         if self.widths is None:
@@ -85,7 +91,8 @@ def parse_regime(text: str) -> Regime:
         if name == "band" and "," in parameter:
             path, _, widths = parameter.rpartition(",")
             return Regime(name, *_parse_path(path), _parse_widths(widths))
-        return Regime(name, _parse_parameter(name, parameter) if colon else None)
+        value = _parse_parameter(name, parameter) if colon else None
+        return Regime(name, None, name, (value, value)) if name == "follow" else Regime(name, value)
     except ValueError as error:
         raise ValueError(f"'{text}' is no regime of timestep pairs: {name} needs {PARAMETERS[name]}.") from error
 
@@ -94,7 +101,13 @@ def _parse_parameter(name: str, text: str) -> float | str:
     if name == "path":
         return text
     value = float(text)
-    if not {"shift": math.isfinite(value), "heuristic": 0 < value <= 1, "band": value >= 0}[name]:
+    good = {
+        "shift": math.isfinite(value),
+        "heuristic": 0 < value <= 1,
+        "band": value >= 0,
+        "follow": 0 < value < math.inf,
+    }
+    if not good[name]:
         raise ValueError(text)
     return value
 
@@ -137,6 +150,10 @@ def resolve_regime(text: str | None, model_type: str) -> dict[str, Any]:
     regime = parse_regime(text)
     if default == "same" and regime.name != "same":
         raise ValueError(f"a model with one shared timestep cannot be trained with --t_pairs {text}; leave it out.")
+    if regime.name == "follow" and model_type != "dual":
+        raise ValueError(
+            f"--t_pairs {text} plans by the errors of both scales; a '{model_type}' model has one, so use band."
+        )
     if "path" not in (regime.name, regime.around):
         return {"t_pairs": str(regime), "t_pairs_points": None}
     path = load_schedule(regime.parameter)
@@ -153,13 +170,14 @@ def resolve_regime(text: str | None, model_type: str) -> dict[str, Any]:
 def pair_probabilities(config: dict[str, Any], log_snr: torch.Tensor, progress: float = 1.0) -> torch.Tensor:
     """The probability of every pair (row t_64, column t_32) under the regime of a config: float64 `[T, T]`, sum 1.
 
-    config: with the keys of `resolve_regime`. log_snr: `[T]`, of the noise schedule. progress: the share of the run
-    that is over, for a band whose width changes.
+    config: with the keys of `resolve_regime`; for `follow` with `representation`, and with `regime_state` once it has
+    moved (`TimestepPairs.state`). log_snr: `[T]`, of the noise schedule. progress: the share of the run that is over,
+    for a band whose width changes.
     """
     regime = parse_regime(config["t_pairs"])
     count = len(log_snr)
     if regime.around is not None:
-        return _around(*_places(regime, config["t_pairs_points"], log_snr), regime.width(progress), log_snr)
+        return _around(*_places(regime, config, log_snr), regime.width(progress), log_snr)
     if regime.name == "independent":
         return torch.full((count, count), 1 / count**2, dtype=torch.float64)
     if regime.name == "path":
@@ -199,14 +217,16 @@ def _along(points: Sequence[Sequence[int]]) -> torch.Tensor:
     return pairs.round().long().flatten(0, 1)
 
 
-def _places(
-    regime: Regime, points: Sequence[Sequence[int]] | None, log_snr: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _places(regime: Regime, config: dict[str, Any], log_snr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # Places on the path of a band, all equally likely: t_64 and log SNR of the coarse scale, [M] each.
     if regime.around == "path":
-        t_64, t_32 = _along(points).T.contiguous().to(log_snr.device)
+        t_64, t_32 = _along(config["t_pairs_points"]).T.contiguous().to(log_snr.device)
         return t_64, log_snr[t_32]
     t_64 = torch.arange(len(log_snr), device=log_snr.device)
+    if regime.around == "follow":
+        if config.get("regime_state") is not None:
+            return t_64, config["regime_state"]["log_snr_32"].to(log_snr.device)
+        regime = Regime("band", None, FIRST_PATHS[config.get("representation", "overcomplete")])
     if regime.around == "heuristic":
         return t_64, log_snr[(regime.parameter * t_64.double()).round().long()]
     lead = {"diagonal": 0.0, "image": NOISE_OF_MEANS, "shift": regime.parameter}[regime.around]
@@ -252,8 +272,8 @@ class TimestepPairs:
         self._progress = 1.0
         self._places = self._cumulative = None
         name = "independent" if self._regime is None else self._regime.name
-        if name == "band" and self._regime.around is not None:
-            self._places = _places(self._regime, config["t_pairs_points"], self._log_snr)
+        if self._regime is not None and self._regime.around is not None:
+            self._places = _places(self._regime, config, self._log_snr)
         # Each by itself or all equal is drawn as published runs did, which goes on with their random numbers.
         elif name not in ("independent", "same"):
             cumulative = pair_probabilities(config, self._log_snr.cpu()).flatten().cumsum(0)
@@ -264,6 +284,25 @@ class TimestepPairs:
         """The draws when this share of the run, 0 to 1, is over."""
         moved = copy.copy(self)
         moved._progress = progress
+        return moved
+
+    @property
+    def follow_width(self) -> float | None:
+        """Of the band of `follow`; None for every other regime."""
+        return self._regime.widths[0] if self._regime is not None and self._regime.name == "follow" else None
+
+    @property
+    def state(self) -> dict[str, torch.Tensor] | None:
+        """What a run that goes on from here has to know, on the CPU: of `follow` log_snr_32, float64 `[T]`, else None.
+
+        This is the log SNR of the coarse scale on the present path, at every t_64.
+        """
+        return None if self.follow_width is None else {"log_snr_32": self._places[1].cpu()}
+
+    def moved_to(self, log_snr_32: torch.Tensor) -> "TimestepPairs":
+        """The draws of `follow` around another path, as `state` describes one."""
+        moved = copy.copy(self)
+        moved._places = (self._places[0], log_snr_32.to(self._log_snr))
         return moved
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -292,7 +331,7 @@ def off_regime_note(
     config: of a checkpoint; one without a regime was trained with the default of its model. coarse_from: the feed of
     `sampler.sample`; with "noisy" the coarse image is as noisy as the fine one makes it, wherever t_32 is. The distance
     of two pairs is the sum of their distances in log SNR by scale, and far is more than FAR. Of a band whose width
-    changes all counts that was seen up to the checkpoint.
+    changes all counts that was seen up to the checkpoint, of one that moves where it is there.
     """
     regime = {"t_pairs": default_regime(config["model_type"]), "t_pairs_points": None} | config
     if regime["t_pairs"] in (None, "independent") or path.num_scales != 2:

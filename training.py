@@ -40,7 +40,7 @@ from checkpoint import (
     read_resume_file,
     save_checkpoint,
 )
-from data import ImageSet, TwoScaleBatches, to_uint8
+from data import ImageSet, TwoScaleBatches, to_float, to_uint8
 from device import (
     autocast,
     choose_kernels,
@@ -57,14 +57,17 @@ from path import diagonal
 from plots import save_image_grid
 from presets import FINE_SHARES, PRESETS, preset_help, with_preset
 from regimes import TimestepPairs, default_regime, parse_regime, resolve_regime
+from replanning import replan
 from run_log import METRICS_FILE, SETTINGS_FILE, RunLog
 from safe_write import remove_temporaries, versions
 from sampler import coarse_feed, image_seeds, sample_seeds, scale_shapes
+from schedule_file import save_schedule
 from scheduler import PREDICTION_TYPES, SCHEDULE_NAMES, DDIMScheduler
 
 MIN_EPSILON_SNR = 1e-6  # Below it, the error of a noise prediction is amplified a thousand times and more.
 TIMESTEP_BINS = 10
 GRID_IMAGES = 32
+REPLAN_EVERY, REPLAN_IMAGES = 10, 16  # Epochs and images, unless told otherwise.
 GRID_STEPS = 18
 SCALES = ("64", "32")
 # What may differ between a run and its resumption; everything else in the config must be the same.
@@ -97,16 +100,23 @@ def add_training_arguments(parser: argparse.ArgumentParser, two_scales: bool) ->
     add("--min_snr_gamma", type=cli.positive_float, default=None, metavar="GAMMA", help=text)
     if two_scales:
         text = (
-            "pairs (t_64, t_32) to train on: independent, same, shift:D, heuristic:F, band:W, path:FILE, band:PATH,W "
-            "with PATH diagonal, image, shift:D, heuristic:F or FILE; W-V changes over the run (that of the preset)"
+            "pairs (t_64, t_32) to train on: independent, same, shift:D, heuristic:F, band:W, path:FILE, follow:W, "
+            "band:PATH,W with PATH diagonal, image, shift:D, heuristic:F or FILE; W-V changes over the run (that of "
+            "the preset)"
         )
         add("--t_pairs", type=cli.checked(parse_regime), default=None, metavar="REGIME", help=text)
+        text = f"epochs between plans of --t_pairs follow:W ({REPLAN_EVERY})"
+        add("--replan_every", type=cli.positive_int, default=None, metavar="E", help=text)
+        text = f"images whose errors are measured for them ({REPLAN_IMAGES})"
+        add("--replan_images", type=cli.positive_int, default=None, metavar="N", help=text)
         text = "weights of the losses of the fine and the coarse scale; auto: by dimensions (that of the preset)"
         add("--loss_weights", type=cli.loss_weights, default=None, metavar="A,B", help=text)
         text = "the scales: image and half-size image, or half-size image and the details it lacks (overcomplete)"
         add("--representation", choices=tuple(FINE_SHARES), default="overcomplete", help=text)
     else:
-        parser.set_defaults(t_pairs=None, loss_weights=None, representation="overcomplete")
+        parser.set_defaults(
+            t_pairs=None, loss_weights=None, representation="overcomplete", replan_every=None, replan_images=None
+        )
     add("--flip", action="store_true", help="mirror images at random (off, as published)")
     add("--seed", type=cli.seed, default=42, help="initial weights, order, noise, timesteps (42)")
     group = parser.add_argument_group("execution (what is computed stays the same up to rounding)")
@@ -303,9 +313,11 @@ class Trainer:
             "loss_weights": [1.0] * MODEL_CLASSES[model_type].num_predictions,
             "min_snr_gamma": None,
             "representation": "overcomplete",
+            "replan_every": None,
+            "replan_images": None,
         }
         self.config |= {"loss_weights": list(args.loss_weights or self.defaults["loss_weights"])}
-        self.config |= resolve_regime(args.t_pairs, model_type)
+        self.config |= resolve_regime(args.t_pairs, model_type) | self._replanning(images)
         if len(self.config["loss_weights"]) != len(self.defaults["loss_weights"]):
             raise ValueError(f"a '{model_type}' model has the loss of the fine scale alone; leave --loss_weights out.")
         if args.representation == "residual" and len(self.defaults["loss_weights"]) == 1:
@@ -388,6 +400,18 @@ class Trainer:
         """The kind of model, a key of `checkpoint.MODEL_CLASSES`."""
         return self.config["model_type"]
 
+    def _replanning(self, images: ImageSet) -> dict[str, int | None]:
+        """What the config says of plans in the course of the run: None, but for `follow`."""
+        names = {"replan_every": REPLAN_EVERY, "replan_images": min(REPLAN_IMAGES, len(images))}
+        given = {name: getattr(self.args, name) for name in names}
+        if not (self.args.t_pairs or "").startswith("follow:"):
+            if any(given.values()):
+                raise ValueError("--replan_every and --replan_images belong to --t_pairs follow:W; leave them out.")
+            return given
+        if (given["replan_images"] or 0) > len(images):
+            raise ValueError(f"--replan_images exceeds the {len(images)} images of '{images.name}'; choose fewer.")
+        return {name: given[name] or default for name, default in names.items()}
+
     @property
     def settings(self) -> dict:
         """What of the config decides what is computed, and is the same in every part of a run."""
@@ -466,6 +490,8 @@ class Trainer:
         self.window = {name: value.to(self.device) for name, value in saved["window"].items()}
         self.bad_steps = {name: value.to(self.device) for name, value in saved["bad_steps"].items()}
         self.unwritten_rows = saved["unwritten_rows"]
+        if saved.get("regime_state") is not None:
+            self.pairs = self.pairs.moved_to(saved["regime_state"]["log_snr_32"])
 
     def prepare(self) -> None:
         """Compile the network and share it among the processes; before the first step."""
@@ -602,6 +628,7 @@ class Trainer:
             "config": self.config,
             "epoch": self.epoch,
             "step": self.step,
+            "regime_state": self.pairs.state,
         }
 
     def save_resume_file(self) -> None:
@@ -616,6 +643,42 @@ class Trainer:
             "execution": self.execution,
         }
         save_checkpoint(self.last_file, self.snapshot() | rest, self.args.keep_last)
+
+    @property
+    def replan_due(self) -> bool:
+        """Whether the path of `--t_pairs follow:W` is planned again after this step."""
+        every = self.config["replan_every"]
+        return every is not None and self.step > 0 and self.step % (every * len(self.batches)) == 0
+
+    def replan(self) -> None:
+        """Move the band of `--t_pairs follow:W` to the path planned with the EMA (else raw) weights, and log that."""
+        chosen = np.random.default_rng((self.args.seed, self.step)).choice(
+            len(self.batches.pixels), self.config["replan_images"], replace=False
+        )
+        images = to_float(self.batches.pixels[torch.from_numpy(np.sort(chosen)).to(self.device)])  # [B, C, H, W]
+        model = (self.model if self.ema is None else self.ema).eval()
+        try:
+            curve, path = replan(
+                model.denoise,
+                self.scheduler,
+                images,
+                self.pairs.state["log_snr_32"].numpy(),
+                self.pairs.follow_width,
+                self.args.seed,
+                lambda: autocast(self.device, self.config["precision"]),
+                self.processes,
+            )
+        finally:
+            self.model.train()
+        self.pairs = self.pairs.moved_to(torch.from_numpy(curve))
+        if not self.processes.is_main:
+            return
+        file, schedule = self.log_dir / f"path_{self.epoch}ep.json", self.config["beta_schedule"]
+        solver = {"name": "ddim", "eta": 0.0, "end": "clean"}
+        try:
+            save_schedule(path, file, self.scheduler.log_snr.cpu().numpy(), solver, "kl", beta_schedule=schedule)
+        except OSError as error:
+            tqdm.write(f"warning: {file} could not be written ({error})", file=sys.stderr)
 
     @torch.no_grad()
     def sample_grids(self, stop: StopRequest | None = None) -> list[torch.Tensor]:
@@ -900,6 +963,10 @@ def _loop(trainer: Trainer, log: RunLog | None, bar: tqdm, stop: StopRequest) ->
             if trainer.step % args.log_every == 0 or trainer.step % steps_per_epoch == 0:
                 write_row(trainer, log, bar, clock)
                 trainer.check_bad_steps()
+                clock.restart()
+            if trainer.replan_due:
+                # Before anything of this step is saved, which the new path belongs to.
+                trainer.replan()
                 clock.restart()
             overdue = processes.is_main and time.monotonic() - last_save > 60 * args.resume_minutes
             stopping, save_due = processes.any(stop.signal is not None, overdue)
