@@ -201,8 +201,9 @@ class LoadedModel(NamedTuple):
 def load_model(file: str | os.PathLike, ema: bool = False, device: torch.device | str = "cpu") -> LoadedModel:
     """The model a checkpoint describes, frozen, in eval mode on `device`, with raw or EMA weights.
 
-    Its config also holds `epoch`, `step` and `weights`. Raises what `read_checkpoint` raises, and ValueError
-    if `ema` is asked of a file without EMA weights or if the weights do not fit the model of the config.
+    Its config also holds `epoch`, `step` and `weights`, and `regime_state` where a regime has one. Raises what
+    `read_checkpoint` raises, and ValueError if `ema` is asked of a file without EMA weights or if the weights do not
+    fit the model of the config.
     """
     content = read_checkpoint(file)
     state = content["ema_state" if ema else "model_state"]
@@ -213,6 +214,8 @@ def load_model(file: str | os.PathLike, ema: bool = False, device: torch.device 
         "step": content["step"],
         "weights": "ema" if ema else "raw",
     }
+    if content.get("regime_state") is not None:
+        config["regime_state"] = content["regime_state"]
     try:
         model = build_model(config)
         model.load_state_dict(state)

@@ -70,6 +70,11 @@ def two_weights(text: str) -> tuple[float, float]:
     return weights
 
 
+def loss_weights(text: str) -> tuple[float, float] | str:
+    """Parse `auto`, or as `two_weights`."""
+    return text if text == "auto" else two_weights(text)
+
+
 def checked(parse: Callable[[str], object]) -> Callable[[str], str]:
     """An argparse type that keeps the text which `parse` accepts; its ValueError becomes a usage error."""
 

@@ -282,7 +282,6 @@ def measure(
     content |= {"used_precision": precision, "num_train_timesteps": num_timesteps}
     # It follows from the fingerprint, so that maps from before it was told are kept.
     content["model_type"] = loaded.config["model_type"]
-    content["representation"] = loaded.scheduler.representation.name
     # The file calls these K and batch, as published.
     del content["num_probes"], content["num_images"]
     if processes.is_main:

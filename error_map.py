@@ -108,7 +108,7 @@ def error_map(
         interpolation_error: with `coarse`, a dict over blocks and errors of the median and largest relative error
             at the held-out cells, and "cells", which these are; else None
         num_probes, num_images, num_pixels_64 (H·W), num_pixels_32 (H·W/4), num_dims_64 (C·H·W), num_dims_32,
-        seed: int; of: str
+        seed: int; of, representation: str
     `maps` "blocks" leaves the mse keys out, "mse" those of the Jacobian. With one prediction there are the blocks HH
     and HL alone, and all that is named mse_32 is left out; jacobian_per_image is then `[2, n, n, B]` and mse_per_image
     `[4, n, n, B]`, in the same order.
@@ -186,6 +186,7 @@ def error_map(
         "num_dims_32": num_dims[1],
         "seed": seed,
         "of": of,
+        "representation": scheduler.representation.name,
     }
     if maps != "mse":
         errors = {name: _standard_error(spread[name], -1) for name in blocks}

@@ -4,7 +4,7 @@
     python make_figures.py paths results/samples/*/schedule.json --output results/paths.png
     python make_figures.py scores results/fid_results.csv --metric swd --output results/swd.png
     python make_figures.py paths_epochs results/heatmap_30_*ep*.pth --output results/paths_epochs.png
-    python make_figures.py t_pairs independent same shift:2 heuristic:0.8 band:2 --output results/t_pairs.png
+    python make_figures.py t_pairs independent same shift:2 heuristic:0.8 band:image,1 --output results/t_pairs.png
     python make_figures.py samples "Baseline=results/samples/a" "LIFT=results/samples/b" --output results/rows.png
 
 One heatmap is drawn by compute_heatmap_30.py, one sampling trajectory by generate_with_path_30.py.
@@ -24,12 +24,14 @@ from map_plots import plot_path_comparison, plot_paths_across_epochs, plot_times
 from path import Path as PathOfTimesteps
 from path_choice import PATH_SETTINGS
 from plots import plot_losses, plot_samples, plot_scores
-from regimes import TimestepPairs, resolve_regime
+from regimes import TimestepPairs, parse_regime, resolve_regime
 from result_layout import series_of
 from results_table import GROUP_FIELDS, VALUE_FIELDS, aggregate, read_rows
 from run_log import METRICS_FILE, read_metrics
 from schedule_file import load_schedule
 from scheduler import SCHEDULE_NAMES, DDIMScheduler
+
+STAGES_OF_A_RUN = 100  # At which the width of a band that changes is drawn from.
 
 
 def parse_args() -> argparse.Namespace:
@@ -169,15 +171,21 @@ def draw_scores(args: argparse.Namespace) -> None:
 
 
 def draw_timestep_pairs(args: argparse.Namespace) -> None:
-    """A histogram of each regime, of pairs as a training on that noise schedule draws them."""
+    """A histogram of each regime, of pairs as a training on that noise schedule draws them from start to end."""
     scheduler = DDIMScheduler(beta_schedule=args.beta_schedule, prediction_type="v")
     panels = {}
     for text in args.inputs:
+        regime = parse_regime(text)
+        if "path" in (regime.name, regime.around):
+            regime = regime._replace(parameter=Path(regime.parameter).name)
         pairs = TimestepPairs(resolve_regime(text, "dual"), scheduler)
-        name, _, parameter = text.partition(":")
-        panels[f"path:{Path(parameter).name}" if name == "path" else text] = pairs.draw(
-            args.num_pairs, torch.Generator().manual_seed(0)
-        )
+        generator = torch.Generator().manual_seed(0)
+        parts = np.array_split(np.arange(args.num_pairs), STAGES_OF_A_RUN if regime.changes else 1)
+        draws = [
+            pairs.at(progress).draw(len(part), generator)
+            for progress, part in zip(np.linspace(0, 1, len(parts)), parts, strict=True)
+        ]
+        panels[str(regime)] = tuple(torch.cat(clock) for clock in zip(*draws, strict=True))
     plot_timestep_pairs(panels, scheduler.num_train_timesteps, args.output, args.title)
 
 

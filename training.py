@@ -41,7 +41,7 @@ from checkpoint import (
     read_resume_file,
     save_checkpoint,
 )
-from data import ImageSet, TwoScaleBatches, to_uint8
+from data import ImageSet, TwoScaleBatches, to_float, to_uint8
 from device import (
     autocast,
     choose_kernels,
@@ -56,16 +56,20 @@ from distributed import Processes
 from memory_estimate import for_batch, saved_bytes
 from path import diagonal, log_snr_shift
 from plots import save_image_grid
+from presets import PRESETS, preset_help, with_preset
 from regimes import TimestepPairs, default_regime, parse_regime, resolve_regime
-from representation import OVERCOMPLETE, Overcomplete
+from replanning import replan
+from representation import OVERCOMPLETE, REPRESENTATIONS, Overcomplete
 from run_log import METRICS_FILE, SETTINGS_FILE, RunLog
 from safe_write import remove_temporaries, versions
 from sampler import coarse_feed, image_seeds, sample_seeds, scale_shapes
+from schedule_file import save_schedule
 from scheduler import PREDICTION_TYPES, SCHEDULE_NAMES, DDIMScheduler
 
 MIN_EPSILON_SNR = 1e-6  # Below it, the error of a noise prediction is amplified a thousand times and more.
 TIMESTEP_BINS = 10
 GRID_IMAGES = 32
+REPLAN_EVERY, REPLAN_IMAGES = 10, 16  # Epochs and images, unless told otherwise.
 GRID_STEPS = 18
 SCALES = ("64", "32")
 # What may differ between a run and its resumption; everything else in the config must be the same.
@@ -74,11 +78,16 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, two_scales: bool) -> None:
-    """Flags of both training stages, with those of two-scale models; the defaults are the published settings."""
+    """Flags of both training stages, with those of two-scale models; the defaults are the published settings.
+
+    Flags that a preset decides are None where they are not given (`presets.with_preset`).
+    """
     cli.add_data_arguments(parser)
     cli.add_device_arguments(parser)
     group = parser.add_argument_group("training")
     add = group.add_argument
+    text = f"what the flags that are not given are: {preset_help()} (published)"
+    add("--preset", choices=tuple(PRESETS), default="published", help=text)
     add("--epochs", type=cli.positive_int, default=2000, help="passes over the data (2000)")
     add("--batch_size", type=cli.positive_int, default=64, help="images per step, over all processes (64)")
     add("--lr", type=cli.positive_float, default=1e-4, help="AdamW learning rate (1e-4)")
@@ -87,19 +96,29 @@ def add_training_arguments(parser: argparse.ArgumentParser, two_scales: bool) ->
     add("--grad_clip", type=cli.positive_float, default=1.0, help="largest gradient norm (1.0)")
     add("--ema_decay", type=cli.unit_interval, default=0.9999, help="EMA decay per step; 0 keeps no EMA (0.9999)")
     add("--hidden_dims", type=cli.hidden_dims, default=(64, 128, 256, 512), help="64,128,256,512")
-    add("--beta_schedule", choices=SCHEDULE_NAMES, default="cosine_clipped", help="(cosine_clipped)")
-    add("--prediction_type", choices=PREDICTION_TYPES, default="epsilon", help="(epsilon)")
+    add("--beta_schedule", choices=SCHEDULE_NAMES, default=None, help="(that of the preset)")
+    add("--prediction_type", choices=PREDICTION_TYPES, default=None, help="(that of the preset)")
     text = "weigh the loss by min(SNR, GAMMA) times that of the clean image; 5 is usual (all timesteps alike)"
     add("--min_snr_gamma", type=cli.positive_float, default=None, metavar="GAMMA", help=text)
     if two_scales:
         text = (
-            "pairs (t_64, t_32) to train on: independent, same, shift:D, heuristic:F, band:W, path:FILE (independent)"
+            "pairs (t_64, t_32) to train on: independent, same, shift:D, heuristic:F, band:W, path:FILE, follow:W, "
+            "band:PATH,W with PATH diagonal, image, shift:D, heuristic:F or FILE; W-V changes over the run (that of "
+            "the preset)"
         )
         add("--t_pairs", type=cli.checked(parse_regime), default=None, metavar="REGIME", help=text)
-        text = "weights of the losses of the fine and the coarse scale (1,1)"
-        add("--loss_weights", type=cli.two_weights, default=None, metavar="A,B", help=text)
+        text = f"epochs between plans of --t_pairs follow:W ({REPLAN_EVERY})"
+        add("--replan_every", type=cli.positive_int, default=None, metavar="E", help=text)
+        text = f"images whose errors are measured for them ({REPLAN_IMAGES})"
+        add("--replan_images", type=cli.positive_int, default=None, metavar="N", help=text)
+        text = "weights of the losses of the fine and the coarse scale; auto: by dimensions (that of the preset)"
+        add("--loss_weights", type=cli.loss_weights, default=None, metavar="A,B", help=text)
+        text = "the scales: image and half-size image, or half-size image and the details it lacks (overcomplete)"
+        add("--representation", choices=tuple(REPRESENTATIONS), default="overcomplete", help=text)
     else:
-        parser.set_defaults(t_pairs=None, loss_weights=None)
+        parser.set_defaults(
+            t_pairs=None, loss_weights=None, representation="overcomplete", replan_every=None, replan_images=None
+        )
     add("--flip", action="store_true", help="mirror images at random (off, as published)")
     add("--seed", type=cli.seed, default=42, help="initial weights, order, noise, timesteps (42)")
     group = parser.add_argument_group("execution (what is computed stays the same up to rounding)")
@@ -274,11 +293,12 @@ class Trainer:
 
     Raises ValueError if `output_dir` or the log folder holds an earlier run that `--resume` does not continue, if a
     resumed run differs in anything but the place of the data and, at constant rate, the epochs, for a resolution that
-    the levels of the model do not divide, for a batch that processes and parts cannot share evenly, and for CUDA graphs
-    where there can be none.
+    the levels of the model do not divide, for a batch that processes and parts cannot share evenly, for CUDA graphs
+    where there can be none, and for residual scales of a model that does not predict both.
     """
 
     def __init__(self, model_type: str, args: argparse.Namespace, images: ImageSet, processes: Processes):
+        args = with_preset(args, model_type)
         self.args, self.processes, self.device = args, processes, processes.device
         self.config = {
             "model_type": model_type,
@@ -292,7 +312,7 @@ class Trainer:
             for name in (
                 "dataset", "resolution", "resize_filter", "limit", "holdout", "skip_bad_images", "beta_schedule",
                 "prediction_type", "min_snr_gamma", "flip", "epochs", "batch_size", "lr", "lr_schedule", "weight_decay",
-                "grad_clip", "ema_decay", "seed",
+                "grad_clip", "ema_decay", "seed", "representation",
             )
         }  # fmt: skip
         # What runs have that say nothing of it: those from before there was a choice.
@@ -301,11 +321,19 @@ class Trainer:
             "t_pairs_points": None,
             "loss_weights": [1.0] * MODEL_CLASSES[model_type].num_predictions,
             "min_snr_gamma": None,
+            "representation": "overcomplete",
+            "replan_every": None,
+            "replan_images": None,
         }
         self.config |= {"loss_weights": list(args.loss_weights or self.defaults["loss_weights"])}
-        self.config |= resolve_regime(args.t_pairs, model_type)
+        self.config |= resolve_regime(args.t_pairs, model_type) | self._replanning(images)
         if len(self.config["loss_weights"]) != len(self.defaults["loss_weights"]):
             raise ValueError(f"a '{model_type}' model has the loss of the fine scale alone; leave --loss_weights out.")
+        if args.representation == "residual" and len(self.defaults["loss_weights"]) == 1:
+            raise ValueError(
+                f"a '{model_type}' model predicts the fine scale alone, of which no image can be composed; train a "
+                "dual or shared_t model, or leave --representation residual out."
+            )
         self.compile = resolve_compile(self.device, args.compile)
         if args.cuda_graphs and not (self.compile and self.device.type == "cuda"):
             raise ValueError(f"--cuda_graphs needs a compiled network on a GPU, not {self.device}; leave it out.")
@@ -379,10 +407,24 @@ class Trainer:
         """The kind of model, a key of `checkpoint.MODEL_CLASSES`."""
         return self.config["model_type"]
 
+    def _replanning(self, images: ImageSet) -> dict[str, int | None]:
+        """What the config says of plans in the course of the run: None, but for `follow`."""
+        names = {"replan_every": REPLAN_EVERY, "replan_images": min(REPLAN_IMAGES, len(images))}
+        given = {name: getattr(self.args, name) for name in names}
+        if not (self.args.t_pairs or "").startswith("follow:"):
+            if any(given.values()):
+                raise ValueError("--replan_every and --replan_images belong to --t_pairs follow:W; leave them out.")
+            return given
+        if (given["replan_images"] or 0) > len(images):
+            raise ValueError(f"--replan_images exceeds the {len(images)} images of '{images.name}'; choose fewer.")
+        return {name: given[name] or default for name, default in names.items()}
+
     @property
     def settings(self) -> dict:
         """What of the config decides what is computed, and is the same in every part of a run."""
-        free = FREE_KEYS - ({"epochs"} if self.args.lr_schedule == "cosine" else set())  # Which depends on its end.
+        pairs = self.config["t_pairs"]
+        timed = self.args.lr_schedule == "cosine" or (pairs is not None and parse_regime(pairs).changes)
+        free = FREE_KEYS - ({"epochs"} if timed else set())  # What happens by the share of the run depends on its end.
         return {name: value for name, value in self.config.items() if name not in free}
 
     def _find_earlier_run(self) -> dict | None:
@@ -424,7 +466,7 @@ class Trainer:
         # What follows from another flag comes last, so that the flag is named.
         for key in sorted(settings, key=lambda key: (key == "data_fingerprint", key == "epochs", key)):
             if saved.get(key) != settings[key]:
-                file = " (--t_pairs path:FILE with the file of its path)" if "path:" in str(saved.get(key)) else ""
+                file = " (--t_pairs with the schedule file of its path)" if "path:" in str(saved.get(key)) else ""
                 raise ValueError(
                     f"{what} with {key} = {saved.get(key)}, not {settings[key]}; resume with the same value{file} or "
                     "start in another --output_dir and --log_dir."
@@ -455,6 +497,8 @@ class Trainer:
         self.window = {name: value.to(self.device) for name, value in saved["window"].items()}
         self.bad_steps = {name: value.to(self.device) for name, value in saved["bad_steps"].items()}
         self.unwritten_rows = saved["unwritten_rows"]
+        if saved.get("regime_state") is not None:
+            self.pairs = self.pairs.moved_to(saved["regime_state"]["log_snr_32"])
 
     def prepare(self) -> None:
         """Compile the network and share it among the processes; before the first step."""
@@ -480,7 +524,8 @@ class Trainer:
     def draw(self, x_64: torch.Tensor, x_32: torch.Tensor) -> TrainingBatch:
         """This process's share of a step: noise is drawn for all images of the step, so that shares do not matter."""
         generator = step_generator(self.args.seed, self.step, self.device)
-        batch = draw_batch(self.pairs, x_64, x_32, generator, self.scheduler.representation)
+        progress = min(1.0, self.step / max(1, self.args.epochs * len(self.batches) - 1))
+        batch = draw_batch(self.pairs.at(progress), x_64, x_32, generator, self.scheduler.representation)
         return batch.rows(self.processes.share(len(x_64)))
 
     def _backward(self, part: TrainingBatch, network: nn.Module) -> dict[str, torch.Tensor]:
@@ -590,6 +635,7 @@ class Trainer:
             "config": self.config,
             "epoch": self.epoch,
             "step": self.step,
+            "regime_state": self.pairs.state,
         }
 
     def save_resume_file(self) -> None:
@@ -604,6 +650,42 @@ class Trainer:
             "execution": self.execution,
         }
         save_checkpoint(self.last_file, self.snapshot() | rest, self.args.keep_last)
+
+    @property
+    def replan_due(self) -> bool:
+        """Whether the path of `--t_pairs follow:W` is planned again after this step."""
+        every = self.config["replan_every"]
+        return every is not None and self.step > 0 and self.step % (every * len(self.batches)) == 0
+
+    def replan(self) -> None:
+        """Move the band of `--t_pairs follow:W` to the path planned with the EMA (else raw) weights, and log that."""
+        chosen = np.random.default_rng((self.args.seed, self.step)).choice(
+            len(self.batches.pixels), self.config["replan_images"], replace=False
+        )
+        images = to_float(self.batches.pixels[torch.from_numpy(np.sort(chosen)).to(self.device)])  # [B, C, H, W]
+        model = (self.model if self.ema is None else self.ema).eval()
+        try:
+            curve, path = replan(
+                model.denoise,
+                self.scheduler,
+                images,
+                self.pairs.state["log_snr_32"].numpy(),
+                self.pairs.follow_width,
+                self.args.seed,
+                lambda: autocast(self.device, self.config["precision"]),
+                self.processes,
+            )
+        finally:
+            self.model.train()
+        self.pairs = self.pairs.moved_to(torch.from_numpy(curve))
+        if not self.processes.is_main:
+            return
+        file, schedule = self.log_dir / f"path_{self.epoch}ep.json", self.config["beta_schedule"]
+        solver = {"name": "ddim", "eta": 0.0, "end": "clean"}
+        try:
+            save_schedule(path, file, self.scheduler.log_snr.cpu().numpy(), solver, "kl", beta_schedule=schedule)
+        except OSError as error:
+            tqdm.write(f"warning: {file} could not be written ({error})", file=sys.stderr)
 
     @torch.no_grad()
     def sample_grids(self, stop: StopRequest | None = None) -> list[torch.Tensor]:
@@ -891,6 +973,10 @@ def _loop(trainer: Trainer, log: RunLog | None, bar: tqdm, stop: StopRequest) ->
             if trainer.step % args.log_every == 0 or trainer.step % steps_per_epoch == 0:
                 write_row(trainer, log, bar, clock)
                 trainer.check_bad_steps()
+                clock.restart()
+            if trainer.replan_due:
+                # Before anything of this step is saved, which the new path belongs to.
+                trainer.replan()
                 clock.restart()
             overdue = processes.is_main and time.monotonic() - last_save > 60 * args.resume_minutes
             stopping, save_due = processes.any(stop.signal is not None, overdue)

@@ -4,6 +4,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from children import signalling
+from conftest import RUN, assert_same_run
 from scipy.stats import chisquare
 
 import make_figures
@@ -11,7 +13,7 @@ import map_plots
 import train_lift
 from checkpoint import checkpoint_file, load_model, read_checkpoint, save_checkpoint
 from path import Path, cascade, diagonal, log_snr_shift
-from regimes import FAR, TimestepPairs, off_regime_note, pair_probabilities, resolve_regime
+from regimes import FAR, TimestepPairs, off_regime_note, pair_probabilities, parse_regime, resolve_regime
 from schedule_file import save_schedule
 from scheduler import DDIMScheduler
 from training import step_generator
@@ -95,20 +97,145 @@ def test_pairs_along_a_path_are_even_over_steps_and_within_a_step():
     assert p[0, 0].item() == pytest.approx(1 / 2 * 1 / 18, abs=1e-3)
 
 
-@pytest.mark.parametrize("text", ["independent", "same", "shift:2", "heuristic:0.8", "band:2", "band:0.1", "path"])
+# Bands around paths
+
+
+def target_of(path, t):
+    """λ of the coarse scale where a path given by a rule has it."""
+    lead = {"diagonal": 0.0, "image": np.log(4), "shift:-3.5": -3.5, "shift:2": 2.0}
+    if path.startswith("heuristic"):
+        return LOG_SNR[round(float(path.split(":")[1]) * t)].item()
+    return min(max(LOG_SNR[t].item() + lead[path], LOG_SNR[999].item()), LOG_SNR[0].item())
+
+
+@pytest.mark.parametrize("path", ["diagonal", "image", "shift:2", "shift:-3.5", "heuristic:0.8"])
+@pytest.mark.parametrize("width", [0, 0.05, 1, 6.9])
+def test_a_band_around_a_rule_is_even_around_it_at_every_fine_timestep(path, width):
+    p = probabilities(f"band:{path},{width}").numpy()
+    table = LOG_SNR.numpy()
+    np.testing.assert_allclose(p.sum(1), 1e-3, rtol=1e-12)
+    for t in range(0, 1000, 37):
+        distance = np.abs(table - target_of(path, t))
+        near = (distance <= width / 2) | (np.arange(1000) == distance.argmin())
+        np.testing.assert_allclose(p[t], near / near.sum() / 1000, rtol=1e-12)
+
+
+def test_the_coarse_clock_waits_at_the_end_of_the_schedule():
+    pairs = probabilities("band:image,0").nonzero()
+    clean = pairs[LOG_SNR[pairs[:, 0]] + np.log(4) >= LOG_SNR[0]]
+    assert len(clean) > 1 and (clean[:, 1] == 0).all()
+    assert (probabilities("band:shift:-3.5,0").nonzero()[-1] == 999).all()
+
+
+@pytest.mark.parametrize("path", ["diagonal", "image", "shift:-3.5", "heuristic:0.8"])
+def test_limits_of_a_band_around_a_rule_are_its_curve_and_independent_clocks(path):
+    torch.testing.assert_close(probabilities(f"band:{path},inf"), probabilities("independent"), rtol=1e-12, atol=0)
+    tied = probabilities(f"band:{path},0") > 0
+    assert (tied.sum(1) == 1).all()
+    if path == "diagonal":
+        assert torch.equal(tied, torch.eye(1000, dtype=torch.bool))
+
+
+def test_a_band_around_a_file_is_around_each_of_its_places(tmp_path):
+    # The path goes down both axes, by itself.
+    path = Path(((999, 999), (999, 500), (400, 500), (0, 0)), "hand-made", {})
+    file = tmp_path / "path,with:comma.json"
+    save_schedule(path, file, LOG_SNR, {})
+    config = resolve_regime(f"band:{file},1", "dual")
+    assert config["t_pairs"] == f"band:path:{path.fingerprint()},1" and config["t_pairs_points"][1] == [999, 500]
+    assert resolve_regime(f"band:path:{file},1", "dual") == config
+    p, table = pair_probabilities(config, LOG_SNR).numpy(), LOG_SNR.numpy()
+    expected = np.zeros((1000, 1000))
+    places = np.concatenate(
+        [
+            np.array(start) + np.outer((np.arange(1000) + 0.5) / 1000, np.subtract(end, start))
+            for start, end in itertools.pairwise(path.points)
+        ]
+    )
+    for t_64, t_32 in places.round().astype(int):
+        near = np.abs(table - table[t_32]) <= 0.5
+        expected[t_64] += near / near.sum() / len(places)
+    np.testing.assert_allclose(p, expected, rtol=1e-9)
+    limit = pair_probabilities(config | {"t_pairs": "band:path:x,0"}, LOG_SNR)
+    along = pair_probabilities(config | {"t_pairs": "path:x"}, LOG_SNR)
+    torch.testing.assert_close(limit, along, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("text", ["band:image,1", "band:diagonal,0.5", "band:shift:-3,inf", "band:image,inf"])
+def test_bands_are_whole_where_a_schedule_ends_without_a_signal(text):
+    scheduler = DDIMScheduler(beta_schedule="cosine_zero_terminal", prediction_type="v")
+    p = probabilities(text, scheduler)
+    assert p.isfinite().all() and p.sum().item() == pytest.approx(1, abs=1e-12)
+    t_64, t_32 = TimestepPairs({"t_pairs": text, "t_pairs_points": None}, scheduler).draw(
+        20_000, torch.Generator().manual_seed(0)
+    )
+    assert (p[t_64, t_32] > 0).all() and set(range(1000)) >= set(t_64.tolist())
+    if text.endswith("inf"):
+        assert (p == p[0, 0]).all()
+    else:
+        # Nothing is near a pair without a signal, which is itself on the path.
+        assert p[999].nonzero().tolist() == [[999]] and (p[:999, 999] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "widths"), [("4-1", (4, 2.5, 1)), ("0-0.5", (0, 0.25, 0.5)), ("1e-1-3", (0.1, 1.55, 3))]
+)
+def test_the_width_of_a_band_changes_evenly_over_the_run(text, widths):
+    config = resolve_regime(f"band:image,{text}", "dual")
+    assert parse_regime(config["t_pairs"]).changes
+    for progress, width in zip((0, 0.5, 1), widths, strict=True):
+        found = pair_probabilities(config, LOG_SNR, progress)
+        torch.testing.assert_close(found, probabilities(f"band:image,{width}"), rtol=1e-12, atol=0)
+        pairs = TimestepPairs(config, SCHEDULER)
+        drawn, expected = (
+            one.draw(100, torch.Generator().manual_seed(1))
+            for one in (pairs.at(progress), TimestepPairs(resolve_regime(f"band:image,{width}", "dual"), SCHEDULER))
+        )
+        assert torch.equal(drawn[0], expected[0]) and torch.equal(drawn[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    ("text", "config"),
+    [
+        ("band:image,1.0", "band:image,1"),
+        ("band:shift:2.0,4-1", "band:shift:2,4-1"),
+        ("band:shift:-2,1e-3", "band:shift:-2,0.001"),
+        ("band:heuristic:0.8,3-3", "band:heuristic:0.8,3"),
+        ("band:diagonal,inf", "band:diagonal,inf"),
+        ("band:1.50", "band:1.5"),
+    ],
+)
+def test_one_way_to_write_a_band_comes_out(text, config):
+    assert resolve_regime(text, "dual") == {"t_pairs": config, "t_pairs_points": None}
+    assert str(parse_regime(config)) == config
+
+
+REGIMES = ["independent", "same", "shift:2", "heuristic:0.8", "band:2", "band:0.1", "path"]
+REGIMES += ["band:image,1", "band:diagonal,0.05", "band:heuristic:0.8,3", "band:shift:-3.5,inf", "band:path,0.7"]
+
+
+@pytest.mark.parametrize("text", REGIMES)
 def test_draws_follow_the_probabilities(text, tmp_path):
-    if text == "path":
+    if "path" in text:
         save_schedule(cascade(4), tmp_path / "path.json", LOG_SNR, {})
-        text = f"path:{tmp_path / 'path.json'}"
+        text = text.replace("path", f"path:{tmp_path / 'path.json'}")
     config = resolve_regime(text, "dual")
     t_64, t_32 = TimestepPairs(config, SCHEDULER).draw(100_000, torch.Generator().manual_seed(1))
     assert t_64.dtype == t_32.dtype == torch.int64
     p = pair_probabilities(config, LOG_SNR)
     assert (p[t_64, t_32] > 0).all()
-    blocks = p.view(10, 100, 10, 100).sum((1, 3)).flatten()
-    counts = torch.bincount(t_64 // 100 * 10 + t_32 // 100, minlength=100)
-    likely = blocks * 100_000 > 5
-    assert chisquare(counts[likely], blocks[likely] / blocks[likely].sum() * counts[likely].sum()).pvalue > 1e-4
+    # In blocks over the plane, and by the difference of the clocks, which tells the places within a narrow band.
+    t = torch.arange(1000)
+    difference = (t[:, None] - t + 999).flatten()
+    for shares, found in (
+        (p.view(10, 100, 10, 100).sum((1, 3)).flatten(), t_64 // 100 * 10 + t_32 // 100),
+        (torch.zeros(1999, dtype=torch.float64).index_add_(0, difference, p.flatten()), t_64 - t_32 + 999),
+    ):
+        counts = torch.bincount(found, minlength=len(shares))
+        likely = shares * 100_000 > 5
+        assert likely.any()
+        expected = shares[likely] / shares[likely].sum() * counts[likely].sum()
+        assert likely.sum() == 1 or chisquare(counts[likely], expected).pvalue > 1e-4
 
 
 def test_published_and_shared_pairs_keep_the_random_numbers_of_earlier_runs():
@@ -146,7 +273,10 @@ def test_a_path_is_kept_point_by_point(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "band", "band:", "band:-1", "band:nan", "shift:inf", "heuristic:0", "heuristic:1.1", "same:1", "up:2"]
+    "text",
+    ["", "band", "band:", "band:-1", "band:nan", "shift:inf", "heuristic:0", "heuristic:1.1", "same:1", "up:2"]
+    + ["band:image,", "band:,1", "band:image,-1", "band:image,nan", "band:image,inf-1", "band:image,4-", "band:image,x"]
+    + ["band:shift:x,1", "band:heuristic:2,1", "band:path:,1"],
 )
 def test_what_is_no_regime_is_refused(text):
     with pytest.raises(ValueError, match="no regime of timestep pairs"):
@@ -165,6 +295,13 @@ def test_what_is_no_regime_is_refused(text):
         ("band:1", log_snr_shift(diagonal(6), 4, LOG_SNR.numpy()), 3),
         ("shift:3", log_snr_shift(diagonal(6), 3, LOG_SNR.numpy()), None),
         ("shift:3", diagonal(6), 3),
+        ("band:shift:1,0", log_snr_shift(diagonal(6), 1, LOG_SNR.numpy()), None),
+        # It starts at pure noise in both scales, where the coarse one of the band is ahead.
+        ("band:shift:3,0", log_snr_shift(diagonal(6), 3, LOG_SNR.numpy()), 3),
+        ("band:image,1", diagonal(6), None),
+        ("band:image,1", log_snr_shift(diagonal(6), 5, LOG_SNR.numpy()), 5 - np.log(4) - 0.5),
+        ("band:shift:-2,2", diagonal(6), None),
+        ("band:image,6", log_snr_shift(diagonal(6), 5, LOG_SNR.numpy()), None),
     ],
 )
 def test_a_path_far_from_what_was_seen_is_pointed_out(regime, path, distance):
@@ -177,16 +314,35 @@ def test_a_path_far_from_what_was_seen_is_pointed_out(regime, path, distance):
     assert float(note.split("up to ")[1].split()[0]) == pytest.approx(distance, rel=0.03)
 
 
-def test_what_is_off_is_counted_by_brute_force():
-    config = {"model_type": "single_t"} | resolve_regime("band:2", "single_t")
+@pytest.mark.parametrize("text", ["band:2", "band:image,1"])
+def test_what_is_off_is_counted_by_brute_force(text):
+    config = {"model_type": "single_t"} | resolve_regime(text, "single_t")
     path = log_snr_shift(diagonal(9), 5, LOG_SNR.numpy())
-    table = LOG_SNR.tolist()
-    seen = [(i, j) for i, j in itertools.product(range(1000), repeat=2) if abs(table[i] - table[j]) <= 2]
-    far = 0
-    for t_64, t_32 in path.points[:-1]:
-        near = (abs(table[t_64] - table[i]) + abs(table[t_32] - table[j]) <= FAR for i, j in seen)
-        far += not any(near)
-    assert 0 < far < 9 and f"{far} of the 9 calls" in off_regime_note(path, config, SCHEDULER)
+    table = LOG_SNR.numpy()
+    seen_64, seen_32 = np.nonzero(pair_probabilities(config, LOG_SNR).numpy())
+    off = [
+        (np.abs(table[t_64] - table[seen_64]) + np.abs(table[t_32] - table[seen_32])).min()
+        for t_64, t_32 in path.points[:-1]
+    ]
+    far = sum(distance > FAR for distance in off)
+    note = off_regime_note(path, config, SCHEDULER)
+    assert 0 < far < 9 and f"{far} of the 9 calls" in note and f"up to {max(off):.3g} " in note
+
+
+def test_a_band_that_changes_was_seen_up_to_the_checkpoint():
+    path = log_snr_shift(diagonal(9), 5, LOG_SNR.numpy())
+    seen = {"model_type": "dual", "epochs": 10}
+    for text, epoch, off in (("8-0", 10, False), ("0-8", 10, False), ("0-8", 1, True), ("0-0.1", 10, True)):
+        config = seen | {"epoch": epoch} | resolve_regime(f"band:image,{text}", "dual")
+        assert (off_regime_note(path, config, SCHEDULER) is not None) == off
+
+
+def test_no_distance_is_lost_at_zero_snr():
+    scheduler = DDIMScheduler(beta_schedule="cosine_zero_terminal", prediction_type="v")
+    config = {"model_type": "dual"} | resolve_regime("band:image,1", "dual")
+    assert off_regime_note(log_snr_shift(diagonal(6), np.log(4), scheduler.log_snr.numpy()), config, scheduler) is None
+    note = off_regime_note(Path(((999, 999), (500, 999), (0, 0)), "fine first", {}), config, scheduler)
+    assert "1 of the 2 calls" in note and "up to inf" in note
 
 
 def test_the_mean_of_a_noisy_image_is_as_far_from_it_wherever_the_path_says():
@@ -213,6 +369,38 @@ def test_a_run_shows_its_regime_and_says_so_in_its_checkpoint(stage, tiny, cache
     t_64, t_32 = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("t_64", "t_32"))
     difference = (LOG_SNR[t_64] - LOG_SNR[t_32]).abs()
     assert difference.max() <= 1.5 and difference.max() > 1 and len(t_64) >= 200
+
+
+def test_the_band_of_a_run_changes_from_its_first_step_to_its_last(trainer):
+    run = trainer("--t_pairs", "band:diagonal,6-0", "--batch_size", 12, "--epochs", 11)
+    assert len(run.batches) == 1
+    spreads = []
+    for run.step in range(11):
+        batch = run.draw(*next(run.batches.epoch(0)))
+        spreads.append((LOG_SNR[batch.t_64] - LOG_SNR[batch.t_32]).abs().max().item())
+        # The nearest timestep is always there.
+        assert spreads[-1] <= (6 - 0.6 * run.step) / 2 + 1e-9
+    assert spreads[0] > 1.5 and spreads[-1] == 0
+
+
+def test_a_band_that_changes_resumes_exactly_and_not_to_another_end(stage, refused, tiny, cache, tmp_path, straight):
+    flags = [*tiny(tmp_path), "--cache_dir", cache, *RUN, "--t_pairs", "band:image,4-1", "--resume", "auto"]
+    with signalling(4):
+        stage(train_lift, *flags, "--epochs", 4)
+    refused(train_lift, *flags, "--epochs", 5, says=["epochs = 4, not 5", "resume with the same value"])
+    stage(train_lift, *flags, "--epochs", 4)
+    assert_same_run(tmp_path, straight("--t_pairs", "band:image,4-1"))
+    stage(train_lift, *flags, "--epochs", 4)
+
+
+def test_a_band_around_a_file_is_resumed_with_its_file(stage, refused, tiny, cache, tmp_path):
+    file = tmp_path / "path.json"
+    save_schedule(diagonal(5), file, LOG_SNR, {})
+    flags = [*tiny(tmp_path), "--cache_dir", cache, "--resume", "auto", "--t_pairs"]
+    stage(train_lift, *flags, f"band:{file},1")
+    moved = file.rename(tmp_path / "moved.json")
+    stage(train_lift, *flags, f"band:{moved},1", "--epochs", 3)
+    refused(train_lift, *flags, "band:image,1", "--epochs", 4, says=["t_pairs = band:path:", "schedule file"])
 
 
 def test_an_earlier_run_goes_on_and_a_run_of_another_regime_does_not(stage, refused, tiny, cache, tmp_path):
@@ -252,7 +440,7 @@ def test_the_figure_counts_pairs_against_independent_ones(stage, tmp_path):
         "same",
         "band:2",
         "shift:1",
-        "band:1",
+        "band:image,4-1",
         "--num_pairs",
         1000,
         "--output",
