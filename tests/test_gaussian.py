@@ -39,6 +39,8 @@ from scheduler import DDIMScheduler
 C, H, W = 2, 4, 6
 N_64, N_32 = C * H * W, C * H * W // 4
 INF = math.inf
+REPRESENTATIONS = ("overcomplete", "residual")
+LOG_4 = math.log(4)
 UNSEEN = torch.tensor([1e-300], dtype=torch.float64)  # The variance of a mode that adds nothing to any sum.
 
 
@@ -78,11 +80,24 @@ def pooling():
     return F.avg_pool2d(eye, 2).flatten(1).T  # [N_32, N_64]
 
 
-def model(scheduler=None, centred=False):
+def fine_of(representation):
+    """The matrix [N_64, N_64] that takes an image to its fine scale; 4 poolingᵀ copies a coarse pixel to its block."""
+    eye = torch.eye(N_64, dtype=torch.float64)
+    return eye if representation == "overcomplete" else eye - 4 * pooling().T @ pooling()
+
+
+def compose(images, representation):
+    """Fine images [B, N_64] of both scales."""
+    fine, coarse = (x.flatten(1) for x in images)
+    return fine if representation == "overcomplete" else fine + 4 * coarse @ pooling()
+
+
+def model(scheduler=None, centred=False, representation="overcomplete"):
     """The denoiser, its dense basis and variances [N_64]."""
     low, high, rotation, mean = parts()
+    scheduler = scheduler or DDIMScheduler(clip_sample=False)
     denoiser = GaussianDenoiser(
-        scheduler or DDIMScheduler(clip_sample=False), low, high, rotation, None if centred else mean
+        scheduler, low, high, rotation, None if centred else mean, representation=representation
     )
     return denoiser, dense_basis(rotation), torch.cat([low.flatten(), high.flatten()])
 
@@ -98,24 +113,28 @@ def test_dense_basis_is_orthonormal():
     torch.testing.assert_close(basis @ basis.T, torch.eye(N_64, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "x0", "v"])
 @pytest.mark.parametrize("ts", [(999, 999), (999, 0), (0, 999), (400, 650), (0, 0)])
-def test_denoiser_is_dense_gaussian_conditioning(prediction_type, ts):
+def test_denoiser_is_dense_gaussian_conditioning(prediction_type, ts, representation):
     schedule = "cosine_clipped" if prediction_type == "epsilon" else "cosine_zero_terminal"
     scheduler = DDIMScheduler(beta_schedule=schedule, prediction_type=prediction_type)
-    denoiser, basis, s = model(scheduler)
+    denoiser, basis, s = model(scheduler, representation=representation)
     xs, timesteps = noisy(scheduler, *ts)
     predictions = denoiser.denoise(xs, timesteps)
 
     alpha_64, alpha_32 = scheduler.alphas_cumprod[list(ts)]
     covariance = basis.T @ torch.diag(s) @ basis
-    mean = parts()[3].flatten()
-    observe = torch.cat([alpha_64.sqrt() * torch.eye(N_64, dtype=torch.float64), alpha_32.sqrt() * pooling()])
-    noise = torch.cat([(1 - alpha_64).expand(N_64), (1 - alpha_32).expand(N_32)])
-    y = torch.cat([x.flatten(1) for x in xs], 1)
+    mean, fine = parts()[3].flatten(), fine_of(representation)
+    xs = ((xs[0].flatten(1) @ fine).view_as(xs[0]), xs[1])
+    # Coordinates of the fine scale, orthonormal: its noise is white in them.
+    seen = torch.eye(N_64, dtype=torch.float64) if representation == "overcomplete" else basis[N_32:]
+    observe = torch.cat([alpha_64.sqrt() * seen, alpha_32.sqrt() * pooling()])
+    noise = torch.cat([(1 - alpha_64).expand(len(seen)), (1 - alpha_32).expand(N_32)])
+    y = torch.cat([xs[0].flatten(1) @ seen.T, xs[1].flatten(1)], 1)
     gain = covariance @ observe.T @ torch.linalg.inv(observe @ covariance @ observe.T + torch.diag(noise))
     x0_64 = mean + (y - mean @ observe.T) @ gain.T
-    for x, x0, prediction, t in zip(xs, (x0_64, x0_64 @ pooling().T), predictions, timesteps, strict=True):
+    for x, x0, prediction, t in zip(xs, (x0_64 @ fine.T, x0_64 @ pooling().T), predictions, timesteps, strict=True):
         x0 = x0.view_as(x)
         alpha_bar = scheduler.alphas_cumprod[t[0]]
         epsilon = (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
@@ -168,17 +187,37 @@ def test_draws_have_the_dense_covariance():
     assert deviation.max() < 5 * math.sqrt(2 / count)
 
 
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
 @pytest.mark.parametrize("of", ["eps", "x0"])
-def test_jacobian_maps_are_those_of_the_denoiser(of):
+def test_jacobian_maps_are_those_of_the_denoiser(of, representation):
     scheduler = DDIMScheduler(prediction_type={"eps": "epsilon", "x0": "x0"}[of])
-    denoiser = model(scheduler)[0]
+    denoiser = model(scheduler, representation=representation)[0]
     t_grid = [999, 550, 30]
-    maps = jacobian_maps(denoiser.spectrum(), scheduler.log_snr[t_grid], of=of)
+    maps = jacobian_maps(denoiser.spectrum(), scheduler.log_snr[t_grid], of=of, representation=representation)
     for (i, t_64), (j, t_32) in itertools.product(enumerate(t_grid), repeat=2):
         xs, ts = noisy(scheduler, t_64, t_32, count=1)
         rows = torch.func.jacrev(lambda a, b, ts=ts: denoiser(a, b, *ts), argnums=(0, 1))(*xs)
         for name, block in zip(("HH", "HL", "LH", "LL"), [block for row in rows for block in row], strict=True):
-            assert maps[name][i, j].item() == pytest.approx(block.square().sum().item(), rel=1e-9)
+            assert maps[name][i, j].item() == pytest.approx(block.square().sum().item(), rel=1e-9, abs=1e-25)
+
+
+@pytest.mark.parametrize("ts", [(999, 0), (550, 700), (30, 999)])
+def test_jacobian_of_the_residual_pair_is_diagonal_in_its_subspace(ts):
+    scheduler = DDIMScheduler()
+    denoiser, basis, s = model(scheduler, representation="residual")
+    xs, timesteps = noisy(scheduler, *ts, count=1)
+    rows = torch.func.jacrev(lambda a, b: denoiser(a, b, *timesteps), argnums=(0, 1))(*xs)
+    (hh, hl), (lh, ll) = [
+        [block.reshape(size, -1) for block in row] for size, row in zip((N_64, N_32), rows, strict=True)
+    ]
+    a, b = scheduler.snr[list(ts)]
+    # The coarse image is half a low band: its basis is that of the band, pooled and doubled to be orthonormal.
+    coarse = 2 * basis[:N_32] @ pooling().T
+    exact = torch.cat([torch.zeros(N_32), (1 + a).sqrt() / (1 + s[N_32:] * a)])
+    torch.testing.assert_close(basis @ hh @ basis.T, torch.diag(exact), rtol=1e-9, atol=1e-10)
+    exact = (1 + b).sqrt() / (1 + s[:N_32] * b / 4)
+    torch.testing.assert_close(coarse @ ll @ coarse.T, torch.diag(exact), rtol=1e-9, atol=1e-10)
+    assert hl.abs().max() < 1e-12 and lh.abs().max() < 1e-12
 
 
 def test_error_map_of_drawn_images_agrees_with_the_maps():
@@ -195,36 +234,42 @@ def test_error_map_of_drawn_images_agrees_with_the_maps():
         assert ((result["jacobian"][name] - values).abs() < 4.5 * result["jacobian_se"][name] + 1e-9 * values).all()
 
 
-def test_mse_is_the_trace_of_the_dense_posterior_covariance():
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+def test_mse_is_the_trace_of_the_dense_posterior_covariance(representation):
     denoiser, basis, s = model()
-    a, b, pool = 3.0, 20.0, pooling()
-    precision = basis.T @ torch.diag(1 / s) @ basis + a * torch.eye(N_64) + b * pool.T @ pool
+    a, b, pool, fine = 3.0, 20.0, pooling(), fine_of(representation)
+    precision = basis.T @ torch.diag(1 / s) @ basis + a * fine.T @ fine + b * pool.T @ pool
     covariance = torch.linalg.inv(precision)
-    mse_64, mse_32 = mse(denoiser.spectrum(), math.log(a), math.log(b))
-    assert mse_64.item() == pytest.approx(covariance.trace().item(), rel=1e-10)
+    point = (denoiser.spectrum(), math.log(a), math.log(b), representation)
+    mse_64, mse_32 = mse(*point)
+    assert mse_64.item() == pytest.approx((fine @ covariance @ fine.T).trace().item(), rel=1e-10)
     assert mse_32.item() == pytest.approx((pool @ covariance @ pool.T).trace().item(), rel=1e-10)
     gained = (torch.logdet(precision) + s.log().sum()) / 2
-    assert information(denoiser.spectrum(), math.log(a), math.log(b)).item() == pytest.approx(gained.item(), rel=1e-10)
+    assert information(*point).item() == pytest.approx(gained.item(), rel=1e-10)
 
 
-def test_maps_broadcast_like_the_pointwise_functions():
+@pytest.mark.parametrize("representation, total", [("overcomplete", 9.07), ("residual", 0.32)])
+def test_maps_broadcast_like_the_pointwise_functions(representation, total):
     spectrum, grid = small_spectrum(), torch.tensor([-5.0, 0.0, 1.0, 4.0], dtype=torch.float64)
-    for whole, pair in zip(mse_maps(spectrum, grid), mse(spectrum, grid[:, None], grid), strict=True):
+    pointwise = mse(spectrum, grid[:, None], grid, representation)
+    for whole, pair in zip(mse_maps(spectrum, grid, representation), pointwise, strict=True):
         torch.testing.assert_close(whole, pair.expand(4, 4))
-    assert mse(spectrum, -INF, -INF)[0].item() == pytest.approx(9.07)
-    assert mse(spectrum, INF, -INF)[0].item() == 0
+    assert mse(spectrum, -INF, -INF, representation)[0].item() == pytest.approx(total)
+    assert mse(spectrum, INF, -INF, representation)[0].item() == 0
 
 
-def test_information_and_mse_are_derivatives_of_each_other():
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+def test_information_and_mse_are_derivatives_of_each_other(representation):
     spectrum = small_spectrum()
     snr = torch.tensor([0.8, 3.0], dtype=torch.float64, requires_grad=True)
     log_snr = snr.log()
-    gradient = torch.autograd.grad(information(spectrum, *log_snr), snr, retain_graph=True)[0]
-    errors = torch.stack(mse(spectrum, *log_snr))
+    gradient = torch.autograd.grad(information(spectrum, *log_snr, representation), snr, retain_graph=True)[0]
+    errors = torch.stack(mse(spectrum, *log_snr, representation))
     torch.testing.assert_close(gradient, errors.detach() / 2)
     rows = [torch.autograd.grad(e, snr, retain_graph=True)[0] for e in errors]
     assert rows[0][1].item() == pytest.approx(rows[1][0].item(), rel=1e-12)
-    assert rows[0][1] < 0
+    # Bands that share nothing tell nothing of each other.
+    assert rows[0][1] < 0 if representation == "overcomplete" else rows[0][1] == 0
 
 
 PATHS = {
@@ -241,17 +286,19 @@ def log_snr_points(scheduler, path, end):
     return points
 
 
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
 @pytest.mark.parametrize("end", ["clean", "t0"])
 @pytest.mark.parametrize("name", PATHS)
-def test_ddim_output_is_the_linear_map_of_the_sampler(name, end):
+def test_ddim_output_is_the_linear_map_of_the_sampler(name, end, representation):
     scheduler = DDIMScheduler(clip_sample=False)
-    denoiser, basis, _ = model(scheduler, centred=True)
+    denoiser, basis, _ = model(scheduler, centred=True, representation=representation)
     path = Path(tuple(PATHS[name]), name, {})
     eye = torch.eye(N_64 + N_32, dtype=torch.float64)
-    noise = (eye[:, :N_64].reshape(-1, C, H, W), eye[:, N_64:].reshape(-1, C, H // 2, W // 2))
-    images = sample(denoiser.denoise, scheduler, path, noise, end=end).images[0].flatten(1)
+    noise = (eye[:, :N_64] @ fine_of(representation), eye[:, N_64:])
+    noise = (noise[0].reshape(-1, C, H, W), noise[1].reshape(-1, C, H // 2, W // 2))
+    images = compose(sample(denoiser.denoise, scheduler, path, noise, end=end).images, representation)
     covariance = basis @ images.T @ images @ basis.T
-    law = ddim_output(denoiser.spectrum(), log_snr_points(scheduler, path, end))
+    law = ddim_output(denoiser.spectrum(), log_snr_points(scheduler, path, end), representation)
     torch.testing.assert_close(covariance, torch.diag(torch.cat([law.low, law.high])), rtol=1e-9, atol=1e-10)
 
 
@@ -294,26 +341,29 @@ def test_ddim_covariance_is_that_of_100k_samples():
     assert (exact - torch.cat([low.flatten(), high.flatten()])).abs().max() > 20 * error.max()
 
 
-def test_ddim_output_tends_to_the_truth():
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+def test_ddim_output_tends_to_the_truth(representation):
     spectrum = small_spectrum()
     values = []
     for num_steps in (100, 200, 400):
         line = torch.linspace(-14, 14, num_steps, dtype=torch.float64)
         line = torch.cat([line, torch.tensor([INF])])
-        values.append(w2_squared(spectrum, ddim_output(spectrum, torch.stack([line, line], 1))).item())
+        output = ddim_output(spectrum, torch.stack([line, line + 0.5], 1), representation)
+        values.append(w2_squared(spectrum, output).item())
     # First order in the step: W2 halves, its square falls to a quarter.
     assert values[1] / values[0] == pytest.approx(0.25, abs=0.03)
     assert values[2] / values[1] == pytest.approx(0.25, abs=0.03)
     assert values[2] < 1e-3
 
 
-def test_outputs_differentiate_in_the_points():
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+def test_outputs_differentiate_in_the_points(representation):
     spectrum = small_spectrum()
     inner = torch.tensor([[-2.0, -1.0], [0.5, 2.0]], dtype=torch.float64, requires_grad=True)
 
     def value(inner):
         ends = inner.new_tensor([[-5.0, -5.0]]), inner.new_tensor([[INF, INF]])
-        return w2_squared(spectrum, ddim_output(spectrum, torch.cat([ends[0], inner, ends[1]])))
+        return w2_squared(spectrum, ddim_output(spectrum, torch.cat([ends[0], inner, ends[1]]), representation))
 
     assert torch.autograd.gradcheck(value, inner)
 
@@ -321,11 +371,12 @@ def test_outputs_differentiate_in_the_points():
 RISING = torch.tensor([[-4.0, -4.5], [-2.0, -1.0], [0.5, 0.0], [1.0, 2.5], [3.0, 2.7]], dtype=torch.float64)
 
 
-def dense_chains(s, points, start="truth"):
+def dense_chains(s, points, start="truth", representation="overcomplete"):
     """Covariances of (y_64, y_32) of one low mode at all points, true and sampled, built step by step."""
     snr = points.exp()
     n = len(snr)
-    flat = snr.flatten() * torch.tensor([1.0, 0.5], dtype=torch.float64).repeat(n)  # y's mean per unit of the mode.
+    shows = torch.tensor([1.0 if representation == "overcomplete" else 0.0, 0.5], dtype=torch.float64)
+    flat = snr.flatten() * shows.repeat(n)  # y's mean per unit of the mode.
     same_scale = torch.arange(2 * n)[:, None] % 2 == torch.arange(2 * n) % 2
     wiener = torch.minimum(snr.flatten()[:, None], snr.flatten()) * same_scale
     truth = s * torch.outer(flat, flat) + wiener
@@ -337,10 +388,9 @@ def dense_chains(s, points, start="truth"):
         first = torch.diag((snr[0] * (1 + snr[0])).sqrt())
     states = [torch.cat([first, torch.zeros(2, 2 * n - 2, dtype=torch.float64)], 1)]
     for k in range(n - 1):
-        a, b = snr[k]
         step = snr[k + 1] - snr[k]
-        precision = 1 / s + a + b / 4
-        drift = torch.tensor([[1.0, 0.5], [0.5, 0.25]], dtype=torch.float64) / precision
+        precision = 1 / s + shows.square() @ snr[k]
+        drift = torch.outer(shows, shows) / precision
         state = (torch.eye(2) + step[:, None] * drift) @ states[-1]
         state[:, 2 * k + 2 : 2 * k + 4] += torch.diag(step.sqrt())
         states.append(state)
@@ -353,11 +403,12 @@ def dense_kl(p, q):
     return (ratio.trace() - len(p) - torch.logdet(ratio)) / 2
 
 
-def test_chain_kl_is_that_of_the_dense_joint_laws():
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+def test_chain_kl_is_that_of_the_dense_joint_laws(representation):
     for s in (8.0, 0.7, 0.05):
         spectrum = Spectrum(torch.tensor([s], dtype=torch.float64), UNSEEN)
-        expected = dense_kl(*dense_chains(torch.tensor(s, dtype=torch.float64), RISING)).item()
-        assert chain_kl(spectrum, RISING).item() == pytest.approx(expected, rel=1e-7)
+        chains = dense_chains(torch.tensor(s, dtype=torch.float64), RISING, representation=representation)
+        assert chain_kl(spectrum, RISING, representation).item() == pytest.approx(dense_kl(*chains).item(), rel=1e-7)
 
 
 def test_chain_kl_of_one_clock_is_that_of_details():
@@ -366,14 +417,16 @@ def test_chain_kl_of_one_clock_is_that_of_details():
     assert chain_kl(Spectrum(torch.tensor([2.0]), UNSEEN), line).item() == pytest.approx(alone.item())
 
 
-def test_chain_kl_is_the_left_riemann_sum_less_the_information():
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+def test_chain_kl_is_the_left_riemann_sum_less_the_information(representation):
     spectrum = small_spectrum()
     points = torch.tensor([[-6.0, -6.0], [-6.0, -1.0], [-2.0, 1.0], [1.0, 1.0], [4.0, 5.0]], dtype=torch.float64)
-    errors = torch.stack(mse(spectrum, points[:-1, 0], points[:-1, 1]), 1)  # [N, 2]
+    errors = torch.stack(mse(spectrum, points[:-1, 0], points[:-1, 1], representation), 1)  # [N, 2]
     riemann = (errors * points.exp().diff(dim=0)).sum() / 2
-    gained = information(spectrum, *points[-1]) - information(spectrum, *points[0])
-    assert chain_kl(spectrum, points).item() == pytest.approx((riemann - gained).item(), abs=1e-6)
-    assert chain_kl(spectrum, points) > 1
+    gained = information(spectrum, *points[-1], representation) - information(spectrum, *points[0], representation)
+    value = chain_kl(spectrum, points, representation).item()
+    assert value == pytest.approx((riemann - gained).item(), abs=1e-6)
+    assert value > 1
 
 
 def test_chain_kl_vanishes_in_the_limit_of_many_steps():
@@ -382,7 +435,8 @@ def test_chain_kl_vanishes_in_the_limit_of_many_steps():
     assert values[1] / values[0] == pytest.approx(0.5, abs=0.02)
 
 
-def test_start_kl_is_that_of_the_dense_laws():
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+def test_start_kl_is_that_of_the_dense_laws(representation):
     spectrum, point = small_spectrum(), torch.tensor([-3.0, -1.0], dtype=torch.float64)
     alpha_64, alpha_32 = point.sigmoid()
     eye = torch.eye(2, dtype=torch.float64)
@@ -390,34 +444,154 @@ def test_start_kl_is_that_of_the_dense_laws():
     for s in spectrum.low:
         cross = (alpha_64 * alpha_32).sqrt() * s / 2
         covariance = [[alpha_64 * s + 1 - alpha_64, cross], [cross, alpha_32 * s / 4 + 1 - alpha_32]]
-        expected += dense_kl(torch.tensor(covariance, dtype=torch.float64), eye).item()
+        held = slice(0 if representation == "overcomplete" else 1, 2)
+        expected += dense_kl(torch.tensor(covariance, dtype=torch.float64)[held, held], eye[held, held]).item()
     for h in spectrum.high:
         expected += dense_kl((alpha_64 * h + 1 - alpha_64).view(1, 1), eye[:1, :1]).item()
-    assert start_kl(spectrum, point).item() == pytest.approx(expected, rel=1e-10)
-    assert start_kl(spectrum, torch.tensor([-INF, -INF])).item() == 0
+    assert start_kl(spectrum, point, representation).item() == pytest.approx(expected, rel=1e-10)
+    assert start_kl(spectrum, torch.tensor([-INF, -INF]), representation).item() == 0
     assert start_kl(spectrum, -3.0) < start_kl(spectrum, point)
 
 
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
 @pytest.mark.parametrize("start", ["truth", "noise"])
-def test_frozen_drift_output_is_the_margin_of_the_dense_chain(start):
-    spectrum, end = small_spectrum(), RISING[-1, 0].exp()
-    law = frozen_drift_output(spectrum, RISING, start=start)
+def test_frozen_drift_output_is_the_margin_of_the_dense_chain(start, representation):
+    spectrum, ends = small_spectrum(), RISING[-1].exp()
+    law = frozen_drift_output(spectrum, RISING, start, representation)
     for s, value in zip(spectrum.low, law.low, strict=True):
-        sampled = dense_chains(s, RISING, start)[1]
-        assert value.item() == pytest.approx((sampled[-2, -2] / (end * (1 + end))).item(), rel=1e-10)
+        last = dense_chains(s, RISING, start, representation)[1].diag()[-2:] / (ends * (1 + ends))
+        # A low mode is one of the fine image, or twice one of the coarse image.
+        expected = last[0] if representation == "overcomplete" else 4 * last[1]
+        assert value.item() == pytest.approx(expected.item(), rel=1e-10)
     # A detail mode is a low mode of which the coarse image shows nothing.
     alone = frozen_drift_output(Spectrum(spectrum.high, spectrum.high), RISING[:, 0], start=start)
     torch.testing.assert_close(law.high, alone.low)
 
 
-def test_frozen_drift_output_is_no_farther_than_its_chain():
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+def test_frozen_drift_output_is_no_farther_than_its_chain(representation):
     spectrum = small_spectrum()
-    truth = spectrum.noised(RISING[-1, 0])
-    assert kl(truth, frozen_drift_output(spectrum, RISING, "truth")) <= chain_kl(spectrum, RISING)
-    bound = chain_kl(spectrum, RISING) + start_kl(spectrum, RISING[0])
-    assert 0 < kl(truth, frozen_drift_output(spectrum, RISING)) <= bound
-    fine = torch.linspace(-16, 3, 3001, dtype=torch.float64)
-    assert kl(truth, frozen_drift_output(spectrum, torch.stack([fine, fine], 1))) < 1e-5
+    truth = spectrum.noised(RISING[-1] if representation == "residual" else RISING[-1, 0], representation)
+    chain = chain_kl(spectrum, RISING, representation)
+    assert kl(truth, frozen_drift_output(spectrum, RISING, "truth", representation)) <= chain
+    bound = chain + start_kl(spectrum, RISING[0], representation)
+    assert 0 < kl(truth, frozen_drift_output(spectrum, RISING, representation=representation)) <= bound
+    fine = torch.linspace(-16, 0, 3001, dtype=torch.float64)[:, None] + RISING[-1]
+    assert kl(truth, frozen_drift_output(spectrum, fine, representation=representation)) < 1e-5
+
+
+def falling_snr(num_steps=7, seed=0):
+    """Arbitrary points [N + 1] of one clock on the image, from pure noise to clean."""
+    inner = 10 * torch.rand(num_steps - 1, generator=rng(seed), dtype=torch.float64) - 4
+    return torch.cat([torch.tensor([-INF]), inner.sort().values, torch.tensor([INF])])
+
+
+def tied(line):
+    """The points at which both scales of the residual pair are parts of one image with isotropic noise."""
+    return torch.stack([line, line + LOG_4], 1)
+
+
+def single_scale_denoiser(scheduler, basis, s, mean):
+    """One clock on the image alone, by a dense matrix, in v-prediction."""
+
+    def denoise(xs, ts):
+        alpha_bar = scheduler.alphas_cumprod[ts[0][0]]
+        gain = basis.T @ torch.diag(alpha_bar.sqrt() * s / (alpha_bar * s + 1 - alpha_bar)) @ basis
+        x0 = mean + (xs[0].flatten(1) - alpha_bar.sqrt() * mean) @ gain
+        epsilon = (xs[0].flatten(1) - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+        return ((alpha_bar.sqrt() * epsilon - (1 - alpha_bar).sqrt() * x0).view_as(xs[0]),)
+
+    return denoise
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("first", [-INF, -4.0])
+def test_tied_clocks_of_the_residual_pair_are_one_clock_on_the_image(first, seed):
+    line = falling_snr(seed=seed)
+    line[0] = first
+    points = tied(line)
+    # A schedule whose timesteps are just these log SNRs, but for the clean end, where the path has timestep 0.
+    rungs = points[:-1].flatten().sort(descending=True).values
+    scheduler = DDIMScheduler(len(rungs), "cosine_zero_terminal", "v", clip_sample=False)
+    scheduler.log_snr, scheduler.snr, scheduler.alphas_cumprod = rungs, rungs.exp(), rungs.sigmoid()
+    timesteps = [[int((rungs == value).nonzero()[0]) for value in point] for point in points[:-1]] + [[0, 0]]
+
+    denoiser, basis, s = model(scheduler, representation="residual")
+    noise = torch.randn(3, C, H, W, generator=rng(20 + seed), dtype=torch.float64)
+    one_clock = single_scale_denoiser(scheduler, basis, s, parts()[3].flatten())
+    path = Path([point[:1] for point in timesteps], "one clock", {})
+    expected = sample(one_clock, scheduler, path, [noise]).images[0].flatten(1)
+
+    # The mean of a noisy image is the coarse image at 4 times the SNR once its noise has the scale of that SNR.
+    scale = 2 * ((1 + math.exp(first)) / (1 + 4 * math.exp(first))) ** 0.5
+    fine = (noise.flatten(1) @ fine_of("residual")).view_as(noise)
+    pair = (fine, scale * F.avg_pool2d(noise, 2))
+    images = sample(denoiser.denoise, scheduler, Path(timesteps, "tied", {}), pair).images
+    torch.testing.assert_close(compose(images, "residual"), expected, rtol=1e-10, atol=1e-10)
+
+    law, alone = ddim_output(denoiser.spectrum(), points, "residual"), ddim_output_single(denoiser.spectrum(), line)
+    torch.testing.assert_close(law.low * scale**2 / 4, alone.low, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(law.high, alone.high, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("log_snr", [-6.0, 0.3, 5.0])
+def test_isotropic_noise_on_the_image_is_four_times_the_snr_on_the_coarse_one(log_snr):
+    spectrum = small_spectrum()
+    pair = (spectrum, log_snr, log_snr + LOG_4, "residual")
+    alone = mse(spectrum, log_snr, -INF)[0].item()
+    mse_64, mse_32 = mse(*pair)
+    assert (mse_64 + 4 * mse_32).item() == pytest.approx(alone, rel=1e-12)
+    assert information(*pair).item() == pytest.approx(information(spectrum, log_snr, -INF).item(), rel=1e-12)
+    line = torch.linspace(log_snr, log_snr + 3, 5, dtype=torch.float64)
+    assert chain_kl(spectrum, tied(line), "residual").item() == pytest.approx(chain_kl(spectrum, line).item(), rel=1e-9)
+    # The posterior mean given z_64 is that given its two parts.
+    denoiser, basis, s = model(representation="residual")
+    mean = parts()[3]
+    x = torch.randn(3, C, H, W, generator=rng(7), dtype=torch.float64)
+    a = math.exp(log_snr)
+    z = x * math.sqrt(1 + a)
+    expected = mean + (
+        (z - math.sqrt(a) * mean).flatten(1) @ basis.T * (math.sqrt(a) * s / (1 + a * s)) @ basis
+    ).view_as(x)
+    coarse = 2 * F.avg_pool2d(z, 2) / math.sqrt(1 + 4 * a)
+    fine = (x.flatten(1) @ fine_of("residual")).view_as(x)
+    log_snrs = [torch.full((3, 1, 1, 1), v, dtype=torch.float64) for v in (log_snr, log_snr + LOG_4)]
+    torch.testing.assert_close(denoiser.posterior_mean((fine, coarse), log_snrs), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_residual_heatmap_is_the_maps_on_its_grid():
+    spectrum, scheduler, t_grid = Spectrum.power_law(8), DDIMScheduler(), [999, 400, 0]
+    content = gaussian.exact_heatmap(spectrum, scheduler, t_grid, representation="residual")
+    log_snr = scheduler.log_snr[t_grid]
+    for name, value in zip(("mse_64", "mse_32"), mse_maps(spectrum, log_snr, "residual"), strict=True):
+        assert torch.equal(content[name], value)
+    # Neither scale learns of the other: every map is constant along the other's clock.
+    assert (content["mse_64"] == content["mse_64"][:, :1]).all() and (content["mse_32"] == content["mse_32"][:1]).all()
+    assert (content["mse_64_low"] == 0).all() and (content["jacobian"]["HL"] == 0).all()
+    assert (content["num_dims_64"], content["num_dims_32"], content["num_pixels_64"]) == (9 * 16, 3 * 16, 64)
+
+
+def test_representations_that_do_not_fit_are_refused():
+    spectrum, line = small_spectrum(), torch.tensor([-3.0, 2.0])
+    for function in (ddim_output, chain_kl, frozen_drift_output, start_kl):
+        arguments = (line, "noise", "residual") if function is frozen_drift_output else (line, "residual")
+        with pytest.raises(ValueError, match="needs a clock too"):
+            function(spectrum, *(arguments if function is not start_kl else (-3.0, "residual")))
+    with pytest.raises(ValueError, match="log SNR per scale"):
+        spectrum.noised(-3.0, "residual")
+    with pytest.raises(ValueError, match="both images"):
+        frozen_drift_output(spectrum, [[-3.0, -INF], [2.0, -INF]], "noise", "residual")
+    for call in (
+        lambda: mse(spectrum, 0.0, 0.0, "haar"),
+        lambda: optimal_points(spectrum, 3, "w2", -5.0, INF, representation="haar"),
+        lambda: EmpiricalDenoiser(DDIMScheduler(), data_set(), representation="haar"),
+    ):
+        with pytest.raises(ValueError, match="Unknown representation 'haar'"):
+            call()
+    with pytest.raises(ValueError, match="no residual pair"):
+        optimal_points(spectrum, 3, "w2", -5.0, INF, single_scale=True, representation="residual")
+    with pytest.raises(ValueError, match="log 4 apart"):
+        optimal_points(spectrum, 3, "w2", (-5.0, -5.0), INF, diagonal=True, representation="residual")
 
 
 def test_distances_are_the_dense_formulas():
@@ -519,6 +693,45 @@ def test_optimum_of_two_steps_is_that_of_a_scan(objective, end):
     assert value == pytest.approx(scan.min().item(), rel=0.02)
     i, j = divmod(int(scan.argmin()), len(grid))
     assert (points[1] - torch.stack([grid[i], grid[j]])).abs().max() < 0.5
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("objective, end", [("w2", INF), ("chain_kl", 5.0)])
+def test_optimum_of_the_residual_pair_is_that_of_each_band_alone(objective, end):
+    spectrum, start = Spectrum.power_law(8, 1), -14.0  # Here the start of c from N(0, I) is as good as that of x_64.
+    case = (6, objective, start, end)
+    points, value = optimal_points(spectrum, *case, representation="residual")
+    # One clock on the image treats all modes alike, and so the modes of one band like an image of their own.
+    bands = [Spectrum(modes[:1], modes[1:]) for modes in (spectrum.high, spectrum.low)]
+    (details, detail_value), (low, low_value) = [optimal_points(band, *case, single_scale=True) for band in bands]
+    assert value == pytest.approx(detail_value + low_value, rel=1e-4)
+    assert (points - torch.stack([details, low + LOG_4], 1))[:-1].abs().max() < 0.02
+    assert points[-1].tolist() == [end, end + LOG_4]
+
+    options = dict(diagonal=True, representation="residual")
+    level, level_value = optimal_points(spectrum, *case, **options)
+    assert torch.equal(level, tied(level[:, 0])) and level[0, 0] == start
+    assert value < level_value == OBJECTIVES[objective](spectrum, level, "residual").item()
+    one_clock = optimal_points(spectrum, *case, single_scale=True)[1]
+    assert level_value == pytest.approx(one_clock, rel=1e-4)
+    again = optimal_points(spectrum, *case, initial=level[:, 0], **options)[1]
+    assert again == pytest.approx(level_value, rel=1e-6)
+
+
+def test_a_schedule_of_its_own_lowers_the_detail_error_several_fold_at_equal_low_error():
+    spectrum, num_steps, start = Spectrum.power_law(64, channels=1), 18, -10.0
+    options = dict(objective="w2", start=start, end=INF, representation="residual")
+    level, _ = optimal_points(spectrum, num_steps, diagonal=True, **options)
+    own, _ = optimal_points(spectrum, num_steps, **options)
+    # The clock of the coarse scale stays that of the image: its error cannot change.
+    mixed = torch.stack([own[:, 0], level[:, 1]], 1)
+    errors = [
+        [v.item() for v in w2_squared(spectrum, ddim_output(spectrum, points, "residual"), by_band=True)]
+        for points in (level, own, mixed)
+    ]
+    (low, detail), (own_low, own_detail), (mixed_low, mixed_detail) = errors
+    assert mixed_low == low and own_low <= low
+    assert mixed_detail == own_detail < detail / 3
 
 
 def test_optimum_holds_a_scale_still_exactly_where_that_is_best():
@@ -648,26 +861,29 @@ def data_set(count=7):
     return torch.rand(count, C, H, W, generator=rng(12), dtype=torch.float64) * 2 - 1
 
 
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
 @pytest.mark.parametrize("chunk_size", [1, 3, 100])
 @pytest.mark.parametrize("ts", [(999, 999), (600, 850), (850, 600), (500, 700)])
-def test_empirical_denoiser_is_a_loop_over_images(ts, chunk_size):
+def test_empirical_denoiser_is_a_loop_over_images(ts, chunk_size, representation):
     scheduler, images = DDIMScheduler(), data_set()
-    denoiser = EmpiricalDenoiser(scheduler, images, chunk_size)
+    denoiser = EmpiricalDenoiser(scheduler, images, chunk_size, representation)
     xs, timesteps = noisy(scheduler, *ts)
+    fine = fine_of(representation)
+    xs = ((xs[0].flatten(1) @ fine).view_as(xs[0]), xs[1])
     predictions = denoiser.denoise(xs, timesteps)
     alphas = [scheduler.alphas_cumprod[t].item() for t in ts]
     spread = 0.0
     for k in range(len(xs[0])):
         weights = []
         for y in images:
-            ys = (y, F.avg_pool2d(y, 2))
+            ys = ((fine @ y.flatten()).view_as(y), F.avg_pool2d(y, 2))
             distances = [
                 ((x[k] - math.sqrt(a) * z) ** 2).sum().item() / (1 - a) for x, z, a in zip(xs, ys, alphas, strict=True)
             ]
             weights.append(math.exp(-sum(distances) / 2))
         spread = max(spread, min(weights) / max(weights))
         x0 = sum(w * y for w, y in zip(weights, images, strict=True)) / sum(weights)
-        x0s = (x0, F.avg_pool2d(x0, 2))
+        x0s = ((fine @ x0.flatten()).view_as(x0), F.avg_pool2d(x0, 2))
         for x, z, a, prediction in zip(xs, x0s, alphas, predictions, strict=True):
             expected = (x[k] - math.sqrt(a) * z) / math.sqrt(1 - a)
             torch.testing.assert_close(prediction[k], expected, rtol=1e-9, atol=1e-9)
