@@ -31,14 +31,13 @@ import torch.nn.functional as F
 from scipy.optimize import OptimizeResult, minimize
 from torch import nn
 
+from representation import REPRESENTATIONS
 from safe_write import replacing
 from scheduler import DDIMScheduler, epsilon_from_x0, v_from_x0_epsilon
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # Fine first.
 LogSNR = torch.Tensor | np.ndarray | Sequence | float
 
-# λ_32 - λ_64 at which both scales are parts of one image under isotropic noise, for every representation.
-IMAGE_LEADS = {"overcomplete": 0.0, "residual": math.log(4)}
 # Variance of rounding to 8 bits, for images in [-1, 1]: no estimated variance is taken below it.
 QUANTISATION_VARIANCE = (2 / 255) ** 2 / 12
 # Projected gradient of log(value) per unit of λ below which an optimum counts as found.
@@ -180,8 +179,8 @@ class _PosteriorMean(nn.Module):
 
     def __init__(self, scheduler: DDIMScheduler, representation: str):
         super().__init__()
-        _is_residual(representation)
-        self.representation = representation
+        self._is_residual = _is_residual(representation)
+        self.representation = REPRESENTATIONS[representation]
         self.prediction_type = scheduler.prediction_type
         # A table of abar would lose 1 - abar if the module is cast to float32; log SNR does not.
         self.register_buffer("log_snr", scheduler.log_snr.clone())
@@ -191,10 +190,10 @@ class _PosteriorMean(nn.Module):
 
     def forward(self, x_64: torch.Tensor, x_32: torch.Tensor, t_64: torch.Tensor, t_32: torch.Tensor) -> Pair:
         xs = tuple(x.to(torch.promote_types(x.dtype, self.log_snr.dtype)) for x in (x_64, x_32))
-        xs = (_split(xs[0], self.representation)[0], xs[1])  # What is outside the space of the fine scale is not seen.
+        xs = self.representation.project(xs)  # What is outside the space of the fine scale is not seen.
         log_snrs = tuple(self.log_snr[t][:, None, None, None] for t in (t_64, t_32))  # [S, 1, 1, 1]
         x0_64 = self.posterior_mean(xs, log_snrs)  # [S, C, H, W]
-        x0s = _split(x0_64, self.representation)  # The mean of the coarse image is the coarse mean.
+        x0s = self.representation.split(x0_64)  # The mean of the coarse image is the coarse mean.
         predictions = map(self._prediction, xs, x0s, log_snrs)
         return tuple(p.to(x.dtype) for p, x in zip(predictions, (x_64, x_32), strict=True))
 
@@ -264,7 +263,7 @@ class GaussianDenoiser(_PosteriorMean):
 
     def posterior_mean(self, xs: Pair, log_snrs: Pair) -> torch.Tensor:
         """E[x_64 | both noisy images], `[S, C, H, W]`; log SNRs `[S, 1, 1, 1]`, below +inf."""
-        means = _split(self.mean[None], self.representation)
+        means = self.representation.split(self.mean[None])
         amplitudes = map(_amplitudes, log_snrs)
         zs = [(x - signal * m) / noise for x, m, (signal, noise) in zip(xs, means, amplitudes, strict=True)]
         z_64 = _to_modes(zs[0], *self._basis())  # [S, 4, C, H/2, W/2]
@@ -273,7 +272,7 @@ class GaussianDenoiser(_PosteriorMean):
         a, b = (log_snr.exp()[..., None] for log_snr in log_snrs)  # [S, 1, 1, 1, 1]
         is_low = torch.zeros(4, 1, 1, 1).to(z_64)
         is_low[0] = 1
-        a = a * (1 - is_low) if _is_residual(self.representation) else a  # [S, 4, 1, 1, 1] or [S, 1, 1, 1, 1]
+        a = a * (1 - is_low) if self._is_residual else a  # [S, 4, 1, 1, 1] or [S, 1, 1, 1, 1]
         gain = self.variances / (1 + self.variances * (a + is_low * b / 4))  # [S, 4, C, H/2, W/2]
         modes = gain * (a.sqrt() * z_64 + is_low * (b.sqrt() / 2) * z_32[:, None])
         return self.mean + _from_modes(modes, *self._basis())
@@ -313,7 +312,7 @@ class EmpiricalDenoiser(_PosteriorMean):
         """E[x_64 | both noisy images], `[S, C, H, W]`; log SNRs `[S, 1, 1, 1]`, below +inf."""
         log_weights = []
         for chunk in self.images.split(self.chunk_size):
-            ys = _split(chunk.to(xs[0].dtype), self.representation)
+            ys = self.representation.split(chunk.to(xs[0].dtype))
             log_weights.append(sum(map(_log_likelihood, xs, ys, log_snrs)))  # [S, chunk]
         weights = torch.cat(log_weights, 1).softmax(1)  # [S, M]
         chunks = zip(weights.split(self.chunk_size, 1), self.images.split(self.chunk_size), strict=True)
@@ -426,6 +425,7 @@ def exact_heatmap(
     content["jacobian"] = jacobian_maps(spectrum, log_snr, representation=representation)
     content |= {"mse_64": mse_64, "mse_32": mse_32}
     content["mse_64_low"] = torch.zeros_like(mse_32) if residual else 4 * mse_32
+    content["representation"] = representation
     content |= {"num_dims_64": len(spectrum.high) if residual else dims, "num_dims_32": dims // 4}
     return content | {"num_pixels_64": dims // channels, "num_pixels_32": dims // channels // 4}
 
@@ -585,7 +585,7 @@ def optimal_points(
 
     objective: "w2" (squared, of the DDIM output), "kl" (of the DDIM output) or "chain_kl" (frozen drift, finite end).
     Points lie anywhere, free of any grid, and never fall; a scale may stand still. diagonal: the noise is isotropic on
-    the image, λ_32 = λ_64 + `IMAGE_LEADS[representation]`. single_scale: the baseline with the fine image alone.
+    the image, λ_32 = λ_64 + `image_lead` of the representation. single_scale: the baseline with the fine image alone.
     Returns points float64 `[N + 1, 2]` (`[N + 1]` for single_scale).
 
     L-BFGS-B over the non-negative increments of λ with exact gradients, from several spacings and, in two dimensions,
@@ -604,7 +604,7 @@ def optimal_points(
         raise ValueError("A single scale has no diagonal; choose diagonal or single_scale.")
     if _is_residual(representation) and single_scale:
         raise ValueError("A single scale is no residual pair; choose one of them, or the diagonal, which is the same.")
-    image_lead = IMAGE_LEADS[representation]
+    image_lead = REPRESENTATIONS[representation].image_lead
     start, end = _axis_values(start, image_lead), _axis_values(end, image_lead)
     if not all(math.isfinite(s) and s <= e for s, e in zip(start, end, strict=True)):
         raise ValueError(f"start {start} must be finite and not above end {end}.")
@@ -740,14 +740,9 @@ def _on_diagonal(log_snr_64: torch.Tensor, image_lead: float) -> torch.Tensor:
 
 
 def _is_residual(representation: str) -> bool:
-    if representation not in IMAGE_LEADS:
-        raise ValueError(f"Unknown representation '{representation}'; choose one of {', '.join(IMAGE_LEADS)}.")
+    if representation not in REPRESENTATIONS:
+        raise ValueError(f"Unknown representation '{representation}'; choose one of {', '.join(REPRESENTATIONS)}.")
     return representation == "residual"
-
-
-def _split(images: torch.Tensor, representation: str) -> Pair:
-    coarse = F.avg_pool2d(images, 2)  # [B, C, H/2, W/2]
-    return (images - F.interpolate(coarse, scale_factor=2) if _is_residual(representation) else images), coarse
 
 
 def _low_snr(a: torch.Tensor, b: torch.Tensor, representation: str) -> torch.Tensor:

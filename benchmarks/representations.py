@@ -27,7 +27,8 @@ sys.path.insert(0, str(FilePath(__file__).resolve().parent.parent))
 from bench_train import table
 
 import cli
-from gaussian import IMAGE_LEADS, Spectrum, ddim_output, optimal_points, w2_squared
+from gaussian import Spectrum, ddim_output, optimal_points, w2_squared
+from representation import REPRESENTATIONS
 from safe_write import replacing
 
 ONE_CLOCK = "one clock"
@@ -62,7 +63,7 @@ def row_of(spectrum: Spectrum, kind: str, nfe: int, start: float) -> dict[str, A
     row = {"path": kind, "nfe": nfe, "w2": value, "low": low, "detail": detail}
     inner = points[1:-1]
     if kind != ONE_CLOCK and len(inner):
-        lead = inner[:, 1] - inner[:, 0] - IMAGE_LEADS[representation]
+        lead = inner[:, 1] - inner[:, 0] - REPRESENTATIONS[representation].image_lead
         row |= {"lead_mean": lead.mean().item(), "lead_min": lead.min().item(), "lead_max": lead.max().item()}
     texts = ("/".join(f"{v:.4f}" for v in point) for point in points.reshape(nfe + 1, -1).tolist())
     return row | {"points": " ".join(texts)}

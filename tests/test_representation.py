@@ -1,5 +1,7 @@
 """Representations: exact inverses, orthogonal bands, the noise that belongs to them, and what follows them."""
 
+import argparse
+import itertools
 import math
 
 import numpy as np
@@ -8,12 +10,22 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_same
 
-from checkpoint import build_model, build_scheduler
-from error_map import draw_noise_and_probes, error_map
+import compute_heatmap_30
+import eval_fid_batch
+import generate_sr
+import generate_with_path_30
+import inpaint
+import train_lift
+from checkpoint import build_model, build_scheduler, load_model
+from error_map import draw_noise_and_probes, error_map, load_heatmap
+from gaussian import Spectrum, exact_heatmap
+from inpaint import scale_masks
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
-from path import Path, Readings, diagonal, kl_cost, kl_step_cost, log_snr_shift
-from path_choice import KLProblem
+from path import Path, Readings, diagonal, kl_cost, kl_step_cost, log_snr_shift, timestep_grid
+from path_choice import KLProblem, choose_path, kl_refined
+from pretrained import write_pretrained
 from representation import OVERCOMPLETE, REPRESENTATIONS, RESIDUAL, enlarge
+from results_table import read_rows
 from sampler import sample, sample_seeds, scale_shapes
 from scheduler import PREDICTION_TYPES, DDIMScheduler
 from super_resolution import super_resolution_path, super_resolve
@@ -310,3 +322,131 @@ def test_samples_depend_on_their_seed_alone():
     [(_, three)] = sample_seeds(model.denoise, scheduler, diagonal(3), [1, 2, 3], *options)
     [(_, one)] = sample_seeds(model.denoise, scheduler, diagonal(3), [3], *options)
     assert torch.allclose(three.images[0][2], one.images[0][0], atol=1e-5)
+
+
+class LoadedStub:
+    """What `choose_path` looks at."""
+
+    def __init__(self, kind):
+        self.scheduler = DDIMScheduler(representation=kind.name)
+        self.model = LIFTDualTimestepModel((8, 8), representation=kind.name)
+        self.config = {"model_type": "dual"}
+
+
+@BOTH
+def test_on_the_image_diagonal_both_scales_have_the_noise_of_one_image(kind):
+    loaded = LoadedStub(kind)
+    args = argparse.Namespace(num_steps=9, spacing="uniform_t")
+    path = choose_path(args, "image_diagonal", loaded)
+    log_snr = loaded.scheduler.log_snr.numpy()
+    t_64, t_32 = np.array(path.points).T
+    assert t_64.tolist() == [t for (t,) in diagonal(9, num_scales=1).points] and (t_32[0], t_32[-1]) == (999, 0)
+    for t, u in zip(t_64[1:-1], t_32[1:-1], strict=True):
+        assert u == np.abs(log_snr - min(log_snr[t] + kind.image_lead, log_snr[0])).argmin()
+    if kind is OVERCOMPLETE:
+        assert path.points == diagonal(9).points
+
+
+def test_the_best_image_diagonal_is_that_of_an_enumeration():
+    scheduler = DDIMScheduler(representation="residual")
+    log_snr = scheduler.log_snr.numpy()
+    grid = timestep_grid(12, 1000, "uniform_log_snr", 999, log_snr)
+    spectrum = Spectrum.power_law(8)
+    heatmap = exact_heatmap(spectrum, scheduler, grid, representation="residual")
+
+    def bands(lam):  # Errors and clocks of details and of the low band, on the tied line.
+        low = min(lam + math.log(4), log_snr[0]) - math.log(4)
+        return [((s / (1 + s * math.exp(x))).sum().item(), x) for s, x in ((spectrum.high, lam), (spectrum.low, low))]
+
+    def cost(lams):
+        points = [bands(lam) for lam in lams]
+        return sum(
+            (m - n) * (y - x) / 2
+            for here, there in zip(points, points[1:], strict=False)
+            for (m, x), (n, y) in zip(here, there, strict=True)
+        )
+
+    inner = log_snr[grid][1:-1]
+    best = min(cost([log_snr[999], *chosen, log_snr[0]]) for chosen in itertools.combinations(inner, 3))
+    found = kl_refined(heatmap, log_snr, 4, 1.0, diagonal=True, num_lines=12)
+    # Interpolated between lines the optimum can only be better, but for the error of interpolation.
+    assert found.cost <= best * 1.01
+    assert cost([log_snr[t] for t, _ in found.path.points]) <= best * 1.01
+    for t, u in found.path.points[1:-1]:
+        assert u == np.abs(log_snr - min(log_snr[t] + math.log(4), log_snr[0])).argmin()
+
+
+@pytest.mark.parametrize("jumps", [(1, 1), (2, 2)])
+def test_inpainting_of_residuals_keeps_what_is_known(jumps):
+    torch.manual_seed(0)
+    model = LIFTDualTimestepModel((8, 8), representation="residual").eval().requires_grad_(False)
+    scheduler = DDIMScheduler(representation="residual", prediction_type="v")
+    images = normal(2, 3, 8, 8).float().clamp(-1, 1)
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    mask[:, 3:6] = False  # Through the middle of blocks.
+    path = log_snr_shift(diagonal(5), math.log(4), scheduler.log_snr.numpy())
+    states = []
+
+    def spy(xs, ts):
+        states.append(xs)
+        return model.denoise(xs, ts)
+
+    options = {"jump_length": jumps[0], "jump_repeats": jumps[1]}
+    [samples] = inpaint.inpaint(spy, scheduler, path, images, scale_masks(mask, 8, 2), [1, 2], **options)
+    assert torch.equal(samples.images[0][:, :, mask], images[:, :, mask])
+    assert not torch.allclose(samples.images[0], images, atol=0.01)
+    assert all(F.avg_pool2d(xs[0], 2).abs().max() < 1e-5 for xs in states)
+    # Known means: of the coarse mask, whatever the residual is.
+    small = torch.rand(4, 4, generator=torch.Generator().manual_seed(1)) < 0.5
+    [samples] = inpaint.inpaint(model.denoise, scheduler, path, images, scale_masks(small, 8, 2), [1, 2], **options)
+    apart = (F.avg_pool2d(samples.images[0] - images, 2)).abs()
+    assert apart[:, :, small].max() <= 1e-6 < 0.05 < apart[:, :, ~small].max()
+
+
+def test_an_exported_model_keeps_its_representation(tmp_path):
+    torch.manual_seed(0)
+    model = LIFTDualTimestepModel((8, 8), representation="residual").eval()
+    write_pretrained(tmp_path, model, {"hidden_dims": [8, 8], "channels": 3, "representation": "residual"})
+    back = LIFTDualTimestepModel.from_pretrained(tmp_path)
+    assert back.representation is RESIDUAL
+    xs, ts = (normal(1, 3, 8, 8).float(), normal(1, 3, 4, 4).float()), (torch.tensor([7]),) * 2
+    assert_same(back.denoise(xs, ts), model.denoise(xs, ts))
+
+
+def test_every_stage_reads_the_representation_of_the_checkpoint(stage, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stage(train_lift, *tiny(tmp_path), "--representation", "residual", "--preset", "improved", "--holdout", 3)
+    checkpoint = tmp_path / "checkpoints/lift_dual_timestep_2ep.pth"
+    loaded = load_model(checkpoint)
+    assert loaded.model.representation is RESIDUAL and loaded.scheduler.representation is RESIDUAL
+    assert loaded.config["loss_weights"] == [0.75, 0.25] and loaded.config["t_pairs"] == "band:image,1"
+    heatmap = tmp_path / "heatmap.pth"
+    data = ["--cache_dir", tmp_path / "cache", "--device", "cpu", "--precision", "fp32"]
+    flags = ["--checkpoint", checkpoint, *data[2:]]
+    steps = ["--num_steps", 4]
+    stage(compute_heatmap_30, *flags, *data[:2], "--grid", 4, "--K", 1, "--num_images", 2, *steps, "--output", heatmap)
+    content = load_heatmap(heatmap)
+    assert (
+        content["representation"] == "residual" and content["num_dims_64"] == 9 * 64 and not content["mse_64_low"].any()
+    )
+    for kind in ("image_diagonal", "kl", "kl_diagonal", "dp_total", "cascade:best"):
+        folder = tmp_path / kind.replace(":", "_")
+        more = ["--path_type", kind, "--heatmap", heatmap, *steps, "--num_images", 2, "--output", folder]
+        stage(generate_with_path_30, *flags, *more)
+        assert len(list(folder.glob("[0-9]*.png"))) == 2
+    stage(generate_sr, *flags, *data[:2], "--num_images", 2, "--num_steps", 2, "--output", tmp_path / "sr")
+    scores = [
+        "--model_type",
+        "lift",
+        "--checkpoint_dir",
+        tmp_path / "checkpoints",
+        "--epochs",
+        2,
+        "--metrics",
+        "swd",
+        "--num_images",
+        4,
+    ]
+    stage(eval_fid_batch, *scores, "--path_type", "image_diagonal", *steps, *data, "--output", tmp_path / "scores.csv")
+    [row] = read_rows(tmp_path / "scores.csv")
+    assert (row["representation"], row["path_type"]) == ("residual", "image_diagonal")
