@@ -628,6 +628,10 @@ def optimal_points(
         return OBJECTIVES[objective](spectrum, points, representation)
 
     def log_value(increments: np.ndarray) -> tuple[float, np.ndarray]:
+        parts = np.split(increments, np.cumsum([a.size for a in axes])[:-1])
+        if any(not (a.clean or part.any()) for a, part in zip(axes, parts, strict=True)):
+            # A step so long that bounds clip it to zero leaves no ratio of increments: the line search must go back.
+            return above_all, np.zeros_like(increments)
         theta = torch.tensor(increments, requires_grad=True)
         value = value_of(assemble(theta)).log()
         return value.item(), torch.autograd.grad(value, theta)[0].numpy()
@@ -655,6 +659,8 @@ def optimal_points(
         points = assemble(torch.zeros(0, dtype=torch.float64))
         return points, value_of(points).item()
 
+    above_all = max(log_value(increments)[0] for increments in starts) + 1
+
     def descend(increments: np.ndarray, max_iterations: int) -> OptimizeResult:
         # ftol 0: the value is stationary to second order, so its change says little about the gradient.
         options = dict(maxiter=max_iterations, maxfun=2 * max_iterations, maxcor=20, ftol=0.0, gtol=GRADIENT_TOLERANCE)
@@ -663,9 +669,12 @@ def optimal_points(
 
     tried = [descend(increments, 12) for increments in starts]
     result = min(tried, key=lambda r: r.fun)
-    result = min(result, descend(result.x, 1000), key=lambda r: r.fun)
-    gradient = log_value(result.x)[1]
-    gradient = float(np.abs(np.where((result.x <= 0) & (gradient > 0), 0, gradient)).max())
+    for _ in range(3):  # A new start forgets an estimate of the curvature that led nowhere.
+        result = min(result, descend(result.x, 1000), key=lambda r: r.fun)
+        gradient = log_value(result.x)[1]
+        gradient = float(np.abs(np.where((result.x <= 0) & (gradient > 0), 0, gradient)).max())
+        if gradient <= GRADIENT_TOLERANCE:
+            break
     if not gradient <= GRADIENT_TOLERANCE:
         warnings.warn(
             f"The {objective} optimum with {num_steps} steps is not converged (relative gradient {gradient:.1e} per "

@@ -751,6 +751,16 @@ def test_optimum_of_one_step_has_no_freedom():
         assert value == w2_squared(spectrum, ddim_output(spectrum, points)).item()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("start", [-14.0, -13.0, -12.0])
+def test_optimum_survives_a_step_that_bounds_clip_to_zero(start):
+    # From so far away the first point alone matters little, and the search tries increments that all vanish.
+    spectrum = Spectrum.power_law(8, 1)
+    value = optimal_points(spectrum, 6, "chain_kl", start, 5.0, single_scale=True)[1]
+    nearer = optimal_points(spectrum, 6, "chain_kl", -10.0, 5.0, single_scale=True)[1]
+    assert value == pytest.approx(nearer, rel=1e-3)
+
+
 def test_optimum_says_when_it_is_not_converged(monkeypatch):
     monkeypatch.setattr(gaussian, "GRADIENT_TOLERANCE", 1e-30)
     with pytest.warns(RuntimeWarning, match="not converged"):
