@@ -177,8 +177,9 @@ class _PosteriorMean(nn.Module):
 
     num_scales = 2
 
-    def __init__(self, scheduler: DDIMScheduler, representation: str):
+    def __init__(self, scheduler: DDIMScheduler, representation: str | None):
         super().__init__()
+        representation = representation or scheduler.representation.name
         self._is_residual = _is_residual(representation)
         self.representation = REPRESENTATIONS[representation]
         self.prediction_type = scheduler.prediction_type
@@ -230,7 +231,7 @@ class GaussianDenoiser(_PosteriorMean):
         high: torch.Tensor,
         rotation: torch.Tensor | None = None,
         mean: torch.Tensor | None = None,
-        representation: str = "overcomplete",
+        representation: str | None = None,  # None for that of the scheduler
     ):
         super().__init__(scheduler, representation)
         low, high = (torch.as_tensor(v, dtype=torch.float64) for v in (low, high))
@@ -299,7 +300,7 @@ class EmpiricalDenoiser(_PosteriorMean):
         scheduler: DDIMScheduler,
         images: torch.Tensor,
         chunk_size: int = 256,
-        representation: str = "overcomplete",
+        representation: str | None = None,  # None for that of the scheduler
     ):
         super().__init__(scheduler, representation)
         _check_images(images)
@@ -406,7 +407,7 @@ def exact_heatmap(
     scheduler: DDIMScheduler,
     t_grid: Sequence[int] | np.ndarray,
     channels: int = 3,
-    representation: str = "overcomplete",
+    representation: str | None = None,  # None for that of the scheduler
 ) -> dict[str, object]:
     """The exact maps on a grid of timesteps `[n]`, falling, with the keys of `error_map.error_map` that paths need.
 
@@ -414,6 +415,7 @@ def exact_heatmap(
     residual pair mse_64_low is zero, and num_dims_64 counts the details. Raises ValueError if the dimensions of the
     spectrum are no multiple of channels, or for zero SNR on the grid.
     """
+    representation = representation or scheduler.representation.name
     dims = len(spectrum.low) + len(spectrum.high)
     if dims % (4 * channels):
         raise ValueError(f"{dims} modes are no images of {channels} channels and even sides.")

@@ -106,7 +106,8 @@ def main() -> None:
 
     def record(k: int, images: tuple[torch.Tensor, ...]) -> None:
         if len(states) <= path.nfe:
-            states.append([to_uint8(x[0]).cpu() for x in images])
+            shown = loaded.scheduler.representation.finished(images)
+            states.append([to_uint8(x[0]).cpu() for x in shown])
 
     batch_size = min(args.batch_size, max(1, len(missing)))
     denoise = loaded.model.denoise

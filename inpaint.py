@@ -204,6 +204,11 @@ def repaint(
     pixels, is_residual = masks[0], representation is RESIDUAL
     by_means = not pixels.any() and not is_residual and len(masks) == 2
     if is_residual and pixels.any():
+        if not masks[1].any():
+            raise ValueError(
+                "A residual is known where a whole 2x2 block of pixels is, and this mask leaves none whole; pass "
+                "another mask, or the checkpoint of an over-complete model."
+            )
         masks[0] = enlarge(masks[1][None, None].float())[0, 0].bool()
     is_known = [mask.any().item() for mask in masks]
     left = jump_counts(path.nfe, jump_length, jump_repeats)

@@ -147,6 +147,7 @@ def model_card(config: dict[str, Any], num_parameters: int) -> str:
     class_name, fine = config["class_name"], config["resolution"]
     reads_more_than_it_predicts = class_name in ("SingleTimestepModel", "NoTimestepModel")
     is_residual = config.get("representation") == "residual"
+    tied = is_residual and class_name == "LIFTDualTimestepModel"
     paths = ONE_CLOCK if class_name in ("BaselineModel", "LIFTBaselineModel") else TWO_CLOCKS
     said = config | {
         "description": DESCRIPTIONS[class_name].format(fine=fine, coarse=fine // 2),
@@ -161,8 +162,8 @@ def model_card(config: dict[str, Any], num_parameters: int) -> str:
         training=_training_section(config),
         module="baseline_model" if class_name == "BaselineModel" else "model",
         process=', representation="residual"' if is_residual else "",
-        tie=IMAGE_DIAGONAL if is_residual else "",
-        shift=", log_snr_shift" if is_residual else "",
+        tie=IMAGE_DIAGONAL if tied else "",
+        shift=", log_snr_shift" if tied else "",
         feed=', coarse_from="x0"' if reads_more_than_it_predicts else "",
         paths=textwrap.fill(f"{COARSE_FEED} {paths}" if reads_more_than_it_predicts else paths, 120),
         limitation=APPROXIMATE_INPUT if reads_more_than_it_predicts else "",

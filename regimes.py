@@ -270,10 +270,11 @@ class TimestepPairs:
         self._log_snr = scheduler.log_snr
         self._regime = None if config["t_pairs"] is None else parse_regime(config["t_pairs"])
         self._progress = 1.0
-        self._places = self._cumulative = None
+        self._places = self._before = self._cumulative = None
         name = "independent" if self._regime is None else self._regime.name
         if self._regime is not None and self._regime.around is not None:
             self._places = _places(self._regime, config, self._log_snr)
+            self._before = self._places[1]
         # Each by itself or all equal is drawn as published runs did, which goes on with their random numbers.
         elif name not in ("independent", "same"):
             cumulative = pair_probabilities(config, self._log_snr.cpu()).flatten().cumsum(0)
@@ -293,15 +294,18 @@ class TimestepPairs:
 
     @property
     def state(self) -> dict[str, torch.Tensor] | None:
-        """What a run that goes on from here has to know, on the CPU: of `follow` log_snr_32, float64 `[T]`, else None.
+        """What a run that goes on from here has to know, on the CPU: of `follow` two float64 `[T]`, else None.
 
-        This is the log SNR of the coarse scale on the present path, at every t_64.
+        log_snr_32 is the log SNR of the coarse scale on the present path, at every t_64, before_32 on the one before.
         """
-        return None if self.follow_width is None else {"log_snr_32": self._places[1].cpu()}
+        if self.follow_width is None:
+            return None
+        return {"log_snr_32": self._places[1].cpu(), "before_32": self._before.cpu()}
 
     def moved_to(self, log_snr_32: torch.Tensor) -> "TimestepPairs":
         """The draws of `follow` around another path, as `state` describes one."""
         moved = copy.copy(self)
+        moved._before = self._places[1]
         moved._places = (self._places[0], log_snr_32.to(self._log_snr))
         return moved
 
@@ -331,7 +335,7 @@ def off_regime_note(
     config: of a checkpoint; one without a regime was trained with the default of its model. coarse_from: the feed of
     `sampler.sample`; with "noisy" the coarse image is as noisy as the fine one makes it, wherever t_32 is. The distance
     of two pairs is the sum of their distances in log SNR by scale, and far is more than FAR. Of a band whose width
-    changes all counts that was seen up to the checkpoint, of one that moves where it is there.
+    changes all counts that was seen up to the checkpoint, of one that moves where it was trained on last, and before.
     """
     regime = {"t_pairs": default_regime(config["model_type"]), "t_pairs_points": None} | config
     if regime["t_pairs"] in (None, "independent") or path.num_scales != 2:
@@ -339,7 +343,13 @@ def off_regime_note(
     log_snr = scheduler.log_snr.cpu()
     # Bands lie within each other, so that the first and the last one hold all.
     parts = (0.0, config["epoch"] / config["epochs"]) if parse_regime(regime["t_pairs"]).changes else (1.0,)
-    seen = torch.stack([pair_probabilities(regime, log_snr, progress) > 0 for progress in parts]).any(0)  # [T, T]
+    configs = [regime]
+    if regime.get("regime_state") is not None:
+        # Where a path has just been planned nothing was trained yet.
+        names = ("before_32", "log_snr_32")[: 1 + (config["epoch"] % config["replan_every"] > 0)]
+        configs = [regime | {"regime_state": {"log_snr_32": regime["regime_state"][name]}} for name in names]
+    seen = [pair_probabilities(each, log_snr, progress) > 0 for each in configs for progress in parts]
+    seen = torch.stack(seen).any(0)  # [T, T]
     called = path.points[:-1]
     if coarse_from == "noisy":
         called = [(t, (log_snr - log_snr[t] - NOISE_OF_MEANS).abs().argmin().item()) for t, _ in called]

@@ -498,7 +498,8 @@ class Trainer:
         self.bad_steps = {name: value.to(self.device) for name, value in saved["bad_steps"].items()}
         self.unwritten_rows = saved["unwritten_rows"]
         if saved.get("regime_state") is not None:
-            self.pairs = self.pairs.moved_to(saved["regime_state"]["log_snr_32"])
+            for name in ("before_32", "log_snr_32"):
+                self.pairs = self.pairs.moved_to(saved["regime_state"][name])
 
     def prepare(self) -> None:
         """Compile the network and share it among the processes; before the first step."""

@@ -16,7 +16,8 @@ from error_map import CHAIN_RULE_FACTORS, MSES, NORMALISATIONS
 from gaussian import Spectrum, jacobian, mse
 from map_interpolation import interpolate_map
 from path import Readings, kl_cost, trapezoid_cost
-from path_choice import KLProblem, path_mses
+from path_choice import KLProblem, path_mses, representation_of
+from representation import OVERCOMPLETE
 
 KL_WEIGHTS = (0.25, 0.5, 0.75, 1.0)
 
@@ -57,8 +58,10 @@ def measured_reader(heatmap: dict, log_snr: np.ndarray) -> Reader:
     """The maps of a heatmap file, interpolated between its lines; log_snr `[num_train_timesteps]`.
 
     Between timesteps the nearest one counts: paths of a network have none. Raises ValueError for a heatmap without
-    Jacobians or denoising errors.
+    Jacobians or denoising errors, and for one of residuals.
     """
+    if representation_of(heatmap) is not OVERCOMPLETE:
+        raise ValueError("Criteria are ranked for over-complete pairs; pass a heatmap of such a model.")
     if not {"jacobian", *MSES} <= heatmap.keys() or "LL" not in heatmap["jacobian"]:
         raise ValueError("This heatmap lacks Jacobians or errors of a scale; compute that of a dual model, --maps all.")
     known = heatmap["log_snr_grid"].numpy()

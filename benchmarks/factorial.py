@@ -52,6 +52,7 @@ from metrics import SlicedWasserstein
 from path import Path, timestep_grid
 from path_choice import heatmap_path, kl_refined
 from plots import plot_factorial
+from representation import OVERCOMPLETE
 from safe_write import replacing
 from sampler import image_seeds, sample_seeds, scale_shapes
 from scheduler import DDIMScheduler
@@ -197,6 +198,8 @@ def trained_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     files = {"LIFT": args.checkpoint, "baseline": args.baseline}
     models = {name: load_model(file, args.ema, device) for name, file in files.items()}
     lift = models["LIFT"]
+    if lift.scheduler.representation is not OVERCOMPLETE:
+        raise ValueError("The factorial takes apart paths of over-complete pairs; pass such a --checkpoint.")
     heatmap = load_heatmap(args.heatmap)
     if heatmap["fingerprint"] != lift.fingerprint:
         raise ValueError(f"Heatmap {args.heatmap} was computed with other weights than {args.checkpoint} holds.")

@@ -25,6 +25,7 @@ from data import to_uint8
 from device import autocast, select_device
 from metrics import SlicedWasserstein
 from path import diagonal
+from representation import OVERCOMPLETE
 from sampler import SeededNoise, image_seeds, sample_greedy, scale_shapes
 
 SPACINGS = ("uniform_t", "uniform_log_snr")
@@ -51,6 +52,8 @@ def main() -> None:
     args = parse_args()
     device = select_device(args.device)
     loaded = load_model(args.checkpoint, args.ema, device)
+    if loaded.scheduler.representation is not OVERCOMPLETE:
+        raise ValueError("Greedy steps are compared with diagonals of over-complete pairs; pass such a --checkpoint.")
     images = cli.load_training_images(args, loaded.config)
     metric = SlicedWasserstein(images.pixels, args.num_images, device=device)
     log_snr = loaded.scheduler.log_snr.numpy()
