@@ -8,6 +8,8 @@ White of a mask is known and black is painted, with the line at mid-grey. A mask
 are known; a coarse one is known then where all four of its fine ones are. A mask of the coarse size says which coarse
 pixels are known, and the fine image may be anything with these 2x2 means: a local super-resolution.
 
+A model of residuals knows a pixel with the whole of its 2x2 block; known ones of other blocks are put in at the end.
+
 At every point of the path what is known replaces what was sampled, noised to the timestep of its scale; known coarse
 pixels also say what the 2x2 means of the noisy fine image are (not with --free_fine). A jump goes back --jump_length
 points by adding noise, so that what is painted can take in what is known (--jump_repeats passes over each stretch; 1 is

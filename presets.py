@@ -1,12 +1,4 @@
-"""Presets of training: what `--preset` sets wherever a flag is not given.
-
-| flag | published | improved |
-|---|---|---|
-| `--prediction_type` | epsilon | v |
-| `--beta_schedule` | cosine_clipped | cosine (ends at nearly zero SNR) |
-| `--loss_weights` | 1,1 | auto |
-| `--t_pairs`, of `dual` | independent | band:diagonal,1 over-complete, band:image,1 residual |
-"""
+"""Presets of training: what `--preset` sets wherever a flag is not given."""
 
 import argparse
 import copy

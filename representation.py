@@ -33,6 +33,10 @@ class Overcomplete:
     fine_share = 1.0  # Dimensions of the fine scale, as a share of those of the image.
     image_lead = 0.0  # λ_32 - λ_64 on the diagonal that ties the clocks.
 
+    def __reduce__(self) -> str:
+        # Copies and pickles are the one object of this module.
+        return self.name.upper()
+
     def split(self, images: torch.Tensor) -> Images:
         """The pair of clean images `[B, C, H, W]`."""
         return images, F.avg_pool2d(images, 2)

@@ -211,7 +211,7 @@ class DiffusersBaseline(nn.Module):
     Widths and places of attention are ours, but the last width is changed until the parameters fit.
     """
 
-    num_predictions = BaselineModel.num_predictions
+    num_scales, num_predictions = BaselineModel.num_scales, BaselineModel.num_predictions
 
     def __init__(self, hidden_dims: tuple[int, ...], channels: int):
         super().__init__()

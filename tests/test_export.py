@@ -197,10 +197,11 @@ def test_no_place_of_files_is_told(exported, tmp_path, monkeypatch):
 
 def test_the_mixin_changes_nothing_else():
     for model_type, model_class in MODEL_CLASSES.items():
-        assert list(inspect.signature(model_class).parameters) == ["hidden_dims", "channels"]
+        more = {} if model_type == "baseline" else {"representation": "overcomplete"}
+        assert list(inspect.signature(model_class).parameters) == ["hidden_dims", "channels", *more]
         model = build_model(config(model_type, channels=1))
         assert model.state_dict().keys() == content(model_type)["model_state"].keys()
-        assert model.config == {"hidden_dims": (8, 16), "channels": 1}
+        assert model.config == {"hidden_dims": (8, 16), "channels": 1} | more
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert type(other) is model_class and other.config == model.config
             assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))

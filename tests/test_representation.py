@@ -1,8 +1,10 @@
 """Representations: exact inverses, orthogonal bands, the noise that belongs to them, and what follows them."""
 
 import argparse
+import copy
 import itertools
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -85,6 +87,11 @@ def test_noise_of_an_image_is_that_of_the_pair_at_four_times_the_coarse_snr():
     assert RESIDUAL.fine_share == 12 / 16 and RESIDUAL.image_lead == pytest.approx(math.log(4))
     # Noise drawn for the pair has the law of noise drawn for the image, but for the variance of its coarse half.
     assert_same(RESIDUAL.project((basis, basis))[0], fine.view(16, 1, 4, 4))
+
+
+@BOTH
+def test_copies_and_pickles_are_the_same_object(kind):
+    assert copy.deepcopy(kind) is kind and pickle.loads(pickle.dumps(kind)) is kind
 
 
 def test_a_clamp_acts_on_the_image():

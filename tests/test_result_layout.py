@@ -404,7 +404,12 @@ def test_the_usual_regime_of_a_model_goes_without_saying():
     for model, usual, other in (("dual", "independent", "same"), ("shared_t", "same", ""), ("no_t", "independent", "")):
         assert series_of(make_row(model_type=model, regime=usual)).regime == ""
         assert series_of(make_row(model_type=model, regime=other)).regime == other
-    assert series_of(make_row(model_type="baseline")) == ("baseline", "diagonal", "", "")
+    assert series_of(make_row(model_type="baseline")) == ("baseline", "diagonal", "", "", "")
+
+
+def test_residuals_are_named():
+    row = make_row(model_type="dual", regime="independent", representation="residual")
+    assert series_of(row).title == "LIFT diagonal, residual"
 
 
 def test_regimes_are_compared_with_their_own_diagonal():
