@@ -40,7 +40,7 @@ from image_folder import claim_images, evenly, read_folder
 from path import Path as SamplingPath
 from path_choice import add_one_path_arguments, path_of_flags
 from plots import WEIGHTS_TITLES, plot_samples
-from representation import RESIDUAL, enlarge
+from representation import RESIDUAL, upsample_nearest
 from sampler import (
     Denoiser,
     Images,
@@ -168,7 +168,7 @@ def renoise(scheduler: DDIMScheduler, x: torch.Tensor, noise: torch.Tensor, t: i
 
 def fit_means(x: torch.Tensor, means: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The image nearest to x `[B, C, 2H, 2W]` whose 2x2 means are `means` `[B, C, H, W]` where mask `[H, W]` is set."""
-    return x + enlarge((means - coarse(x)) * mask)
+    return x + upsample_nearest((means - coarse(x)) * mask)
 
 
 def repaint(
@@ -211,7 +211,7 @@ def repaint(
                 "A residual is known where a whole 2x2 block of pixels is, and this mask leaves none whole; pass "
                 "another mask, or the checkpoint of an over-complete model."
             )
-        masks[0] = enlarge(masks[1][None, None].float())[0, 0].bool()
+        masks[0] = upsample_nearest(masks[1][None, None].float())[0, 0].bool()
     is_known = [mask.any().item() for mask in masks]
     left = jump_counts(path.nfe, jump_length, jump_repeats)
 

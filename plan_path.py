@@ -13,7 +13,6 @@ the optimum visits when images are resampled).
 """
 
 import argparse
-import csv
 from collections.abc import Callable
 from pathlib import Path as FilePath
 from typing import NamedTuple
@@ -51,7 +50,7 @@ from path_choice import (
 )
 from path_refine import cost_off_grid, refine_path
 from plots import plot_cost_against_nfe
-from safe_write import replacing
+from results_table import write_csv
 from schedule_file import save_schedule
 from scheduler import DDIMScheduler
 
@@ -259,10 +258,7 @@ def main() -> None:
                 data_fingerprint=heatmap["data_fingerprint"],
                 beta_schedule=heatmap["beta_schedule"],
             )
-    with replacing(folder / "costs.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / "costs.csv", rows)
 
     curves: dict[str, dict[int, float]] = {}
     for row in rows:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 Images = tuple[torch.Tensor, ...]
 
 
-def enlarge(images: torch.Tensor) -> torch.Tensor:
+def upsample_nearest(images: torch.Tensor) -> torch.Tensor:
     """Each pixel four times: `[B, C, H/2, W/2]` -> `[B, C, H, W]`."""
     return F.interpolate(images, scale_factor=2, mode="nearest")
 
@@ -67,13 +67,13 @@ class Residual(Overcomplete):
 
     def split(self, images: torch.Tensor) -> Images:
         low = F.avg_pool2d(images, 2)
-        return images - enlarge(low), low
+        return images - upsample_nearest(low), low
 
     def compose(self, xs: Images) -> torch.Tensor:
-        return xs[0] + enlarge(xs[1])
+        return xs[0] + upsample_nearest(xs[1])
 
     def project(self, xs: Images) -> Images:
-        return (xs[0] - enlarge(F.avg_pool2d(xs[0], 2)), *xs[1:])
+        return (xs[0] - upsample_nearest(F.avg_pool2d(xs[0], 2)), *xs[1:])
 
     def clamp(self, x0s: Images) -> Images:
         return self.split(self.compose(x0s).clamp(-1, 1))

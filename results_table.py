@@ -300,7 +300,7 @@ def natural_order(text: str) -> tuple[int, float, str]:
 
 
 def write_csv(file: str | os.PathLike, aggregated: Sequence[Mapping[str, Any]]) -> None:
-    """Write the result of `aggregate` as CSV, a None as an empty field, replacing `file` as a whole.
+    """Write rows of equal columns, such as those of `aggregate`, as CSV, a None as an empty field, `file` as a whole.
 
     Raises ValueError when there is no result.
     """

@@ -20,7 +20,7 @@ from PIL import Image
 import data
 from data import fingerprint_array, to_float, to_uint8
 from path import Path
-from representation import enlarge
+from representation import upsample_nearest
 from sampler import IMAGES_PER_SEED, Denoiser, Images, SeededNoise, image_seeds, sample
 from scheduler import DDIMScheduler
 
@@ -115,7 +115,7 @@ def make_consistent(fine: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
     holds to the rounding of floats; values may leave [-1, 1], and `to_uint8` moves a mean by half a grey level at
     most where they do not and by more where they are clipped (`mean_deviation` tells).
     """
-    return fine + enlarge(coarse - data.coarse(fine))
+    return fine + upsample_nearest(coarse - data.coarse(fine))
 
 
 def mean_deviation(pixels: torch.Tensor, coarse_pixels: torch.Tensor) -> torch.Tensor:

@@ -53,6 +53,7 @@ from path import Path, timestep_grid
 from path_choice import heatmap_path, kl_refined
 from plots import plot_factorial
 from representation import OVERCOMPLETE
+from results_table import write_csv
 from safe_write import replacing
 from sampler import image_seeds, sample_seeds, scale_shapes
 from scheduler import DDIMScheduler
@@ -264,14 +265,6 @@ def read_csv(file: FilePath) -> list[dict[str, str]]:
     """The rows of an earlier run."""
     with open(file, newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
-
-
-def write_csv(file: FilePath, rows: list[dict[str, Any]]) -> None:
-    """All rows, at once or not at all."""
-    with replacing(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ of the diagonal of the image.
 """
 
 import argparse
-import csv
 import math
 import sys
 from pathlib import Path as FilePath
@@ -29,6 +28,7 @@ from bench_train import table
 import cli
 from gaussian import Spectrum, ddim_output, optimal_points, w2_squared
 from representation import REPRESENTATIONS
+from results_table import write_csv
 from safe_write import replacing
 
 ONE_CLOCK = "one clock"
@@ -106,10 +106,7 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     jobs = [(kind, nfe) for nfe in args.nfe for kind in KINDS]
     rows = [row_of(spectrum, kind, nfe, args.start) for kind, nfe in tqdm(jobs, unit="path")]
-    with replacing(f"{output}.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(f"{output}.csv", [{column: row.get(column) for column in COLUMNS} for row in rows])
     source = f"variances of {FilePath(args.spectrum).name}" if args.spectrum else "a power law"
     text = report(rows, f"Best paths of DDIM on Gaussian images, {source}, from λ = {args.start:g}")
     print(text)

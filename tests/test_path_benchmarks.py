@@ -364,7 +364,7 @@ def test_scores_of_other_weights_or_paths_do_not_mix(refused, trained, scores, t
     refused(factorial, *flags, says=(tmp_path / "table.csv", "another path", "--output"))
     ranking = ["trained", "--heatmap", trained / "map.pth", "--output", tmp_path / "ranks"]
     refused(rank_criteria, *ranking, "--scores", tmp_path / "table.csv", says=("another path", "pass the heatmap"))
-    factorial.write_csv(tmp_path / "empty.csv", [])
+    (tmp_path / "empty.csv").write_text(",".join(factorial.COLUMNS) + "\n")
     refused(rank_criteria, *ranking, "--scores", tmp_path / "empty.csv", says=("no score", "factorial.py trained"))
     refused(rank_criteria, *ranking, "--scores", "missing.csv", says=("missing.csv",))
     content = load_heatmap(trained / "map.pth")

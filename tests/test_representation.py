@@ -26,7 +26,7 @@ from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, Sin
 from path import Path, Readings, diagonal, kl_cost, kl_step_cost, log_snr_shift, timestep_grid
 from path_choice import KLProblem, choose_path, kl_refined
 from pretrained import write_pretrained
-from representation import OVERCOMPLETE, REPRESENTATIONS, RESIDUAL, enlarge
+from representation import OVERCOMPLETE, REPRESENTATIONS, RESIDUAL, upsample_nearest
 from results_table import read_rows
 from sampler import sample, sample_seeds, scale_shapes
 from scheduler import PREDICTION_TYPES, DDIMScheduler
@@ -112,7 +112,7 @@ def test_a_network_knows_of_details_alone(model_class):
     fine, coarse = model.denoise(xs, ts)
     assert F.avg_pool2d(fine, 2).abs().max() < 1e-6
     # Of the input it reads the projection, and it gives that of what the same weights say of it.
-    shifted = xs[0] + enlarge(normal(2, 3, 4, 4, seed=2).float()), xs[1]
+    shifted = xs[0] + upsample_nearest(normal(2, 3, 4, 4, seed=2).float()), xs[1]
     for one, other in zip(model.denoise(shifted, ts), (fine, coarse), strict=True):
         assert torch.allclose(one, other, atol=1e-4)
     said = plain.denoise(RESIDUAL.project(xs), ts)
