@@ -36,8 +36,9 @@ from error_map import BLOCKS, CHAIN_RULE_FACTORS, NORMALISATIONS, load_heatmap
 from map_plots import plot_coupling, plot_cross_jacobian, plot_paths_across_epochs
 from path import Path as PathOfTimesteps
 from path import check_steps, leads, timestep_grid
-from path_choice import PATH_SETTINGS, heatmap_file, heatmap_path
+from path_choice import PATH_SETTINGS, heatmap_file, heatmap_path, representation_of
 from plots import WEIGHTS_TITLES
+from representation import OVERCOMPLETE
 from results_table import write_csv
 
 DP_TYPES = {"dp_64": "DP-64", "dp_total": "DP-Total"}
@@ -128,10 +129,13 @@ def jacobian_rows(key: tuple[int, str], heatmap: dict[str, Any], ratios: dict[st
 
 
 def comparable_ratios(heatmap: dict[str, Any], dataset: str) -> dict[tuple[int, int], float] | None:
-    """The published ratios, for a heatmap of AFHQ at 64x64 in the published noise schedule that has their line."""
+    """The published ratios, for a heatmap of AFHQ at 64x64 in the published noise schedule that has their line.
+
+    Residuals are other images, and have ratios of their own.
+    """
     published = (int(heatmap["t_grid"][0]), heatmap["num_pixels_64"], heatmap["beta_schedule"])
-    is_afhq = "afhq" in Path(dataset).name.lower()
-    return PUBLISHED_RATIOS if is_afhq and published == (999, 64**2, "cosine_clipped") else None
+    comparable = "afhq" in Path(dataset).name.lower() and representation_of(heatmap) is OVERCOMPLETE
+    return PUBLISHED_RATIOS if comparable and published == (999, 64**2, "cosine_clipped") else None
 
 
 def write_jacobians(

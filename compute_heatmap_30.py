@@ -12,7 +12,8 @@ paths (.png), and the maps themselves, Jacobian blocks and denoising errors (_ma
 checkpoint was trained on. A run that is stopped and started again goes on from its .part files.
 
 Models that predict the fine scale alone (single_t, no_t) have maps of that scale, and DP-64 is the only path found on
-them; theirs are results/heatmap_30_{model}_{epoch}ep[_ema].pth.
+them; theirs are results/heatmap_30_{model}_{epoch}ep[_ema].pth. A baseline has one clock and only its denoising errors,
+which are measured along it (--maps mse, whatever is passed): all that its best schedule, kl_diagonal, needs.
 """
 
 import argparse
@@ -43,8 +44,8 @@ from map_plots import plot_heatmap, plot_heatmap_pair, plot_maps
 from path import GRID_SPACINGS, check_steps, find_optimal_paths_all_steps, leads, path_from_cells, timestep_grid
 from path_choice import PATH_SETTINGS, add_path_arguments, heatmap_file, path_errors
 
-# Others know no second scale, or none at a timestep of its own.
-MAPPED_MODELS = ("dual", "single_t", "no_t")
+# Others know no second scale at a timestep of its own.
+MAPPED_MODELS = ("baseline", "dual", "single_t", "no_t")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -61,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--of", choices=DIFFERENTIATED, default="eps", help="differentiate the noise predicted, or the image (eps)")
     add("--coarse", type=cli.positive_int, default=None, metavar="M", help="measure M lines per axis, interpolate")
     add("--grid_spacing", choices=GRID_SPACINGS, default="uniform_t", help="of the grid lines (uniform_t)")
-    add("--start", type=cli.positive_int, default=999, help="noisiest timestep of the grid (999)")
+    add("--start", type=cli.positive_int, default=None, help="noisiest timestep of the grid (the first with a signal)")
     add("--batch_size", type=cli.positive_int, default=None, help="samples per network call (the images)")
     add("--seed", type=cli.seed, default=42, help="choice of images, noise and probes (42)")
     add("--plot_only", action="store_true", help="draw the figures of an existing --output")
@@ -187,10 +188,13 @@ def compute(args: argparse.Namespace, processes: Processes) -> tuple[dict, Path]
     model_type = loaded.config["model_type"]
     if model_type not in MAPPED_MODELS:
         raise ValueError(
-            f"{args.checkpoint} is a '{model_type}' model, but an error map needs two scales that may be at any two "
-            f"timesteps; pass a checkpoint of one of {', '.join(MAPPED_MODELS)}."
+            f"{args.checkpoint} is a '{model_type}' model, but an error map needs one scale, or two that may be at any "
+            f"two timesteps; pass a checkpoint of one of {', '.join(MAPPED_MODELS)}."
         )
+    args.maps = "mse" if loaded.model.num_scales == 1 else args.maps
     log_snr = loaded.scheduler.log_snr.numpy()
+    if args.start is None:
+        args.start = int((loaded.scheduler.snr > 0).nonzero().max())
     if args.start < len(log_snr) and loaded.scheduler.snr[args.start] == 0:
         raise ValueError(
             f"{args.checkpoint} was trained with schedule '{loaded.config['beta_schedule']}', whose SNR is 0 at "
@@ -263,6 +267,7 @@ def measure(
             maps=args.maps,
             of=args.of,
             num_predictions=loaded.model.num_predictions,
+            num_scales=loaded.model.num_scales,
             **options,
         )
 

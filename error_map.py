@@ -5,7 +5,8 @@ noise, the last index is clean. H stands for the fine ("64") and L for the coars
 
     HH = ∂ε_64/∂x_64   HL = ∂ε_64/∂x_32   LH = ∂ε_32/∂x_64   LL = ∂ε_32/∂x_32
 
-The map of a denoiser that predicts the fine scale alone has the first two, and no error of the coarse image.
+The map of a denoiser that predicts the fine scale alone has the first two, and no error of the coarse image. One that
+reads the fine scale alone too has the first, and is the same in all columns.
 
 Squared Frobenius norms come from random projections (Hutchinson 1990; of Jacobians, arXiv 1908.02729):
 `E‖Jᵀw‖² = ‖J‖²_F` for probes w whose entries are ±1 with equal probability. They are vector-Jacobian
@@ -16,6 +17,7 @@ Shapes: n grid lines, B images, K probes, M measured cells, S samples in one cal
 image in a cell.
 """
 
+import itertools
 import math
 import os
 import time
@@ -36,7 +38,7 @@ from safe_write import replacing
 from scheduler import DDIMScheduler
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # Fine first.
-Predictions = tuple[torch.Tensor, ...]  # Of both scales, fine first, or of the fine one alone.
+Scales = tuple[torch.Tensor, ...]  # Both, fine first, or the fine one alone.
 
 HEATMAP_FORMAT_VERSION = 2  # 2 has denoising errors per image, and says what was measured.
 BLOCKS = ("HH", "HL", "LH", "LL")
@@ -63,7 +65,7 @@ NORMALISATIONS: dict[str, Callable[[int, int], int]] = {
 
 
 def error_map(
-    denoise: Callable[[Pair, Pair], Predictions],
+    denoise: Callable[[Scales, Scales], Scales],
     scheduler: DDIMScheduler,
     images_64: torch.Tensor,  # [B, C, H, W], float, in [-1, 1]; H and W even
     t_grid: Sequence[int] | torch.Tensor,  # [n], strictly falling timesteps
@@ -78,6 +80,7 @@ def error_map(
     processes: Processes | None = None,  # that share the cells
     parts: "PartFiles | None" = None,  # where unfinished work is kept
     num_predictions: int = 2,  # of the denoiser: both scales, or 1 for the fine one alone
+    num_scales: int = 2,  # that the denoiser reads, at least as many as it predicts
 ) -> dict[str, Any]:
     """Squared Jacobian norms and denoising errors of a denoiser of two scales in all n x n cells of a grid.
 
@@ -91,6 +94,9 @@ def error_map(
 
     With `coarse` m < n, m lines per axis, about even in both index and log SNR, are measured, and the maps of every
     image are interpolated in log space over log SNR; m further cells off those lines are measured to tell the error.
+
+    With one scale, `denoise((x_64,), (t_64,))` is called at each of the n lines, whatever `coarse` says, and what it
+    gives is that of every column.
 
     Returns, on the CPU, all float64 `[n, n]` (row i: t_64, column j: t_32) unless stated:
         t_grid int64 `[n]`; snr_grid, log_snr_grid float64 `[n]`
@@ -111,7 +117,7 @@ def error_map(
         seed: int; of, representation: str
     `maps` "blocks" leaves the mse keys out, "mse" those of the Jacobian. With one prediction there are the blocks HH
     and HL alone, and all that is named mse_32 is left out; jacobian_per_image is then `[2, n, n, B]` and mse_per_image
-    `[4, n, n, B]`, in the same order.
+    `[4, n, n, B]`, in the same order. With one scale HL is left out too.
 
     A standard error is the sample deviation (ddof 1) over images of the mean over probes, divided by √B.
     Images, each with its own noise and probes, are the independent draws, so this covers all three sources
@@ -120,8 +126,8 @@ def error_map(
     is NaN. Errors of different cells are correlated: to compare cells, resample the values per image.
 
     Raises ValueError for images or a grid of the wrong kind, zero SNR on the grid, num_probes or batch_size
-    below 1, an impossible `maps`, `of`, `coarse` or num_predictions, and a denoiser that returns another number of
-    predictions, other shapes, detached predictions, or what is not finite.
+    below 1, an impossible `maps`, `of`, `coarse`, num_predictions or num_scales, and a denoiser that returns another
+    number of predictions, other shapes, detached predictions, or what is not finite.
     """
     timesteps = _check_grid(t_grid, scheduler)  # [n]
     _check_images(images_64)
@@ -134,15 +140,19 @@ def error_map(
             raise ValueError(f"{name} is '{value}' but must be one of {', '.join(choices)}.")
     if num_predictions not in (1, 2):
         raise ValueError(f"num_predictions is {num_predictions} but must be 1 (the fine scale alone) or 2.")
+    if not num_predictions <= num_scales <= 2:
+        raise ValueError(f"num_scales is {num_scales} but must be {num_predictions} (the predictions) to 2.")
     if coarse is not None and not 2 <= coarse < num_lines:
         raise ValueError(f"coarse is {coarse} but a grid of {num_lines} lines can be thinned to 2 to {num_lines - 1}.")
 
     images = scheduler.representation.split(images_64)  # [B, C, H, W], half
     log_snr_grid = scheduler.log_snr.cpu()[timesteps]
+    if num_scales == 1:
+        coarse = None
     lines = np.arange(num_lines) if coarse is None else _coarse_lines(log_snr_grid.numpy(), coarse)
     held_out = [] if coarse is None else _held_out_cells(lines, num_lines, coarse, seed)
-    cells = torch.tensor([(i, j) for i in lines for j in lines] + held_out)  # [M, 2]
-    blocks, kinds = _names(num_predictions)
+    cells = torch.tensor([*itertools.product(lines, repeat=num_scales), *held_out])  # [M, number of scales]
+    blocks, kinds = _names(num_predictions, num_scales)
     norms, mses = _measure(
         denoise,
         scheduler,
@@ -157,10 +167,10 @@ def error_map(
         processes,
         parts,
         num_predictions,
-    )  # [2P, K, M, B], [6 or 4, M, B]
+    )  # [one for each block, K, M, B], [6 or 4, M, B]
 
     measured = torch.zeros(num_lines, num_lines, dtype=torch.bool)
-    measured[tuple(cells[: len(lines) ** 2].T)] = True
+    measured[tuple(cells[: len(lines) ** num_scales].T)] = True
     values = {}  # Name -> [M, B], mean over probes.
     if maps != "mse":
         values |= dict(zip(blocks, norms.mean(1), strict=True))
@@ -191,7 +201,7 @@ def error_map(
     if maps != "mse":
         errors = {name: _standard_error(spread[name], -1) for name in blocks}
         if num_images == 1:
-            probes = norms.permute(0, 2, 3, 1)[:, :, 0]  # [2P, M, K]
+            probes = norms.permute(0, 2, 3, 1)[:, :, 0]  # [blocks, M, K]
             errors = {
                 name: _standard_error(_whole_map(values, lines, log_snr_grid), -1)
                 for name, values in zip(blocks, probes, strict=True)
@@ -330,9 +340,9 @@ def load_heatmap(file: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def _names(num_predictions: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _names(num_predictions: int, num_scales: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     # Of the Jacobian blocks, and of the denoising errors in the order of MSES + CLIPPED_MSES.
-    return BLOCKS[: 2 * num_predictions], tuple(
+    return BLOCKS[: num_predictions * num_scales], tuple(
         name for name in MSES + CLIPPED_MSES if num_predictions == 2 or "32" not in name
     )
 
@@ -362,7 +372,7 @@ def _check_images(images_64: torch.Tensor) -> None:
         raise ValueError(f"images_64 has shape {shape} but needs at least one image of even height and width.")
 
 
-def draw_noise_and_probes(images: Pair, num_probes: int, seed: int) -> tuple[Pair, Pair]:
+def draw_noise_and_probes(images: Scales, num_probes: int, seed: int) -> tuple[Scales, Scales]:
     """Normal noise like the images, and probes of ±1 `[K, B, ...]`, fine first, from a seed on every device alike."""
     generator = torch.Generator().manual_seed(seed)
     # Noise comes first, so that it does not change with the number of probes.
@@ -405,14 +415,16 @@ def _measure(
     parts,
     num_predictions,
 ) -> Pair:
-    # ts is [M, 2]. Samples are numbered cell by cell, and a call takes any run of them.
+    # ts is [M, number of scales]. Samples are numbered cell by cell, and a call takes any run of them.
     num_images, num_cells, device = len(images[0]), len(ts), images[0].device
     num_samples = num_cells * num_images
     noise, probes = draw_noise_and_probes(images, num_probes, seed)  # [B, ...], [K, B, ...]
     noise = scheduler.representation.project(noise)
+    # Noise and probes of the fine scale are the same whether the coarse one is read or not.
+    images, noise = images[: ts.shape[1]], noise[: ts.shape[1]]
     tables = scheduler.to(device)
 
-    blocks, kinds = _names(num_predictions)
+    blocks, kinds = _names(num_predictions, len(images))
     norms = torch.zeros(len(blocks), num_probes, num_samples, dtype=torch.float64)
     mses = torch.zeros(len(kinds), num_samples, dtype=torch.float64)
     done = torch.zeros(num_samples, dtype=torch.bool)
@@ -470,16 +482,16 @@ def _measure(
 
 
 def _evaluate(
-    denoise: Callable[[Pair, Pair], Predictions],
+    denoise: Callable[[Scales, Scales], Scales],
     scheduler: DDIMScheduler,
-    images: Pair,  # [S, C, H, W], [S, C, H/2, W/2]
-    noise: Pair,  # like images
-    probes: Predictions,  # [K, S, ...], for each prediction
-    ts: Pair,  # [S], [S]
+    images: Scales,  # [S, C, H, W], [S, C, H/2, W/2]
+    noise: Scales,  # like images
+    probes: Scales,  # [K, S, ...], for each prediction
+    ts: Scales,  # [S] each
     autocast: Callable[[], AbstractContextManager],
     of: str,
 ) -> Pair:
-    # Returns ‖Jᵀw‖² [2P, K, S] and the denoising errors [6 or 4, S].
+    # Returns ‖Jᵀw‖² [blocks, K, S] and the denoising errors [6 or 4, S].
     num_probes, num_predictions = len(probes[0]), len(probes)
     xs = tuple(scheduler.add_noise(x, e, t) for x, e, t in zip(images, noise, ts, strict=True))
     with torch.set_grad_enabled(num_probes > 0):
@@ -502,8 +514,8 @@ def _evaluate(
             # One pass per probe is as fast as vmap over the probes and holds 1/K of its gradients, and a
             # prediction that ignores one scale has a zero block there.
             grads = torch.autograd.grad(output, xs, w, retain_graph=not last, materialize_grads=True)
-            norms.append(torch.stack([_sum_of_squares(g) for g in grads]))  # [2, S]
-    shape = (num_predictions, num_probes, 2, len(ts[0]))
+            norms.append(torch.stack([_sum_of_squares(g) for g in grads]))  # [scales, S]
+    shape = (num_predictions, num_probes, len(xs), len(ts[0]))
     norms = torch.stack(norms).view(shape) if norms else torch.zeros(shape, dtype=torch.float64)
     with torch.no_grad():
         x0s = [scheduler.predict_x0(p, t, x) for p, (x, t) in zip(predictions, seen, strict=True)]
@@ -523,8 +535,10 @@ def _evaluate(
 
 
 def _whole_map(values: torch.Tensor, lines: np.ndarray, log_snr_grid: torch.Tensor) -> torch.Tensor:
-    # values [M, B], the product of `lines` first -> [n, n, B].
+    # values [M, B], the product of `lines` first, or those of one scale -> [n, n, B].
     num_lines, count = len(log_snr_grid), len(lines)
+    if len(values) == count:
+        return values[:, None].repeat(1, count, 1)
     grid = values[: count**2].view(count, count, -1)
     if count == num_lines:
         return grid
@@ -546,7 +560,7 @@ def _interpolation_error(values: dict, spread: dict, held_out: list[tuple[int, i
     return report
 
 
-def _check_predictions(predictions: Predictions, xs: Pair, num_predictions: int) -> None:
+def _check_predictions(predictions: Scales, xs: Scales, num_predictions: int) -> None:
     if not isinstance(predictions, tuple | list) or len(predictions) != num_predictions:
         wanted = "two predictions, fine and coarse" if num_predictions == 2 else "a tuple of one prediction, the fine"
         raise ValueError(f"The denoiser must return {wanted}.")

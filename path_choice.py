@@ -140,10 +140,11 @@ def why_not(model_type: str, path_type: str) -> str:
             f"Schedule {kind.parameters[0]} moves {path.num_scales} scale(s){' by two clocks' if two_clocks else ''}, "
             f"which a '{model_type}' model cannot follow; pass one made for it."
         )
-    if kind.name != "diagonal" and model_type in ONE_CLOCK:
+    one_clock = ("diagonal", "kl_diagonal") if model.num_scales == 1 else ("diagonal",)
+    if kind.name not in one_clock and model_type in ONE_CLOCK:
         return (
             f"--path_type {path_type} needs a model with two clocks, but this one is '{model_type}'; use --path_type "
-            "diagonal."
+            f"{' or '.join(one_clock)}."
         )
     if kind.needs_heatmap and kind.name != "dp_64" and model.num_predictions < model.num_scales:
         return (
@@ -247,7 +248,8 @@ class KLProblem(NamedTuple):
     prediction can be several times the variance of the images.
 
     In the residual representation the scales are the bands already. That of the coarse one, summed over the image,
-    counts four times and is seen at a quarter of its SNR; together that is a factor of 4^p.
+    counts four times and is seen at a quarter of its SNR; together that is a factor of 4^p. One clock on one scale
+    sees both bands at one SNR, where the parts of their costs add up to that of the whole image.
     """
 
     mse_64: np.ndarray  # [n, n], totals in x-space, as the next
@@ -258,9 +260,12 @@ class KLProblem(NamedTuple):
 
     @classmethod
     def of(cls, heatmap: dict, weight: float) -> "KLProblem":
-        """The problem of the mean maps of a heatmap. Raises ValueError for one without those of both scales."""
+        """The problem of the mean maps of a heatmap. Raises ValueError for one without those of all its scales."""
         if "mse_64" not in heatmap:
             raise ValueError("This heatmap holds no denoising errors; compute it again with --maps all.")
+        if "mse_32" not in heatmap and heatmap["model_type"] == "baseline":
+            mse_64 = heatmap[path_mses(heatmap)[0]].numpy()
+            return cls(mse_64, np.zeros_like(mse_64), heatmap["snr_grid"].numpy(), weight, bands=False)
         if "mse_32" not in heatmap:
             raise ValueError(
                 "This heatmap is of a model that predicts the fine image alone, and KL paths count the error of the "
@@ -469,5 +474,7 @@ def _optimal_path(
         path = kl_cascade(content, log_snr, args.num_steps, args.kl_weight)
     else:
         path = kl_refined(content, log_snr, args.num_steps, args.kl_weight, kind.name == "kl_diagonal").path
+        if loaded.model.num_scales == 1:
+            path = Path([point[:1] for point in path.points], path.kind, path.provenance)
     criterion = {"criterion": f"{kind}, weight {args.kl_weight:g}", "heatmap_weights": content["fingerprint"]}
     return Path(path.points, kind.name, path.provenance | criterion)

@@ -90,6 +90,11 @@ class Planner:
 
     def __init__(self, heatmap: dict, args: argparse.Namespace):
         self.heatmap, self.args = heatmap, args
+        if heatmap.get("model_type") == "baseline":
+            raise ValueError(
+                "This heatmap is of a model of one scale, whose points lie on the diagonal; sample along the best of "
+                "them with --path_type kl_diagonal."
+            )
         scheduler = DDIMScheduler(heatmap["num_train_timesteps"], heatmap["beta_schedule"], prediction_type="v")
         self.representation = representation_of(heatmap)
         self.log_snr = scheduler.log_snr.numpy()
@@ -205,14 +210,15 @@ def describe_cascade(path: Path) -> str:
     return f"λ_32 waits at {made['waits_at_log_snr']:+.2f} after {made['first_steps']} of {path.nfe} calls"
 
 
-def describe_lead(path: Path, log_snr: np.ndarray) -> str:
-    """How the coarse scale leads, in points and in log SNR."""
+def describe_lead(path: Path, log_snr: np.ndarray, image_lead: float) -> str:
+    """How the coarse scale leads, in points and in log SNR, where tied clocks differ by `image_lead`."""
     lead = leads(path)
     fine, coarse = log_snr[np.array(path.points)].T
     ahead = coarse - fine
     return (
         f"t_32 ahead at {lead['ahead']} of {lead['points']} points, behind at {lead['behind']}; "
         f"λ_32 - λ_64 from {ahead.min():+.2f} to {ahead.max():+.2f}"
+        + (f" ({image_lead:+.2f} on the diagonal of the image)" if image_lead else "")
     )
 
 
@@ -238,7 +244,7 @@ def main() -> None:
     rows = []
     for nfe, families in plans.items():
         best = families[0]
-        print(f"\n{nfe} calls: {describe_lead(best.path, planner.log_snr)}")
+        print(f"\n{nfe} calls: {describe_lead(best.path, planner.log_snr, planner.representation.image_lead)}")
         for family, path, cost in families:
             excess = cost / best.cost - 1
             said = f"  {describe_cascade(path)}" if family == "best cascade" else ""

@@ -182,9 +182,13 @@ def _find_fault(row: Mapping[str, str]) -> tuple[str, str] | None:
 
 def _check_header(file: Path, line: str) -> None:
     if line.rstrip("\r\n") != csv_line(RESULT_FIELDS).rstrip("\n"):
+        present = line.strip().split(",")
+        absent = [field for field in RESULT_FIELDS if field not in present]
+        reason = f"its header begins with {line.strip()[:40]!r}"
+        if 0 < len(absent) < len(RESULT_FIELDS) / 2:  # A table of an earlier version, not some other file.
+            reason = f"it has no column {absent[0]}"
         raise ValueError(
-            f"{file} is not a results table of this version, its header begins with {line.strip()[:40]!r}: "
-            f"move it away or choose another --output."
+            f"{file} is not a results table of this version, {reason}: move it away or choose another --output."
         )
 
 

@@ -232,6 +232,7 @@ def test_only_the_published_images_stand_beside_the_published_ratios():
         assert comparable_ratios(heatmap, dataset) == PUBLISHED_RATIOS
     assert comparable_ratios(heatmap, "afhq/cats") is None
     other = {"t_grid": torch.tensor([990, 0]), "num_pixels_64": 1024, "beta_schedule": "cosine"}
+    other["representation"] = "residual"
     for name, value in other.items():
         assert comparable_ratios(heatmap | {name: value}, "huggan/AFHQv2") is None
 

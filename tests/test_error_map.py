@@ -196,12 +196,12 @@ def test_standard_error_of_one_image_is_that_of_its_probes():
     assert lonely["jacobian"]["HH"].isfinite()
 
 
-def record(calls):
-    def denoise(xs, ts):
+def record(calls, denoise=identity):
+    def recorded(xs, ts):
         calls.append(([x.detach().clone() for x in xs], [t.clone() for t in ts]))
-        return xs
+        return denoise(xs, ts)
 
-    return denoise
+    return recorded
 
 
 def test_every_cell_sees_the_same_images_and_noise():
@@ -619,6 +619,55 @@ def test_a_fine_map_is_the_fine_part_of_the_whole(prediction_type, options):
             assert torch.equal(ours[0], theirs[0]) and not ours[1].any() and theirs[1].all()
             errors = (path_errors(result, "dp_64", "C", normalisation) for result in (fine, whole))
             assert all(np.array_equal(one, other) for one, other in zip(*errors, strict=True))
+
+
+def bent(xs, ts):
+    """Of one scale, neither linear nor alike at two timesteps."""
+    gain = 1 + ts[0].double()[:, None, None, None] / 1000
+    return (gain * xs[0] + 0.3 * torch.sin(3 * xs[0]).roll(1, -1),)
+
+
+@pytest.mark.parametrize("options", [{}, {"of": "x0"}, {"maps": "mse"}, {"maps": "blocks"}, {"coarse": 3}], ids=str)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "x0", "v"])
+def test_the_map_of_one_scale_is_a_column_of_a_model_that_ignores_the_other(prediction_type, options):
+    scheduler = DDIMScheduler(prediction_type=prediction_type)
+    options = {"t_grid": timestep_grid(5).tolist(), "scheduler": scheduler, "num_probes": 2, "seed": 6} | options
+    whole = run(bent, images(3), num_predictions=1, **options | {"coarse": None})
+    calls = []
+    one = run(record(calls, bent), images(3), num_predictions=1, num_scales=1, batch_size=3, **options)
+    # Every line is measured, once, whatever the thinning.
+    assert len(calls) == 5 and all(len(xs) == len(ts) == 1 for xs, ts in calls)
+    for key in ("jacobian", "jacobian_se"):
+        if key in whole:
+            assert not whole[key].pop("HL").any()
+    if "jacobian" in whole:
+        whole["jacobian_per_image"] = whole["jacobian_per_image"][:1]
+    assert_same(one, whole)
+    assert one["measured"].all() and one["interpolation_error"] is None
+    assert all(torch.equal(one[name], one[name][:, :1].expand(5, 5)) for name in {*MSES, *CLIPPED_MSES} & one.keys())
+
+
+def test_the_error_of_one_scale_in_gaussian_noise_is_the_closed_form():
+    """White images of variance s, whose best prediction is linear: Σ s / (1 + s γ)."""
+    scheduler, s, t_grid = DDIMScheduler(prediction_type="x0"), 0.4, timestep_grid(6).tolist()
+    generator = torch.Generator().manual_seed(3)
+    x = math.sqrt(s) * torch.randn(3000, 1, 4, 4, generator=generator, dtype=torch.float64)
+
+    def denoise(xs, ts):
+        signal = scheduler.alphas_cumprod[ts[0]][:, None, None, None]
+        return (xs[0] * s * signal.sqrt() / (1 - signal + s * signal),)
+
+    options = {"maps": "mse", "scheduler": scheduler, "batch_size": 3000}
+    result = run(denoise, x, t_grid, num_predictions=1, num_scales=1, **options)
+    truth = 16 * s / (1 + s * result["snr_grid"])[:, None].expand(6, 6)
+    assert ((result["mse_64"] - truth).abs() < 3.5 * result["mse_64_se"]).all()
+    assert (result["mse_64_se"] < 0.02 * truth).all() and truth.max() > 50 * truth.min()
+
+
+@pytest.mark.parametrize(("predictions", "scales"), [(2, 1), (1, 3), (1, 0)])
+def test_an_impossible_number_of_scales_is_refused(predictions, scales):
+    with pytest.raises(ValueError, match=f"num_scales is {scales}"):
+        run(bent, images(), [900, 300], num_predictions=predictions, num_scales=scales)
 
 
 def test_values_per_image_go_by_name():

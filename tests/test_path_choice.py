@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import compute_heatmap_30
 import eval_fid_batch
 import generate_with_path_30
+import plan_path
 import train_baseline
 import train_lift
 from checkpoint import MODEL_CLASSES, LoadedModel, load_model
@@ -396,7 +397,8 @@ def test_who_can_follow_which_type():
 
     assert followed("dual") == ["diagonal", *FREE, *ON_MAPS]
     assert followed("single_t") == followed("no_t") == ["diagonal", *FREE, "dp_64"]
-    assert followed("baseline") == followed("shared_t") == ["diagonal"]
+    assert followed("baseline") == ["diagonal", "kl_diagonal"] and followed("shared_t") == ["diagonal"]
+    assert why_not("baseline", "kl").endswith("use --path_type diagonal or kl_diagonal.")
     for text in FREE + ON_MAPS:
         assert "two clocks" in why_not("shared_t", text) and text in why_not("shared_t", text)
     for text in ON_MAPS[1:]:
@@ -528,6 +530,50 @@ def test_images_along_kl_paths(stage, run, tmp_path, calls, path_type, weight):
     assert path.provenance["cost"] == expected.path_cost
     assert path.provenance["heatmap_weights"] == load_model(checkpoint).fingerprint
     assert path_type == "kl" or all(t_64 == t_32 for t_64, t_32 in path.points)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_the_best_schedule_of_one_clock_is_that_of_brute_force(weight):
+    """Two inner points anywhere on a coarse table of timesteps, from the closed form of the whole image."""
+    table = DDIMScheduler(num_train_timesteps=60).log_snr.numpy()
+    grid = timestep_grid(30, 60, "uniform_log_snr", log_snr=table)
+    snr = np.exp(table)
+    whole = sum(errors(snr, 0 * snr))
+    content = {"t_grid": torch.from_numpy(grid), "snr_grid": torch.from_numpy(snr[grid]), "model_type": "baseline"}
+    content["mse_64"] = torch.from_numpy(whole[grid])[:, None].expand(30, 30)
+    clock = table if weight == 1 else snr ** (1 - weight) / (1 - weight)
+
+    def cost(timesteps):
+        m, w = whole[timesteps], clock[timesteps]
+        # The chain's own sum at weight 0, as everywhere.
+        return ((m[:-1] - (m[1:] if weight else 0)) * np.diff(w)).sum() / 2
+
+    best = min(cost([59, i, j, 0]) for i in range(58, 1, -1) for j in range(i - 1, 0, -1))
+    refined = kl_refined(content, table, 3, weight, diagonal=True)
+    assert all(t_64 == t_32 for t_64, t_32 in refined.path.points)
+    # Between its lines the map is interpolated.
+    assert cost([t for t, _ in refined.path.points]) == pytest.approx(best, rel=2e-3)
+    assert refined.path_cost == pytest.approx(best, rel=2e-2)
+
+
+def test_the_best_schedule_of_a_baseline_goes_all_the_way(stage, refused, run, tmp_path):
+    """Its map is measured along its one clock, by the evaluation that needs it, and its path has one scale."""
+    flags = ["--checkpoint_dir", run / "checkpoints", "--heatmap_dir", tmp_path, "--grid", 4, "--metrics", "swd"]
+    flags += ["--model_type", "baseline", "--path_type", "diagonal", "kl_diagonal", "--num_images", 3]
+    flags += ["--heatmap_images", 2, "--cache_dir", run / "cache", "--output", tmp_path / "scores.csv", *HARDWARE]
+    stage(eval_fid_batch, *flags)
+    rows = read_rows(tmp_path / "scores.csv")
+    assert [(row["path_type"], row["nfe"]) for row in rows] == [("diagonal", "3"), ("kl_diagonal", "3")]
+    content = load_heatmap(tmp_path / "heatmap_4_baseline_1ep.pth")
+    assert content["model_type"] == "baseline" and "mse_64" in content and "jacobian" not in content
+    points = [point[:1] for point in kl_refined(content, LOG_SNR, 3, 1.0, diagonal=True).path.points]
+    assert rows[1]["path_fingerprint"] == Path(points, "kl_diagonal", {}).fingerprint()
+    flags = ["--checkpoint", run / "checkpoints/baseline_1ep.pth", "--heatmap", tmp_path / "heatmap_4_baseline_1ep.pth"]
+    flags += ["--path_type", "kl_diagonal", "--num_images", 2, "--output", tmp_path / "samples"]
+    stage(generate_with_path_30, *flags, *HARDWARE)
+    assert load_schedule(tmp_path / "samples/schedule.json").points == tuple(points)
+    flags = ["--heatmap", tmp_path / "heatmap_4_baseline_1ep.pth", "--output", tmp_path / "plan"]
+    refused(plan_path, *flags, says=("model of one scale", "kl_diagonal"))
 
 
 def test_scores_of_kl_paths(stage, run, tmp_path, calls):

@@ -294,11 +294,10 @@ def test_foreign_header_is_refused_and_left_alone(tmp_path, content):
     file = tmp_path / "other.csv"
     file.write_text(content)
     for use in (lambda: append_row(file, make_row()), lambda: read_rows(file)):
-        with pytest.raises(
-            ValueError, match="other.csv is not a results table of this version.*move it away or choose"
-        ):
+        with pytest.raises(ValueError, match="other.csv is not a results table of this version.*move it away") as error:
             use()
     assert file.read_text() == content
+    assert ("it has no column coarse_from" in str(error.value)) == (content == FOREIGN[-1])
 
 
 def test_empty_file_gets_a_header(tmp_path):
