@@ -3,6 +3,7 @@
     python make_figures.py losses logs/baseline logs/lift_dual_timestep --output results/losses.png
     python make_figures.py paths results/samples/*/schedule.json --output results/paths.png
     python make_figures.py scores results/fid_results.csv --metric swd --output results/swd.png
+    python make_figures.py nfe "EMA=results/fid_results.csv" --path_type diagonal kl --output results/nfe.png
     python make_figures.py paths_epochs results/heatmap_30_*ep*.pth --output results/paths_epochs.png
     python make_figures.py t_pairs independent same shift:2 heuristic:0.8 band:image,1 --output results/t_pairs.png
     python make_figures.py samples "Baseline=results/samples/a" "LIFT=results/samples/b" --output results/rows.png
@@ -22,8 +23,8 @@ from data import read_png
 from error_map import load_heatmap
 from map_plots import plot_path_comparison, plot_paths_across_epochs, plot_timestep_pairs
 from path import Path as PathOfTimesteps
-from path_choice import PATH_SETTINGS
-from plots import plot_losses, plot_samples, plot_scores
+from path_choice import PATH_SETTINGS, path_type
+from plots import COMPARABLE, METRIC_TITLES, plot_losses, plot_samples, plot_scores, plot_scores_against_nfe
 from regimes import TimestepPairs, parse_regime, resolve_regime
 from result_layout import series_of
 from results_table import GROUP_FIELDS, VALUE_FIELDS, aggregate, read_rows
@@ -43,6 +44,7 @@ def parse_args() -> argparse.Namespace:
         ("paths", "schedule file, or NAME=FILE", "paths beside each other"),
         ("paths_epochs", "heatmap file", "published paths, epochs side by side"),
         ("scores", "results table", "a metric against the epoch, or beside each other for one epoch"),
+        ("nfe", "results table, or NAME=FILE", "a metric against network calls, a panel for each table"),
         ("samples", "NAME=FOLDER of PNGs", "samples of equal seeds beside each other"),
         ("t_pairs", "regime as of train_lift.py --t_pairs", "pairs of timesteps that a training draws"),
     ):
@@ -51,8 +53,14 @@ def parse_args() -> argparse.Namespace:
         kind.add_argument("--output", required=True, help="PNG file")
         if name != "losses":
             kind.add_argument("--title", default="")
-        if name == "scores":
+        if name in ("scores", "nfe"):
             kind.add_argument("--metric", choices=VALUE_FIELDS, default="fid")
+        if name == "nfe":
+            kind.add_argument("--path_type", nargs="+", type=path_type, help="only paths of these types")
+            kind.add_argument(
+                "--regime", nargs="+", help="of models with two clocks, only those trained on these pairs"
+            )
+        if name == "scores":
             kind.add_argument("--num_images", type=positive_int, help="only results over this many images")
             kind.add_argument("--nfe", type=positive_int, help="only results of this many network calls")
         if name == "t_pairs":
@@ -170,6 +178,33 @@ def draw_scores(args: argparse.Namespace) -> None:
     plot_scores(named_rows, args.metric, args.output, args.title)
 
 
+def draw_against_nfe(args: argparse.Namespace) -> None:
+    """Mean and deviation over seeds, one curve for each series of a table; settings of tables must agree."""
+    panels: dict[str, dict[str, dict[int, tuple[float, float | None]]]] = {}
+    drawn = []
+    for name, file in named(args.inputs).items():
+        rows = [row for row in read_rows(file) if args.path_type is None or row["path_type"] in args.path_type]
+        if args.regime is not None:
+            rows = [row for row in rows if row["regime"] in ("", *args.regime)]
+        results = [result for result in aggregate(rows) if result[f"{args.metric}_mean"] is not None]
+        if not results:
+            raise ValueError(f"{file} holds no {args.metric} of these paths; score some with eval_fid_batch.py.")
+        for result in sorted(results, key=lambda result: series_of(result).rank):
+            points = panels.setdefault(name, {}).setdefault(series_of(result).title, {})
+            if int(result["nfe"]) in points:
+                raise ValueError(
+                    f"{file} holds two results of {series_of(result).title} at {result['nfe']} calls, such as of two "
+                    "epochs or of raw and EMA weights; keep them in tables of their own."
+                )
+            points[int(result["nfe"])] = result[f"{args.metric}_mean"], result[f"{args.metric}_sd"]
+        drawn += results
+    for field in COMPARABLE:
+        if field != "nfe" and len(values := {result[field] for result in drawn}) > 1:
+            raise ValueError(f"These results are of {field} {' and '.join(sorted(values))}, and do not compare.")
+    label = f"{METRIC_TITLES.get(args.metric, args.metric)}, {int(drawn[0]['num_images']):,} images"
+    plot_scores_against_nfe(panels, args.output, args.title, label)
+
+
 def draw_timestep_pairs(args: argparse.Namespace) -> None:
     """A histogram of each regime, of pairs as a training on that noise schedule draws them from start to end."""
     scheduler = DDIMScheduler(beta_schedule=args.beta_schedule, prediction_type="v")
@@ -197,6 +232,7 @@ def main() -> None:
         "paths": draw_paths,
         "paths_epochs": draw_paths_epochs,
         "scores": draw_scores,
+        "nfe": draw_against_nfe,
         "samples": draw_samples,
         "t_pairs": draw_timestep_pairs,
     }

@@ -31,7 +31,7 @@ from checkpoint import build_model, load_model, read_checkpoint, save_checkpoint
 from data import load_images
 from error_map import load_heatmap, save_heatmap
 from path import diagonal, find_optimal_path_n_steps_lambda
-from results_table import read_rows
+from results_table import append_row, read_rows
 from schedule_file import load_schedule
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -744,11 +744,12 @@ def figure_inputs(run, table, samples):
         "paths": [f"{name}={folder}/schedule.json" for name, folder in folders.items() if name != "baseline"],
         "paths_epochs": [run.heatmap, "--title", "paths"],
         "scores": [table, "--metric", "swd", "--title", "scores"],
+        "nfe": [f"here={table}", "--metric", "swd"],
         "samples": [*(f"{name}={folder}" for name, folder in folders.items()), "--columns", 4],
     }
 
 
-@pytest.mark.parametrize("figure", ["losses", "paths", "paths_epochs", "scores", "samples"])
+@pytest.mark.parametrize("figure", ["losses", "paths", "paths_epochs", "scores", "nfe", "samples"])
 def test_every_figure_is_drawn(stage, run, table, samples, tmp_path, figure):
     output = tmp_path / "figure.png"
     stage(make_figures, figure, *figure_inputs(run, table, samples)[figure], "--output", output)
@@ -770,12 +771,53 @@ def test_every_figure_is_drawn(stage, run, table, samples, tmp_path, figure):
         (["scores", "TABLE"], 1, ("fid",)),
         (["scores", "TABLE", "--metric", "kid"], 1, ("no row", "kid")),
         (["scores", "TABLE", "--metric", "beauty"], 2, ("'beauty'",)),
+        (["nfe", "TABLE"], 1, ("holds no fid",)),
+        (["nfe", "TABLE", "--metric", "swd", "--path_type", "kl"], 1, ("holds no swd of these paths",)),
+        (["nfe", "TABLE", "--path_type", "zigzag"], 2, ("'zigzag'",)),
         (["spirals", "a"], 2, ("'spirals'",)),
     ],
 )
 def test_figures_of_nothing_are_refused(refused, run, table, tmp_path, flags, status, says):
     flags = [{"TABLE": str(table), "HEATMAP": str(run.heatmap)}.get(flag, flag) for flag in flags]
     refused(make_figures, *flags, "--output", tmp_path / "figure.png", says=says, status=status)
+
+
+def test_scores_stand_against_calls_by_table_and_series(stage, refused, table, tmp_path, monkeypatch):
+    """Every point is the mean and the deviation over seeds of the rows of its series."""
+    other, mixed, rows = tmp_path / "other.csv", tmp_path / "mixed.csv", read_rows(table)
+    for row in rows:
+        append_row(other, row)
+        more = {"nfe": 7, "swd": float(row["swd"]) + 2, "regime": "same" if row["model_type"] == "dual" else ""}
+        append_row(other, row | more)
+        append_row(mixed, row)
+        append_row(mixed, row | {"weights": "ema" if row["weights"] == "raw" else "raw"})
+    drawn = []
+    monkeypatch.setattr(make_figures, "plot_scores_against_nfe", lambda panels, *others: drawn.append(panels))
+    flags = [f"a={table}", f"b={other}", "--metric", "swd", "--output", tmp_path / "figure.png"]
+    stage(make_figures, "nfe", *flags, "--path_type", "diagonal")
+    stage(make_figures, "nfe", *flags, "--regime", "same")
+
+    def points(curves):
+        scores = {}
+        for row in rows:
+            scores.setdefault((row["model_type"], row["path_type"], int(row["nfe"])), []).append(float(row["swd"]))
+        sums = {key: (np.mean(of_seeds), np.std(of_seeds, ddof=1)) for key, of_seeds in scores.items()}
+        return {
+            title: {nfe: pytest.approx((sums[key][0] + more, sums[key][1])) for nfe, more, key in of_curve}
+            for title, of_curve in curves.items()
+        }
+
+    (nfe,) = {int(row["nfe"]) for row in rows}
+    baseline, diagonal, dp = (*[(name, "diagonal", nfe) for name in ("baseline", "dual")], ("dual", "dp_64", nfe))
+    again = {"Baseline": [(nfe, 0, baseline), (7, 2, baseline)], "LIFT diagonal": [(nfe, 0, diagonal)]}
+    again["LIFT diagonal, same"] = [(7, 2, diagonal)]
+    first = {"Baseline": [(nfe, 0, baseline)], "LIFT diagonal": [(nfe, 0, diagonal)]}
+    assert drawn[0] == {"a": points(first), "b": points(again)}
+    only = {"Baseline": again["Baseline"], "LIFT diagonal, same": again["LIFT diagonal, same"]}
+    only["LIFT DP-64, same"] = [(7, 2, dp)]
+    assert drawn[1] == {"a": points({"Baseline": [(nfe, 0, baseline)]}), "b": points(only)}
+    flags = ["nfe", mixed, "--metric", "swd", "--output", tmp_path / "figure.png"]
+    refused(make_figures, *flags, says=("two results of Baseline", "raw and EMA weights"))
 
 
 def test_samples_of_other_seeds_do_not_stand_beside_each_other(refused, stage, run, samples, tmp_path):
