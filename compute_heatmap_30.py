@@ -43,6 +43,7 @@ from error_map import (
 from map_plots import plot_heatmap, plot_heatmap_pair, plot_maps
 from path import GRID_SPACINGS, check_steps, find_optimal_paths_all_steps, leads, path_from_cells, timestep_grid
 from path_choice import PATH_SETTINGS, add_path_arguments, heatmap_file, path_errors
+from regimes import seen_range
 
 # Others know no second scale at a timestep of its own.
 MAPPED_MODELS = ("baseline", "dual", "single_t", "no_t")
@@ -287,6 +288,8 @@ def measure(
     content |= {"used_precision": precision, "num_train_timesteps": num_timesteps}
     # It follows from the fingerprint, so that maps from before it was told are kept.
     content["model_type"] = loaded.config["model_type"]
+    seen = seen_range(loaded.config, loaded.scheduler)
+    content |= {} if seen is None else {"seen_32": seen}
     # The file calls these K and batch, as published.
     del content["num_probes"], content["num_images"]
     if processes.is_main:

@@ -449,6 +449,7 @@ def kl_path(
     symmetric: bool = False,
     bands: bool = False,
     snr_32: ArrayLike | None = None,
+    allowed: ArrayLike | None = None,
 ) -> tuple[Cells, float]:
     """Path of exactly num_steps steps with the least KL divergence (`kl_cost`); returns (cells, cost in nats).
 
@@ -460,6 +461,7 @@ def kl_path(
     bands: weigh the bands of the fine image instead of the scales (`kl_cost`); for weight > 0 the sound choice.
     start, end: cells (i, j), or one index for both axes; None ends at n - 1.
     diagonal: only cells with i = j, the same cost and code, for one clock or a fair comparison.
+    allowed: [n, n] bool, the cells that a path may visit; None for all. Start and end are always allowed.
     cells: num_steps + 1 pairs (i, j); no axis ever falls, and every step moves at least one of them, by any
         number of cells.
     cost: sum of `kl_step_cost` over the steps, in float64.
@@ -469,16 +471,30 @@ def kl_path(
 
     Raises ValueError for maps of wrong shape, infinite, NaN or negative entries, an snr that is not finite,
     rising and in range, a weight outside 0..1, a start or end outside the grid, an end not beyond the start, a
-    diagonal between cells off the diagonal, and num_steps outside 1..M, M the one-cell moves from start to end.
+    diagonal between cells off the diagonal, num_steps outside 1..M, M the one-cell moves from start to end, and
+    more steps than the allowed cells have moves.
     """
     step, cell_at, shape = _kl_problem(mmse_64, mmse_32, snr, weight, start, end, diagonal, symmetric, bands, snr_32)
+    if allowed is not None:
+        free = np.array(allowed, dtype=bool)
+        if free.shape != np.shape(mmse_64):
+            raise ValueError(f"allowed has shape {list(free.shape)} but must be {list(np.shape(mmse_64))}, like a map")
+        free[cell_at(0, 0)] = free[cell_at(shape[0] - 1, shape[1] - 1)] = True
+        everywhere = step
+
+        def step(start: tuple[ArrayLike, ArrayLike], end: tuple[ArrayLike, ArrayLike]) -> np.ndarray:
+            return np.where(free[start] & free[end], everywhere(start, end), np.inf)
+
     most = sum(shape) - 2
     if not 1 <= num_steps <= most:
         raise ValueError(
             f"{num_steps} steps cannot all move between the start and the end cell, which allow 1 to {most}; "
             "change num_steps or refine the grid"
         )
-    return _cheapest_paths(step, cell_at, shape, [num_steps])[num_steps]
+    cells, cost = _cheapest_paths(step, cell_at, shape, [num_steps])[num_steps]
+    if math.isinf(cost):
+        raise ValueError(f"no path of {num_steps} steps keeps to the allowed cells; change num_steps or allow more")
+    return cells, cost
 
 
 def kl_paths_all_steps(

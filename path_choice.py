@@ -54,6 +54,8 @@ PATH_FAMILIES = {
     "heuristic": "FACTOR in (0, 1]",
     "schedule": "FILE",
 }
+# A path on a map calls the network at most this far in log SNR of the coarse scale beyond what it was trained on.
+BEYOND = 0.25
 # Their scales share one timestep.
 ONE_CLOCK = ("baseline", "shared_t")
 # What a heatmap's published paths were found with, beside the map itself.
@@ -236,6 +238,31 @@ def path_mses(heatmap: dict) -> tuple[str, ...]:
     return CLIPPED_MSES if CLIPPED_MSES[0] in heatmap else MSES
 
 
+def beyond_seen(heatmap: dict, points: np.ndarray, log_snr: np.ndarray) -> np.ndarray:
+    """How far points `[..., 2]` in (fractional) timesteps are from what was trained on, in log SNR of the coarse scale.
+
+    Zero within the range that the heatmap gives for t_64 (`seen_32`), and everywhere for one that gives none. What the
+    errors of a network are where it was never trained says nothing about the images: a path that goes by how errors
+    fall would see no information in them, and so no cost in stepping there.
+    """
+    if "seen_32" not in heatmap:
+        return np.zeros(points.shape[:-1])
+    timesteps = np.arange(len(log_snr))
+    finite = np.maximum(log_snr, log_snr[int(heatmap["t_grid"][0])])
+    t_64, t_32 = np.moveaxis(points, -1, 0)
+    least, most = (np.interp(t_64, timesteps, np.maximum(ends, finite[-1])) for ends in heatmap["seen_32"].numpy())
+    here = np.interp(t_32, timesteps, finite)
+    return np.maximum(np.maximum(least - here, here - most), 0)
+
+
+def seen_cells(heatmap: dict, t_grid: np.ndarray, log_snr: np.ndarray) -> np.ndarray | None:
+    """The cells `[n, n]` of a grid where the network was trained, at least the nearest for each t_64; None for all."""
+    if "seen_32" not in heatmap:
+        return None
+    beyond = beyond_seen(heatmap, np.stack(np.meshgrid(t_grid, t_grid, indexing="ij"), -1), log_snr)
+    return beyond <= np.maximum(BEYOND, beyond.min(1, keepdims=True))
+
+
 class KLProblem(NamedTuple):
     """What the KL paths minimise on a heatmap, as `kl_path` and `refine_path` take it.
 
@@ -339,8 +366,9 @@ def kl_refined(
     """The KL optimum on a heatmap whose points may lie anywhere: on a finer grid, even in log SNR, then off it.
 
     The last of `points` is at `end`, that of `path` at 0 as of every path. The diagonal is that of the image: in the
-    residual representation t_32 follows t_64 at λ_32 = λ_64 + log 4, as in `path.log_snr_shift`. Raises ValueError for
-    a heatmap without denoising errors, a start that is not on the map, and for what `kl_path` and `refine_path` refuse.
+    residual representation t_32 follows t_64 at λ_32 = λ_64 + log 4, as in `path.log_snr_shift`. Any other path keeps
+    to where the network was trained (`seen_cells`). Raises ValueError for a heatmap without denoising errors, a start
+    that is not on the map, and for what `kl_path` and `refine_path` refuse.
     """
     t_grid = kl_lines(heatmap, log_snr, start, end, max(num_lines, 2 * num_steps))
     ahead = representation_of(heatmap).image_lead if diagonal else 0.0
@@ -348,9 +376,19 @@ def kl_refined(
     log_snr_32 = np.minimum(log_snr + ahead, log_snr[end]) if ahead else log_snr
     problem = KLProblem.of(heatmap, weight).on_lines(log_snr[t_grid], log_snr_32[t_grid])
     options = {"weight": weight, "diagonal": diagonal, "bands": problem.bands}
-    cells, _ = kl_path(*problem[:3], num_steps, **options, snr_32=np.exp(log_snr_32[t_grid]))
+    seen = None if diagonal else seen_cells(heatmap, t_grid, log_snr)
+    cells, _ = kl_path(*problem[:3], num_steps, **options, snr_32=np.exp(log_snr_32[t_grid]), allowed=seen)
+    allowed = None
+    if seen is not None:
+        inner = t_grid[np.array(cells[1:-1], dtype=int).reshape(-1, 2)]
+        reach = max(BEYOND, beyond_seen(heatmap, inner, log_snr).max(initial=0))
+
+        def allowed(points: np.ndarray) -> np.ndarray:
+            return beyond_seen(heatmap, points + end, log_snr) <= reach
+
     # A schedule that begins at `end` is like any other.
-    refined = refine_path(cells, t_grid - end, *problem[:2], log_snr[end:], **options, log_snr_32=log_snr_32[end:])
+    options |= {"log_snr_32": log_snr_32[end:], "allowed": allowed}
+    refined = refine_path(cells, t_grid - end, *problem[:2], log_snr[end:], **options)
     grid_path = [[t + end for t in point] for point in refined.path.provenance["grid_path"]]
     provenance = refined.path.provenance | {"grid_path": grid_path, "start": int(t_grid[0]), "end": end}
     path = lift_path(refined.path, end, provenance)
@@ -372,8 +410,14 @@ def kl_cascade(
     """The cascade of least KL divergence on a heatmap, over a grid of many lines even in log SNR.
 
     Its provenance has the cost on that grid, `first_steps` of the coarse scale, and the timestep `remaining` at which
-    it waits, also as `waits_at_log_snr`. Raises ValueError as `kl_refined` does, and for what `best_cascade` refuses.
+    it waits, also as `waits_at_log_snr`. Raises ValueError as `kl_refined` does, for a network that was not trained on
+    all pairs of timesteps, and for what `best_cascade` refuses.
     """
+    if "seen_32" in heatmap:
+        raise ValueError(
+            "This heatmap is of a model that was trained around a path, from which a cascade leads away; use "
+            "--path_type kl."
+        )
     t_grid = kl_lines(heatmap, log_snr, start, end, max(num_lines, 2 * num_steps))
     problem = KLProblem.of(heatmap, weight).on_lines(log_snr[t_grid])
     cells, cost = best_cascade(*problem[:3], num_steps, weight, bands=problem.bands)

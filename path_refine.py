@@ -78,6 +78,7 @@ def refine_path(
     diagonal: bool = False,  # keep t_64 = t_32
     log_snr_32: ArrayLike | None = None,  # log SNR of the coarse scale at every timestep; None for `log_snr`
     tolerance: float = 0.01,  # timesteps; the finest spacing of candidates
+    allowed: Callable[[np.ndarray], np.ndarray] | None = None,  # points [..., 2] -> bool: may a path call there?
 ) -> Refined:
     """Improve a path of grid cells at real timesteps, its ends fixed, and find integer timesteps for it.
 
@@ -93,7 +94,8 @@ def refine_path(
     The integer path is the best of the same search at spacing 1 from the rounded points and from the grid path.
 
     No axis ever falls back to noise, every step moves at least one timestep in some axis, and where max_jump is
-    given no step moves an axis by more, counted in (fractional) grid cells.
+    given no step moves an axis by more, counted in (fractional) grid cells. `allowed` is asked about timesteps, but
+    not about the two ends.
 
     Raises ValueError for an unknown criterion, "published" without max_jump, a tolerance that is not positive, cells
     that `path_from_cells` refuses (a path must end at timestep 0), that jump too far or leave the diagonal, a table
@@ -110,11 +112,13 @@ def refine_path(
         raise ValueError("the path to refine leaves the diagonal; pass one with equal indices or diagonal=False")
 
     read = _reader(t_grid, map_64, map_32, log_snr, criterion, log_snr_32)
-    best_chain = functools.partial(_best_chain, read=read, cost=cost, t_grid=t_grid, max_jump=max_jump)
+    best_chain = functools.partial(_best_chain, read=read, cost=cost, t_grid=t_grid, max_jump=max_jump, allowed=allowed)
     steps = np.arange(-REACH, REACH + 1.0)
     offsets = np.stack([steps, steps], -1) if diagonal else np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2)
 
     grid_cost = best_chain(grid_points[:, None])[1]
+    if math.isinf(grid_cost) and allowed is not None:
+        raise ValueError("the path to refine visits what is not allowed; pass one that keeps to it")
     if math.isinf(grid_cost):
         raise ValueError(f"a step of the path to refine moves more than max_jump = {max_jump} cells; raise max_jump")
     points, refined_cost = grid_points, grid_cost
@@ -189,6 +193,7 @@ def _best_chain(
     cost: Callable[[Readings, Readings], np.ndarray],
     t_grid: np.ndarray,
     max_jump: int | None,
+    allowed: Callable[[np.ndarray], np.ndarray] | None,
 ) -> tuple[np.ndarray, float]:
     # The cheapest legal chain of one candidate per point, [N+1, 2], and its cost, inf if there is none.
     readings = read(candidates)
@@ -200,6 +205,9 @@ def _best_chain(
     if max_jump is not None:
         jumps_64, jumps_32 = _pairwise_moves(np.interp(-candidates, -t_grid, -np.arange(len(t_grid))))
         legal &= np.maximum(jumps_64, jumps_32) <= max_jump + SLACK
+    if allowed is not None:
+        # A step to an inner point; none leaves one that no step reaches.
+        legal[:-1] &= allowed(candidates[1:-1])[:, None]
     costs = np.where(legal, costs, np.inf)
     totals = np.zeros(candidates.shape[1])
     origins = []

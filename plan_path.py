@@ -6,7 +6,8 @@
     python plan_path.py --heatmap FILE --start 950 --end 20          # from less noise, and not counting the last of it
 
 Prints, for each number of steps, the cost of the optimum, of the best diagonal, of the best cascade and of hand-made
-families, their excess over the optimum, how the optimum leads, and where the best cascade waits. Writes into --output
+families, their excess over the optimum, how the optimum leads, and where the best cascade waits. Of a model that was
+trained around a path there are those alone that keep to where it was trained. Writes into --output
 (results/plan_[{model}_]{epoch}ep_{weights}): schedule_{optimal,diagonal,cascade}_{N}.json, which the --schedule of
 generate_with_path_30.py replays, costs.csv, cost.png (cost against calls), paths.png, and density.png (the cells that
 the optimum visits when images are resampled).
@@ -37,8 +38,10 @@ from path import (
 )
 from path_bootstrap import bootstrap_paths
 from path_choice import (
+    BEYOND,
     KLProblem,
     add_criterion_arguments,
+    beyond_seen,
     heatmap_path,
     kl_cascade,
     kl_lines,
@@ -47,6 +50,7 @@ from path_choice import (
     path_errors,
     path_mses,
     representation_of,
+    seen_cells,
 )
 from path_refine import cost_off_grid, refine_path
 from plots import plot_cost_against_nfe
@@ -158,13 +162,20 @@ class Planner:
         paths = {"optimal": self.optimum(nfe)}
         if self.is_kl:
             paths["optimal diagonal"] = self.optimum(nfe, on_diagonal=True)
-        if self.is_kl and nfe > 1:
+        if self.is_kl and nfe > 1 and "seen_32" not in self.heatmap:
             options = {"weight": self.args.kl_weight, "start": self.start, "end": end}
             paths["best cascade"] = kl_cascade(self.heatmap, self.log_snr, nfe, **options)
         paths |= {name: lift_path(path, end) for name, path in made.items()}
         if self.is_kl and "jacobian" in self.heatmap and self.start == self.t_grid[0]:
             paths |= {f"published {name}": self._published(kind, nfe) for kind, name in PUBLISHED.items()}
-        return [Plan(name, path, self.cost(path)) for name, path in paths.items() if path is not None]
+        kept = {name: path for name, path in paths.items() if path is not None}
+        if self.is_kl:  # Where the network was not trained its errors say nothing.
+            kept = {name: path for name, path in kept.items() if name == "optimal" or self._is_seen(path)}
+        return [Plan(name, path, self.cost(path)) for name, path in kept.items()]
+
+    def _is_seen(self, path: Path) -> bool:
+        inner = np.array(path.points[1:-1]).reshape(-1, 2)
+        return beyond_seen(self.heatmap, inner, self.log_snr).max(initial=0) <= BEYOND
 
     def _published(self, kind: str, nfe: int) -> Path | None:
         try:
@@ -191,10 +202,11 @@ class Planner:
         values = torch.stack([per_image(heatmap, name) for name in path_mses(heatmap)]).double().numpy()
         values = values.transpose(0, 3, 1, 2)  # [3, B, n, n]
         maps = interpolate_map(values, self.log_snr[self.t_grid], lines).transpose(0, 2, 3, 1)
+        seen = seen_cells(heatmap, t_grid, self.log_snr)
 
         def solve(*means):
             problem = KLProblem.of_maps(*means, np.exp(lines), args.kl_weight, self.representation.name)
-            return kl_path(*problem[:3], nfe, args.kl_weight, bands=problem.bands)
+            return kl_path(*problem[:3], nfe, args.kl_weight, bands=problem.bands, allowed=seen)
 
         return t_grid, maps, solve
 

@@ -327,6 +327,42 @@ class TimestepPairs:
         return index // count, index % count
 
 
+def _regime_of(config: dict[str, Any]) -> str | None:
+    return config.get("t_pairs", default_regime(config["model_type"]))
+
+
+def _pairs_seen(config: dict[str, Any], log_snr: torch.Tensor) -> torch.Tensor | None:
+    # Which pairs a checkpoint was trained on, bool [T, T], or None for all.
+    regime = {"t_pairs_points": None} | config | {"t_pairs": _regime_of(config)}
+    if regime["t_pairs"] in (None, "independent"):
+        return None
+    # Bands lie within each other, so that the first and the last one hold all.
+    parts = (0.0, config["epoch"] / config["epochs"]) if parse_regime(regime["t_pairs"]).changes else (1.0,)
+    configs = [regime]
+    if regime.get("regime_state") is not None:
+        # Where a path has just been planned nothing was trained yet.
+        names = ("before_32", "log_snr_32")[: 1 + (config["epoch"] % config["replan_every"] > 0)]
+        configs = [regime | {"regime_state": {"log_snr_32": regime["regime_state"][name]}} for name in names]
+    seen = [pair_probabilities(each, log_snr, progress) > 0 for each in configs for progress in parts]
+    return torch.stack(seen).any(0)
+
+
+def seen_range(config: dict[str, Any], scheduler: DDIMScheduler) -> torch.Tensor | None:
+    """The least and the largest log SNR of the coarse scale that a checkpoint was trained on, float64 `[2, T]` by t_64.
+
+    config: of the checkpoint. A t_64 that it never saw has the range of the nearest one that it saw. None if it saw
+    every pair.
+    """
+    log_snr = scheduler.log_snr.cpu()
+    seen = _pairs_seen(config, log_snr)
+    if seen is None:
+        return None
+    rows = seen.any(1).nonzero()[:, 0]
+    nearest = rows[(torch.arange(len(log_snr))[:, None] - rows).abs().argmin(1)]  # [T]
+    least = torch.where(seen, log_snr, math.inf).amin(1)
+    return torch.stack([least, torch.where(seen, log_snr, -math.inf).amax(1)])[:, nearest]
+
+
 def off_regime_note(
     path: Path, config: dict[str, Any], scheduler: DDIMScheduler, coarse_from: str | None = None
 ) -> str | None:
@@ -337,19 +373,10 @@ def off_regime_note(
     of two pairs is the sum of their distances in log SNR by scale, and far is more than FAR. Of a band whose width
     changes all counts that was seen up to the checkpoint, of one that moves where it was trained on last, and before.
     """
-    regime = {"t_pairs": default_regime(config["model_type"]), "t_pairs_points": None} | config
-    if regime["t_pairs"] in (None, "independent") or path.num_scales != 2:
-        return None
     log_snr = scheduler.log_snr.cpu()
-    # Bands lie within each other, so that the first and the last one hold all.
-    parts = (0.0, config["epoch"] / config["epochs"]) if parse_regime(regime["t_pairs"]).changes else (1.0,)
-    configs = [regime]
-    if regime.get("regime_state") is not None:
-        # Where a path has just been planned nothing was trained yet.
-        names = ("before_32", "log_snr_32")[: 1 + (config["epoch"] % config["replan_every"] > 0)]
-        configs = [regime | {"regime_state": {"log_snr_32": regime["regime_state"][name]}} for name in names]
-    seen = [pair_probabilities(each, log_snr, progress) > 0 for each in configs for progress in parts]
-    seen = torch.stack(seen).any(0)  # [T, T]
+    seen = _pairs_seen(config, log_snr)  # [T, T]
+    if seen is None or path.num_scales != 2:
+        return None
     called = path.points[:-1]
     if coarse_from == "noisy":
         called = [(t, (log_snr - log_snr[t] - NOISE_OF_MEANS).abs().argmin().item()) for t, _ in called]
@@ -358,7 +385,7 @@ def off_regime_note(
     if not far:
         return None
     return (
-        f"this model was trained with --t_pairs {regime['t_pairs']}, and {far} of the {path.nfe} calls of path "
+        f"this model was trained with --t_pairs {_regime_of(config)}, and {far} of the {path.nfe} calls of path "
         f"{path.kind} are more than {FAR:g} in log SNR, over both clocks, from all it saw, up to {max(off):.3g} at "
         f"(t_64, t_32) = {called[off.index(max(off))]}; expect worse images than along a path of that regime."
     )

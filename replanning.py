@@ -1,7 +1,7 @@
 """Training in a band that follows its own best path: measure the errors, plan again, move the band.
 
-The map is measured over all pairs of timesteps, but the network knows those in its band alone. So a new path counts
-only as far as the band reaches, and moves by at most half its width each time.
+The map is measured over all pairs of timesteps, but the network knows those in its band alone. So the path is planned
+within the band, and moves by at most half its width each time.
 
 Shapes: T training timesteps. A curve `[T]` is the log SNR of the coarse scale at each t_64.
 """
@@ -78,5 +78,6 @@ def replan(
         coarse=MEASURED_LINES,
         processes=processes,
     )
+    heatmap["seen_32"] = torch.from_numpy(np.stack([curve - width / 2, curve + width / 2]))
     refined = kl_refined(heatmap, log_snr, NUM_STEPS, KL_WEIGHT)
     return plan_within(curve, width, refined.path, log_snr)

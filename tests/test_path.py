@@ -757,6 +757,35 @@ def test_kl_optimum_equals_enumeration(bands, weight, symmetric, start, end, on_
             assert (cells, cost) == kl_path(*problem, num_steps, **options)
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.usefixtures("both_recursions")
+def test_kl_optimum_within_allowed_cells_equals_enumeration(weight):
+    paths = list(enumerate_paths((0, 0), (4, 4), 5))
+    generator = np.random.default_rng(4)
+    for seed in range(4):
+        problem = kl_problem(5, seed)
+        allowed = generator.random((5, 5)) < 0.6
+        step = functools.partial(plain_kl_step, *problem, weight=weight, symmetric=False, bands=True)
+        best = {}
+        for cells in paths:
+            if all(allowed[cell] for cell in cells[1:-1]):
+                cost = sum(step(a, b) for a, b in itertools.pairwise(cells))
+                best[len(cells) - 1] = min(cost, best.get(len(cells) - 1, np.inf))
+        assert 1 < len(best) < 8
+        for num_steps in range(1, 9):
+            if num_steps not in best:
+                with pytest.raises(ValueError, match=f"no path of {num_steps} steps keeps to the allowed cells"):
+                    kl_path(*problem, num_steps, weight, bands=True, allowed=allowed)
+                continue
+            cells, cost = kl_path(*problem, num_steps, weight, bands=True, allowed=allowed)
+            assert all(allowed[cell] for cell in cells[1:-1])
+            assert cost == pytest.approx(best[num_steps], rel=1e-12, abs=1e-12)
+        everywhere = kl_path(*problem, 3, weight, bands=True)
+        assert kl_path(*problem, 3, weight, bands=True, allowed=np.ones((5, 5))) == everywhere
+    with pytest.raises(ValueError, match="allowed has shape"):
+        kl_path(*problem, 3, weight, allowed=allowed[1:])
+
+
 def enumerate_cascades(n):
     """Every cascade of every length: the line at which it waits, and subsets of the lines within both legs."""
     for line in range(1, n):

@@ -16,12 +16,14 @@ import plan_path
 import train_baseline
 import train_lift
 from checkpoint import MODEL_CLASSES, LoadedModel, load_model
-from error_map import load_heatmap
+from error_map import MSES, load_heatmap
 from gaussian import Spectrum, exact_heatmap
 from model import LIFTDualTimestepModel
 from path import Path, Readings, cascade, diagonal, kl_cost, kl_path, kl_step_cost, path_cost, timestep_grid
 from path_choice import (
+    BEYOND,
     KLProblem,
+    beyond_seen,
     choose_path,
     heatmap_file,
     kl_cascade,
@@ -29,8 +31,10 @@ from path_choice import (
     kl_refined,
     parse_path_type,
     path_type,
+    seen_cells,
     why_not,
 )
+from representation import REPRESENTATIONS
 from results_table import read_rows
 from sampler import sample_seeds
 from schedule_file import load_schedule, save_schedule
@@ -530,6 +534,58 @@ def test_images_along_kl_paths(stage, run, tmp_path, calls, path_type, weight):
     assert path.provenance["cost"] == expected.path_cost
     assert path.provenance["heatmap_weights"] == load_model(checkpoint).fingerprint
     assert path_type == "kl" or all(t_64 == t_32 for t_64, t_32 in path.points)
+
+
+def around(curve, width):
+    """The range of λ_32 within a band around a curve `[T]` of λ_32 by t_64."""
+    return torch.from_numpy(np.stack([curve - width / 2, curve + width / 2]))
+
+
+@pytest.mark.parametrize("representation", ["overcomplete", "residual"])
+@pytest.mark.parametrize("num_steps", [3, 18])
+def test_a_path_keeps_to_where_the_network_was_trained(representation, num_steps):
+    """Errors off the band, whatever they are, neither draw it there nor change it."""
+    lead = REPRESENTATIONS[representation].image_lead
+    seen = around(LOG_SNR + lead, 2.0)
+    grid = timestep_grid(30, spacing="uniform_log_snr", log_snr=LOG_SNR)
+    ideal = exact_heatmap(SPECTRUM, SCHEDULER, grid, representation=representation) | {"seen_32": seen}
+    lines = LOG_SNR[grid]
+    far = torch.from_numpy(np.abs(lines - lines[:, None] - lead) > 3)
+    found = []
+    for factor in (1.0, 30.0):
+        content = ideal | {name: torch.where(far, factor * ideal[name], ideal[name]) for name in MSES}
+        path = kl_refined(content, LOG_SNR, num_steps).path
+        inner = np.array(path.points[1:-1])
+        # To the nearest timestep of a range, at the noisy end.
+        ends = np.clip(LOG_SNR[inner[:, 0]] + lead, LOG_SNR[-1] - 1, LOG_SNR[0] + 1)
+        assert np.abs(LOG_SNR[inner[:, 1]] - ends).max() <= 1 + BEYOND + 0.3
+        assert beyond_seen(content, inner.astype(float), LOG_SNR).max() <= BEYOND + 0.3
+        found.append(path.points)
+    # Interpolation between lines reads a little further.
+    assert np.abs(np.subtract(*found)).max() <= 10
+    del content["seen_32"]
+    assert beyond_seen(content, np.array(kl_refined(content, LOG_SNR, num_steps).path.points), LOG_SNR).max() == 0
+    assert np.abs(np.subtract(kl_refined(content, LOG_SNR, num_steps).path.points, found[0])).max() > 50
+
+
+def test_how_far_points_are_from_what_was_seen():
+    log_snr, t_grid = np.array([4.0, 2.0, 1.0, -1.0, -np.inf]), torch.tensor([3, 1, 0])
+    seen = torch.tensor([[3.0, 1.0, 0.0, -1.0, -np.inf], [4.0, 3.0, 1.0, 0.0, -1.0]], dtype=torch.float64)
+    content = {"seen_32": seen, "t_grid": t_grid}
+    points = {(0, 0): 0, (0, 1): 1, (0, 2): 2, (1, 0): 1, (1, 1.5): 0, (1, 3): 2, (3, 0): 4, (3, 4): 0, (1.5, 0): 2}
+    found = beyond_seen(content, np.array(list(points), dtype=float), log_snr)
+    np.testing.assert_allclose(found, list(points.values()))
+    assert not beyond_seen({"t_grid": t_grid}, np.array(list(points)), log_snr).any()
+    # Of every line at least the nearest cell.
+    cells = seen_cells(content | {"seen_32": seen + 20}, t_grid.numpy(), log_snr)
+    np.testing.assert_array_equal(cells, [[False, False, True]] * 3)
+    np.testing.assert_array_equal(seen_cells(content, t_grid.numpy(), log_snr), [[1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    assert seen_cells({"t_grid": t_grid}, t_grid.numpy(), log_snr) is None
+
+
+def test_a_band_holds_no_cascade():
+    with pytest.raises(ValueError, match="trained around a path, from which a cascade leads away"):
+        kl_cascade(exact(9) | {"seen_32": around(LOG_SNR, 1.0)}, LOG_SNR, 4)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])

@@ -268,6 +268,7 @@ def test_refine_refuses():
         ({"log_snr": terminal}, "below the timestep of zero SNR"),
         ({"map_64": -maps[0]}, "positive"),
         ({"weight": 2.0}, "exponent from 0 to 1"),
+        ({"allowed": lambda points: points[..., 0] <= points[..., 1]}, "visits what is not allowed"),
     ]:
         arguments = {"cells": cells, "t_grid": t_grid, "map_64": maps[0], "map_32": maps[1], "log_snr": log_snr}
         with pytest.raises(ValueError, match=message):

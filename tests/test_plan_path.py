@@ -394,6 +394,24 @@ def test_a_map_of_the_fine_scale_alone_has_a_best_dp_64(stage, refused, heatmap,
     assert prints["fine"] == prints["both"]
 
 
+def test_paths_where_the_network_was_not_trained_have_no_cost(stage, tmp_path):
+    log_snr = SCHEDULER.log_snr
+    seen = torch.stack([log_snr - 0.4, log_snr + 0.4])
+    save_heatmap(tmp_path / "band.pth", heatmap_content() | {"seen_32": seen})
+    flags = ("--heatmap", tmp_path / "band.pth", "--output", tmp_path / "plan", "--nfe", 4, "--bootstrap", 3)
+    output = stage(plan_path, *flags).output
+    families = [family for (_, family) in read_costs(tmp_path / "plan")]
+    hand = {name: path for name, path in hand_made(4).items() if name.startswith("diagonal")}
+    hand["published DP-Total"] = published = heatmap_path(heatmap_content(), "dp_total", 4)[0]
+    t_64, t_32 = np.array(published.points[1:-1]).T
+    assert (log_snr[t_64] - log_snr[t_32]).abs().max() < 0.4 + 0.25 and len(hand) == 4
+    assert families == ["optimal", "optimal diagonal", *hand] and "cascade" not in output
+    best = load_schedule(tmp_path / "plan/schedule_optimal_4.json")
+    t_64, t_32 = np.array(best.points[1:-1]).T
+    assert (log_snr[t_64] - log_snr[t_32]).abs().max() < 0.4 + 0.25 + 0.1
+    assert not (tmp_path / "plan/schedule_cascade_4.json").exists()
+
+
 def test_a_map_of_denoising_errors_alone_is_enough_for_kl(stage, tmp_path):
     save_heatmap(tmp_path / "mse.pth", without("jacobian"))
     flags = ("--heatmap", tmp_path / "mse.pth", "--output", tmp_path / "plan", "--nfe", 4, "--bootstrap", 0)

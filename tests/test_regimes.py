@@ -13,7 +13,15 @@ import map_plots
 import train_lift
 from checkpoint import checkpoint_file, load_model, read_checkpoint, save_checkpoint
 from path import Path, cascade, diagonal, log_snr_shift
-from regimes import FAR, TimestepPairs, off_regime_note, pair_probabilities, parse_regime, resolve_regime
+from regimes import (
+    FAR,
+    TimestepPairs,
+    off_regime_note,
+    pair_probabilities,
+    parse_regime,
+    resolve_regime,
+    seen_range,
+)
 from schedule_file import save_schedule
 from scheduler import DDIMScheduler
 from training import step_generator
@@ -327,6 +335,38 @@ def test_what_is_off_is_counted_by_brute_force(text):
     far = sum(distance > FAR for distance in off)
     note = off_regime_note(path, config, SCHEDULER)
     assert 0 < far < 9 and f"{far} of the 9 calls" in note and f"up to {max(off):.3g} " in note
+
+
+@pytest.mark.parametrize("text", ["same", "heuristic:0.8", "band:2", "band:image,1", "shift:-3.5"])
+@pytest.mark.parametrize("schedule", ["cosine_clipped", "cosine_zero_terminal"])
+def test_the_range_seen_is_that_of_every_pair_that_is_drawn(text, schedule):
+    scheduler = DDIMScheduler(beta_schedule=schedule, prediction_type="v")
+    config, table = {"model_type": "dual"} | resolve_regime(text, "dual"), scheduler.log_snr.numpy()
+    t_64, t_32 = (t.numpy() for t in TimestepPairs(config, scheduler).draw(300_000, torch.Generator().manual_seed(0)))
+    least, most = seen_range(config, scheduler).numpy()
+    assert ((table[t_32] >= least[t_64]) & (table[t_32] <= most[t_64])).all()
+    # Of so many pairs some come to the ends of a range.
+    assert np.mean([table[t_32[t_64 == t]].max() == most[t] for t in range(0, 1000, 10)]) > 0.4
+    assert np.mean([table[t_32[t_64 == t]].min() == least[t] for t in range(0, 1000, 10)]) > 0.4
+
+
+def test_what_is_not_seen_has_the_range_of_its_neighbour():
+    points = [[999, 999], [600, 999], [0, 0]]
+    config = {"model_type": "dual", "t_pairs": "path:s.json", "t_pairs_points": points}
+    least, most = seen_range(config, SCHEDULER)
+    seen = pair_probabilities(config, LOG_SNR) > 0
+    missing = (~seen.any(1)).nonzero()[:, 0].tolist()
+    rows = seen.any(1).nonzero()[:, 0]
+    for t in missing[:50]:
+        near = rows[(rows - t).abs() == (rows - t).abs().min()]
+        assert any(least[t] == LOG_SNR[seen[row]].min() and most[t] == LOG_SNR[seen[row]].max() for row in near)
+    for t in rows[::20].tolist():
+        assert (least[t], most[t]) == (LOG_SNR[seen[t]].min(), LOG_SNR[seen[t]].max())
+
+
+@pytest.mark.parametrize("config", [{}, {"t_pairs": None}, {"t_pairs": "independent"}])
+def test_all_pairs_have_no_range(config):
+    assert seen_range({"model_type": "dual"} | config, SCHEDULER) is None
 
 
 def test_a_band_that_changes_was_seen_up_to_the_checkpoint():

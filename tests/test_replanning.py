@@ -5,14 +5,16 @@ import numpy as np
 import pytest
 import torch
 from children import signalling
-from conftest import LAST, LOG, RUN, assert_same_run
+from conftest import HARDWARE, LAST, LOG, RUN, assert_same_run
 
+import compute_heatmap_30
 import replanning
 import train_lift
 import training
 from checkpoint import checkpoint_file, load_model, read_checkpoint
+from error_map import load_heatmap
 from path import Path, cascade, diagonal, log_snr_shift
-from regimes import TimestepPairs, off_regime_note, pair_probabilities, resolve_regime
+from regimes import TimestepPairs, off_regime_note, pair_probabilities, resolve_regime, seen_range
 from replanning import plan_within, replan
 from schedule_file import load_schedule
 from scheduler import DDIMScheduler
@@ -78,6 +80,23 @@ def test_a_replan_is_within_reach_and_the_same_each_time(ideal):
     assert 0 < np.abs(found[0][0] - curve).max() <= 1 + 1e-12
 
 
+def test_what_a_network_says_off_its_band_draws_no_plan_there(ideal):
+    def wrong(xs, ts):
+        off = (SCHEDULER.log_snr[ts[1]] - SCHEDULER.log_snr[ts[0]]).abs() > 2
+        factors = torch.where(off, -3.0, 1.0).to(xs[0])[:, None, None, None]
+        return tuple(factors * prediction for prediction in ideal.denoise(xs, ts))
+
+    planned = []
+    lines = {"NUM_STEPS": 6, "GRID_LINES": 30, "MEASURED_LINES": 29}
+    lines["plan_within"] = lambda curve, width, path, log_snr: (
+        planned.append(path) or plan_within(curve, width, path, log_snr)
+    )
+    with mock.patch.multiple(replanning, **lines):
+        replan(wrong, SCHEDULER, ideal.images, LOG_SNR, 2.0, seed=3)
+    t_64, t_32 = np.array(planned[0].points).T
+    assert np.abs(LOG_SNR[t_64] - LOG_SNR[t_32]).max() <= 1 + 0.3
+
+
 @pytest.fixture
 def ideal():
     """Gaussian denoising of independent pixels, which the coarse image helps."""
@@ -121,6 +140,10 @@ def test_a_run_moves_its_band_and_its_checkpoints_say_where(stage, tiny, cache, 
         np.testing.assert_array_equal(seen[t].numpy(), expected)
     assert off_regime_note(load_schedule(tmp_path / LOG / "path_2ep.json"), config, SCHEDULER) is None
     assert "follow:1" in off_regime_note(cascade(6), config, SCHEDULER)
+    flags = ["--checkpoint", checkpoint_file(tmp_path / "checkpoints", "dual", 2), "--cache_dir", cache, "--grid", 4]
+    flags += ["--output", tmp_path / "map.pth", "--maps", "mse", "--num_images", 2, *HARDWARE]
+    stage(compute_heatmap_30, *flags)
+    assert torch.equal(load_heatmap(tmp_path / "map.pth")["seen_32"], seen_range(config, SCHEDULER))
 
 
 def test_a_run_draws_from_where_its_band_is(trainer):
