@@ -4,6 +4,7 @@
     python compute_heatmap_30.py --checkpoint FILE --output results/heatmap_30_400ep.pth --K 4 --num_images 16
     python compute_heatmap_30.py --checkpoint FILE --coarse 10 --K 1           # a thinned grid, interpolated
     python compute_heatmap_30.py --checkpoint FILE --maps mse                  # all that KL paths need
+    python compute_heatmap_30.py --checkpoint FILE --maps mse --seen_only      # of a model trained around a path
     torchrun --standalone --nproc_per_node=4 compute_heatmap_30.py --checkpoint FILE
     python compute_heatmap_30.py --plot_only --output results/heatmap_30_400ep_ema.pth
 
@@ -13,11 +14,13 @@ checkpoint was trained on. A run that is stopped and started again goes on from 
 
 Models that predict the fine scale alone (single_t, no_t) have maps of that scale, and DP-64 is the only path found on
 them; theirs are results/heatmap_30_{model}_{epoch}ep[_ema].pth. A baseline has one clock and only its denoising errors,
-which are measured along it (--maps mse, whatever is passed): all that its best schedule, kl_diagonal, needs.
+which are measured along it (--maps mse and no --coarse, whatever is passed): all that its best schedule, kl_diagonal,
+needs. The map of a model that was trained around a path (--t_pairs) says where that was, and KL paths keep to it.
 """
 
 import argparse
 import functools
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -42,10 +45,10 @@ from error_map import (
 )
 from map_plots import plot_heatmap, plot_heatmap_pair, plot_maps
 from path import GRID_SPACINGS, check_steps, find_optimal_paths_all_steps, leads, path_from_cells, timestep_grid
-from path_choice import PATH_SETTINGS, add_path_arguments, heatmap_file, path_errors
+from path_choice import PATH_SETTINGS, add_path_arguments, heatmap_file, path_errors, seen_cells
 from regimes import seen_range
 
-# Others know no second scale at a timestep of its own.
+# A shared_t model has two scales and one timestep, which is neither a plane nor one scale.
 MAPPED_MODELS = ("baseline", "dual", "single_t", "no_t")
 
 
@@ -53,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of this stage, from the command line unless `argv` is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", help="a checkpoint of train_lift.py (required unless --plot_only)")
+    add("--checkpoint", help="a checkpoint of training (required unless --plot_only)")
     add("--ema", action="store_true", help="use the EMA weights")
     add("--output", help="the heatmap file (results/heatmap_30_[{model}_]{epoch}ep[_ema].pth)")
     add("--grid", type=cli.positive_int, default=30, help="grid lines per axis (30)")
@@ -62,6 +65,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--maps", choices=MAPS, default="all", help="blocks need 2K backward passes, mse none (all)")
     add("--of", choices=DIFFERENTIATED, default="eps", help="differentiate the noise predicted, or the image (eps)")
     add("--coarse", type=cli.positive_int, default=None, metavar="M", help="measure M lines per axis, interpolate")
+    text = "measure only pairs that the model was trained on; others take the error of the nearest t_32"
+    add("--seen_only", action="store_true", help=text)
     add("--grid_spacing", choices=GRID_SPACINGS, default="uniform_t", help="of the grid lines (uniform_t)")
     add("--start", type=cli.positive_int, default=None, help="noisiest timestep of the grid (the first with a signal)")
     add("--batch_size", type=cli.positive_int, default=None, help="samples per network call (the images)")
@@ -74,6 +79,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.output if args.plot_only else args.checkpoint):
         parser.error("--plot_only needs --output" if args.plot_only else "--checkpoint is required")
+    if args.seen_only and args.coarse is not None:
+        parser.error("--coarse interpolates over all pairs of timesteps; leave it out beside --seen_only")
     return args
 
 
@@ -179,10 +186,11 @@ def draw(content: dict, file: Path) -> None:
     print(f"figure {file.with_suffix('.png')}")
 
 
-def compute(args: argparse.Namespace, processes: Processes) -> tuple[dict, Path]:
+def compute(args: argparse.Namespace, processes: Processes, with_paths: bool = False) -> tuple[dict, Path]:
     """The map with its settings, and the file it belongs in; an existing file with equal settings is reused.
 
-    Of several runs that want one file at a time, the first makes it and the others wait and reuse it.
+    with_paths: published paths are to be found on it, for which its grid must do. Of several runs that want one file at
+    a time, the first makes it and the others wait and reuse it.
     """
     device = processes.device
     loaded = load_model(args.checkpoint, args.ema, device)
@@ -192,7 +200,19 @@ def compute(args: argparse.Namespace, processes: Processes) -> tuple[dict, Path]
             f"{args.checkpoint} is a '{model_type}' model, but an error map needs one scale, or two that may be at any "
             f"two timesteps; pass a checkpoint of one of {', '.join(MAPPED_MODELS)}."
         )
-    args.maps = "mse" if loaded.model.num_scales == 1 else args.maps
+    if loaded.model.num_scales == 1:
+        args.maps, args.coarse = "mse", None
+    if with_paths and args.maps != "mse":  # Of which no published path is made.
+        check_steps(args.grid, args.num_steps, args.max_jump)
+    seen = seen_range(loaded.config, loaded.scheduler)
+    if args.seen_only and seen is None:
+        raise ValueError(f"{args.checkpoint} was trained on all pairs of timesteps; leave --seen_only out.")
+    if args.coarse is not None and seen is not None and processes.is_main:
+        print(
+            "note: --coarse interpolates between pairs of timesteps that this model was not trained on; --seen_only "
+            "does not",
+            file=sys.stderr,
+        )
     log_snr = loaded.scheduler.log_snr.numpy()
     if args.start is None:
         args.start = int((loaded.scheduler.snr > 0).nonzero().max())
@@ -227,6 +247,7 @@ def compute(args: argparse.Namespace, processes: Processes) -> tuple[dict, Path]
         "coarse": args.coarse,
         "precision": args.precision,
     }
+    settings |= {"seen_only": True} if args.seen_only else {}  # As files have it that do not know the choice.
     file.parent.mkdir(parents=True, exist_ok=True)
     # The first process holds the file for all.
     with FileLock(f"{file}.lock") if processes.is_main else nullcontext():
@@ -235,6 +256,7 @@ def compute(args: argparse.Namespace, processes: Processes) -> tuple[dict, Path]
         if kept:
             content = load_heatmap(file)
             different = [name for name, value in settings.items() if content.get(name) != value]
+            different += [name for name in ("seen_only",) if name in content.keys() - settings.keys()]
             if different:
                 raise ValueError(
                     f"{file} exists with another {', '.join(different)}; pass --force or another --output."
@@ -242,13 +264,19 @@ def compute(args: argparse.Namespace, processes: Processes) -> tuple[dict, Path]
             if processes.is_main:
                 print(f"the map of {file} has these settings and is kept")
         else:
-            content = measure(args, loaded, images, settings, file, processes)
+            content = measure(args, loaded, images, settings, seen, file, processes)
             processes.any(False)  # The file is there when any of them goes on.
     return content | settings, file
 
 
 def measure(
-    args: argparse.Namespace, loaded: LoadedModel, images: ImageSet, settings: dict, file: Path, processes: Processes
+    args: argparse.Namespace,
+    loaded: LoadedModel,
+    images: ImageSet,
+    settings: dict,
+    seen: torch.Tensor | None,  # of `seen_range`
+    file: Path,
+    processes: Processes,
 ) -> dict:
     """The map itself, saved by the first process."""
     device = processes.device
@@ -284,12 +312,15 @@ def measure(
         if processes.is_main:
             print(f"{fast} differs from fp32 by at most {deviation:.2g} standard errors: {precision}")
     parts = PartFiles(file, settings | {"used": precision})
-    content = run(grid, precision, coarse=args.coarse, processes=processes, parts=parts)
+    where = {} if seen is None else {"seen_32": seen}
+    options = {"coarse": args.coarse, "processes": processes, "parts": parts}
+    if args.seen_only:
+        band = where | {"t_grid": grid}
+        options["cells"] = torch.from_numpy(seen_cells(band, grid, loaded.scheduler.log_snr.numpy()))
+    content = run(grid, precision, **options) | where
     content |= {"used_precision": precision, "num_train_timesteps": num_timesteps}
     # It follows from the fingerprint, so that maps from before it was told are kept.
     content["model_type"] = loaded.config["model_type"]
-    seen = seen_range(loaded.config, loaded.scheduler)
-    content |= {} if seen is None else {"seen_32": seen}
     # The file calls these K and batch, as published.
     del content["num_probes"], content["num_images"]
     if processes.is_main:
@@ -301,10 +332,11 @@ def measure(
 def main() -> None:
     """Compute or reuse the map, find the published paths, then draw."""
     args = parse_args()
-    if args.maps != "mse" and not args.plot_only:  # Of which no published path is made.
-        check_steps(args.grid, args.num_steps, args.max_jump)
     processes = Processes("cpu" if args.plot_only else args.device, PATIENCE)
-    content, file = (load_heatmap(args.output), Path(args.output)) if args.plot_only else compute(args, processes)
+    if args.plot_only:
+        content, file = load_heatmap(args.output), Path(args.output)
+    else:
+        content, file = compute(args, processes, with_paths=True)
     processes.close()
     if not processes.is_main:
         return

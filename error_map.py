@@ -1,4 +1,4 @@
-"""What a denoiser of two scales does at every pair of timesteps: Jacobian blocks and denoising error.
+"""What a denoiser does at every pair of timesteps of two scales: Jacobian blocks and denoising error.
 
 A cell (i, j) of the map is the pair (t_grid[i], t_grid[j]) of the fine and the coarse timestep; index 0 is
 noise, the last index is clean. H stands for the fine ("64") and L for the coarse ("32") scale, output first:
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from distributed import Processes
-from map_interpolation import interpolate_map
+from map_interpolation import interpolate_map, nearest_in_row
 from representation import OVERCOMPLETE
 from safe_write import replacing
 from scheduler import DDIMScheduler
@@ -81,8 +81,9 @@ def error_map(
     parts: "PartFiles | None" = None,  # where unfinished work is kept
     num_predictions: int = 2,  # of the denoiser: both scales, or 1 for the fine one alone
     num_scales: int = 2,  # that the denoiser reads, at least as many as it predicts
+    cells: torch.Tensor | None = None,  # [n, n] bool: measure these alone, at least one in every row
 ) -> dict[str, Any]:
-    """Squared Jacobian norms and denoising errors of a denoiser of two scales in all n x n cells of a grid.
+    """Squared Jacobian norms and denoising errors of a denoiser in all n x n cells of a grid.
 
     `denoise((x_64, x_32), (t_64, t_32))` gets noisy images `[S, C, H, W]` and `[S, C, H/2, W/2]` and int64
     timesteps `[S]` twice, and returns a tuple of its predictions P, one or two, shaped like the images, in the
@@ -95,8 +96,9 @@ def error_map(
     With `coarse` m < n, m lines per axis, about even in both index and log SNR, are measured, and the maps of every
     image are interpolated in log space over log SNR; m further cells off those lines are measured to tell the error.
 
-    With one scale, `denoise((x_64,), (t_64,))` is called at each of the n lines, whatever `coarse` says, and what it
-    gives is that of every column.
+    With `cells` all others take the values of the nearest of their row, in log SNR. With one scale,
+    `denoise((x_64,), (t_64,))` is called at each of the n lines, and what it gives is that of every column. Neither
+    goes with `coarse`.
 
     Returns, on the CPU, all float64 `[n, n]` (row i: t_64, column j: t_32) unless stated:
         t_grid int64 `[n]`; snr_grid, log_snr_grid float64 `[n]`
@@ -126,8 +128,8 @@ def error_map(
     is NaN. Errors of different cells are correlated: to compare cells, resample the values per image.
 
     Raises ValueError for images or a grid of the wrong kind, zero SNR on the grid, num_probes or batch_size
-    below 1, an impossible `maps`, `of`, `coarse`, num_predictions or num_scales, and a denoiser that returns another
-    number of predictions, other shapes, detached predictions, or what is not finite.
+    below 1, an impossible `maps`, `of`, `coarse`, `cells`, num_predictions or num_scales, and a denoiser that returns
+    another number of predictions, other shapes, detached predictions, or what is not finite.
     """
     timesteps = _check_grid(t_grid, scheduler)  # [n]
     _check_images(images_64)
@@ -144,20 +146,31 @@ def error_map(
         raise ValueError(f"num_scales is {num_scales} but must be {num_predictions} (the predictions) to 2.")
     if coarse is not None and not 2 <= coarse < num_lines:
         raise ValueError(f"coarse is {coarse} but a grid of {num_lines} lines can be thinned to 2 to {num_lines - 1}.")
+    if cells is not None and (cells.shape != (num_lines, num_lines) or not cells.any(1).all()):
+        raise ValueError(f"cells must be bool [{num_lines}, {num_lines}] like the grid, and hold one in every row.")
+    if coarse is not None and (cells is not None or num_scales == 1):
+        raise ValueError("coarse thins a grid of which all pairs count; leave it out for some cells or for one scale.")
 
     images = scheduler.representation.split(images_64)  # [B, C, H, W], half
     log_snr_grid = scheduler.log_snr.cpu()[timesteps]
-    if num_scales == 1:
-        coarse = None
-    lines = np.arange(num_lines) if coarse is None else _coarse_lines(log_snr_grid.numpy(), coarse)
-    held_out = [] if coarse is None else _held_out_cells(lines, num_lines, coarse, seed)
-    cells = torch.tensor([*itertools.product(lines, repeat=num_scales), *held_out])  # [M, number of scales]
+    held_out = []
+    if coarse is None:
+        # One scale has one cell in a row, whichever that is called.
+        mask = torch.eye(num_lines, dtype=torch.bool) if num_scales == 1 else cells
+        mask = torch.ones(num_lines, num_lines, dtype=torch.bool) if mask is None else mask.cpu()
+        places = mask.nonzero()  # [M, 2]
+        nearest = torch.from_numpy(nearest_in_row(mask.numpy(), log_snr_grid.numpy()))
+        sources = (mask.flatten().cumsum(0) - 1).view(num_lines, num_lines).gather(1, nearest)  # [n, n]
+    else:
+        lines = _coarse_lines(log_snr_grid.numpy(), coarse)
+        held_out = _held_out_cells(lines, num_lines, coarse, seed)
+        places = torch.tensor([*itertools.product(lines, repeat=2), *held_out])
     blocks, kinds = _names(num_predictions, num_scales)
     norms, mses = _measure(
         denoise,
         scheduler,
         images,
-        timesteps[cells],
+        timesteps[places[:, :num_scales]],
         num_probes if maps != "mse" else 0,
         seed,
         batch_size,
@@ -170,13 +183,19 @@ def error_map(
     )  # [one for each block, K, M, B], [6 or 4, M, B]
 
     measured = torch.zeros(num_lines, num_lines, dtype=torch.bool)
-    measured[tuple(cells[: len(lines) ** num_scales].T)] = True
+    measured[tuple(places[: len(places) - len(held_out)].T)] = True
+    if num_scales == 1:
+        measured[:] = True
     values = {}  # Name -> [M, B], mean over probes.
     if maps != "mse":
         values |= dict(zip(blocks, norms.mean(1), strict=True))
     if maps != "blocks":
         values |= dict(zip(kinds, mses, strict=True))
-    spread = {name: _whole_map(value, lines, log_snr_grid) for name, value in values.items()}  # [n, n, B]
+
+    def spread_out(value: torch.Tensor) -> torch.Tensor:  # [M, B] -> [n, n, B]
+        return value[sources] if coarse is None else _interpolated(value, lines, log_snr_grid)
+
+    spread = {name: spread_out(value) for name, value in values.items()}
     interpolation_error = None
     if coarse is not None:
         interpolation_error = _interpolation_error(values, spread, held_out)
@@ -203,8 +222,7 @@ def error_map(
         if num_images == 1:
             probes = norms.permute(0, 2, 3, 1)[:, :, 0]  # [blocks, M, K]
             errors = {
-                name: _standard_error(_whole_map(values, lines, log_snr_grid), -1)
-                for name, values in zip(blocks, probes, strict=True)
+                name: _standard_error(spread_out(values), -1) for name, values in zip(blocks, probes, strict=True)
             }
         result |= {
             "jacobian": {name: spread[name].mean(-1) for name in blocks},
@@ -534,14 +552,10 @@ def _evaluate(
     return norms.transpose(1, 2).flatten(0, 1).cpu(), torch.stack(mses).cpu()  # [out and in, K, S], [6 or 4, S]
 
 
-def _whole_map(values: torch.Tensor, lines: np.ndarray, log_snr_grid: torch.Tensor) -> torch.Tensor:
-    # values [M, B], the product of `lines` first, or those of one scale -> [n, n, B].
-    num_lines, count = len(log_snr_grid), len(lines)
-    if len(values) == count:
-        return values[:, None].repeat(1, count, 1)
+def _interpolated(values: torch.Tensor, lines: np.ndarray, log_snr_grid: torch.Tensor) -> torch.Tensor:
+    # values [M, B], the product of `lines` first -> [n, n, B].
+    count = len(lines)
     grid = values[: count**2].view(count, count, -1)
-    if count == num_lines:
-        return grid
     known = log_snr_grid[lines].numpy()
     whole = interpolate_map(grid.permute(2, 0, 1).numpy(), known, log_snr_grid.numpy())  # [B, n, n]
     whole[:, lines[:, None], lines] = grid.permute(2, 0, 1)  # To the last bit.

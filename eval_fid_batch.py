@@ -43,6 +43,7 @@ from path_choice import (
     ONE_CLOCK,
     add_path_arguments,
     add_path_type_argument,
+    check_followed,
     choose_path,
     heatmap_file,
     parse_path_type,
@@ -343,6 +344,7 @@ class Evaluation:
         """The path of a job, on a heatmap that is computed if there is none."""
         config, weights = loaded.config, loaded.weights
         heatmap = heatmap_file(args.heatmap_dir, config["epoch"], weights, args.grid, config["model_type"])
+        check_followed(job.path_type, loaded)
         if parse_path_type(job.path_type).needs_heatmap and self.processes.any(not heatmap.exists())[0]:
             self._say(f"{job}: computing {heatmap} first")
             compute_heatmap_30.compute_missing(args, job.checkpoint, weights, heatmap, self.processes)

@@ -25,7 +25,7 @@ from map_plots import plot_path_comparison, plot_paths_across_epochs, plot_times
 from path import Path as PathOfTimesteps
 from path_choice import PATH_SETTINGS, path_type
 from plots import COMPARABLE, METRIC_TITLES, plot_losses, plot_samples, plot_scores, plot_scores_against_nfe
-from regimes import TimestepPairs, parse_regime, resolve_regime
+from regimes import TimestepPairs, default_regime, parse_regime, resolve_regime
 from result_layout import series_of
 from results_table import GROUP_FIELDS, VALUE_FIELDS, aggregate, read_rows
 from run_log import METRICS_FILE, read_metrics
@@ -33,6 +33,14 @@ from schedule_file import load_schedule
 from scheduler import SCHEDULE_NAMES, DDIMScheduler
 
 STAGES_OF_A_RUN = 100  # At which the width of a band that changes is drawn from.
+
+
+def regime_text(text: str) -> str:
+    """Parse the text of `--regime`; of several ways to write one there is one that comes out."""
+    try:
+        return str(parse_regime(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,9 +65,8 @@ def parse_args() -> argparse.Namespace:
             kind.add_argument("--metric", choices=VALUE_FIELDS, default="fid")
         if name == "nfe":
             kind.add_argument("--path_type", nargs="+", type=path_type, help="only paths of these types")
-            kind.add_argument(
-                "--regime", nargs="+", help="of models with two clocks, only those trained on these pairs"
-            )
+            text = "of models that had a choice, only those trained on these pairs (--t_pairs)"
+            kind.add_argument("--regime", nargs="+", type=regime_text, help=text)
         if name == "scores":
             kind.add_argument("--num_images", type=positive_int, help="only results over this many images")
             kind.add_argument("--nfe", type=positive_int, help="only results of this many network calls")
@@ -113,7 +120,7 @@ def load_jacobians(file: Path) -> dict[str, Any]:
     """A heatmap file that holds Jacobian blocks."""
     content = load_heatmap(file)
     if "jacobian" not in content:
-        raise ValueError(f"{file} holds denoising errors only; compute it again with --maps all.")
+        raise ValueError(f"{file} holds denoising errors only, of which no published path is made.")
     return content
 
 
@@ -185,10 +192,13 @@ def draw_against_nfe(args: argparse.Namespace) -> None:
     for name, file in named(args.inputs).items():
         rows = [row for row in read_rows(file) if args.path_type is None or row["path_type"] in args.path_type]
         if args.regime is not None:
-            rows = [row for row in rows if row["regime"] in ("", *args.regime)]
+            has_choice = [default_regime(row["model_type"]) == "independent" for row in rows]
+            rows = [
+                row for row, chosen in zip(rows, has_choice, strict=True) if not chosen or row["regime"] in args.regime
+            ]
         results = [result for result in aggregate(rows) if result[f"{args.metric}_mean"] is not None]
         if not results:
-            raise ValueError(f"{file} holds no {args.metric} of these paths; score some with eval_fid_batch.py.")
+            raise ValueError(f"{file} holds no {args.metric} of what is asked for; score it with eval_fid_batch.py.")
         for result in sorted(results, key=lambda result: series_of(result).rank):
             points = panels.setdefault(name, {}).setdefault(series_of(result).title, {})
             if int(result["nfe"]) in points:
@@ -196,7 +206,7 @@ def draw_against_nfe(args: argparse.Namespace) -> None:
                     f"{file} holds two results of {series_of(result).title} at {result['nfe']} calls, such as of two "
                     "epochs or of raw and EMA weights; keep them in tables of their own."
                 )
-            points[int(result["nfe"])] = result[f"{args.metric}_mean"], result[f"{args.metric}_sd"]
+            points[int(result["nfe"])] = result[f"{args.metric}_mean"], result.get(f"{args.metric}_sd")
         drawn += results
     for field in COMPARABLE:
         if field != "nfe" and len(values := {result[field] for result in drawn}) > 1:

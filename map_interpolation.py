@@ -1,4 +1,4 @@
-"""Smooth interpolation of positive maps over the plane of two log SNRs.
+"""Interpolation of positive maps over the plane of two log SNRs.
 
 Maps of errors and of squared Jacobian norms span orders of magnitude and vary slowly with the log SNR of each
 scale, so that they are interpolated as logarithms over log SNR.
@@ -40,3 +40,13 @@ def interpolate_map(
     for axis, lines in zip((-2, -1), axes, strict=True):
         logs = PchipInterpolator(known, logs, axis=axis)(np.clip(lines, known[0], known[-1]))
     return np.where(zero, 0.0, np.exp(logs))
+
+
+def nearest_in_row(
+    known: ArrayLike,  # [n, n] bool, at least one in every row
+    log_snr: ArrayLike,  # [n], of the lines
+) -> np.ndarray:
+    """For every cell the column of the nearest known one of its row, in log SNR, int64 `[n, n]`; of two the noisier."""
+    log_snr = np.asarray(log_snr, dtype=np.float64)
+    distances = np.abs(log_snr[:, None] - log_snr)  # [n, n], between columns
+    return np.where(np.asarray(known)[:, None], distances, np.inf).argmin(-1)

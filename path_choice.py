@@ -23,7 +23,7 @@ import torch
 import cli
 from checkpoint import MODEL_CLASSES, LoadedModel
 from error_map import CHAIN_RULE_FACTORS, CLIPPED_MSES, MSES, NORMALISATIONS, load_heatmap, published_errors
-from map_interpolation import interpolate_map
+from map_interpolation import interpolate_map, nearest_in_row
 from path import (
     SPACINGS,
     Path,
@@ -39,7 +39,7 @@ from path import (
     timestep_grid,
 )
 from path_refine import Refined, refine_path
-from regimes import off_regime_note
+from regimes import off_regime_note, seen_range
 from representation import REPRESENTATIONS, Overcomplete
 from sampler import COARSE_FEEDS, coarse_feed
 from schedule_file import load_schedule
@@ -54,8 +54,9 @@ PATH_FAMILIES = {
     "heuristic": "FACTOR in (0, 1]",
     "schedule": "FILE",
 }
-# A path on a map calls the network at most this far in log SNR of the coarse scale beyond what it was trained on.
-BEYOND = 0.25
+NO_CASCADE = (
+    "cascade:best needs a model that was trained on all pairs of timesteps, and this one was not; use --path_type kl."
+)
 # Their scales share one timestep.
 ONE_CLOCK = ("baseline", "shared_t")
 # What a heatmap's published paths were found with, beside the map itself.
@@ -241,9 +242,7 @@ def path_mses(heatmap: dict) -> tuple[str, ...]:
 def beyond_seen(heatmap: dict, points: np.ndarray, log_snr: np.ndarray) -> np.ndarray:
     """How far points `[..., 2]` in (fractional) timesteps are from what was trained on, in log SNR of the coarse scale.
 
-    Zero within the range that the heatmap gives for t_64 (`seen_32`), and everywhere for one that gives none. What the
-    errors of a network are where it was never trained says nothing about the images: a path that goes by how errors
-    fall would see no information in them, and so no cost in stepping there.
+    Zero within the range that the heatmap gives for t_64 (`seen_32`), and everywhere for one that gives none.
     """
     if "seen_32" not in heatmap:
         return np.zeros(points.shape[:-1])
@@ -259,8 +258,25 @@ def seen_cells(heatmap: dict, t_grid: np.ndarray, log_snr: np.ndarray) -> np.nda
     """The cells `[n, n]` of a grid where the network was trained, at least the nearest for each t_64; None for all."""
     if "seen_32" not in heatmap:
         return None
-    beyond = beyond_seen(heatmap, np.stack(np.meshgrid(t_grid, t_grid, indexing="ij"), -1), log_snr)
-    return beyond <= np.maximum(BEYOND, beyond.min(1, keepdims=True))
+    off = beyond_seen(heatmap, np.stack(np.meshgrid(t_grid, t_grid, indexing="ij"), -1), log_snr)
+    return off <= off.min(1, keepdims=True)
+
+
+def trusted(heatmap: dict, log_snr: np.ndarray) -> dict:
+    """The heatmap with denoising errors where the network was trained, and elsewhere those of the nearest such t_32.
+
+    What the errors of a network are where it was never trained says nothing about the images. A path that goes by how
+    errors fall would see information lost on the way there, and count that as a gain.
+    """
+    t_grid = heatmap["t_grid"].numpy()
+    seen = seen_cells(heatmap, t_grid, log_snr)
+    if seen is None:
+        return heatmap
+    rows, columns = torch.arange(len(t_grid))[:, None], torch.from_numpy(nearest_in_row(seen, log_snr[t_grid]))
+    changed = {name: heatmap[name][rows, columns] for name in MSES + CLIPPED_MSES if name in heatmap}
+    if "mse_per_image" in heatmap:
+        changed["mse_per_image"] = heatmap["mse_per_image"][:, rows, columns]
+    return heatmap | changed
 
 
 class KLProblem(NamedTuple):
@@ -290,7 +306,7 @@ class KLProblem(NamedTuple):
         """The problem of the mean maps of a heatmap. Raises ValueError for one without those of all its scales."""
         if "mse_64" not in heatmap:
             raise ValueError("This heatmap holds no denoising errors; compute it again with --maps all.")
-        if "mse_32" not in heatmap and heatmap["model_type"] == "baseline":
+        if "mse_32" not in heatmap and heatmap.get("model_type") == "baseline":
             mse_64 = heatmap[path_mses(heatmap)[0]].numpy()
             return cls(mse_64, np.zeros_like(mse_64), heatmap["snr_grid"].numpy(), weight, bands=False)
         if "mse_32" not in heatmap:
@@ -367,21 +383,25 @@ def kl_refined(
 
     The last of `points` is at `end`, that of `path` at 0 as of every path. The diagonal is that of the image: in the
     residual representation t_32 follows t_64 at λ_32 = λ_64 + log 4, as in `path.log_snr_shift`. Any other path keeps
-    to where the network was trained (`seen_cells`). Raises ValueError for a heatmap without denoising errors, a start
-    that is not on the map, and for what `kl_path` and `refine_path` refuse.
+    to where the network was trained (`seen_cells`), and goes by its errors there (`trusted`). Raises ValueError for a
+    heatmap without denoising errors, one of a single scale but for the diagonal, a start that is not on the map, and
+    for what `kl_path` and `refine_path` refuse.
     """
+    if heatmap.get("model_type") == "baseline" and not diagonal:
+        raise ValueError("This heatmap is of a model of one scale, whose points lie on the diagonal; use kl_diagonal.")
     t_grid = kl_lines(heatmap, log_snr, start, end, max(num_lines, 2 * num_steps))
     ahead = representation_of(heatmap).image_lead if diagonal else 0.0
     # Where the coarse clock would be beyond the map it waits at its end.
     log_snr_32 = np.minimum(log_snr + ahead, log_snr[end]) if ahead else log_snr
-    problem = KLProblem.of(heatmap, weight).on_lines(log_snr[t_grid], log_snr_32[t_grid])
+    problem = KLProblem.of(trusted(heatmap, log_snr), weight).on_lines(log_snr[t_grid], log_snr_32[t_grid])
     options = {"weight": weight, "diagonal": diagonal, "bands": problem.bands}
     seen = None if diagonal else seen_cells(heatmap, t_grid, log_snr)
     cells, _ = kl_path(*problem[:3], num_steps, **options, snr_32=np.exp(log_snr_32[t_grid]), allowed=seen)
     allowed = None
     if seen is not None:
         inner = t_grid[np.array(cells[1:-1], dtype=int).reshape(-1, 2)]
-        reach = max(BEYOND, beyond_seen(heatmap, inner, log_snr).max(initial=0))
+        # Where grid lines or timesteps are farther apart than the band is wide they may be off it.
+        reach = beyond_seen(heatmap, inner, log_snr).max(initial=0)
 
         def allowed(points: np.ndarray) -> np.ndarray:
             return beyond_seen(heatmap, points + end, log_snr) <= reach
@@ -414,10 +434,7 @@ def kl_cascade(
     all pairs of timesteps, and for what `best_cascade` refuses.
     """
     if "seen_32" in heatmap:
-        raise ValueError(
-            "This heatmap is of a model that was trained around a path, from which a cascade leads away; use "
-            "--path_type kl."
-        )
+        raise ValueError(NO_CASCADE)
     t_grid = kl_lines(heatmap, log_snr, start, end, max(num_lines, 2 * num_steps))
     problem = KLProblem.of(heatmap, weight).on_lines(log_snr[t_grid])
     cells, cost = best_cascade(*problem[:3], num_steps, weight, bands=problem.bands)
@@ -457,6 +474,16 @@ def kl_lines(heatmap: dict, log_snr: np.ndarray, start: int | None, end: int, nu
     )
 
 
+def check_followed(path_type: str, loaded: LoadedModel) -> None:
+    """Raise ValueError if a loaded model cannot follow a type of path, because of its type or of its training."""
+    reason = why_not(loaded.config["model_type"], path_type)
+    is_best_cascade = parse_path_type(path_type) == PathType("cascade", ("best",))
+    if not reason and is_best_cascade and seen_range(loaded.config, loaded.scheduler) is not None:
+        reason = NO_CASCADE
+    if reason:
+        raise ValueError(reason)
+
+
 def choose_path(
     args: argparse.Namespace,
     path_type: str,
@@ -466,14 +493,12 @@ def choose_path(
 ) -> Path:
     """The path of `--schedule`, or of a path type for a loaded model.
 
-    Raises ValueError if the model cannot follow such a path (`why_not`), if the heatmap was computed with other
+    Raises ValueError if the model cannot follow such a path (`check_followed`), if the heatmap was computed with other
     weights, and what the path functions and the files raise.
     """
     path_type = path_type if schedule is None else f"schedule:{schedule}"
     kind = parse_path_type(path_type)
-    reason = why_not(loaded.config["model_type"], path_type)
-    if reason:
-        raise ValueError(reason)
+    check_followed(path_type, loaded)
     if kind.name == "schedule":
         return load_schedule(kind.parameters[0])
     if kind.needs_heatmap:
@@ -513,6 +538,8 @@ def _optimal_path(
         )
     if kind.name.startswith("dp"):
         return heatmap_path(content, kind.name, args.num_steps, args.max_jump, args.factor, args.normalisation)[0]
+    seen = seen_range(loaded.config, loaded.scheduler)
+    content |= {} if seen is None else {"seen_32": seen}  # Older files do not say.
     log_snr = loaded.scheduler.log_snr.numpy()
     if kind.name == "cascade":
         path = kl_cascade(content, log_snr, args.num_steps, args.kl_weight)

@@ -6,8 +6,8 @@
     python plan_path.py --heatmap FILE --start 950 --end 20          # from less noise, and not counting the last of it
 
 Prints, for each number of steps, the cost of the optimum, of the best diagonal, of the best cascade and of hand-made
-families, their excess over the optimum, how the optimum leads, and where the best cascade waits. Of a model that was
-trained around a path there are those alone that keep to where it was trained. Writes into --output
+families, their excess over the optimum, how the optimum leads, and where the best cascade waits. With --criterion kl
+and a model that was trained around a path, there are only those that keep to where it was trained. Writes into --output
 (results/plan_[{model}_]{epoch}ep_{weights}): schedule_{optimal,diagonal,cascade}_{N}.json, which the --schedule of
 generate_with_path_30.py replays, costs.csv, cost.png (cost against calls), paths.png, and density.png (the cells that
 the optimum visits when images are resampled).
@@ -38,7 +38,6 @@ from path import (
 )
 from path_bootstrap import bootstrap_paths
 from path_choice import (
-    BEYOND,
     KLProblem,
     add_criterion_arguments,
     beyond_seen,
@@ -51,6 +50,7 @@ from path_choice import (
     path_mses,
     representation_of,
     seen_cells,
+    trusted,
 )
 from path_refine import cost_off_grid, refine_path
 from plots import plot_cost_against_nfe
@@ -58,6 +58,7 @@ from results_table import write_csv
 from schedule_file import save_schedule
 from scheduler import DDIMScheduler
 
+NEAR = 0.25  # A path keeps to where a network was trained if it is off by no more in log SNR, as timesteps may be.
 DENSITY_LINES = 30
 DENSITY_NFE = 18  # The number of steps nearest to it is resampled.
 
@@ -107,7 +108,7 @@ class Planner:
         self.start = int(self.t_grid[0]) if args.start is None else args.start
         if self.is_kl:
             kl_lines(heatmap, self.log_snr, args.start, args.end, 2)  # Refuses a start or end off the map.
-            problem = KLProblem.of(heatmap, args.kl_weight)
+            problem = KLProblem.of(trusted(heatmap, self.log_snr), args.kl_weight)
             options = {"criterion": "kl", "weight": args.kl_weight, "bands": problem.bands}
             maps = problem[:2]
         else:
@@ -175,7 +176,7 @@ class Planner:
 
     def _is_seen(self, path: Path) -> bool:
         inner = np.array(path.points[1:-1]).reshape(-1, 2)
-        return beyond_seen(self.heatmap, inner, self.log_snr).max(initial=0) <= BEYOND
+        return beyond_seen(self.heatmap, inner, self.log_snr).max(initial=0) <= NEAR
 
     def _published(self, kind: str, nfe: int) -> Path | None:
         try:
@@ -199,7 +200,8 @@ class Planner:
             return self.t_grid, maps, solve
         t_grid = kl_lines(heatmap, self.log_snr, self.start, args.end, max(DENSITY_LINES, nfe + 1))
         lines = self.log_snr[t_grid]
-        values = torch.stack([per_image(heatmap, name) for name in path_mses(heatmap)]).double().numpy()
+        known = trusted(heatmap, self.log_snr)
+        values = torch.stack([per_image(known, name) for name in path_mses(heatmap)]).double().numpy()
         values = values.transpose(0, 3, 1, 2)  # [3, B, n, n]
         maps = interpolate_map(values, self.log_snr[self.t_grid], lines).transpose(0, 2, 3, 1)
         seen = seen_cells(heatmap, t_grid, self.log_snr)

@@ -344,7 +344,8 @@ def _pairs_seen(config: dict[str, Any], log_snr: torch.Tensor) -> torch.Tensor |
         names = ("before_32", "log_snr_32")[: 1 + (config["epoch"] % config["replan_every"] > 0)]
         configs = [regime | {"regime_state": {"log_snr_32": regime["regime_state"][name]}} for name in names]
     seen = [pair_probabilities(each, log_snr, progress) > 0 for each in configs for progress in parts]
-    return torch.stack(seen).any(0)
+    seen = torch.stack(seen).any(0)
+    return None if seen.all() else seen
 
 
 def seen_range(config: dict[str, Any], scheduler: DDIMScheduler) -> torch.Tensor | None:

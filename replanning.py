@@ -1,7 +1,7 @@
 """Training in a band that follows its own best path: measure the errors, plan again, move the band.
 
-The map is measured over all pairs of timesteps, but the network knows those in its band alone. So the path is planned
-within the band, and moves by at most half its width each time.
+The network knows the pairs of timesteps in its band alone. So the errors are measured there, the path is planned there,
+and the band moves by at most half its width each time.
 
 Shapes: T training timesteps. A curve `[T]` is the log SNR of the coarse scale at each t_64.
 """
@@ -15,12 +15,12 @@ import torch
 from distributed import Processes
 from error_map import error_map
 from path import Path, timestep_grid
-from path_choice import kl_refined
+from path_choice import kl_refined, seen_cells
 from scheduler import DDIMScheduler
 
 NUM_STEPS = 18
 KL_WEIGHT = 1.0
-GRID_LINES, MEASURED_LINES = 30, 10
+GRID_LINES = 60
 CALL_IMAGES = 64  # In one network call of the map.
 
 
@@ -65,19 +65,20 @@ def replan(
     """
     log_snr = scheduler.log_snr.cpu().numpy()
     start = int(np.isfinite(log_snr).nonzero()[0][-1])
+    t_grid = timestep_grid(min(GRID_LINES, start + 1), len(log_snr), "uniform_log_snr", start, log_snr)
+    band = {"t_grid": t_grid, "seen_32": torch.from_numpy(np.stack([curve - width / 2, curve + width / 2]))}
     heatmap = error_map(
         denoise,
         scheduler,
         images_64,
-        timestep_grid(GRID_LINES, len(log_snr), "uniform_log_snr", start, log_snr).tolist(),
+        t_grid.tolist(),
         seed=seed,
         batch_size=CALL_IMAGES,
         autocast=autocast,
         progress=False,
         maps="mse",
-        coarse=MEASURED_LINES,
         processes=processes,
+        cells=torch.from_numpy(seen_cells(band, t_grid, log_snr)),
     )
-    heatmap["seen_32"] = torch.from_numpy(np.stack([curve - width / 2, curve + width / 2]))
-    refined = kl_refined(heatmap, log_snr, NUM_STEPS, KL_WEIGHT)
+    refined = kl_refined(heatmap | {"seen_32": band["seen_32"]}, log_snr, NUM_STEPS, KL_WEIGHT)
     return plan_within(curve, width, refined.path, log_snr)

@@ -627,15 +627,15 @@ def bent(xs, ts):
     return (gain * xs[0] + 0.3 * torch.sin(3 * xs[0]).roll(1, -1),)
 
 
-@pytest.mark.parametrize("options", [{}, {"of": "x0"}, {"maps": "mse"}, {"maps": "blocks"}, {"coarse": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"of": "x0"}, {"maps": "mse"}, {"maps": "blocks"}], ids=str)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "x0", "v"])
 def test_the_map_of_one_scale_is_a_column_of_a_model_that_ignores_the_other(prediction_type, options):
     scheduler = DDIMScheduler(prediction_type=prediction_type)
     options = {"t_grid": timestep_grid(5).tolist(), "scheduler": scheduler, "num_probes": 2, "seed": 6} | options
-    whole = run(bent, images(3), num_predictions=1, **options | {"coarse": None})
+    whole = run(bent, images(3), num_predictions=1, **options)
     calls = []
     one = run(record(calls, bent), images(3), num_predictions=1, num_scales=1, batch_size=3, **options)
-    # Every line is measured, once, whatever the thinning.
+    # Every line is measured, once.
     assert len(calls) == 5 and all(len(xs) == len(ts) == 1 for xs, ts in calls)
     for key in ("jacobian", "jacobian_se"):
         if key in whole:
@@ -662,6 +662,41 @@ def test_the_error_of_one_scale_in_gaussian_noise_is_the_closed_form():
     truth = 16 * s / (1 + s * result["snr_grid"])[:, None].expand(6, 6)
     assert ((result["mse_64"] - truth).abs() < 3.5 * result["mse_64_se"]).all()
     assert (result["mse_64_se"] < 0.02 * truth).all() and truth.max() > 50 * truth.min()
+
+
+@pytest.mark.parametrize("maps", ["all", "mse"])
+def test_some_cells_are_those_of_the_whole_and_stand_for_their_row(maps):
+    options = {"t_grid": timestep_grid(5).tolist(), "num_probes": 2, "seed": 6, "maps": maps}
+    whole = run(linear, images(3), **options)
+    cells = torch.tensor([[1, 0, 0, 0, 0], [1, 0, 0, 1, 0], [0, 1, 1, 1, 1], [0, 0, 0, 1, 0], [1, 0, 0, 0, 1]]).bool()
+    calls = []
+    some = run(record(calls, linear), images(3), cells=cells, batch_size=3, **options)
+    assert len(calls) == cells.sum() and torch.equal(some["measured"], cells)
+    log_snr = whole["log_snr_grid"]
+    for name, value in values_of(some).items():
+        for i in range(5):
+            known = cells[i].nonzero()[:, 0]
+            for j in range(5):
+                nearest = known[(log_snr[known] - log_snr[j]).abs().argmin()]
+                assert value[i, j] == values_of(whole)[name][i, nearest]
+    assert torch.equal(some["mse_per_image"][:, cells], whole["mse_per_image"][:, cells])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cells": torch.ones(2, 3).bool()}, r"cells must be bool \[2, 2\]"),
+        ({"cells": torch.tensor([[True, True], [False, False]])}, "hold one in every row"),
+        (
+            {"cells": torch.ones(3, 3).bool(), "coarse": 2, "t_grid": [900, 500, 100]},
+            "coarse thins a grid of which all",
+        ),
+        ({"num_predictions": 1, "num_scales": 1, "coarse": 2, "t_grid": [900, 500, 100]}, "coarse thins"),
+    ],
+)
+def test_impossible_cells_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(linear, images(), **{"t_grid": [900, 300]} | options)
 
 
 @pytest.mark.parametrize(("predictions", "scales"), [(2, 1), (1, 3), (1, 0)])
