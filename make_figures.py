@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cli import positive_int, run_stage
+from cli import checked, positive_int, run_stage
 from data import read_png
 from error_map import load_heatmap
 from map_plots import plot_path_comparison, plot_paths_across_epochs, plot_timestep_pairs
@@ -33,14 +33,6 @@ from schedule_file import load_schedule
 from scheduler import SCHEDULE_NAMES, DDIMScheduler
 
 STAGES_OF_A_RUN = 100  # At which the width of a band that changes is drawn from.
-
-
-def regime_text(text: str) -> str:
-    """Parse the text of `--regime`; of several ways to write one there is one that comes out."""
-    try:
-        return str(parse_regime(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def parse_args() -> argparse.Namespace:
@@ -66,7 +58,7 @@ def parse_args() -> argparse.Namespace:
         if name == "nfe":
             kind.add_argument("--path_type", nargs="+", type=path_type, help="only paths of these types")
             text = "of models that had a choice, only those trained on these pairs (--t_pairs)"
-            kind.add_argument("--regime", nargs="+", type=regime_text, help=text)
+            kind.add_argument("--regime", nargs="+", type=checked(parse_regime), help=text)
         if name == "scores":
             kind.add_argument("--num_images", type=positive_int, help="only results over this many images")
             kind.add_argument("--nfe", type=positive_int, help="only results of this many network calls")
@@ -189,13 +181,11 @@ def draw_against_nfe(args: argparse.Namespace) -> None:
     """Mean and deviation over seeds, one curve for each series of a table; settings of tables must agree."""
     panels: dict[str, dict[str, dict[int, tuple[float, float | None]]]] = {}
     drawn = []
+    regimes = None if args.regime is None else [str(parse_regime(text)) for text in args.regime]
     for name, file in named(args.inputs).items():
         rows = [row for row in read_rows(file) if args.path_type is None or row["path_type"] in args.path_type]
-        if args.regime is not None:
-            has_choice = [default_regime(row["model_type"]) == "independent" for row in rows]
-            rows = [
-                row for row, chosen in zip(rows, has_choice, strict=True) if not chosen or row["regime"] in args.regime
-            ]
+        if regimes is not None:
+            rows = [r for r in rows if default_regime(r["model_type"]) != "independent" or r["regime"] in regimes]
         results = [result for result in aggregate(rows) if result[f"{args.metric}_mean"] is not None]
         if not results:
             raise ValueError(f"{file} holds no {args.metric} of what is asked for; score it with eval_fid_batch.py.")

@@ -95,11 +95,6 @@ class Planner:
 
     def __init__(self, heatmap: dict, args: argparse.Namespace):
         self.heatmap, self.args = heatmap, args
-        if heatmap.get("model_type") == "baseline":
-            raise ValueError(
-                "This heatmap is of a model of one scale, whose points lie on the diagonal; sample along the best of "
-                "them with --path_type kl_diagonal."
-            )
         scheduler = DDIMScheduler(heatmap["num_train_timesteps"], heatmap["beta_schedule"], prediction_type="v")
         self.representation = representation_of(heatmap)
         self.log_snr = scheduler.log_snr.numpy()
