@@ -178,11 +178,8 @@ def main() -> None:
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_csv(f"{output}.csv", rows)
-    weights = "EMA" if args.ema else "raw"
-    kind = args.on.replace("_", "-")
-    text = report(
-        rows, f"Denoising error by band, {weights} weights, {args.num_images} {kind} images of '{images.name}'"
-    )
+    shown = f"{'EMA' if args.ema else 'raw'} weights, {args.num_images} {args.on.replace('_', '-')} images"
+    text = report(rows, f"Denoising error by band, {shown}")
     print(text)
     with replacing(f"{output}.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
