@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_train import table
+from bench_train import show, table
 
 import cli
 from checkpoint import LoadedModel, load_model
@@ -34,7 +34,6 @@ from error_map import error_map, per_image
 from make_figures import named
 from representation import RESIDUAL
 from results_table import write_csv
-from safe_write import replacing
 
 LINE_SPACING = math.log(4)  # in log SNR, so that the coarse line of a residual pair is the next one
 BANDS = ("low", "detail")
@@ -175,14 +174,10 @@ def main() -> None:
     options = {"seed": args.seed, "batch_size": args.batch_size}
     options["autocast"] = functools.partial(autocast, device, resolve_precision(device, args.precision))
     rows = rows_of(log_snr, {name: band_errors(model, x, log_snr, **options) for name, model in loaded.items()})
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(f"{output}.csv", rows)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    write_csv(f"{args.output}.csv", rows)
     shown = f"{'EMA' if args.ema else 'raw'} weights, {args.num_images} {args.on.replace('_', '-')} images"
-    text = report(rows, f"Denoising error by band, {shown}")
-    print(text)
-    with replacing(f"{output}.md") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    show(report(rows, f"Denoising error by band, {shown}"), f"{args.output}.md")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench_heatmap import seconds_of
-from bench_train import describe_machine, matmul_peak, table, turns
+from bench_train import describe_machine, matmul_peak, show, table, turns
 
 import cli
 import inception
@@ -430,9 +430,7 @@ def main() -> None:
     title = f"# Evaluation at {bench.resolution}x{bench.resolution}, widths {widths}"
     tables = [f"## {name}\n\n{table(rows)}" for name, rows in (rates | sections).items()]
     text = "\n\n".join([title, describe_machine(device), *bench.notes, *tables])
-    print(text)
-    if args.output is not None:
-        Path(args.output).write_text(text + "\n")
+    show(text, args.output)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench_settings import synchronize
-from bench_train import describe_machine, table
+from bench_train import describe_machine, show, table
 
 import cli
 from checkpoint import LoadedModel, load_model
@@ -199,9 +199,7 @@ def main() -> None:
         f"{describe_machine(device)}"
     )
     text = "\n\n".join([title, *(f"## {name}\n\n{content}" for name, content in sections.items())])
-    print(text)
-    if args.output is not None:
-        Path(args.output).write_text(text + "\n")
+    show(text, args.output)
 
 
 if __name__ == "__main__":

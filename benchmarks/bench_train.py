@@ -58,6 +58,7 @@ from device import AUTOCAST_DTYPES, choose_kernels, resolve_precision, select_de
 from distributed import Processes
 from model import ATTENTION_MIN_CHANNELS, NUM_GROUPS
 from regimes import TimestepPairs, resolve_regime
+from safe_write import replacing
 from scheduler import DDIMScheduler
 
 try:
@@ -415,6 +416,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def show(text: str, file: str | os.PathLike | None) -> None:
+    """Print a report, and write it to a file as a whole, whose folder need not be there; None writes none."""
+    print(text)
+    if file is not None:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+
 def network_rows(results: list[Result]) -> list[dict[str, Any]]:
     """Each network once, with the size of its work."""
     networks = {result.label["model"]: result.measured["ours"] for result in results}
@@ -508,9 +518,7 @@ def main() -> None:
     for name, dtype in dtypes.items():
         peaks[name].append(matmul_peak(dtype, device))
     text = report(results, peaks, args, describe_machine(device))
-    print(text)
-    if args.output is not None:
-        Path(args.output).write_text(text + "\n")
+    show(text, args.output)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(FilePath(__file__).resolve().parent.parent))
 
-from bench_train import table
+from bench_train import show, table
 
 import cli
 from checkpoint import LoadedModel, load_model
@@ -314,8 +314,7 @@ def main() -> None:
         label = "sliced Wasserstein distance x1000"
     summary = means(rows)
     text = report(summary, title)
-    print(text)
-    FilePath(f"{args.output}.md").write_text(text + "\n", encoding="utf-8")
+    show(text, f"{args.output}.md")
     plot_factorial(summary, f"{args.output}.png", title, label)
 
 

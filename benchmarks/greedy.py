@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_train import table
+from bench_train import show, table
 from factorial import score
 
 import cli
@@ -85,9 +85,7 @@ def main() -> None:
                 }
             )
     text = f"# Greedy steps, {Path(args.checkpoint).stem}, SWD x1000 of {args.num_images} images\n\n{table(rows)}"
-    print(text)
-    if args.output is not None:
-        Path(args.output).write_text(text + "\n", encoding="utf-8")
+    show(text, args.output)
 
 
 if __name__ == "__main__":

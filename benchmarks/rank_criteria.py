@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(FilePath(__file__).resolve().parent.parent))
 
-from bench_train import table
+from bench_train import show, table
 from criteria import KL_WEIGHTS, evaluate, gaussian_reader, measured_reader, sizes
 from factorial import SCHEDULES, means, noisiest_timestep, read_csv, trained_paths
 
@@ -213,8 +213,7 @@ def main() -> None:
         heading = f"# Criteria against measured scores, epoch {heatmap['epoch']}, {heatmap['weights']} weights"
         draw(candidates, "SWD", f"{args.output}.png", heading.removeprefix("# "))
     text = "\n\n".join([heading, *parts])
-    print(text)
-    FilePath(f"{args.output}.md").write_text(text + "\n", encoding="utf-8")
+    show(text, f"{args.output}.md")
 
 
 if __name__ == "__main__":

@@ -23,13 +23,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(FilePath(__file__).resolve().parent.parent))
 
-from bench_train import table
+from bench_train import show, table
 
 import cli
 from gaussian import Spectrum, ddim_output, optimal_points, w2_squared
 from representation import REPRESENTATIONS
 from results_table import write_csv
-from safe_write import replacing
 
 ONE_CLOCK = "one clock"
 KINDS = {
@@ -102,16 +101,13 @@ def main() -> None:
     if not math.isfinite(args.start):
         raise ValueError(f"--start is {args.start} but must be a finite log SNR, such as -10.")
     spectrum = Spectrum.load(args.spectrum) if args.spectrum else Spectrum.power_law(args.resolution)
-    output = FilePath(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    FilePath(args.output).parent.mkdir(parents=True, exist_ok=True)
     jobs = [(kind, nfe) for nfe in args.nfe for kind in KINDS]
     rows = [row_of(spectrum, kind, nfe, args.start) for kind, nfe in tqdm(jobs, unit="path")]
-    write_csv(f"{output}.csv", [{column: row.get(column) for column in COLUMNS} for row in rows])
+    write_csv(f"{args.output}.csv", [{column: row.get(column) for column in COLUMNS} for row in rows])
     source = f"variances of {FilePath(args.spectrum).name}" if args.spectrum else "a power law"
     text = report(rows, f"Best paths of DDIM on Gaussian images, {source}, from λ = {args.start:g}")
-    print(text)
-    with replacing(f"{output}.md") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    show(text, f"{args.output}.md")
 
 
 if __name__ == "__main__":
