@@ -59,6 +59,7 @@ def parse_args() -> argparse.Namespace:
             kind.add_argument("--path_type", nargs="+", type=path_type, help="only paths of these types")
             text = "of models that had a choice, only those trained on these pairs (--t_pairs)"
             kind.add_argument("--regime", nargs="+", type=checked(parse_regime), help=text)
+            kind.add_argument("--hide_regime", action="store_true", help="name curves without these pairs")
         if name == "scores":
             kind.add_argument("--num_images", type=positive_int, help="only results over this many images")
             kind.add_argument("--nfe", type=positive_int, help="only results of this many network calls")
@@ -190,11 +191,13 @@ def draw_against_nfe(args: argparse.Namespace) -> None:
         if not results:
             raise ValueError(f"{file} holds no {args.metric} of what is asked for; score it with eval_fid_batch.py.")
         for result in sorted(results, key=lambda result: series_of(result).rank):
-            points = panels.setdefault(name, {}).setdefault(series_of(result).title, {})
+            series = series_of(result)
+            title = series._replace(regime="").title if args.hide_regime else series.title
+            points = panels.setdefault(name, {}).setdefault(title, {})
             if int(result["nfe"]) in points:
                 raise ValueError(
-                    f"{file} holds two results of {series_of(result).title} at {result['nfe']} calls, such as of two "
-                    "epochs or of raw and EMA weights; keep them in tables of their own."
+                    f"{file} holds two results of {title} at {result['nfe']} calls, such as of two epochs, of raw and "
+                    "EMA weights, or of two regimes that --hide_regime does not name; keep them in tables of their own."
                 )
             points[int(result["nfe"])] = result[f"{args.metric}_mean"], result.get(f"{args.metric}_sd")
         drawn += results

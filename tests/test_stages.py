@@ -828,8 +828,15 @@ def test_scores_stand_against_calls_by_table_and_series(stage, refused, table, t
     only = {"Baseline": again["Baseline"], "LIFT diagonal, same": again["LIFT diagonal, same"]}
     only["LIFT DP-64, same"] = [(7, 2, dp)]
     assert drawn[1] == {"a": points({"Baseline": [(nfe, 0, baseline)]}), "b": points(only)}
+    stage(make_figures, "nfe", *flags, "--path_type", "diagonal", "--hide_regime")
+    one_name = {"Baseline": again["Baseline"], "LIFT diagonal": [(nfe, 0, diagonal), (7, 2, diagonal)]}
+    assert drawn[2] == {"a": points(first), "b": points(one_name)}
     flags = ["nfe", mixed, "--metric", "swd", "--output", tmp_path / "figure.png"]
     refused(make_figures, *flags, says=("two results of Baseline", "raw and EMA weights"))
+    for row in rows:
+        append_row(other, row | {"regime": "same" if row["model_type"] == "dual" else ""})
+    flags = ["nfe", other, "--metric", "swd", "--output", tmp_path / "figure.png", "--hide_regime"]
+    refused(make_figures, *flags, says=("two results of LIFT diagonal", "two regimes"))
 
 
 def test_samples_of_other_seeds_do_not_stand_beside_each_other(refused, stage, run, samples, tmp_path):
