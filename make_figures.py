@@ -24,7 +24,7 @@ from error_map import load_heatmap
 from map_plots import plot_path_comparison, plot_paths_across_epochs, plot_timestep_pairs
 from path import Path as PathOfTimesteps
 from path_choice import PATH_SETTINGS, path_type
-from plots import COMPARABLE, METRIC_TITLES, plot_losses, plot_samples, plot_scores, plot_scores_against_nfe
+from plots import METRIC_TITLES, check_comparable, plot_losses, plot_samples, plot_scores, plot_scores_against_nfe
 from regimes import TimestepPairs, default_regime, parse_regime, resolve_regime
 from result_layout import series_of
 from results_table import GROUP_FIELDS, VALUE_FIELDS, aggregate, read_rows
@@ -201,9 +201,7 @@ def draw_against_nfe(args: argparse.Namespace) -> None:
                 )
             points[int(result["nfe"])] = result[f"{args.metric}_mean"], result.get(f"{args.metric}_sd")
         drawn += results
-    for field in COMPARABLE:
-        if field != "nfe" and len(values := {result[field] for result in drawn}) > 1:
-            raise ValueError(f"These results are of {field} {' and '.join(sorted(values))}, and do not compare.")
+    check_comparable(drawn, but=("nfe",))
     label = f"{METRIC_TITLES.get(args.metric, args.metric)}, {int(drawn[0]['num_images']):,} images"
     plot_scores_against_nfe(panels, args.output, args.title, label)
 

@@ -183,6 +183,14 @@ def plot_scores(
     save_figure(_scores_figure(rows, metric, title, names or {}), file)
 
 
+def check_comparable(rows: Sequence[Mapping[str, Any]], but: Sequence[str] = ()) -> None:
+    """Raise ValueError if rows of scores differ in one of `COMPARABLE`, those named in `but` left out."""
+    for field in COMPARABLE:
+        values = sorted({str(row[field]) for row in rows if field in row})
+        if field not in but and len(values) > 1:
+            raise ValueError(f"scores with {field} {' and '.join(values)} do not compare; draw one figure for each")
+
+
 def plot_scores_against_nfe(
     panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, float | None]]]],
     file: str | os.PathLike,
@@ -523,10 +531,7 @@ def _scores_figure(
     rows = [row for row in rows if row.get(f"{metric}_mean") is not None]
     if not rows:
         raise ValueError(f"no row has a {metric}_mean to draw; evaluate first or name another metric")
-    for field in COMPARABLE:
-        values = sorted({str(row[field]) for row in rows if field in row})
-        if len(values) > 1:
-            raise ValueError(f"scores with {field} {' and '.join(values)} do not compare; draw one figure for each")
+    check_comparable(rows)
     series: dict[str, dict[str, dict[int, tuple[float, float]]]] = {}
     for row in rows:
         key = (row["model_type"], row["path_type"])

@@ -837,6 +837,11 @@ def test_scores_stand_against_calls_by_table_and_series(stage, refused, table, t
         append_row(other, row | {"regime": "same" if row["model_type"] == "dual" else ""})
     flags = ["nfe", other, "--metric", "swd", "--output", tmp_path / "figure.png", "--hide_regime"]
     refused(make_figures, *flags, says=("two results of LIFT diagonal", "two regimes"))
+    fewer = tmp_path / "fewer.csv"
+    for row in rows:
+        append_row(fewer, row | {"num_images": 7})
+    flags = ["nfe", f"a={table}", f"b={fewer}", "--metric", "swd", "--output", tmp_path / "figure.png"]
+    refused(make_figures, *flags, says=("scores with num_images", "7", "do not compare"))
 
 
 def test_samples_of_other_seeds_do_not_stand_beside_each_other(refused, stage, run, samples, tmp_path):
