@@ -1,6 +1,7 @@
 """The flags that stages share, and how a stage ends on bad input: one sentence and an exit status."""
 
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -110,10 +111,21 @@ def load_training_images(args: argparse.Namespace, config: dict | None = None) -
 
 
 def load_image_parts(args: argparse.Namespace, config: dict | None = None) -> tuple[ImageSet, ImageSet | None]:
-    """The images to train on and those held out, if any are, as `load_training_images` finds them."""
-    defaults = config or vars(args)
-    # A count belongs to the data set it was given with.
-    inherited = defaults if args.dataset is None else {}
+    """The images to train on and those held out, if any are, as `load_training_images` finds them.
+
+    A limit and a count of images held out belong to the data set they were given with: with `--dataset` those of the
+    config hold where it names the images of the training, at another place or not, and no others.
+    """
+    if config is None or args.dataset is None:
+        return _load_image_parts(args, config or vars(args), inherited=config or {})
+    with contextlib.suppress(ValueError):  # Other images may be too few for these counts.
+        parts = _load_image_parts(args, config, inherited=config)
+        if parts[0].fingerprint == config.get("data_fingerprint"):
+            return parts
+    return _load_image_parts(args, config, inherited={})
+
+
+def _load_image_parts(args: argparse.Namespace, defaults: dict, inherited: dict) -> tuple[ImageSet, ImageSet | None]:
     images = load_images(
         args.dataset or defaults["dataset"],
         resolution=defaults["resolution"],

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import socket
 import sys
 from types import SimpleNamespace
@@ -349,10 +350,10 @@ def test_repetitions_are_found():
     assert indices(SimpleNamespace(pixels=distinct_images(images.pixels))) == [0, 1, 4]
 
 
-def save_images(folder, sizes):
+def save_images(folder, sizes, seed=0):
     folder.mkdir()
     for k, size in enumerate(sizes):
-        pixels = np.random.default_rng(k).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        pixels = np.random.default_rng(seed + k).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{k}.png")
     return folder
 
@@ -418,6 +419,15 @@ def test_counts_belong_to_the_data_set_they_were_given_with(tmp_path):
     assert parts(config, holdout=1) == (4, 1) and parts(config, limit=4) == (2, 2)
     assert parts(config, dataset=folder) == (6, None)
     assert parts(config, dataset=folder, holdout=4) == (2, 4)
+    # At another place, the images of the training are still those; others are not, however many.
+    images = load_images(folder, resolution=16, cache_dir=tmp_path / "cache", limit=5)
+    config["data_fingerprint"] = split_holdout(images, 2)[0].fingerprint
+    moved = str(shutil.copytree(folder, tmp_path / "moved"))
+    assert parts(config, dataset=moved) == parts(config, dataset=folder) == (3, 2)
+    assert parts(config, dataset=moved, holdout=1) == (5, 1)
+    for count in (1, 6):
+        others = str(save_images(tmp_path / f"others{count}", [(16, 16)] * count, seed=100))
+        assert parts(config, dataset=others) == (count, None)
     assert parts(config | {"holdout": None}) == (5, None)
     # Checkpoints of before there were held-out images say nothing of them.
     del config["holdout"]
