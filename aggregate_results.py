@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 
 from cli import run_stage
-from result_layout import layout_tables, render_markdown, write_tables
-from results_table import METRICS, aggregate, read_rows, write_csv
+from evaluation.result_layout import layout_tables, render_markdown, write_tables
+from evaluation.results_table import METRICS, aggregate, read_rows, write_csv
 
 
 def parse_args() -> argparse.Namespace:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from model import TimestepEmbedder, UNet, check_hidden_dims
-from pretrained import PretrainedMixin
+from networks.pretrained import PretrainedMixin
 
 
 class BaselineModel(nn.Module, PretrainedMixin):

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from baseline_model import BaselineModel
-from device import memory_format
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
-from safe_write import replacing, versions
+from runtime.device import memory_format
+from runtime.safe_write import replacing, versions
 from scheduler import DDIMScheduler
 
 FORMAT_VERSION = 1

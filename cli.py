@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from data import RESIZE_FILTERS, ImageSet, load_images, split_holdout
-from device import PRECISIONS
+from runtime.device import PRECISIONS
 
 
 def hidden_dims(text: str) -> tuple[int, ...]:

@@ -28,18 +28,18 @@ import torch
 import cli
 import compute_heatmap_30
 from checkpoint import LoadedModel, find_checkpoints, load_model
-from coupling import CONDITIONS, COUPLING_ERRORS, against_own, measure_coupling, ratio_of_means
 from data import to_float
-from device import autocast
-from distributed import PATIENCE, Processes
-from error_map import BLOCKS, CHAIN_RULE_FACTORS, NORMALISATIONS, load_heatmap
-from map_plots import plot_coupling, plot_cross_jacobian, plot_paths_across_epochs
-from path import Path as PathOfTimesteps
-from path import check_steps, leads, timestep_grid
-from path_choice import PATH_SETTINGS, heatmap_file, heatmap_path, representation_of
-from plots import WEIGHTS_TITLES
-from representation import OVERCOMPLETE
-from results_table import write_csv
+from evaluation.results_table import write_csv
+from figures.map_plots import plot_coupling, plot_cross_jacobian, plot_paths_across_epochs
+from figures.plots import WEIGHTS_TITLES
+from images.representation import OVERCOMPLETE
+from paths.path import Path as PathOfTimesteps
+from paths.path import check_steps, leads, timestep_grid
+from planning.choice import PATH_SETTINGS, heatmap_file, heatmap_path, representation_of
+from planning.coupling import CONDITIONS, COUPLING_ERRORS, against_own, measure_coupling, ratio_of_means
+from planning.error_map import BLOCKS, CHAIN_RULE_FACTORS, NORMALISATIONS, load_heatmap
+from runtime.device import autocast
+from runtime.distributed import PATIENCE, Processes
 
 DP_TYPES = {"dp_64": "DP-64", "dp_total": "DP-Total"}
 RATIOS = {"ratio_HL": ("HL", "HH"), "ratio_LH": ("LH", "LL")}

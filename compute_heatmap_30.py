@@ -31,9 +31,10 @@ from filelock import FileLock
 import cli
 from checkpoint import LoadedModel, load_model
 from data import ImageSet, to_float
-from device import autocast, resolve_precision
-from distributed import PATIENCE, Processes
-from error_map import (
+from figures.map_plots import plot_heatmap, plot_heatmap_pair, plot_maps
+from paths.path import GRID_SPACINGS, check_steps, find_optimal_paths_all_steps, leads, path_from_cells, timestep_grid
+from planning.choice import PATH_SETTINGS, add_path_arguments, heatmap_file, path_errors, seen_cells
+from planning.error_map import (
     DIFFERENTIATED,
     MAPS,
     PartFiles,
@@ -43,10 +44,9 @@ from error_map import (
     published_errors,
     save_heatmap,
 )
-from map_plots import plot_heatmap, plot_heatmap_pair, plot_maps
-from path import GRID_SPACINGS, check_steps, find_optimal_paths_all_steps, leads, path_from_cells, timestep_grid
-from path_choice import PATH_SETTINGS, add_path_arguments, heatmap_file, path_errors, seen_cells
-from regimes import seen_range
+from planning.regimes import seen_range
+from runtime.device import autocast, resolve_precision
+from runtime.distributed import PATIENCE, Processes
 
 # A shared_t model has two scales and one timestep, which is neither a plane nor one scale.
 MAPPED_MODELS = ("baseline", "dual", "single_t", "no_t")

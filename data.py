@@ -20,8 +20,8 @@ from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
-from safe_write import replacing
-from synthetic import synthetic_images
+from images.synthetic import synthetic_images
+from runtime.safe_write import replacing
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 RESIZE_FILTERS = {

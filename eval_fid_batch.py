@@ -34,12 +34,15 @@ import cli
 import compute_heatmap_30
 from checkpoint import FILE_STEMS, MODEL_CLASSES, LoadedModel, find_checkpoints, load_model
 from data import ImageSet
-from device import is_out_of_memory, resolve_compile, resolve_precision
-from distributed import PATIENCE, Processes
-from inception import NUM_FEATURES, RESIZES, Inception, load_inception
-from path import Path as SamplingPath
-from path import check_steps
-from path_choice import (
+from diffusion.sampler import COARSE_FEEDS, ENDS, Denoiser, coarse_feed, compile_denoiser, image_seeds, scale_shapes
+from evaluation.inception import NUM_FEATURES, RESIZES, Inception, load_inception
+from evaluation.reference_set import ReferenceSet, from_images, load_reference
+from evaluation.results_table import METRICS, append_row, has_row, read_rows
+from evaluation.scoring import FEATURE_METRICS, Scorer, generate
+from paths.path import Path as SamplingPath
+from paths.path import check_steps
+from paths.schedule_file import load_schedule
+from planning.choice import (
     ONE_CLOCK,
     add_path_arguments,
     add_path_type_argument,
@@ -49,12 +52,9 @@ from path_choice import (
     parse_path_type,
     why_not,
 )
-from reference_set import ReferenceSet, from_images, load_reference
-from regimes import default_regime, off_regime_note
-from results_table import METRICS, append_row, has_row, read_rows
-from sampler import COARSE_FEEDS, ENDS, Denoiser, coarse_feed, compile_denoiser, image_seeds, scale_shapes
-from schedule_file import load_schedule
-from scoring import FEATURE_METRICS, Scorer, generate
+from planning.regimes import default_regime, off_regime_note
+from runtime.device import is_out_of_memory, resolve_compile, resolve_precision
+from runtime.distributed import PATIENCE, Processes
 
 PUBLISHED_SEEDS = [42, 43, 44, 45, 46]
 MODEL_ALIASES = {"lift": "dual"}

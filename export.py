@@ -15,8 +15,8 @@ from typing import Any
 
 import cli
 from checkpoint import LoadedModel, load_model
-from model_card import model_card
-from pretrained import CONFIG_FILE, MODEL_KEYS, OPTIONAL_MODEL_KEYS, read_config, write_pretrained
+from networks.model_card import model_card
+from networks.pretrained import CONFIG_FILE, MODEL_KEYS, OPTIONAL_MODEL_KEYS, read_config, write_pretrained
 
 # Other entries of a checkpoint's config may hold places on the machine that trained.
 TRAINING_KEYS = (

@@ -25,16 +25,8 @@ from tqdm import tqdm
 import cli
 from checkpoint import LoadedModel, load_model
 from data import coarse, fingerprint_array, save_png, to_float, to_uint8
-from device import autocast, resolve_compile, resolve_precision, select_device
-from image_folder import claim, claim_images, evenly, read_folder, write_settings
-from path import SPACINGS, diagonal
-from path import Path as SamplingPath
-from plots import WEIGHTS_TITLES, plot_super_resolution
-from regimes import off_regime_note
-from results_table import csv_line
-from safe_write import replacing
-from sampler import compile_denoiser
-from super_resolution import (
+from diffusion.sampler import compile_denoiser
+from diffusion.super_resolution import (
     Quality,
     Upscaled,
     image_quality,
@@ -47,6 +39,14 @@ from super_resolution import (
     super_resolve,
     upscale_all,
 )
+from evaluation.results_table import csv_line
+from figures.plots import WEIGHTS_TITLES, plot_super_resolution
+from image_folder import claim, claim_images, evenly, read_folder, write_settings
+from paths.path import SPACINGS, diagonal
+from paths.path import Path as SamplingPath
+from planning.regimes import off_regime_note
+from runtime.device import autocast, resolve_compile, resolve_precision, select_device
+from runtime.safe_write import replacing
 
 METRICS_FILE, FIGURE_FILE = "sr_metrics.csv", "sr.png"
 FIGURE_IMAGES = 4

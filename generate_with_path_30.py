@@ -21,13 +21,13 @@ from tqdm import tqdm
 import cli
 from checkpoint import LoadedModel, load_model
 from data import read_png, save_png, to_uint8
-from device import autocast, resolve_compile, resolve_precision, select_device
+from diffusion.sampler import ENDS, coarse_feed, compile_denoiser, image_seeds, sample_seeds, scale_shapes
+from figures.plots import plot_trajectory, save_image_grid
 from image_folder import claim, write_settings
-from path import Path as SamplingPath
-from path_choice import add_one_path_arguments, path_of_flags
-from plots import plot_trajectory, save_image_grid
-from sampler import ENDS, coarse_feed, compile_denoiser, image_seeds, sample_seeds, scale_shapes
-from schedule_file import save_schedule
+from paths.path import Path as SamplingPath
+from paths.schedule_file import save_schedule
+from planning.choice import add_one_path_arguments, path_of_flags
+from runtime.device import autocast, resolve_compile, resolve_precision, select_device
 
 GRID_IMAGES = 64
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from data import IMAGE_SUFFIXES, UNREADABLE
-from safe_write import replacing
+from runtime.safe_write import replacing
 
 SETTINGS_FILE = "settings.json"
 

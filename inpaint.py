@@ -34,14 +34,7 @@ from tqdm import tqdm
 import cli
 from checkpoint import LoadedModel, load_model
 from data import UNREADABLE, coarse, fingerprint_array, read_png, save_png, to_float, to_uint8
-from device import autocast, resolve_compile, resolve_precision, select_device
-from generate_sr import evaluation_images
-from image_folder import claim_images, evenly, read_folder
-from path import Path as SamplingPath
-from path_choice import add_one_path_arguments, path_of_flags
-from plots import WEIGHTS_TITLES, plot_samples
-from representation import RESIDUAL, upsample_nearest
-from sampler import (
+from diffusion.sampler import (
     Denoiser,
     Images,
     Samples,
@@ -51,8 +44,15 @@ from sampler import (
     sample,
     scale_shapes,
 )
+from diffusion.super_resolution import noise_seeds
+from figures.plots import WEIGHTS_TITLES, plot_samples
+from generate_sr import evaluation_images
+from image_folder import claim_images, evenly, read_folder
+from images.representation import RESIDUAL, upsample_nearest
+from paths.path import Path as SamplingPath
+from planning.choice import add_one_path_arguments, path_of_flags
+from runtime.device import autocast, resolve_compile, resolve_precision, select_device
 from scheduler import DDIMScheduler
-from super_resolution import noise_seeds
 
 # What is known of n x n pixels, by the name of the mask.
 MASKS: dict[str, Callable[[int], np.ndarray]] = {

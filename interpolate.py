@@ -23,13 +23,13 @@ from tqdm import tqdm
 import cli
 from checkpoint import load_model
 from data import coarse, read_png, save_png, to_uint8
-from device import autocast, resolve_precision, select_device
+from diffusion.sampler import ENDS, Denoiser, Images, Samples, SeededNoise, coarse_feed, sample, scale_shapes
+from figures.plots import even_columns, image_grid, save_image_grid
 from image_folder import claim_images
-from path import Path as SamplingPath
-from path_choice import add_one_path_arguments, path_of_flags
-from plots import even_columns, image_grid, save_image_grid
-from safe_write import replacing
-from sampler import ENDS, Denoiser, Images, Samples, SeededNoise, coarse_feed, sample, scale_shapes
+from paths.path import Path as SamplingPath
+from planning.choice import add_one_path_arguments, path_of_flags
+from runtime.device import autocast, resolve_precision, select_device
+from runtime.safe_write import replacing
 from scheduler import DDIMScheduler
 
 GRID_COLUMNS, GRID_SIDE = 12, 128

@@ -20,17 +20,24 @@ import torch
 
 from cli import checked, positive_int, run_stage
 from data import read_png
-from error_map import load_heatmap
-from map_plots import plot_path_comparison, plot_paths_across_epochs, plot_timestep_pairs
-from path import Path as PathOfTimesteps
-from path_choice import PATH_SETTINGS, path_type
-from plots import METRIC_TITLES, check_comparable, plot_losses, plot_samples, plot_scores, plot_scores_against_nfe
-from regimes import TimestepPairs, default_regime, parse_regime, resolve_regime
-from result_layout import series_of
-from results_table import GROUP_FIELDS, VALUE_FIELDS, aggregate, read_rows
-from run_log import METRICS_FILE, read_metrics
-from schedule_file import load_schedule
+from evaluation.result_layout import series_of
+from evaluation.results_table import GROUP_FIELDS, VALUE_FIELDS, aggregate, read_rows
+from figures.map_plots import plot_path_comparison, plot_paths_across_epochs, plot_timestep_pairs
+from figures.plots import (
+    METRIC_TITLES,
+    check_comparable,
+    plot_losses,
+    plot_samples,
+    plot_scores,
+    plot_scores_against_nfe,
+)
+from paths.path import Path as PathOfTimesteps
+from paths.schedule_file import load_schedule
+from planning.choice import PATH_SETTINGS, path_type
+from planning.error_map import load_heatmap
+from planning.regimes import TimestepPairs, default_regime, parse_regime, resolve_regime
 from scheduler import SCHEDULE_NAMES, DDIMScheduler
+from training.run_log import METRICS_FILE, read_metrics
 
 STAGES_OF_A_RUN = 100  # At which the width of a band that changes is drawn from.
 

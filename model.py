@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrained import PretrainedMixin
-from representation import REPRESENTATIONS
+from images.representation import REPRESENTATIONS
+from networks.pretrained import PretrainedMixin
 
 NUM_GROUPS = 8
 NUM_HEADS = 4

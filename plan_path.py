@@ -22,10 +22,12 @@ import numpy as np
 import torch
 
 import cli
-from error_map import load_heatmap, per_image
-from map_interpolation import interpolate_map
-from map_plots import plot_path_comparison, plot_path_density
-from path import (
+from evaluation.results_table import write_csv
+from figures.map_plots import plot_path_comparison, plot_path_density
+from figures.plots import plot_cost_against_nfe
+from paths.bootstrap import bootstrap_paths
+from paths.map_interpolation import interpolate_map
+from paths.path import (
     Path,
     cascade,
     diagonal,
@@ -36,8 +38,9 @@ from path import (
     leads,
     log_snr_shift,
 )
-from path_bootstrap import bootstrap_paths
-from path_choice import (
+from paths.refine import cost_off_grid, refine_path
+from paths.schedule_file import save_schedule
+from planning.choice import (
     KLProblem,
     add_criterion_arguments,
     beyond_seen,
@@ -52,10 +55,7 @@ from path_choice import (
     seen_cells,
     trusted,
 )
-from path_refine import cost_off_grid, refine_path
-from plots import plot_cost_against_nfe
-from results_table import write_csv
-from schedule_file import save_schedule
+from planning.error_map import load_heatmap, per_image
 from scheduler import DDIMScheduler
 
 NEAR = 0.25  # A path keeps to where a network was trained if it is off by no more in log SNR, as timesteps may be.

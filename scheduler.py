@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from representation import REPRESENTATIONS, Images
+from images.representation import REPRESENTATIONS, Images
 
 CLEAN = -1
 PREDICTION_TYPES = ("epsilon", "x0", "v")

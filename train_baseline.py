@@ -10,7 +10,7 @@ Writes checkpoints/baseline_{epoch}ep.pth and logs/baseline/. --resume continues
 import argparse
 
 from cli import run_stage
-from training import add_training_arguments, train
+from training.trainer import add_training_arguments, train
 
 
 def parse_args() -> argparse.Namespace:

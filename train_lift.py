@@ -11,7 +11,7 @@ name in logs/. --resume continues a stopped run.
 import argparse
 
 from cli import run_stage
-from training import add_training_arguments, train
+from training.trainer import add_training_arguments, train
 
 
 def parse_args() -> argparse.Namespace:

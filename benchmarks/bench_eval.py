@@ -40,19 +40,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import cli
 from bench_heatmap import seconds_of
 from bench_train import describe_machine, matmul_peak, show, table, turns
-
-import cli
-import inception
 from checkpoint import build_model, load_model
 from data import to_uint8
-from device import AUTOCAST_DTYPES, autocast, has_fast_bf16, memory_format, select_device
-from inception import RESIZES, extract, load_inception
-from metrics import SlicedWasserstein, frechet_distance
-from path import Path as SamplingPath
-from path import diagonal
-from sampler import (
+from diffusion.sampler import (
     Denoiser,
     Images,
     SeededNoise,
@@ -61,6 +54,12 @@ from sampler import (
     sample_seeds,
     scale_shapes,
 )
+from evaluation import inception
+from evaluation.inception import RESIZES, extract, load_inception
+from evaluation.metrics import SlicedWasserstein, frechet_distance
+from paths.path import Path as SamplingPath
+from paths.path import diagonal
+from runtime.device import AUTOCAST_DTYPES, autocast, has_fast_bf16, memory_format, select_device
 from scheduler import DDIMScheduler
 
 # By name: precision and whether compiled. Plain comes first, as all are compared with it.

@@ -30,16 +30,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import cli
 from bench_settings import synchronize
 from bench_train import describe_machine, show, table
-
-import cli
 from checkpoint import LoadedModel, load_model
 from data import coarse as two_by_two_mean
 from data import to_float
-from device import autocast, resolve_precision, select_device
-from error_map import BLOCKS, draw_noise_and_probes, error_map
-from path import timestep_grid
+from paths.path import timestep_grid
+from planning.error_map import BLOCKS, draw_noise_and_probes, error_map
+from runtime.device import autocast, resolve_precision, select_device
 
 PLAIN_PROBES = 4
 

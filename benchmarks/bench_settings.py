@@ -22,11 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
-from device import autocast, select_device
 from model import LIFTDualTimestepModel
-from regimes import TimestepPairs, resolve_regime
+from planning.regimes import TimestepPairs, resolve_regime
+from runtime.device import autocast, select_device
 from scheduler import DDIMScheduler
-from training import diffusion_loss, draw_batch
+from training.trainer import diffusion_loss, draw_batch
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 # Fused means what PyTorch chooses, which falls back to math where no fused kernel fits.

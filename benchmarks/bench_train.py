@@ -47,19 +47,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_settings import WARM_UP_STEPS, synchronize
-
 import cli
-import training
 from baseline_model import BaselineModel
+from bench_settings import WARM_UP_STEPS, synchronize
 from checkpoint import MODEL_CLASSES, build_model
 from data import ImageSet, coarse, to_float
-from device import AUTOCAST_DTYPES, choose_kernels, resolve_precision, select_device
-from distributed import Processes
 from model import ATTENTION_MIN_CHANNELS, NUM_GROUPS
-from regimes import TimestepPairs, resolve_regime
-from safe_write import replacing
+from planning.regimes import TimestepPairs, resolve_regime
+from runtime.device import AUTOCAST_DTYPES, choose_kernels, resolve_precision, select_device
+from runtime.distributed import Processes
+from runtime.safe_write import replacing
 from scheduler import DDIMScheduler
+from training import trainer as training
 
 try:
     import diffusers

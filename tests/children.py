@@ -12,8 +12,8 @@ import torch
 
 import cli
 import train_lift
-import training
-from training import Trainer
+from training import trainer as training
+from training.trainer import Trainer
 
 # Children start from a process that has imported everything and run nothing, so that each takes no time to start.
 FORKS = multiprocessing.get_context("forkserver")

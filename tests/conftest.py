@@ -24,10 +24,10 @@ import compute_heatmap_30
 import eval_fid_batch
 import train_baseline
 import train_lift
-import training
 from checkpoint import read_checkpoint
 from data import load_images
-from distributed import Processes
+from runtime.distributed import Processes
+from training import trainer as training
 
 # Images of 16x16 pixels are quicker on one thread, and sums do not depend on the machine then.
 torch.set_num_threads(1)

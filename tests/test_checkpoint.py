@@ -17,8 +17,8 @@ from checkpoint import (
     save_checkpoint,
     weights_fingerprint,
 )
-from device import select_device
-from safe_write import replacing
+from runtime.device import select_device
+from runtime.safe_write import replacing
 
 
 def config(model_type="dual", **changes):

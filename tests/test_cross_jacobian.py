@@ -6,16 +6,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import HARDWARE, list_files
 from PIL import Image
 
 import compute_cross_jacobian
 from compute_cross_jacobian import PUBLISHED_RATIOS, comparable_ratios, jacobian_ratios, path_statistics
-from coupling import CONDITIONS
-from error_map import BLOCKS, error_map, load_heatmap, save_heatmap
-from gaussian import GaussianDenoiser, Spectrum, jacobian
-from path import path_from_cells, timestep_grid
+from conftest import HARDWARE, list_files
+from paths.path import path_from_cells, timestep_grid
+from planning.coupling import CONDITIONS
+from planning.error_map import BLOCKS, error_map, load_heatmap, save_heatmap
 from scheduler import DDIMScheduler
+from truth.gaussian import GaussianDenoiser, Spectrum, jacobian
 
 WRITTEN = {
     "cross_jacobian_2ep.csv",

@@ -12,7 +12,7 @@ from torchvision import transforms
 
 import data
 from data import ImageSet, TwoScaleBatches, coarse, fingerprint_array, load_images, to_float, to_uint8
-from synthetic import synthetic_images
+from images.synthetic import synthetic_images
 
 CPU = torch.device("cpu")
 # Width and height; at some of them the longer side or the margin of the crop is not whole.

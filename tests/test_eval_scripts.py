@@ -11,8 +11,6 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
-from test_stages import defaults, parsed, run_script
 
 import aggregate_results
 import compute_heatmap_30
@@ -21,6 +19,8 @@ import generate_with_path_30
 import make_figures
 import plan_path
 import report
+from conftest import ROOT
+from test_stages import defaults, parsed, run_script
 
 SBATCH = ROOT / "scripts/slurm_eval.sbatch"
 SECONDS = 60  # Far longer than anything here takes, so that a busy machine fails no test.

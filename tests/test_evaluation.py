@@ -21,8 +21,6 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from children import FORKS
-from conftest import MEASURED, SCORED, list_files, run_stage
 from PIL import Image
 
 import aggregate_results
@@ -30,17 +28,19 @@ import cli
 import compute_heatmap_30
 import eval_fid_batch
 import generate_with_path_30
-import path as sampling_path
-import scoring
 import train_lift
 from checkpoint import build_model, load_model, read_checkpoint, save_checkpoint
+from children import FORKS
+from conftest import MEASURED, SCORED, list_files, run_stage
 from data import fingerprint_array, load_images, split_holdout
-from error_map import load_heatmap
-from inception import Features
-from metrics import fid_infinity, inception_score, kernel_distance, precision_recall, sliced_wasserstein
-from path_choice import choose_path
-from results_table import METRIC_VALUES, RESULT_FIELDS, VALUE_FIELDS, read_rows
-from schedule_file import save_schedule
+from evaluation import scoring
+from evaluation.inception import Features
+from evaluation.metrics import fid_infinity, inception_score, kernel_distance, precision_recall, sliced_wasserstein
+from evaluation.results_table import METRIC_VALUES, RESULT_FIELDS, VALUE_FIELDS, read_rows
+from paths import path as sampling_path
+from paths.schedule_file import save_schedule
+from planning.choice import choose_path
+from planning.error_map import load_heatmap
 
 SECONDS = 120  # Far longer than anything here takes, so that a busy machine fails no test.
 JOBS = [(model_type, path_type, seed) for model_type, path_type in MEASURED for seed in ("42", "43")]

@@ -5,21 +5,21 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import HARDWARE, STEPS
 from PIL import Image
 
 import inpaint
 import train_lift
 from checkpoint import load_model
+from conftest import HARDWARE, STEPS
 from data import coarse, load_images, read_png, save_png, split_holdout, to_float, to_uint8
-from gaussian import GaussianDenoiser
+from diffusion.sampler import COARSE_FEEDS, coarse_feed, sample_seeds, scale_shapes
+from diffusion.super_resolution import make_consistent, noise_seeds, super_resolution_path, super_resolve
 from inpaint import MASKS, jump_counts, load_mask, renoise, repaint, scale_masks
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
-from path import Path, diagonal
-from sampler import COARSE_FEEDS, coarse_feed, sample_seeds, scale_shapes
-from schedule_file import save_schedule
+from paths.path import Path, diagonal
+from paths.schedule_file import save_schedule
 from scheduler import DDIMScheduler
-from super_resolution import make_consistent, noise_seeds, super_resolution_path, super_resolve
+from truth.gaussian import GaussianDenoiser
 
 RNG = np.random.default_rng(0)
 SCHEDULER = DDIMScheduler()

@@ -5,16 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import HARDWARE, STEPS
 from PIL import Image
 
 import generate_with_path_30
 import interpolate
+from conftest import HARDWARE, STEPS
 from data import coarse, read_png
+from diffusion.sampler import COARSE_FEEDS, coarse_feed, sample, sample_seeds, scale_shapes
 from interpolate import slerp
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
-from path import Path, diagonal
-from sampler import COARSE_FEEDS, coarse_feed, sample, sample_seeds, scale_shapes
+from paths.path import Path, diagonal
 from scheduler import DDIMScheduler
 
 SCHEDULER = DDIMScheduler()

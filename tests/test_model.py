@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from baseline_model import BaselineModel
+from diffusion.sampler import sample
 from model import (
     LIFTBaselineModel,
     LIFTDualTimestepModel,
@@ -15,8 +16,7 @@ from model import (
     SingleTimestepModel,
     timestep_embedding,
 )
-from path import diagonal
-from sampler import sample
+from paths.path import diagonal
 from scheduler import DDIMScheduler
 
 PARAMETERS = {

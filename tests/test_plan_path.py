@@ -9,15 +9,15 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import list_files
 
 import plan_path
-from error_map import BLOCKS, MSES, load_heatmap, save_heatmap
-from gaussian import Spectrum, exact_heatmap, jacobian
-from path import cascade, diagonal, fine_first, kl_path, lead, log_snr_shift, timestep_grid
-from path_choice import heatmap_path
-from schedule_file import load_schedule
+from conftest import list_files
+from paths.path import cascade, diagonal, fine_first, kl_path, lead, log_snr_shift, timestep_grid
+from paths.schedule_file import load_schedule
+from planning.choice import heatmap_path
+from planning.error_map import BLOCKS, MSES, load_heatmap, save_heatmap
 from scheduler import DDIMScheduler
+from truth.gaussian import Spectrum, exact_heatmap, jacobian
 
 START, GAP = 960, 80
 RESOLUTION = 8

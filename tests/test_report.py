@@ -11,15 +11,17 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import run_stage
 from PIL import Image
 
+import figures.page
 import report
-from error_map import save_heatmap
-from path import Path as PathOfTimesteps
-from report import build, main_nfe, runs_of
-from results_table import append_row
-from schedule_file import save_schedule
+from conftest import run_stage
+from evaluation.report_content import gather, main_nfe
+from evaluation.results_table import append_row
+from figures.page import render, runs_of
+from paths.path import Path as PathOfTimesteps
+from paths.schedule_file import save_schedule
+from planning.error_map import save_heatmap
 from scheduler import DDIMScheduler
 
 SERIES = {
@@ -77,6 +79,11 @@ class Tree(HTMLParser):
 
     def handle_data(self, data):
         self.open[-1].children.append(data)
+
+
+def build(*arguments, **options):
+    """The page of these files, as the stage makes it."""
+    return render(gather(*arguments, **options))
 
 
 def parse(page):
@@ -534,7 +541,7 @@ def test_missing_folder_and_nfe_are_refused(tmp_path):
 
 
 def test_size_is_said_when_large(place, monkeypatch):
-    monkeypatch.setattr(report, "LARGE_PAGE_MB", 0.5)
+    monkeypatch.setattr(figures.page, "LARGE_PAGE_MB", 0.5)
     with pytest.warns(UserWarning):
         page = build(place / "fid_results.csv", place, "")
     megabytes = int(re.search(r"take (\d+) MB", page)[1])

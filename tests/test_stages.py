@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import HARDWARE, MEASURED, STEPS, assert_same, list_files, run_stage
 from PIL import Image
 
 import aggregate_results
@@ -28,13 +27,13 @@ import report
 import train_baseline
 import train_lift
 from checkpoint import build_model, load_model, read_checkpoint, save_checkpoint
+from conftest import HARDWARE, MEASURED, ROOT, STEPS, assert_same, list_files, run_stage
 from data import load_images
-from error_map import load_heatmap, save_heatmap
-from path import diagonal, find_optimal_path_n_steps_lambda
-from results_table import append_row, read_rows
-from schedule_file import load_schedule
+from evaluation.results_table import append_row, read_rows
+from paths.path import diagonal, find_optimal_path_n_steps_lambda
+from paths.schedule_file import load_schedule
+from planning.error_map import load_heatmap, save_heatmap
 
-ROOT = Path(__file__).resolve().parent.parent
 STAGES = [
     train_baseline,
     train_lift,

@@ -11,11 +11,11 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
-from test_stages import defaults, parsed
 
 import train_baseline
 import train_lift
+from conftest import ROOT
+from test_stages import defaults, parsed
 
 SBATCH = ROOT / "scripts/slurm_train.sbatch"
 SECONDS = 60  # Far longer than anything here takes, so that a busy machine fails no test.

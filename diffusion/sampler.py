@@ -1,0 +1,316 @@
+"""Run any model along any path, one scale or several, with DDIM.
+
+The final point of a path is clean: the last step takes every scale to abar = 1 (`end="clean"`), or stops at
+abar(0), noise of standard deviation 0.01, as the published runs did (`end="t0"`).
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from paths.path import Path
+from runtime.device import autocast, compile_or_not, compiling_failed
+from scheduler import CLEAN, DDIMScheduler
+
+Images = tuple[torch.Tensor, ...]
+Denoiser = Callable[[Images, Images], Images]
+# Called at a point of a path with its index and images; what it returns, if anything, is gone on with instead.
+Callback = Callable[[int, Images], tuple[int, Images] | None]
+ENDS = ("clean", "t0")
+# Whence the coarse image comes that a network reads and does not predict (`sample`).
+COARSE_FEEDS = ("x0", "noisy")
+IMAGES_PER_SEED = 1_000_000
+
+
+class Samples(NamedTuple):
+    """What `sample` returns: one `[B, C, H, W]` tensor per scale, fine first, and the calls it took."""
+
+    images: Images
+    nfe: int
+
+
+class GreedySamples(NamedTuple):
+    """What `sample_greedy` returns."""
+
+    images: Images  # fine and coarse, [B, C, H, W]
+    nfe: torch.Tensor  # int64 [B], network evaluations spent on each image, those on moves not taken included
+    points: torch.Tensor  # int64 [B, M + 1, 2], timesteps on the way to 0; shorter paths wait on their last rung
+
+
+class SeededNoise:
+    """Standard normal noise in which row k depends on `seeds[k]` and on the number of draws before only.
+
+    The same on every device and for every batch size: it is drawn on the CPU, one generator per seed.
+    """
+
+    def __init__(self, seeds: Sequence[int]):
+        self._generators = [np.random.default_rng(seed) for seed in seeds]
+
+    def draw(self, shape: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
+        """Float32 `[len(seeds), *shape]`."""
+        rows = np.empty((len(self._generators), *shape), np.float32)
+        for generator, row in zip(self._generators, rows, strict=True):
+            generator.standard_normal(dtype=np.float32, out=row)
+        return torch.from_numpy(rows).to(device)
+
+
+def image_seeds(seed: int, count: int) -> range:
+    """The seeds of `count` images of evaluation seed `seed`: no two evaluation seeds share an image."""
+    if seed < 0:
+        raise ValueError(f"Seed {seed} is negative; choose 0 or a positive integer.")
+    if count > IMAGES_PER_SEED:
+        raise ValueError(f"{count} images exceed the {IMAGES_PER_SEED} that one seed provides; use several seeds.")
+    return range(seed * IMAGES_PER_SEED, seed * IMAGES_PER_SEED + count)
+
+
+def scale_shapes(num_scales: int, channels: int, resolution: int) -> list[tuple[int, int, int]]:
+    """`(C, H, W)` of each scale, fine first, each half the size of the one before."""
+    return [(channels, resolution >> s, resolution >> s) for s in range(num_scales)]
+
+
+def coarse_feed(model: torch.nn.Module, coarse_from: str) -> str | None:
+    """`coarse_from` for a model that reads more scales than it predicts, None for any other."""
+    return coarse_from if model.num_predictions < model.num_scales else None
+
+
+def in_full_batches(denoise: Denoiser, batch_size: int) -> Denoiser:
+    """A denoiser that calls `denoise` with `batch_size` contiguous images when it is called with that many or fewer.
+
+    Smaller batches are filled up with copies of their last image, whose predictions are dropped.
+    """
+
+    def call(xs: Images, ts: Images) -> Images:
+        count = len(xs[0])
+        rows = torch.arange(batch_size, device=xs[0].device).clamp(max=count - 1) if count < batch_size else slice(None)
+        full = [tuple(tensor[rows].contiguous() for tensor in group) for group in (xs, ts)]
+        return tuple(prediction[:count] for prediction in denoise(*full))
+
+    return call
+
+
+def compile_denoiser(
+    denoise: Denoiser,
+    shapes: Sequence[tuple[int, int, int]],
+    batch_size: int,
+    device: torch.device,
+    precision: str = "auto",
+) -> tuple[Denoiser, str]:
+    """`denoise` compiled for batches of `(C, H, W)` per scale, or itself and one sentence that says what failed.
+
+    Sampling with it under `autocast(device, precision)` compiles nothing more, nor does the last, smaller batch: for
+    another size the compiler would take as long as for the first. Another model of the same sizes is compiled at
+    once. Takes minutes on a CPU. Raises what says that memory has run out.
+    """
+
+    def rehearse(compiled: Denoiser) -> None:
+        xs = tuple(torch.zeros(batch_size, *shape, device=device) for shape in shapes)
+        ts = tuple(torch.zeros(batch_size, dtype=torch.long, device=device) for _ in shapes)
+        with torch.no_grad(), autocast(device, precision):
+            compiled(xs, ts)
+
+    compiled, reason = compile_or_not(denoise, rehearse, dynamic=False)
+    return (denoise, compiling_failed(reason)) if reason else (in_full_batches(compiled, batch_size), "")
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoiser,
+    scheduler: DDIMScheduler,
+    path: Path,
+    noise: Sequence[torch.Tensor],
+    eta: float = 0.0,
+    callback: Callback | None = None,
+    end: str = "clean",
+    draw: Callable[[Sequence[int]], torch.Tensor] | None = None,
+    coarse_from: str | None = None,
+) -> Samples:
+    """Sample along a path from white `noise`, one `[B, C, H, W]` tensor per scale, fine first.
+
+    The scales are those of `scheduler.representation`, to whose subspaces all noise is brought.
+
+    denoise: `(xs, ts) -> predictions`, one tensor per scale each, ts int64 `[B]`, called once at every point
+        but the last. A scale whose timestep does not move keeps its image, except that with `end="clean"` the
+        last step takes every scale to clean. eta: 0 DDIM to 1 ancestral; above 0, `draw(shape)` supplies
+        fresh noise `[B, C, H, W]` for shape `(C, H, W)`, scale by scale. callback: called as `(k, images)` at
+        every point k; where it returns `(k', images')`, sampling goes on from point k' <= k with those images.
+    coarse_from: for a denoiser that reads all scales and predicts the first alone, one of COARSE_FEEDS. The other
+        images are then made anew after every call. "x0": the mean of the predicted clean image over the pixels of
+        theirs, noised to their timestep with fresh noise from `draw`; pure noise at the start. "noisy": the mean of
+        the noisy fine image, whatever their timestep.
+
+    Returns images (float32, in [-1, 1] if the schedule clamps; the first is the image that the scales compose) and the
+    calls counted. Raises ValueError if path and noise differ in their number of scales, for an unknown end or feed, for
+    predictions that leave a scale to no feed, for a callback that goes on from a later point, and what
+    `scheduler.step_from` raises.
+    """
+    if path.num_scales != len(noise):
+        raise ValueError(f"The path has {path.num_scales} scale(s) but the model samples {len(noise)}.")
+    if end not in ENDS:
+        raise ValueError(f"Unknown end '{end}'; choose one of {', '.join(ENDS)}.")
+    if coarse_from not in (None, *COARSE_FEEDS):
+        raise ValueError(f"Unknown coarse feed '{coarse_from}'; choose one of {', '.join(COARSE_FEEDS)}.")
+    if coarse_from == "x0" and draw is None:
+        raise ValueError("A coarse image made of the clean one needs fresh noise; pass draw.")
+    targets = [*path.points[1:-1], (CLEAN,) * path.num_scales if end == "clean" else path.points[-1]]
+    representation = scheduler.representation
+    xs = representation.project(tuple(noise))
+    if coarse_from == "noisy":
+        xs = (xs[0], *(_mean_like(xs[0], x) for x in xs[1:]))
+    batch, device = len(xs[0]), xs[0].device
+    k = nfe = 0
+    while True:
+        if callback is not None and (moved := callback(k, xs)) is not None:
+            if not 0 <= moved[0] <= k:
+                raise ValueError(f"A callback at point {k} must go on from point 0 to {k}, not from {moved[0]}.")
+            k, xs = moved
+        if k == path.nfe:
+            return Samples(representation.finished(xs), nfe)
+        point, next_point = path.points[k], targets[k]
+        ts = tuple(torch.full((batch,), t, dtype=torch.long, device=device) for t in point)
+        predictions = denoise(xs, ts)
+        nfe += 1
+        if len(predictions) != (path.num_scales if coarse_from is None else 1):
+            raise ValueError(
+                f"The denoiser predicts {len(predictions)} of {path.num_scales} scales, which does not go with "
+                f"coarse_from = {coarse_from}."
+            )
+        predictions = tuple(prediction.to(x.dtype) for x, prediction in zip(xs, predictions, strict=False))
+        moves = [t_next != t for t, t_next in zip(point, next_point, strict=True)]
+        for t, t_next in itertools.compress(zip(point, next_point, strict=True), moves):
+            scheduler.check_step(t, t_next)
+        x0s = scheduler.predict_clean(predictions, point, xs)
+        fresh = (None,) * len(x0s)
+        if eta > 0 and draw is not None:
+            drawn = tuple(draw(x.shape[1:]) if move else x for x, move in zip(xs, moves[: len(x0s)], strict=False))
+            fresh = representation.project(drawn)
+        stepped = tuple(
+            scheduler.step_from(x0, t, t_next, x, eta, fresh_noise) if move else x
+            for x, x0, t, t_next, move, fresh_noise in zip(xs, x0s, point, next_point, moves, fresh, strict=False)
+        )
+        if coarse_from == "noisy":
+            stepped += tuple(_mean_like(stepped[0], x) for x in xs[1:])
+        elif coarse_from == "x0":
+            for x, t_next in zip(xs[1:], next_point[1:], strict=True):
+                x = _mean_like(x0s[0], x)
+                stepped += (x if t_next == CLEAN else scheduler.add_noise(x, draw(x.shape[1:]), t_next),)
+        k, xs = k + 1, stepped
+
+
+def _mean_like(fine: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool2d(fine, fine.shape[-1] // coarse.shape[-1])
+
+
+@torch.no_grad()
+def sample_greedy(
+    denoise: Denoiser,
+    scheduler: DDIMScheduler,
+    rungs: Sequence[int],  # timesteps that both scales may visit, falling strictly to 0
+    noise: Sequence[torch.Tensor],  # fine and coarse, [B, C, H, W]
+) -> GreedySamples:
+    """Sample with two clocks, each image choosing its moves by trying them; it starts with both scales on rungs[0].
+
+    From its point an image tries to move the fine scale, the coarse one, or both by one rung (DDIM, eta = 0), calls the
+    network at each of the three, and takes the move of least estimated error per rung. The estimate is the difference
+    between Euler's step and the trapezoid that the new prediction allows, in the coordinates in which DDIM is Euler's
+    method (arXiv 2010.02502, eq. 14): ½ |σ̂' - σ̂| ‖ε' - ε‖ with σ̂ = SNR^-½, both scales in quadrature. The prediction
+    at the move taken serves the next choice. A scale that is one rung short of 0 waits for the other, which then has no
+    choice, and the last step takes both to clean together.
+
+    Every evaluation counts in `nfe`, also those of moves not taken: some three per point. Compare with paths of so many
+    steps. Raises ValueError for rungs that do not fall to 0 or start at zero SNR, and for other than two scales.
+    """
+    ladder = torch.tensor(list(rungs), device=noise[0].device)
+    if len(noise) != 2 or len(ladder) < 2 or (ladder.diff() >= 0).any() or ladder[-1] != 0:
+        raise ValueError(f"Greedy sampling needs 2 scales and rungs falling to 0; got {len(noise)} and {list(rungs)}.")
+    tables = scheduler.to(ladder.device)
+    sigma = tables.snr[ladder].pow(-0.5)
+    if sigma.isinf().any():
+        raise ValueError(f"The SNR at timestep {rungs[0]} is 0, where noise is undefined; start the rungs below it.")
+    last = len(ladder) - 2  # The rung from which the last step lands on clean.
+    moves = torch.tensor([[1, 0], [0, 1], [1, 1]], device=ladder.device)
+
+    def evaluate(xs: Images, at: torch.Tensor) -> tuple[Images, Images]:
+        ts = ladder[at].T
+        predictions = denoise(xs, tuple(ts))
+        predictions = tuple(p.to(x.dtype) for p, x in zip(predictions, xs, strict=True))
+        epsilons = tuple(tables.predict_epsilon(p, t, x) for p, t, x in zip(predictions, ts, xs, strict=True))
+        return predictions, epsilons
+
+    xs = scheduler.representation.project(tuple(noise))
+    at = torch.zeros(len(noise[0]), 2, dtype=torch.long, device=ladder.device)
+    nfe = torch.ones(len(at), dtype=torch.long, device=ladder.device)
+    predictions, epsilons = evaluate(xs, at)
+    points = [ladder[at]]
+    while (at < last).any():
+        states = (*xs, *predictions, *epsilons)
+        best_error = torch.full((len(at),), math.inf, dtype=torch.float64, device=ladder.device)
+        best_at, best = at.clone(), tuple(s.clone() for s in states)
+        for move in moves:
+            # Both move together only if both can; a move alone is no choice for a scale that has arrived.
+            rows = (at + move <= last).all(1).nonzero()[:, 0]
+            if len(rows) == 0:
+                continue
+            x, prediction, epsilon = (tuple(s[rows] for s in group) for group in (xs, predictions, epsilons))
+            start, end = at[rows], at[rows] + move
+            ts = ladder[start].T
+            x0s = tables.predict_clean(prediction, ts, x)
+            x = tuple(
+                tables.step_from(x0, t, u, y) if m else y
+                for y, x0, t, u, m in zip(x, x0s, ts, ladder[end].T, move.tolist(), strict=True)
+            )
+            prediction, new_epsilon = evaluate(x, end)
+            nfe[rows] += 1
+            change = [(e - f).flatten(1).double().norm(dim=1) for e, f in zip(new_epsilon, epsilon, strict=True)]
+            error = ((sigma[end] - sigma[start]) * torch.stack(change, 1)).norm(dim=1) / (2 * move.sum())
+            better = error < best_error[rows]
+            chosen = rows[better]
+            best_error[chosen], best_at[chosen] = error[better], end[better]
+            for kept, new in zip(best, (*x, *prediction, *new_epsilon), strict=True):
+                kept[chosen] = new[better]
+        at, xs, predictions, epsilons = best_at, best[:2], best[2:4], best[4:]
+        points.append(ladder[at])
+    ts = ladder[at].T
+    x0s = tables.predict_clean(predictions, ts, xs)
+    xs = tuple(tables.step_from(x0, t, torch.full_like(t, CLEAN), x) for x0, t, x in zip(x0s, ts, xs, strict=True))
+    points.append(torch.zeros_like(points[0]))
+    return GreedySamples(scheduler.representation.finished(xs), nfe.cpu(), torch.stack(points, 1).cpu())
+
+
+def sample_seeds(
+    denoise: Denoiser,
+    scheduler: DDIMScheduler,
+    path: Path,
+    seeds: Sequence[int],
+    shapes: Sequence[tuple[int, int, int]],
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    eta: float = 0.0,
+    callback: Callback | None = None,
+    end: str = "clean",
+    coarse_from: str | None = None,
+) -> Iterator[tuple[Sequence[int], Samples]]:
+    """`sample` batch by batch, with the noise of each seed: image k depends on `seeds[k]` alone.
+
+    shapes: `(C, H, W)` per scale, fine first. Yields the seeds of each batch with its samples.
+    """
+
+    def prepare(start: int) -> tuple[Sequence[int], Callable, list[torch.Tensor]]:
+        chosen = seeds[start : start + batch_size]
+        draw = functools.partial(SeededNoise(chosen).draw, device=device)
+        return chosen, draw, [draw(shape) for shape in shapes]
+
+    starts = range(0, len(seeds), batch_size)
+    following = prepare(0) if starts else None
+    for start in starts:
+        chosen, draw, noise = following
+        samples = sample(denoise, scheduler, path, noise, eta, callback, end, draw, coarse_from)
+        if start != starts[-1]:
+            # A GPU is still at work on these images, and the host has nothing else to do.
+            following = prepare(start + batch_size)
+        yield chosen, samples

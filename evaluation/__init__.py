@@ -1,0 +1,1 @@
+"""From images to scores, and from scores to tables."""

@@ -1,0 +1,512 @@
+"""Tables of the results, in the layout of the published study, as Markdown, LaTeX and CSV.
+
+Only what is comparable shares a table: one data set, number of images, NFE, metric and reference. A column or row is
+of one model, type of path, coarse feed and training regime. Published numbers stand in square brackets beside measured
+ones of the same kind, and nowhere else.
+"""
+
+import csv
+import os
+import statistics
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from evaluation.results_table import (
+    ERROR_BAR_FIELDS,
+    VALUE_FIELDS,
+    aggregate,
+    csv_line,
+    natural_order,
+    without_repetitions,
+)
+from figures.plots import METRIC_TITLES
+from planning.regimes import default_regime
+from runtime.safe_write import replacing
+
+# What the published table calls a model type and a path type, and those beyond it in its manner.
+COLUMN_TITLES = {
+    ("baseline", "diagonal"): "Baseline",
+    ("dual", "diagonal"): "LIFT diagonal",
+    ("dual", "dp_64"): "LIFT DP-64",
+    ("dual", "dp_total"): "LIFT DP-Total",
+    ("baseline", "kl_diagonal"): "Baseline KL diagonal",
+    ("dual", "kl_diagonal"): "LIFT KL diagonal",
+    ("dual", "kl"): "LIFT KL",
+}
+# What the path types are called beside the name of another model.
+PATH_TITLES = {path: title.removeprefix("LIFT ") for (model, path), title in COLUMN_TITLES.items() if model == "dual"}
+WEIGHTS_TITLES = {"raw": "raw weights", "ema": "EMA weights"}
+ABLATIONS = ("single_t", "no_t")
+
+
+class ValueLayout(NamedTuple):
+    """How a value is read and printed."""
+
+    better: str | None  # lower or higher; None for what is neither good nor bad by itself
+    digits: int  # after the decimal point
+
+
+# Images may be far from those of training because they are new or because they are bad.
+VALUE_LAYOUTS = {
+    "fid": ValueLayout("lower", 2),
+    "fid_infinity": ValueLayout("lower", 2),
+    "kid": ValueLayout("lower", 5),
+    "inception_score": ValueLayout("higher", 2),
+    "manifold_precision": ValueLayout("higher", 4),
+    "manifold_recall": ValueLayout("higher", 4),
+    "swd": ValueLayout("lower", 2),
+    "swd_64": ValueLayout("lower", 2),
+    "swd_32": ValueLayout("lower", 2),
+    "swd_16": ValueLayout("lower", 2),
+    "nn_distance": ValueLayout(None, 2),
+    "nn_distance_real": ValueLayout(None, 2),
+    "authenticity": ValueLayout(None, 4),
+}
+
+# Results that differ in one of these do not share a table; the metric follows from the value.
+SETTING_FIELDS = (
+    "dataset",
+    "num_images",
+    "nfe",
+    "metric_features",
+    "resize",
+    "reference",
+    "reference_images",
+    "reference_fingerprint",
+    "precision",
+)
+
+# The bias of FID falls with the number of images, and from here on numbers of one size are commonly reported.
+MIN_FID_IMAGES = 10_000
+INCEPTION_FEATURES = 2048
+
+PUBLISHED_FILE = Path(__file__).parent.parent / "results/published/afhq64_fid.csv"
+# What a result must agree with to be of the same kind as the published numbers.
+PUBLISHED_SETTING = {
+    "dataset": "huggan/AFHQv2",
+    "num_images": "15803",
+    "nfe": "18",
+    "resize": "pytorch-fid",
+    "reference": "train",
+    "reference_images": "15803",
+}
+
+Result = Mapping[str, Any]  # from aggregate
+Row = Mapping[str, Any]  # from read_rows
+
+
+class Series(NamedTuple):
+    """What the scores of a column have in common."""
+
+    model_type: str
+    path_type: str
+    coarse_from: str = ""  # x0 or noisy for models that read a coarse image they do not predict
+    regime: str = ""  # empty where it is the one that the model has unless told otherwise
+    representation: str = ""  # empty where it is over-complete, or of one scale
+
+    @property
+    def title(self) -> str:
+        """As in `LIFT DP-64`, `single_t DP-64, x0`, `LIFT diagonal, shift:2` and `LIFT KL, residual`."""
+        model_and_path = self.model_type, PATH_TITLES.get(self.path_type, self.path_type)
+        name = COLUMN_TITLES.get(self[:2], " ".join(filter(None, model_and_path)))
+        return ", ".join(filter(None, (name, self.coarse_from, self.regime, self.representation)))
+
+    @property
+    def rank(self) -> tuple:
+        """Sort key: the published columns in their order, then the others."""
+        known = list(COLUMN_TITLES)
+        return (known.index(self[:2]) if self[:2] in known else len(known), *self)
+
+
+def series_of(row: Row | Result) -> Series:
+    """The series of a row of the results table, or of `aggregate`."""
+    regime = row["regime"]
+    usual = default_regime(row["model_type"])
+    representation = row["representation"].replace("overcomplete", "")
+    return Series(
+        row["model_type"], row["path_type"], row["coarse_from"], "" if regime == usual else regime, representation
+    )
+
+
+class Cell(NamedTuple):
+    """One entry of a table."""
+
+    text: str
+    best: bool = False
+
+
+class Table(NamedTuple):
+    """One table, whatever it is written as; every row has a cell per column."""
+
+    title: str
+    note: str
+    columns: tuple[str, ...]
+    num_labels: int  # leading columns that say what a row is
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+class Published(NamedTuple):
+    """The published numbers as text, empty where there is none."""
+
+    model_type: str
+    path_type: str
+    coarse_from: str
+    weights: str
+    epoch: str
+    fid_mean: str
+    fid_sd: str
+    seeds: str
+
+    @property
+    def text(self) -> str:
+        """Mean ± deviation, without what is not published."""
+        return f"{self.fid_mean} ± {self.fid_sd}" if self.fid_sd else self.fid_mean
+
+
+def read_published(file: str | os.PathLike = PUBLISHED_FILE) -> list[Published]:
+    """The published FID, in the order of `file`, which results/published/README.md describes.
+
+    Raises FileNotFoundError when there is no such file.
+    """
+    with open(file, newline="", encoding="utf-8") as stream:
+        return [Published(**row) for row in csv.DictReader(stream)]
+
+
+def layout_tables(rows: Iterable[Row]) -> list[Table]:
+    """Every table that rows of `read_rows` fill, value by value in the order of VALUE_FIELDS.
+
+    For each value and comparable setting: mean ± standard deviation over seeds by epoch, for raw and for EMA weights;
+    the best epoch of each model, path and kind of weights; that of the ablations; and the improvement of other paths
+    over the diagonal, paired by seed. Then the value against NFE where more than one was measured. Error bars of
+    single evaluations (ERROR_BAR_FIELDS) have no tables.
+
+    Raises ValueError when there is no row.
+    """
+    rows = without_repetitions(rows)
+    if not rows:
+        raise ValueError("There is no result to lay out: evaluate a checkpoint first.")
+    results = aggregate(rows)
+    published = read_published()
+    tables = []
+    for field in (field for field in VALUE_FIELDS if field not in ERROR_BAR_FIELDS):
+        measured = [result for result in results if result[f"{field}_mean"] is not None]
+        for setting in _groups(measured, SETTING_FIELDS):
+            by_weights = [[result for result in setting if result["weights"] == weights] for weights in WEIGHTS_TITLES]
+            tables += [_epoch_table(field, group, published) for group in by_weights if group]
+            if VALUE_LAYOUTS[field].better is None:
+                continue
+            tables.append(_best_table(field, "best epochs", setting, "", partial(_published_text, field, published)))
+            ablations = [result for result in setting if result["model_type"] in ABLATIONS]
+            if ablations:
+                tables.append(_ablation_table(field, ablations, published))
+            tables += _improvement_tables(field, setting[0], rows)
+        for setting in _groups(measured, [name for name in SETTING_FIELDS if name != "nfe"]):
+            tables += _nfe_tables(field, setting)
+    return tables
+
+
+def _groups(results: Iterable[Row], fields: Sequence[str]) -> list[list[Row]]:
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for result in results:
+        groups.setdefault(tuple(result[name] for name in fields), []).append(result)
+    return [groups[key] for key in sorted(groups, key=lambda key: [natural_order(text) for text in key])]
+
+
+def _ordered(series: Iterable[Series]) -> list[Series]:
+    return sorted(set(series), key=lambda one: one.rank)
+
+
+def _number(field: str, value: float) -> str:
+    return f"{value:.{VALUE_LAYOUTS[field].digits}f}"
+
+
+def _spread(field: str, mean: float, sd: float | None) -> str:
+    return _number(field, mean) if sd is None else f"{_number(field, mean)} ± {_number(field, sd)}"
+
+
+def _value_text(field: str, result: Result) -> str:
+    return f"{_spread(field, result[f'{field}_mean'], result[f'{field}_sd'])} ({result[f'{field}_seeds']})"
+
+
+def _goodness(field: str, result: Result) -> float:
+    # The larger the better; constant for what is neither good nor bad.
+    return result[f"{field}_mean"] * {"lower": -1, "higher": 1, None: 0}[VALUE_LAYOUTS[field].better]
+
+
+def _is_published_kind(field: str, result: Result) -> bool:
+    usual = not (series_of(result).regime or series_of(result).representation)
+    return field == "fid" and usual and all(result[name] == value for name, value in PUBLISHED_SETTING.items())
+
+
+def _published_text(field: str, published: Sequence[Published], result: Result) -> str:
+    wanted = tuple(result[name] for name in ("model_type", "path_type", "coarse_from", "weights", "epoch"))
+    if not _is_published_kind(field, result):
+        return ""
+    return "".join(f" [{number.text}]" for number in published if number[:5] == wanted)
+
+
+def _title(field: str, what: str, setting: Row, with_nfe: bool = True) -> str:
+    name = METRIC_TITLES[field]
+    images = f"{int(setting['num_images']):,} images"
+    where = ", ".join([setting["dataset"], images, *([f"NFE {setting['nfe']}"] if with_nfe else [])])
+    return f"{name[0].upper()}{name[1:]}, {what}: {where}"
+
+
+def _mean_note(field: str) -> str:
+    better = VALUE_LAYOUTS[field].better
+    said = f" {better.capitalize()} is better; the best is bold." if better else ""
+    return f"Mean ± standard deviation over seeds (number of seeds).{said}"
+
+
+def _note(field: str, setting: Row, said: str, rows: Iterable[Iterable[Cell]]) -> str:
+    text = "".join(cell.text for row in rows for cell in row)
+    images = f"{int(setting['reference_images']):,} images, " if setting["reference_images"] else ""
+    sentences = [
+        said,
+        "Square brackets: published." if "[" in text else "",
+        "A semicolon separates several checkpoints or paths of one name." if ";" in text else "",
+        f"Features {setting['metric_features']}, resize {setting['resize']}, reference {setting['reference']} "
+        f"({images}{setting['reference_fingerprint']}), {setting['precision']}.",
+    ]
+    num_images = int(setting["num_images"])
+    if field == "fid" and num_images < MIN_FID_IMAGES:
+        sentences.append(f"n = {num_images:,}: FID at another n does not compare.")
+    if field in ("fid", "fid_infinity") and num_images < INCEPTION_FEATURES:
+        sentences.append(f"Not comparable: fewer images than features ({INCEPTION_FEATURES:,}).")
+    return " ".join(filter(None, sentences))
+
+
+class _Entry(NamedTuple):
+    labels: tuple[str, ...]
+    series: Series
+    text: str
+    goodness: float
+
+
+def _grid(entries: Iterable[_Entry]) -> tuple[tuple[str, ...], tuple[tuple[Cell, ...], ...]]:
+    # Titles of the series, and a row per labels that begins with them; the best of several series of it is marked.
+    entries = list(entries)
+    by_row: dict[tuple[str, ...], dict[Series, list[_Entry]]] = {}
+    for entry in entries:
+        by_row.setdefault(entry.labels, {}).setdefault(entry.series, []).append(entry)
+    series = _ordered(entry.series for entry in entries)
+    rows = []
+    for labels in sorted(by_row, key=lambda labels: [natural_order(text) for text in labels]):
+        row = by_row[labels]
+        winners = _winners({name: max(entry.goodness for entry in row[name]) for name in row})
+        cells = [Cell("; ".join(entry.text for entry in row.get(name, [])), name in winners) for name in series]
+        rows.append((*map(Cell, labels), *cells))
+    return tuple(one.title for one in series), tuple(rows)
+
+
+def _winners(goodness: Mapping[Hashable, float]) -> set[Hashable]:
+    # Nobody wins where nobody is worse.
+    best = max(goodness.values())
+    return {name for name, value in goodness.items() if value == best} if best > min(goodness.values()) else set()
+
+
+def _mean_entry(field: str, result: Result, label_fields: Sequence[str], beside: str = "") -> _Entry:
+    labels = tuple(result[name] for name in label_fields)
+    return _Entry(labels, series_of(result), _value_text(field, result) + beside, _goodness(field, result))
+
+
+def _epoch_table(field: str, results: Sequence[Result], published: Sequence[Published]) -> Table:
+    entries = [_mean_entry(field, r, ("epoch",), _published_text(field, published, r)) for r in results]
+    titles, rows = _grid(entries)
+    title = _title(field, WEIGHTS_TITLES[results[0]["weights"]], results[0])
+    return Table(title, _note(field, results[0], _mean_note(field), rows), ("epoch", *titles), 1, rows)
+
+
+def _nfe_tables(field: str, results: Sequence[Result]) -> list[Table]:
+    groups = _groups(results, ("weights", "epoch"))
+    chosen = [result for group in groups if len({r["nfe"] for r in group}) > 1 for result in group]
+    if not chosen:
+        return []
+    titles, rows = _grid(_mean_entry(field, result, ("epoch", "weights", "nfe")) for result in chosen)
+    title = _title(field, "against NFE", chosen[0], with_nfe=False)
+    columns = ("epoch", "weights", "NFE", *titles)
+    return [Table(title, _note(field, chosen[0], _mean_note(field), rows), columns, 3, rows)]
+
+
+def _best_table(field: str, what: str, results: Sequence[Result], said: str, beside: Callable[[Result], str]) -> Table:
+    # Of equal epochs the first, so that more training has to pay.
+    groups = _groups(results, ("weights", "model_type", "path_type", "coarse_from", "regime", "representation"))
+    best = [max(group, key=lambda result: _goodness(field, result)) for group in groups]
+    best.sort(key=lambda result: (series_of(result).rank, result["weights"] == "ema"))
+    winners = _winners({k: _goodness(field, result) for k, result in enumerate(best)})
+    rows = tuple(
+        (
+            Cell(series_of(result).title),
+            Cell(result["weights"]),
+            Cell(result["epoch"]),
+            Cell(_value_text(field, result) + beside(result), k in winners),
+        )
+        for k, result in enumerate(best)
+    )
+    note = _note(field, best[0], f"The best epoch of each. {_mean_note(field)}{said}", rows)
+    columns = ("model and path", "weights", "best epoch", METRIC_TITLES[field])
+    return Table(_title(field, what, best[0]), note, columns, 3, rows)
+
+
+def _ablation_table(field: str, results: Sequence[Result], published: Sequence[Published]) -> Table:
+    def beside(result: Result) -> str:
+        # The study names neither the kind of weights of its ablations nor that of their DP path.
+        path_type = "dp" if result["path_type"].startswith("dp_") else result["path_type"]
+        wanted = (result["model_type"], path_type, result["coarse_from"], "")
+        numbers = [number for number in published if number[:4] == wanted and _is_published_kind(field, result)]
+        return "".join(f" [{n.text}{f', epoch {n.epoch}' if n.epoch else ''}]" for n in numbers)
+
+    shown = any(beside(result) for result in results)
+    said = " Published: the best of one seed, weights and kind of DP path not stated." if shown else ""
+    return _best_table(field, "ablations", results, said, beside)
+
+
+class Improvement(NamedTuple):
+    """By how much a path is better than the diagonal of the same checkpoint, over the seeds both have."""
+
+    mean: float  # positive where the path is better
+    sd: float | None  # of the differences seed by seed; None below two of them
+    percent: float | None  # of the diagonal's mean; None unless that is positive
+    num_seeds: int  # 0 where no seed is shared, so that means over different seeds were subtracted
+
+
+def improvement(diagonal: Mapping[str, float], path: Mapping[str, float], better: str = "lower") -> Improvement:
+    """Compare values by seed: diagonal minus path where lower is better, path minus diagonal where higher is.
+
+    The difference is paired: its mean, standard deviation (divided by n - 1) and per cent are over the seeds that both
+    have. Without such a seed it is the difference of the two means. Raises ValueError when either has no value.
+    """
+    if not diagonal or not path:
+        raise ValueError("An improvement needs at least one value of the diagonal and one of the path.")
+    sign = 1 if better == "lower" else -1
+    shared = [seed for seed in diagonal if seed in path]
+    differences = [sign * (diagonal[seed] - path[seed]) for seed in shared]
+    base = statistics.fmean([diagonal[seed] for seed in shared] or diagonal.values())
+    mean = statistics.fmean(differences) if shared else sign * (base - statistics.fmean(path.values()))
+    sd = statistics.stdev(differences) if len(shared) > 1 else None
+    return Improvement(mean, sd, 100 * mean / base if base > 0 else None, len(shared))
+
+
+def _improvement_text(field: str, gain: Improvement) -> str:
+    percent = [] if gain.percent is None else [f"{gain.percent:.1f} %"]
+    seeds = str(gain.num_seeds) if gain.num_seeds else "unpaired"
+    return f"{_spread(field, gain.mean, gain.sd)} ({', '.join([*percent, seeds])})"
+
+
+def _improvement_tables(field: str, setting: Result, rows: Sequence[Row]) -> list[Table]:
+    # Rows rather than results, since only they know which values share a seed.
+    comparable = [row for row in rows if row[field] and all(row[name] == setting[name] for name in SETTING_FIELDS)]
+    better, entries = VALUE_LAYOUTS[field].better, []
+    for checkpoint in _groups(comparable, ("model_type", "epoch", "weights", "checkpoint_fingerprint")):
+        paths = [
+            (series_of(path[0]), {row["seed"]: float(row[field]) for row in path})
+            for path in _groups(checkpoint, ("path_type", "coarse_from", "path_fingerprint"))
+        ]
+        labels = checkpoint[0]["epoch"], checkpoint[0]["weights"]
+        for series, values in paths:
+            for other, base in paths:
+                # Of two coarse feeds, each has a diagonal of its own.
+                if series.path_type != "diagonal" and other == series._replace(path_type="diagonal"):
+                    gain = improvement(base, values, better)
+                    entries.append(_Entry(labels, series, _improvement_text(field, gain), gain.mean))
+    if not entries:
+        return []
+    titles, cells = _grid(entries)
+    difference = "Diagonal minus path" if better == "lower" else "Path minus diagonal"
+    said = (
+        f"{difference}, positive where the path is better: mean ± standard deviation of the differences seed by seed "
+        f"(per cent of the diagonal, number of seeds). The best is bold."
+    )
+    title = _title(field, "improvement over the diagonal", setting)
+    return [Table(title, _note(field, setting, said, cells), ("epoch", "weights", *titles), 2, cells)]
+
+
+def render_markdown(tables: Iterable[Table]) -> str:
+    """Tables as sections of one Markdown page."""
+    return "\n".join(["# Results\n", *map(_markdown_table, tables)])
+
+
+def _markdown_table(table: Table) -> str:
+    lines = [[_escape_markdown(title) for title in table.columns]]
+    lines.append(["---" if k < table.num_labels else "---:" for k in range(len(table.columns))])
+    for row in table.rows:
+        texts = [_escape_markdown(cell.text) for cell in row]
+        lines.append([f"**{text}**" if cell.best else text for cell, text in zip(row, texts, strict=True)])
+    body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"## {table.title}\n\n{table.note}\n\n{body}"
+
+
+def _escape_markdown(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+_LATEX_ESCAPES = {character: f"\\{character}" for character in "_%&#${}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    # A bracket at the beginning of a row would be an argument of the line break before it.
+    "[": "{[}",
+    "±": r"$\pm$",
+    "∞": r"$\infty$",
+}
+
+
+def render_latex(tables: Iterable[Table]) -> str:
+    """Tables as LaTeX floats, to be `\\input` by a document that loads the package booktabs."""
+    return "\n".join(["% Needs \\usepackage{booktabs}.", *map(_latex_table, tables)])
+
+
+def _latex_table(table: Table) -> str:
+    rows = []
+    for row in table.rows:
+        texts = [(_escape_latex(cell.text), cell.best) for cell in row]
+        rows.append(" & ".join(rf"\textbf{{{text}}}" if best else text for text, best in texts))
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{_escape_latex(table.title)}. {_escape_latex(table.note)}}}",
+        rf"\begin{{tabular}}{{{'l' * table.num_labels}{'r' * (len(table.columns) - table.num_labels)}}}",
+        r"\toprule",
+        " & ".join(map(_escape_latex, table.columns)) + r" \\",
+        r"\midrule",
+        *(rf"{row} \\" for row in rows),
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _escape_latex(text: str) -> str:
+    return "".join(_LATEX_ESCAPES.get(character, character) for character in text)
+
+
+def render_csv(tables: Iterable[Table]) -> str:
+    """Tables as CSV, one below the other, each under a line with its title and one with its note."""
+    blocks = []
+    for table in tables:
+        lines = [(table.title,), (table.note,), table.columns, *([cell.text for cell in row] for row in table.rows)]
+        blocks.append("".join(map(csv_line, lines)))
+    return "\n".join(blocks)
+
+
+RENDERERS = {".md": render_markdown, ".tex": render_latex, ".csv": render_csv}
+
+
+def write_tables(file: str | os.PathLike, tables: Sequence[Table]) -> None:
+    """Write tables in the format of the file's suffix, .md, .tex or .csv, replacing `file` as a whole.
+
+    Raises ValueError for another suffix and when there is no table.
+    """
+    render = RENDERERS.get(Path(file).suffix)
+    if render is None:
+        raise ValueError(f"{file} must end in one of {', '.join(RENDERERS)}, which say how tables are written.")
+    if not tables:
+        raise ValueError(f"There is no table to write to {file}: evaluate a checkpoint first.")
+    with replacing(file) as temporary:
+        temporary.write_bytes(render(tables).encode())

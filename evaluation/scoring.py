@@ -1,0 +1,257 @@
+"""From a model and a path to the numbers of a results row: generated images, what Inception says of them, metrics.
+
+`generate` samples, on all processes of a run, and lets the Inception network see each batch while a GPU samples the
+next; `Scorer` compares the images with a reference. Nothing is written but the features of the reference, in the cache.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import LoadedModel
+from data import ImageSet, distinct_images, to_uint8
+from diffusion.sampler import Denoiser, coarse_feed, sample_seeds, scale_shapes
+from evaluation.inception import Features, Inception
+from evaluation.metrics import (
+    MANIFOLD_K,
+    MIN_EXTRAPOLATED_FEATURES,
+    SCORE_SPLITS,
+    FeatureMoments,
+    NearestNeighbours,
+    SlicedWasserstein,
+    fid_infinity,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    swd_levels,
+)
+from evaluation.reference_set import ReferenceSet
+from evaluation.results_table import METRIC_VALUES
+from paths.path import Path
+from runtime.device import autocast
+from runtime.distributed import Processes
+
+FEATURE_METRICS = ("fid", "fid_infinity", "kid", "is", "pr")
+# Known before an image is made, whereas the metrics themselves would refuse only then.
+FEWEST_IMAGES = {"fid": 2, "fid_infinity": MIN_EXTRAPOLATED_FEATURES, "kid": 2, "is": SCORE_SPLITS}
+FEWEST_IMAGES |= {"pr": MANIFOLD_K + 1, "swd": 1, "nn": 1}
+
+
+class Generated(NamedTuple):
+    """The images of one job."""
+
+    pixels: torch.Tensor  # uint8 [N, C, R, R], on the CPU, rounded as in a PNG
+    features: Features | None  # of those pixels, if asked for
+    nfe: int  # network calls that each image took
+
+
+def generate(
+    loaded: LoadedModel,
+    path: Path,
+    seeds: Sequence[int],
+    processes: Processes,
+    batch_size: int = 64,
+    precision: str = "auto",
+    eta: float = 0.0,
+    end: str = "clean",
+    inception: Inception | None = None,
+    denoise: Denoiser | None = None,  # what is called in place of the model itself, such as its compiled form
+    overlap: bool | None = None,  # features of one batch beside the sampling of the next; None: on GPUs
+    coarse_from: str = "x0",  # what a model reads as the coarse image that it does not predict
+) -> Generated | None:
+    """The fine image of every seed; the processes of a run share the batches, and the first gets all of them.
+
+    A batch holds the same seeds whatever the number of processes, and is computed by one of them, so the images are
+    the same. Returns None on all processes but the first. Raises ValueError if an image is not finite.
+    """
+    device = processes.device
+    shapes = scale_shapes(loaded.model.num_scales, loaded.config["channels"], loaded.config["resolution"])
+    batches = torch.arange(len(seeds)).split(batch_size)[processes.rank :: processes.count]
+    mine = torch.cat(batches).tolist() if batches else []
+    sampled = sample_seeds(
+        denoise or loaded.model.denoise, loaded.scheduler, path, [seeds[k] for k in mine], shapes,
+        batch_size, device, eta, end=end, coarse_from=coarse_feed(loaded.model, coarse_from),
+    )  # fmt: skip
+    pixels, features, nfe, broken = [torch.empty(0, *shapes[0], dtype=torch.uint8)], [], 0, None
+    with (
+        autocast(device, precision),
+        _Beside(device, device.type == "cuda" if overlap is None else overlap) as beside,
+        tqdm(total=len(mine), unit="img", leave=False, disable=not processes.is_main) as bar,
+    ):
+        for chosen, samples in sampled:
+            nfe, fine = samples.nfe, samples.images[0]
+            finite = fine.isfinite().flatten(1).all(1)  # [B]
+            rounded = to_uint8(fine)  # [B, C, R, R]
+            if inception is not None:
+                features.append(beside.submit(inception, rounded))
+            pixels.append(rounded.cpu())
+            if not finite.all():
+                broken = chosen[finite.tolist().index(False)]
+                break
+            bar.update(len(chosen))
+        features = [future.result() for future in features]
+    if processes.any(broken is not None)[0]:
+        culprit = "an image of another process" if broken is None else f"the image of seed {broken}"
+        raise ValueError(
+            f"The {loaded.weights} weights of epoch {loaded.config['epoch']} make {culprit} NaN or infinite along path "
+            f"{path.kind} of {path.nfe} steps; use another checkpoint, or --precision fp32."
+        )
+    parts = processes.gather((mine, torch.cat(pixels), _join(features), nfe))
+    if parts is None:
+        return None
+    order = torch.tensor([k for part in parts for k in part[0]]).argsort()
+    known = [part[2] for part in parts if part[2] is not None]
+    return Generated(
+        torch.cat([part[1] for part in parts])[order],
+        Features(*(values[order] for values in _join(known))) if known else None,
+        max(part[3] for part in parts),
+    )
+
+
+def _join(parts: Iterable[Features]) -> Features | None:
+    parts = list(parts)
+    return Features(*(torch.cat(values) for values in zip(*parts, strict=True))) if parts else None
+
+
+class _Beside:
+    """Calls functions of what has just been computed: at once, or in a thread with a CUDA stream of its own."""
+
+    def __init__(self, device: torch.device, overlap: bool):
+        self._device = device
+        self._pool = ThreadPoolExecutor(1) if overlap else None
+        self._stream = torch.cuda.Stream(device) if overlap and device.type == "cuda" else None
+
+    def __enter__(self) -> "_Beside":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, function: Callable, value: torch.Tensor) -> Future:
+        if self._pool is None:
+            done = Future()
+            done.set_result(function(value))
+            return done
+        if self._stream is None:
+            return self._pool.submit(function, value)
+        computed = torch.cuda.current_stream(self._device).record_event()
+
+        def call():
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(computed)
+                return function(value)
+
+        return self._pool.submit(call)
+
+
+class Scorer:
+    """The metrics of generated images against one reference; what belongs to the reference is made once.
+
+    metrics: of results_table.METRICS. training: the images the model was trained on, for `nn`. inception: needed for
+    FEATURE_METRICS. `settings[metric]` holds the key columns metric, metric_features and resize of its rows.
+
+    Raises ValueError if a metric cannot be computed from so many images, or against this reference.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[str],
+        num_images: int,
+        reference: ReferenceSet,
+        training: ImageSet,
+        inception: Inception | None = None,
+        device: torch.device | str = "cpu",
+        cache_dir: str | os.PathLike = "cache",
+    ):
+        self.reference, self.training, self.inception = reference, training, inception
+        self.num_images, self.cache_dir = num_images, cache_dir
+        self.settings = {}
+        for metric in metrics:
+            if num_images < FEWEST_IMAGES[metric]:
+                raise ValueError(
+                    f"The metric {metric} needs at least {FEWEST_IMAGES[metric]} images, not {num_images}; raise "
+                    "--num_images or leave it out of --metrics."
+                )
+            features, resize = "pixels", "none"
+            if metric in FEATURE_METRICS:
+                features, resize = f"inception-{inception.fingerprint}", inception.resize
+            elif metric == "swd":
+                features = f"swd-7x7-{'-'.join(str(level) for level in swd_levels(training.pixels.shape[-1]))}"
+            self.settings[metric] = {"metric": metric, "metric_features": features, "resize": resize}
+        if set(metrics) & {"swd", "kid", "pr"}:
+            reference_pixels = reference.pixels
+        for metric in ("kid", "pr"):
+            if metric in metrics and reference.count < FEWEST_IMAGES[metric]:
+                raise ValueError(
+                    f"The metric {metric} needs at least {FEWEST_IMAGES[metric]} images to compare with, but the "
+                    f"reference {reference.name} has {reference.count}; pass another or leave it out of --metrics."
+                )
+        if "swd" in metrics:
+            self._swd = SlicedWasserstein(reference_pixels, num_images, device=device)
+        if "nn" in metrics:
+            # A training image that occurs twice would be at distance 0 from its neighbour, and excuse every copy of it.
+            self._neighbours = NearestNeighbours(distinct_images(training.pixels), device)
+
+    def prepare(self, metrics: Iterable[str]) -> None:
+        """Make what these metrics need of the reference, so that one which is no good is refused before sampling.
+
+        Raises ValueError as `ReferenceSet.moments` and `ReferenceSet.features`.
+        """
+        # Moments come from features where there are any, and then the network sees the reference once.
+        if set(metrics) & {"kid", "pr"}:
+            self._reference_features()
+        if set(metrics) & {"fid", "fid_infinity"}:
+            self._reference_moments()
+
+    def score(self, metric: str, generated: Generated) -> dict[str, float]:
+        """The value columns of one metric."""
+        values = getattr(self, f"_{metric}_values")(generated)
+        # The table has columns for the levels of 64x64 images only; the mean of SWD counts every level.
+        return {name: round(value, 6) for name, value in values.items() if name in METRIC_VALUES[metric]}
+
+    def _reference_moments(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.reference.moments(self.inception, self.cache_dir)
+
+    def _reference_features(self) -> np.ndarray:
+        return self.reference.features(self.inception, self.cache_dir)
+
+    def _fid_values(self, generated: Generated) -> dict[str, float]:
+        moments = FeatureMoments()
+        for batch in generated.features.pool.split(1024):
+            moments.update(batch)
+        return {"fid": frechet_distance(moments.mean, moments.cov, *self._reference_moments())}
+
+    def _fid_infinity_values(self, generated: Generated) -> dict[str, float]:
+        return {"fid_infinity": fid_infinity(generated.features.pool, *self._reference_moments()).value}
+
+    def _kid_values(self, generated: Generated) -> dict[str, float]:
+        mean, sd = kernel_distance(generated.features.pool, self._reference_features())
+        return {"kid": mean, "kid_sd": sd}
+
+    def _is_values(self, generated: Generated) -> dict[str, float]:
+        mean, sd = inception_score(generated.features.logits)
+        return {"inception_score": mean, "inception_score_sd": sd}
+
+    def _pr_values(self, generated: Generated) -> dict[str, float]:
+        precision, recall = precision_recall(generated.features.pool, self._reference_features())
+        return {"manifold_precision": precision, "manifold_recall": recall}
+
+    def _swd_values(self, generated: Generated) -> dict[str, float]:
+        distances = self._swd.distance(generated.pixels)
+        levels = {f"swd_{level}": value for level, value in distances.items()}
+        return levels | {"swd": sum(distances.values()) / len(distances)}
+
+    def _nn_values(self, generated: Generated) -> dict[str, float]:
+        found = self._neighbours.compare(generated.pixels)
+        return {
+            "nn_distance": found.distance,
+            "nn_distance_real": found.distance_real,
+            "authenticity": found.authenticity,
+        }

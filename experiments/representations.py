@@ -1,0 +1,113 @@
+"""What an orthogonal pair of scales can win, where the truth is known: best paths of every representation.
+
+    python benchmarks/representations.py gaussian --spectrum FILE.npz --output results/representation/gaussian
+    python benchmarks/representations.py gaussian --output results/representation/power_law     # no file: a power law
+
+Exact squared Wasserstein distance W2² between Gaussian images and what DDIM returns, split into low and detail band,
+along the path that makes it least: of the baseline's one clock on the image; of the over-complete and the residual pair
+on the diagonal of the image (isotropic noise: λ_32 = λ_64, and λ_32 = λ_64 + log 4); and of both with two clocks, which
+in the residual pair is a schedule of its own for every band. All start from pure noise, taken for --start in λ of the
+image, and end clean. No network, no sampling, no seeds.
+
+Writes OUTPUT.csv (a row per path, with its points), and OUTPUT.md: the distances, and how far the coarse scale is ahead
+of the diagonal of the image.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path as FilePath
+from typing import Any
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(FilePath(__file__).resolve().parent.parent))
+
+import cli
+from bench_train import show, table
+from evaluation.results_table import write_csv
+from images.representation import REPRESENTATIONS
+from truth.gaussian import Spectrum, ddim_output, optimal_points, w2_squared
+
+ONE_CLOCK = "one clock"
+KINDS = {
+    ONE_CLOCK: dict(single_scale=True),
+    "overcomplete, diagonal": dict(diagonal=True),
+    "overcomplete, 2-D": {},
+    "residual, diagonal": dict(diagonal=True, representation="residual"),
+    "residual, 2-D": dict(representation="residual"),
+}
+COLUMNS = ("path", "nfe", "w2", "low", "detail", "lead_mean", "lead_min", "lead_max", "points")
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags of this benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_subparsers(dest="kind", required=True).add_parser("gaussian").add_argument
+    add("--nfe", nargs="+", type=cli.positive_int, default=[4, 6, 8, 10, 18, 36], help="(4 6 8 10 18 36)")
+    add("--start", type=float, default=-10.0, help="log SNR of the image at the first point (-10)")
+    add("--spectrum", default=None, metavar="FILE", help="variances of real images (a power law)")
+    add("--resolution", type=cli.positive_int, default=64, help="of the power law (64)")
+    add("--output", required=True, help="name of the files without suffix")
+    return parser.parse_args()
+
+
+def row_of(spectrum: Spectrum, kind: str, nfe: int, start: float) -> dict[str, Any]:
+    """The best path of a kind: W2² in units of x², the lead of the coarse scale over the image at the inner points."""
+    options = KINDS[kind]
+    representation = options.get("representation", "overcomplete")
+    points, value = optimal_points(spectrum, nfe, "w2", start, math.inf, **options)
+    low, detail = (v.item() for v in w2_squared(spectrum, ddim_output(spectrum, points, representation), by_band=True))
+    row = {"path": kind, "nfe": nfe, "w2": value, "low": low, "detail": detail}
+    inner = points[1:-1]
+    if kind != ONE_CLOCK and len(inner):
+        lead = inner[:, 1] - inner[:, 0] - REPRESENTATIONS[representation].image_lead
+        row |= {"lead_mean": lead.mean().item(), "lead_min": lead.min().item(), "lead_max": lead.max().item()}
+    texts = ("/".join(f"{v:.4f}" for v in point) for point in points.reshape(nfe + 1, -1).tolist())
+    return row | {"points": " ".join(texts)}
+
+
+def report(rows: list[dict[str, Any]], title: str) -> str:
+    """Markdown: W2² by band of every kind, what separate schedules win, and where they put the coarse scale."""
+    by_key = {(row["path"], row["nfe"]): row for row in rows}
+    distances, leads = [], []
+    for nfe in sorted({row["nfe"] for row in rows}):
+        paths = {kind: by_key[kind, nfe] for kind in KINDS}
+        texts = {k: f"{r['w2']:.4g} ({r['low']:.4g} + {r['detail']:.4g})" for k, r in paths.items()}
+        level, own = paths["residual, diagonal"], paths["residual, 2-D"]
+        ratios = {f"{band} error, diagonal / 2-D": f"{level[band] / own[band]:.2f}" for band in ("low", "detail")}
+        distances.append({"NFE": str(nfe), **texts, **ratios})
+        moving = ((k, r) for k, r in paths.items() if k.endswith("2-D"))
+        leads.append({"NFE": str(nfe), **{k: _lead(r) for k, r in moving}})
+    parts = [
+        f"# {title}",
+        f"W2² (low band + details) of the best path:\n\n{table(distances)}",
+        "Lead of the coarse scale over the diagonal of the image, λ_32 - λ_64 less 0 (over-complete) or log 4 "
+        f"(residual), mean (least to largest) over the inner points:\n\n{table(leads)}",
+    ]
+    return "\n\n".join(parts)
+
+
+def _lead(row: dict[str, Any]) -> str:
+    if "lead_mean" not in row:
+        return "–"  # A single step has no inner points.
+    return f"{row['lead_mean']:+.2f} ({row['lead_min']:+.2f} to {row['lead_max']:+.2f})"
+
+
+def main() -> None:
+    """Find the best paths, write the rows and the table."""
+    args = parse_args()
+    if not math.isfinite(args.start):
+        raise ValueError(f"--start is {args.start} but must be a finite log SNR, such as -10.")
+    spectrum = Spectrum.load(args.spectrum) if args.spectrum else Spectrum.power_law(args.resolution)
+    FilePath(args.output).parent.mkdir(parents=True, exist_ok=True)
+    jobs = [(kind, nfe) for nfe in args.nfe for kind in KINDS]
+    rows = [row_of(spectrum, kind, nfe, args.start) for kind, nfe in tqdm(jobs, unit="path")]
+    write_csv(f"{args.output}.csv", [{column: row.get(column) for column in COLUMNS} for row in rows])
+    source = f"variances of {FilePath(args.spectrum).name}" if args.spectrum else "a power law"
+    text = report(rows, f"Best paths of DDIM on Gaussian images, {source}, from λ = {args.start:g}")
+    show(text, f"{args.output}.md")
+
+
+if __name__ == "__main__":
+    cli.run_stage(main)

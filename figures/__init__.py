@@ -1,0 +1,1 @@
+"""Every figure, and the page of a report."""

@@ -1,0 +1,1 @@
+"""Models as folders with a card, as the hub holds them."""

@@ -1,0 +1,1 @@
+"""Devices, processes that share a run, and files written whole or not at all."""

@@ -1,0 +1,670 @@
+"""FID against pytorch-fid and closed forms, the other metrics against closed forms and brute force."""
+
+import importlib
+import itertools
+import sys
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import scipy.stats
+import torch
+
+from evaluation import metrics
+from evaluation.metrics import (
+    FeatureMoments,
+    NearestNeighbours,
+    SlicedWasserstein,
+    fid_infinity,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    laplacian_pyramid,
+    precision_recall,
+    projected_distance,
+    random_subsets,
+    sliced_wasserstein,
+    sorted_projections,
+    swd_levels,
+)
+
+
+def moments_of(features):
+    return features.mean(axis=0), np.cov(features, rowvar=False)
+
+
+def correlated_features(seed, n, d, shift=0.0):
+    generator = np.random.default_rng(seed)
+    spectrum = np.exp(-np.arange(d) / (d / 6))
+    return generator.normal(size=(n, d)) * spectrum @ generator.normal(size=(d, d)) / np.sqrt(d) + shift
+
+
+def random_images(seed, n, size, channels=3):
+    return np.random.default_rng(seed).integers(0, 256, (n, channels, size, size), dtype=np.uint8)
+
+
+def smooth_images(seed, n, size, sigma=1.5):
+    noise = np.random.default_rng(seed).normal(size=(n, 3, size, size))
+    smooth = scipy.ndimage.gaussian_filter(noise, (0, 0, sigma, sigma), mode="wrap")
+    smooth += 0.05 * noise
+    return np.clip(127 + 40 * smooth / smooth.std(), 0, 255).astype(np.uint8)
+
+
+# Fréchet distance
+
+
+@pytest.mark.parametrize("n", [400, 80], ids=["full rank", "rank deficient"])
+def test_frechet_distance_equals_the_nuclear_norm_of_the_features(n):
+    """tr (Σ1^½ Σ2 Σ1^½)^½ is the nuclear norm of X1 X2ᵀ / sqrt((n1 - 1)(n2 - 1)) for centred features X."""
+    x_1, x_2 = correlated_features(1, n, 128), correlated_features(2, n + 10, 128, shift=0.2)
+    (mean_1, cov_1), (mean_2, cov_2) = moments_of(x_1), moments_of(x_2)
+    product = (x_1 - mean_1) @ (x_2 - mean_2).T / np.sqrt((n - 1) * (n + 9))
+    expected = ((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1 + cov_2) - 2 * np.linalg.norm(product, "nuc")
+    assert frechet_distance(mean_1, cov_1, mean_2, cov_2) == pytest.approx(expected, rel=1e-11)
+
+
+@pytest.mark.parametrize("n", [400, 80], ids=["full rank", "rank deficient"])
+def test_frechet_distance_equals_pytorch_fid(n):
+    fid_score = importlib.import_module("pytorch_fid.fid_score")
+    first = moments_of(correlated_features(1, n, 128))
+    second = moments_of(correlated_features(2, n + 10, 128, shift=0.2))
+    try:
+        expected = fid_score.calculate_frechet_distance(*first, *second)
+    except (TypeError, ValueError) as error:
+        pytest.skip(f"this SciPy has no sqrtm that pytorch-fid can call: {error}")
+    assert frechet_distance(*first, *second) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [400, 80], ids=["full rank", "rank deficient"])
+def test_frechet_distance_equals_torch_fidelity(n):
+    library = importlib.import_module("torch_fidelity.metric_fid")
+    sets = [correlated_features(seed, n, 128, shift=0.1 * seed) for seed in (1, 2)]
+    statistics = [library.fid_features_to_statistics(torch.from_numpy(features)) for features in sets]
+    expected = library.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(*moments_of(sets[0]), *moments_of(sets[1])) == pytest.approx(expected, rel=1e-5)
+
+
+def test_frechet_distance_of_commuting_covariances_has_a_closed_form():
+    generator = np.random.default_rng(0)
+    basis = np.linalg.qr(generator.normal(size=(40, 40)))[0]
+    s_1, s_2 = generator.uniform(0, 5, 40), generator.uniform(0, 5, 40)
+    s_1[:5], s_2[3:9] = 0, 0
+    mean_1, mean_2 = generator.normal(size=(2, 40))
+    expected = ((mean_1 - mean_2) ** 2).sum() + ((np.sqrt(s_1) - np.sqrt(s_2)) ** 2).sum()
+    distance = frechet_distance(mean_1, (basis * s_1) @ basis.T, mean_2, (basis * s_2) @ basis.T)
+    assert distance == pytest.approx(expected, rel=1e-12)
+
+
+def test_frechet_distance_of_equal_covariances_is_the_distance_of_the_means(monkeypatch):
+    # Newer SciPy versions have another matrix square root.
+    monkeypatch.delattr("scipy.linalg.sqrtm")
+    for n in (30, 200):
+        mean, cov = moments_of(correlated_features(0, n, 64))
+        shift = np.linspace(0, 0.3, 64)
+        assert frechet_distance(mean, cov, mean + shift, cov) == pytest.approx((shift**2).sum(), rel=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [(20, 90), (90, 20), (3, 200)])
+def test_frechet_distance_where_one_covariance_has_the_lower_rank(ranks):
+    (x_1, x_2) = (correlated_features(k, n, 128) for k, n in enumerate(ranks))
+    (mean_1, cov_1), (mean_2, cov_2) = moments_of(x_1), moments_of(x_2)
+    product = (x_1 - mean_1) @ (x_2 - mean_2).T / np.sqrt((len(x_1) - 1) * (len(x_2) - 1))
+    expected = ((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1 + cov_2) - 2 * np.linalg.norm(product, "nuc")
+    assert frechet_distance(mean_1, cov_1, mean_2, cov_2) == pytest.approx(expected, rel=1e-11)
+
+
+def test_frechet_distance_of_equal_and_of_degenerate_gaussians():
+    mean, cov = moments_of(correlated_features(0, 30, 64))
+    assert 0 <= frechet_distance(mean, cov, mean, cov) < 1e-12 * np.trace(cov)
+    zero = np.zeros_like(cov)
+    assert frechet_distance(mean, cov, mean, zero) == pytest.approx(np.trace(cov), rel=1e-14)
+    assert frechet_distance(mean, zero, 3 * mean, zero) == pytest.approx(4 * (mean**2).sum(), rel=1e-14)
+
+
+def test_frechet_distance_forgives_rounding_but_no_negative_variance():
+    mean, cov = moments_of(correlated_features(0, 30, 64))
+    rounded = cov.astype(np.float32)
+    assert np.linalg.eigvalsh(rounded.astype(np.float64))[0] < 0
+    assert frechet_distance(mean, rounded, mean, cov) < 1e-4 * np.trace(cov)
+    with pytest.raises(ValueError, match="not positive semi-definite"):
+        frechet_distance(mean, cov - 0.01 * np.eye(64), mean, cov)
+    # Without any variance the first pivot ends the factorisation, and the covariances between features stay.
+    with pytest.raises(ValueError, match="not positive semi-definite"):
+        frechet_distance(mean[:2], np.array([[0, 1], [1, 0]]), mean[:2], cov[:2, :2])
+    with pytest.raises(ValueError, match="not positive semi-definite"):
+        frechet_distance(mean, cov, mean, -cov)
+    with pytest.raises(ValueError, match="not finite"):
+        frechet_distance(mean, cov, mean * np.nan, cov)
+    with pytest.raises(ValueError, match=r"\[63\]"):
+        frechet_distance(mean[1:], cov, mean, cov)
+
+
+# Moments
+
+
+@pytest.mark.parametrize("sizes", [[200], [1] * 200, [1, 150, 0, 49], [64, 64, 64, 8]])
+def test_streamed_moments_equal_numpy_for_any_split(sizes):
+    # A mean of a million times the spread leaves nothing of a variance taken as E[x²] - E[x]².
+    features = correlated_features(0, 200, 12) + 1e6
+    mean, cov = moments_of(features)
+    moments = FeatureMoments()
+    start = 0
+    for size in sizes:
+        moments.update(features[start : start + size])
+        start += size
+    assert moments.n == 200
+    np.testing.assert_allclose(moments.mean, mean, rtol=1e-15)
+    np.testing.assert_allclose(moments.cov, cov, rtol=0, atol=1e-9 * np.abs(cov).max())
+
+
+def test_single_precision_tensors_are_summed_in_double():
+    features = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) + 1000
+    moments = FeatureMoments()
+    for batch in features.split(7):
+        moments.update(batch)
+    np.testing.assert_allclose(moments.cov, np.cov(features.double().numpy(), rowvar=False), rtol=1e-10)
+
+
+def test_moments_refuse_what_has_none():
+    moments = FeatureMoments()
+    with pytest.raises(ValueError, match="at least one"):
+        _ = moments.mean
+    moments.update(np.ones((1, 3)))
+    with pytest.raises(ValueError, match="at least two"):
+        _ = moments.cov
+    with pytest.raises(ValueError, match=r"\[B, 3\]"):
+        moments.update(np.ones((2, 4)))
+    with pytest.raises(ValueError, match="not finite"):
+        moments.update(np.full((2, 3), np.nan))
+    assert moments.n == 1
+
+
+# FID at infinitely many images
+
+
+def test_extrapolation_takes_away_the_bias_of_few_images():
+    """FID of n images of the reference's Gaussian moved by δ is, up to 1/n²,
+    |δ|² + (tr Σ + ½ Σij λi λj (1 + [i = j]) / (λi + λj)) / n.
+
+    The double sum is the expected second-order change of the Bures distance by a Wishart covariance.
+    """
+    d, n = 24, 1000
+    variances = np.linspace(0.5, 2, d)
+    products = np.outer(variances, variances) * (1 + np.eye(d)) / np.add.outer(variances, variances)
+    bias = (variances.sum() + products.sum() / 2) / n
+    shift = np.full(d, 0.1)
+    limit = (shift**2).sum()
+    plain, extrapolated = [], []
+    for seed in range(16):
+        features = np.random.default_rng(seed).normal(size=(n, d)) * np.sqrt(variances) + shift
+        found = fid_infinity(features, np.zeros(d), np.diag(variances), seed=seed)
+        plain.append(found.fids[-1])
+        extrapolated.append(found.value)
+    # The mean of n images lies (4 Σ δi² λi / n)^½ off along the shift, which both estimates take over in full.
+    error = np.sqrt(4 * (shift**2 * variances).sum() / n / 16)
+    assert np.mean(plain) - limit == pytest.approx(bias, abs=3 * error)
+    assert abs(np.mean(extrapolated) - limit) < 3 * error
+    assert bias > 6 * error
+
+
+@pytest.mark.parametrize(("n", "d"), [(400, 12), (200, 300), (300, 128)], ids=["n > D", "n < D", "both"])
+def test_every_point_of_the_line_is_the_distance_of_its_subset(n, d):
+    features = correlated_features(3, n, d).astype(np.float32)
+    mean, cov = moments_of(correlated_features(4, 2 * d, d))
+    found = fid_infinity(torch.from_numpy(features), mean, cov, seed=5, num_sizes=7)
+    subsets = random_subsets(n, 7, seed=5)
+    assert found.sizes.tolist() == [len(subset) for subset in subsets]
+    assert found.sizes[0] == n // 10 and found.sizes[-1] == n and np.ptp(np.diff(found.sizes)) <= 1
+    for subset, fid in zip(subsets, found.fids, strict=True):
+        assert len(set(subset.tolist())) == len(subset) and 0 <= subset.min() and subset.max() < n
+        expected = frechet_distance(*moments_of(features[subset].astype(np.float64)), mean, cov)
+        assert fid == pytest.approx(expected, rel=1e-9)
+    assert found.value == pytest.approx(scipy.stats.linregress(1 / found.sizes, found.fids).intercept, rel=1e-9)
+    assert fid_infinity(features, mean, cov, seed=5, num_sizes=7).value == found.value
+    assert fid_infinity(features, mean, cov, seed=6, num_sizes=7).value != found.value
+
+
+def test_extrapolation_from_few_features_is_refused():
+    mean, cov = moments_of(correlated_features(0, 200, 8))
+    with pytest.raises(ValueError, match="99 images.*at least 100"):
+        fid_infinity(np.zeros((99, 8)), mean, cov)
+    with pytest.raises(ValueError, match="7 features.*mean.*8"):
+        fid_infinity(np.zeros((100, 7)), mean, cov)
+    with pytest.raises(ValueError, match="not finite"):
+        fid_infinity(np.full((100, 8), np.inf), mean, cov)
+
+
+# Kernel distance
+
+
+def polynomial_kernel(x, y):
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def test_kernel_distance_of_whole_sets_equals_the_sums_over_pairs():
+    x, y = correlated_features(0, 40, 6), correlated_features(1, 40, 6, shift=0.3)
+    among_x = sum(polynomial_kernel(x[[i]], x[[j]]).item() for i, j in itertools.permutations(range(40), 2))
+    among_y = sum(polynomial_kernel(y[[i]], y[[j]]).item() for i, j in itertools.permutations(range(40), 2))
+    between = polynomial_kernel(x, y).mean()
+    mean, deviation = kernel_distance(x, y, seed=3)
+    assert mean == pytest.approx((among_x + among_y) / (40 * 39) - 2 * between, rel=1e-10)
+    assert deviation == 0
+
+
+def test_kernel_distance_is_computed_in_double_precision():
+    x, y = (correlated_features(k, 200, 6, shift=30).astype(np.float32) for k in (0, 1))
+    exact = [array.astype(np.float64) for array in (x, y)]
+    assert kernel_distance(torch.from_numpy(x), torch.from_numpy(y)) == kernel_distance(*exact)
+
+
+# Two distributions on four points in the plane, of which every expectation is a finite sum.
+POINTS = np.array([[0.0, 0], [2, 0], [0, 2], [2, 3]])
+WEIGHTS = np.array([[0.4, 0.2, 0.3, 0.1], [0.1, 0.4, 0.3, 0.2]])
+
+
+def draws(generator, which, n):
+    return POINTS[generator.choice(4, n, p=WEIGHTS[which])]
+
+
+@pytest.mark.parametrize("second", [0, 1], ids=["equal distributions", "two distributions"])
+def test_kernel_distance_has_no_bias_at_few_images(second):
+    difference = WEIGHTS[0] - WEIGHTS[second]
+    kernel = polynomial_kernel(POINTS, POINTS)
+    exact = difference @ kernel @ difference
+    n, generator = 8, np.random.default_rng(0)
+    found = [kernel_distance(draws(generator, 0, n), draws(generator, second, n))[0] for _ in range(3000)]
+    error = np.std(found) / np.sqrt(len(found))
+    assert abs(np.mean(found) - exact) < 3 * error
+    # Sums that keep the pairs of an image with itself exceed by (E k(x, x) - E k(x, x')) / n on either side.
+    excess = sum(weights @ np.diag(kernel) - weights @ kernel @ weights for weights in WEIGHTS[[0, second]]) / n
+    assert excess > 30 * error
+
+
+def test_deviation_of_the_kernel_distance_is_the_spread_over_subsets(monkeypatch):
+    monkeypatch.setattr(metrics, "KID_SUBSET_SIZE", 20)
+    generator = np.random.default_rng(0)
+    x, y = draws(generator, 0, 4000), draws(generator, 1, 3000)
+    mean, deviation = kernel_distance(x, y, seed=1)
+    fresh = [kernel_distance(draws(generator, 0, 20), draws(generator, 1, 20))[0] for _ in range(2000)]
+    assert mean == pytest.approx(np.mean(fresh), abs=4 * np.std(fresh) / np.sqrt(metrics.KID_SUBSETS))
+    assert deviation == pytest.approx(np.std(fresh), rel=0.4)
+    assert kernel_distance(x, y, seed=1) == (mean, deviation) != kernel_distance(x, y, seed=2)
+
+
+# Inception score
+
+
+def test_inception_score_of_equal_and_of_confident_answers():
+    generator = np.random.default_rng(0)
+    assert inception_score(np.tile(generator.normal(size=8), (30, 1))) == pytest.approx((1, 0), abs=1e-12)
+    # Each of ten parts holds a single image, whose answer is the mean answer.
+    assert inception_score(50 * np.eye(10)) == pytest.approx((1, 0), abs=1e-12)
+
+
+def test_inception_score_of_evenly_spread_confident_answers_is_their_number(monkeypatch):
+    monkeypatch.setattr(metrics, "SCORE_SPLITS", 1)
+    for num_classes in (2, 7):
+        logits = 60 * np.eye(num_classes)[np.arange(5 * num_classes) % num_classes]
+        assert inception_score(logits) == pytest.approx((num_classes, 0), rel=1e-9)
+
+
+def test_inception_score_equals_its_formula_over_ten_parts():
+    logits = torch.randn(95, 12, generator=torch.Generator().manual_seed(0)) * 3
+    order = np.random.RandomState(4).permutation(95)
+    p = scipy.special.softmax(logits.double().numpy()[order], axis=1)
+    scores = []
+    for k in range(10):
+        part = p[k * 95 // 10 : (k + 1) * 95 // 10]
+        # The entropy of the mean answer less the mean entropy of the answers is the mean divergence.
+        divergence = scipy.stats.entropy(part.mean(axis=0)) - scipy.stats.entropy(part, axis=1).mean()
+        scores.append(np.exp(divergence))
+    mean, deviation = inception_score(logits, seed=4)
+    assert mean == pytest.approx(np.mean(scores), rel=1e-10)
+    assert deviation == pytest.approx(np.std(scores), rel=1e-8)
+    assert inception_score(logits, seed=5)[0] != mean
+
+
+# Precision and recall
+
+
+def blob(seed, n, centre, d=5):
+    return np.random.default_rng(seed).normal(size=(n, d)) + centre
+
+
+def test_precision_and_recall_of_known_manifolds():
+    one, other = blob(0, 60, 0), blob(1, 60, 100)
+    assert precision_recall(one, one.copy()) == (1, 1)
+    assert precision_recall(one, other) == (0, 0)
+    # The generated images are the first of two equally large clusters of real ones.
+    precision, recall = precision_recall(one, np.concatenate([one, other]))
+    assert (precision, recall) == (1, 0.5)
+    # Turned round, half of the generated images are nowhere near a real one.
+    assert precision_recall(np.concatenate([one, other]), one) == (0.5, 1)
+
+
+@pytest.mark.parametrize("counts", [(20, 24), (300, 330)], ids=["direct distances", "distances by products"])
+def test_precision_and_recall_equal_brute_force(counts):
+    generated, real = blob(0, counts[0], 0, 3), blob(1, counts[1], 1.2, 3) * 1.4
+
+    def share(points, centres):
+        radii = [np.sort(np.linalg.norm(centres - centre, axis=1))[3] for centre in centres]
+        return np.mean([(np.linalg.norm(centres - point, axis=1) <= radii).any() for point in points])
+
+    precision, recall = precision_recall(generated.astype(np.float64), torch.from_numpy(real))
+    assert precision == pytest.approx(share(generated, real), abs=1e-6) and 0.2 < precision < 1
+    assert recall == pytest.approx(share(real, generated), abs=1e-6) and 0.2 < recall < 1
+
+
+def test_precision_and_recall_of_a_tight_cluster_far_from_zero():
+    """In float32 the products of these features, 4e6 each, leave nothing of squared distances of 1e-4."""
+    spread = np.random.default_rng(0).integers(0, 32, (200, 4)) / 2**12
+    real, generated = (1000 + part.astype(np.float32) for part in (spread[:100], spread[100:]))
+    exact = [part.astype(np.float64) - 1000 for part in (generated, real)]
+    assert precision_recall(generated, real) == pytest.approx(precision_recall(*exact), abs=0.02)
+
+
+# What the three have in common
+
+
+def test_features_that_cannot_be_scored_are_refused():
+    features = blob(0, 20, 0)
+    for metric, few in ((kernel_distance, 1), (precision_recall, 3)):
+        for arguments in ((features[:few], features), (features, features[:few])):
+            with pytest.raises(ValueError, match=rf"of {few} images.*at least {few + 1}"):
+                metric(*arguments)
+        with pytest.raises(ValueError, match="5 values with 4"):
+            metric(features, features[:, :4])
+        with pytest.raises(ValueError, match="reference images hold values that are not finite"):
+            metric(features, features * np.nan)
+    with pytest.raises(ValueError, match="of 9 images.*at least 10"):
+        inception_score(features[:9])
+    with pytest.raises(ValueError, match=r"\[N, D\].*\[20, 5, 1\]"):
+        inception_score(features[:, :, None])
+
+
+@pytest.mark.parametrize(
+    ("metric", "module"),
+    [
+        (lambda x: kernel_distance(x, x), "metric_kid"),
+        (inception_score, "metric_isc"),
+        (lambda x: precision_recall(x, x), "metric_prc"),
+    ],
+)
+def test_missing_package_says_what_to_install(monkeypatch, metric, module):
+    monkeypatch.setitem(sys.modules, f"torch_fidelity.{module}", None)
+    with pytest.raises(RuntimeError, match="torch-fidelity.*pip install.*--metrics"):
+        metric(blob(0, 20, 0))
+
+
+# Nearest training images
+
+
+def brute_neighbours(training, generated):
+    """Distance of every pair in float64 from the definition."""
+
+    def rms(a, b):
+        return np.sqrt(((a[:, None].astype(np.float64) - b[None]) ** 2).mean(axis=(2, 3, 4)))
+
+    among = rms(training, training)
+    np.fill_diagonal(among, np.inf)
+    own, to_training = among.min(axis=1), rms(generated, training)
+    nearest = to_training.argmin(axis=1)
+    distance = to_training.min(axis=1)
+    return np.median(distance), np.median(own), np.mean(distance > own[nearest])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_neighbours_equal_brute_force(channels, monkeypatch):
+    # Several batches of images, of pixels and of compared pairs.
+    monkeypatch.setattr(metrics, "_SEARCHED_AT_ONCE", 16)
+    monkeypatch.setattr(metrics, "_VALUES_PER_PRODUCT", 50)
+    monkeypatch.setattr(metrics, "_VALUES_COMPARED_AT_ONCE", 500)
+    training = smooth_images(0, 70, 12)[:, :channels]
+    near = np.clip(training[:20] + np.random.default_rng(1).normal(0, 12, training[:20].shape), 0, 255)
+    generated = np.concatenate([smooth_images(2, 25, 12)[:, :channels], near.astype(np.uint8)])
+    found = NearestNeighbours(training).compare(torch.from_numpy(generated))
+    assert found == pytest.approx(brute_neighbours(training, generated), rel=1e-12)
+    assert 0 < found.authenticity < 1
+
+
+def test_candidates_survive_the_rounding_of_the_products(monkeypatch):
+    """Pairs of saturated images a single grey level apart, whose products differ by less than float32 resolves."""
+    generator = np.random.default_rng(0)
+    base = generator.choice(np.array([0, 255], dtype=np.uint8), (6, 3, 32, 32))
+    training = np.repeat(base, 5, axis=0)
+    for k, image in enumerate(training):
+        # The copies of an image differ in k of their pixels, by one grey level each.
+        flat = image.reshape(-1)
+        flat[: k % 5] = np.where(flat[: k % 5] > 0, 254, 1)
+    generated = base.copy()
+    generated.reshape(6, -1)[:, -1] ^= 1
+    found = NearestNeighbours(training).compare(generated)
+    assert found.distance == np.sqrt(1 / 3072)
+    assert found == pytest.approx(brute_neighbours(training, generated), rel=1e-12)
+
+
+def test_copies_are_at_distance_zero_and_not_authentic():
+    training = smooth_images(0, 40, 16)
+    copied = NearestNeighbours(training).compare(training[5:30])
+    assert copied.distance == 0 and copied.authenticity == 0 and copied.distance_real > 10
+    # Every training image twice: the nearest other one is a copy, and what is no copy itself is farther.
+    doubled = NearestNeighbours(np.concatenate([training, training]))
+    assert doubled.compare(training[:10]) == (0, 0, 0)
+    brighter = training[:10] ^ np.uint8(1)
+    assert doubled.compare(brighter) == (1, 0, 1)
+
+
+def test_shift_by_grey_levels_is_the_distance():
+    training = smooth_images(0, 30, 16) // 2
+    assert NearestNeighbours(training).compare(training + np.uint8(3)).distance == 3
+
+
+def test_authenticity_of_new_images_is_the_chance_that_neighbours_are_not_mutual():
+    """Two points of a plane are each other's nearest with probability 6π / (8π + 3√3), so the rest is authentic."""
+    expected = 1 - 6 * np.pi / (8 * np.pi + 3 * np.sqrt(3))
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(20):
+        training, generated = generator.integers(0, 256, (2, 250, 1, 1, 2), dtype=np.uint8)
+        found.append(NearestNeighbours(training).compare(generated).authenticity)
+    # Distances of whole numbers tie at times, which counts as copied.
+    assert np.mean(found) == pytest.approx(expected, abs=0.03)
+
+
+def test_distances_within_the_training_set_are_computed_once(monkeypatch):
+    neighbours = NearestNeighbours(smooth_images(0, 20, 12))
+    searches = []
+    search = neighbours._search
+    monkeypatch.setattr(neighbours, "_search", lambda *a, **k: searches.append(k) or search(*a, **k))
+    first = neighbours.compare(smooth_images(1, 5, 12))
+    again = neighbours.compare(smooth_images(2, 5, 12))
+    assert first.distance_real == again.distance_real and len(searches) == 3
+
+
+def test_images_that_have_no_neighbours_are_refused():
+    training = smooth_images(0, 5, 12)
+    neighbours = NearestNeighbours(training)
+    for generated in (smooth_images(1, 5, 16), training[:, :1], training[:0]):
+        with pytest.raises(ValueError, match=r"\[N, 3, 12, 12\].*training set"):
+            neighbours.compare(generated)
+    with pytest.raises(ValueError, match="generated images must be uint8"):
+        neighbours.compare(training / 255)
+    with pytest.raises(ValueError, match="at least two training images, but there are 1"):
+        NearestNeighbours(training[:1])
+
+
+# Sliced Wasserstein distance
+
+
+@pytest.fixture
+def few_patches(monkeypatch):
+    monkeypatch.setattr(metrics, "PATCHES_PER_IMAGE", 16)
+    monkeypatch.setattr(metrics, "NUM_PROJECTIONS", 96)
+
+
+def brute_pyramid(image, num_levels):
+    """Pyramid of one plane by two-dimensional convolution in SciPy."""
+    taps = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
+    levels = []
+    for _ in range(num_levels - 1):
+        low = scipy.ndimage.convolve(image, taps, mode="mirror")[::2, ::2]
+        spread = np.zeros_like(image)
+        spread[::2, ::2] = low
+        levels.append(image - scipy.ndimage.convolve(spread, 4 * taps, mode="mirror"))
+        image = low
+    return [*levels, image]
+
+
+def test_pyramid_equals_convolution():
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    pyramid = laplacian_pyramid(images, (64, 32, 16))
+    assert [tuple(band.shape) for band in pyramid] == [(2, 3, s, s) for s in (64, 32, 16)]
+    for b in range(2):
+        for c in range(3):
+            for band, expected in zip(pyramid, brute_pyramid(images[b, c].double().numpy(), 3), strict=True):
+                np.testing.assert_allclose(band[b, c], expected, atol=1e-5)
+
+
+def test_levels():
+    assert swd_levels(64) == (64, 32, 16)
+    assert swd_levels(32) == (32, 16)
+    assert [swd_levels(size) for size in (28, 16, 7)] == [(28,), (16,), (7,)]
+    assert swd_levels(96) == (96, 48, 24)
+    with pytest.raises(ValueError, match="at least 7"):
+        swd_levels(6)
+
+
+def test_distance_equals_one_dimensional_wasserstein_of_every_projection(few_patches):
+    """Patches cut and normalised in NumPy, distances by SciPy; only places and directions are shared."""
+    real, fake = smooth_images(0, 9, 32), smooth_images(1, 9, 32, sigma=3)
+    swd = SlicedWasserstein(real, 9)
+    distances = swd.distance(fake)
+    assert list(distances) == [32, 16]
+    for level, size in enumerate((32, 16)):
+        projected = []
+        for images in (real, fake):
+            patches = np.empty((9, 16, 3, 7, 7))
+            for k, image in enumerate(images):
+                bands = [brute_pyramid(plane.astype(np.float64), 2)[level] for plane in image]
+                for p, (top, left) in enumerate(swd._corners[level][k].tolist()):
+                    assert 0 <= top <= size - 7 and 0 <= left <= size - 7
+                    patches[k, p] = [band[top : top + 7, left : left + 7] for band in bands]
+            flat = patches.transpose(2, 0, 1, 3, 4).reshape(3, -1)
+            mean, std = flat.mean(axis=1), flat.std(axis=1)
+            patches = (patches - mean[:, None, None]) / std[:, None, None]
+            directions = swd._directions[level].double().numpy()
+            np.testing.assert_allclose(np.linalg.norm(directions, axis=1), 1, rtol=1e-6)
+            projected.append(patches.reshape(9 * 16, 147) @ directions.T)
+        expected = [scipy.stats.wasserstein_distance(a, b) for a, b in zip(*(p.T for p in projected), strict=True)]
+        assert len(expected) == 96
+        assert distances[size] == pytest.approx(1000 * np.mean(expected), rel=1e-4)
+
+
+def test_places_reach_every_pixel_and_directions_are_independent():
+    swd = SlicedWasserstein(random_images(0, 40, 64), 40)
+    for size, corners in zip(swd.levels, swd._corners, strict=True):
+        assert corners.min() == 0 and corners.max() == size - 7
+        assert corners.double().mean().item() == pytest.approx((size - 7) / 2, rel=0.03)
+    for directions in swd._directions:
+        # The Gram matrix of independent unit vectors in 147 dimensions has entries of variance 1/147.
+        gram = directions @ directions.T
+        off = gram[~torch.eye(512, dtype=torch.bool)]
+        assert off.square().mean().item() == pytest.approx(1 / 147, rel=0.02)
+
+
+def test_equal_sets_are_at_distance_zero(few_patches):
+    images = smooth_images(0, 12, 64)
+    assert sliced_wasserstein(images, images.copy()) == {64: 0.0, 32: 0.0, 16: 0.0}
+    assert sliced_wasserstein(images, torch.from_numpy(images)) == {64: 0.0, 32: 0.0, 16: 0.0}
+
+
+def test_brightness_and_contrast_per_channel_do_not_count(few_patches):
+    images = random_images(0, 10, 32) // 4
+    scaled = images * np.array([1, 2, 3], dtype=np.uint8)[:, None, None] + np.uint8(20)
+    assert max(sliced_wasserstein(images, scaled).values()) < 1e-2
+
+
+def test_blur_shows_most_at_the_finest_level(few_patches):
+    real = smooth_images(0, 60, 64)
+    swd = SlicedWasserstein(real, 60)
+    blurred = [scipy.ndimage.gaussian_filter(real, (0, 0, sigma, sigma)) for sigma in (0.4, 0.6, 0.8, 1.0)]
+    distances = [swd.distance(images) for images in blurred]
+    for weak, strong in zip(distances[:-1], distances[1:], strict=True):
+        assert strong[64] > 1.1 * weak[64]
+    for distance in distances:
+        assert distance[64] > 1.7 * distance[32] > 1.7 * 1.4 * distance[16] > 0
+
+
+def test_order_of_the_images_is_noise(few_patches):
+    real, fake = smooth_images(0, 100, 32), smooth_images(1, 100, 32, sigma=2.5)
+    reference = sliced_wasserstein(real, fake)
+    shuffled = sliced_wasserstein(real[::-1], fake)
+    for size in (32, 16):
+        assert shuffled[size] != reference[size]
+        assert shuffled[size] == pytest.approx(reference[size], rel=0.15)
+
+
+def test_a_second_set_meets_the_same_real_descriptors(few_patches, monkeypatch):
+    real, fakes = smooth_images(0, 30, 32), [smooth_images(k, 20, 32, sigma=2) for k in (1, 2)]
+    fresh = [SlicedWasserstein(real, 20, seed=3).distance(fake) for fake in fakes]
+    kept = SlicedWasserstein(real, 20, seed=3)
+    assert [kept.distance(fake) for fake in fakes] == fresh
+    assert kept.distance(fakes[0]) == fresh[0]
+    monkeypatch.setattr(metrics, "_CACHED_PROJECTION_BYTES", 0)
+    recomputed = SlicedWasserstein(real, 20, seed=3)
+    assert [recomputed.distance(fake) for fake in fakes] == fresh
+    assert SlicedWasserstein(real, 20, seed=4).distance(fakes[0]) != fresh[0]
+
+
+def test_subset_of_the_real_images_is_drawn_without_repetition(few_patches):
+    real = np.arange(50, dtype=np.uint8).reshape(50, 1, 1, 1) * np.ones((1, 1, 8, 8), dtype=np.uint8)
+    chosen = SlicedWasserstein(real, 20, seed=1)._real[:, 0, 0, 0]
+    assert len(set(chosen.tolist())) == 20
+    np.testing.assert_array_equal(chosen, SlicedWasserstein(torch.from_numpy(real), 20, seed=1)._real[:, 0, 0, 0])
+    assert set(chosen.tolist()) != set(SlicedWasserstein(real, 20, seed=2)._real[:, 0, 0, 0].tolist())
+
+
+def test_grey_and_constant_images_have_a_finite_distance(few_patches):
+    grey = random_images(0, 5, 16, channels=1)
+    assert sliced_wasserstein(grey, grey) == {16: 0.0}
+    distance = sliced_wasserstein(grey, np.full_like(grey, 7))
+    assert np.isfinite(distance[16]) and distance[16] > 100
+
+
+def test_projected_distance_of_shifted_gaussians_is_the_shift_along_each_direction():
+    """W1 of N(m, s²) and N(m', s²) is |m - m'|, and of N(m, s²) and N(m, s'²) it is |s - s'| (2 / π)^½."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 40_000, 12, generator=generator)
+    directions = torch.nn.functional.normalize(torch.randn(50, 12, generator=generator), dim=1)
+    directions[:12] = torch.eye(12)
+    shift = torch.linspace(-3, 3, 12)
+
+    def distance(moved, along):
+        return projected_distance(sorted_projections(first, along), sorted_projections(moved, along))
+
+    for direction in directions:
+        along = (direction @ shift).abs().item()
+        # Two samples of equal Gaussians are about (1 / n)^½ apart, which adds to short shifts in squares.
+        assert distance(second + shift, direction[None]) == pytest.approx(along, abs=0.03)
+    expected = (directions @ shift).abs().mean().item()
+    assert distance(second + shift, directions) == pytest.approx(expected, abs=0.01)
+    assert distance(second + 2 * shift, directions) == pytest.approx(2 * expected, abs=0.01)
+    assert distance(1.5 * second, directions) == pytest.approx(0.5 * (2 / np.pi) ** 0.5, abs=0.01)
+    assert distance(second, directions) < 0.02
+
+
+def test_sets_that_cannot_be_compared_are_refused():
+    real = random_images(0, 5, 16)
+    for images in (np.zeros((2, 3, 32, 32)), torch.zeros(2, 4, 32, 32, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="uint8 of shape"):
+            SlicedWasserstein(images, 2)
+    with pytest.raises(ValueError, match="6 generated.*5 real.*--num_images"):
+        sliced_wasserstein(real, random_images(1, 6, 16))
+    with pytest.raises(ValueError, match="from 1 to 5"):
+        SlicedWasserstein(real, 0)
+    with pytest.raises(ValueError, match="equal shape"):
+        SlicedWasserstein(real, 4).distance(real)
+    with pytest.raises(ValueError, match="equal shape"):
+        sliced_wasserstein(real, random_images(1, 5, 32))
+    with pytest.raises(ValueError, match="square"):
+        SlicedWasserstein(real[:, :, :8], 5)

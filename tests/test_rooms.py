@@ -1,0 +1,104 @@
+"""Imports between rooms, read from the source, run downwards only, and every room says what it is."""
+
+import ast
+from graphlib import TopologicalSorter
+
+import pytest
+
+from conftest import ROOT
+
+# Modules of the root by what they hold; every other file there is a stage.
+ROOT_MODULES = {
+    "networks and process": ("model", "baseline_model", "scheduler", "data"),
+    "loading": ("checkpoint", "image_folder", "cli"),
+}
+# Room by room, from the bottom: those right below it. It may import what these may, too.
+BELOW = {
+    "runtime": (),
+    "images": (),
+    "networks": ("images", "runtime"),
+    "paths": ("runtime",),
+    "networks and process": ("networks",),
+    "diffusion": ("networks and process", "paths"),
+    "truth": ("networks and process",),
+    "figures": ("paths",),
+    "loading": ("networks and process",),
+    "planning": ("diffusion", "loading"),
+    "training": ("planning", "figures"),
+    "evaluation": ("planning", "figures"),
+    "stages": ("evaluation", "training", "truth"),
+    "benchmarks": ("stages",),
+    "experiments": ("stages",),
+}
+ROOMS = [name for name in BELOW if name != "stages" and name not in ROOT_MODULES]
+
+
+def room_of(module):
+    """The room of a module by its dotted name, or None for one that is not of this project."""
+    top = module.partition(".")[0]
+    if top in ROOMS:
+        return top
+    if not (ROOT / f"{top}.py").is_file():
+        return None
+    return next((room for room, modules in ROOT_MODULES.items() if top in modules), "stages")
+
+
+def modules():
+    """Every module of the project by its dotted name."""
+    files = [*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))]
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+
+
+def imported(file):
+    """Modules of the project that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file} has a relative import"
+            # What is imported from a room is a module of it.
+            known = [f"{node.module}.{alias.name}" for alias in node.names]
+            names |= {name if name in MODULES else node.module for name in known}
+    # A script of benchmarks/ or experiments/ imports its neighbours by their plain names.
+    return {name for name in names if name in MODULES} | {
+        f"{file.parent.name}.{name}" for name in names if f"{file.parent.name}.{name}" in MODULES
+    }
+
+
+MODULES = modules()
+IMPORTS = {name: imported(file) for name, file in MODULES.items()}
+
+
+def reachable(room):
+    """A room and all that lie below it."""
+    return {room}.union(*(reachable(below) for below in BELOW[room]))
+
+
+def test_every_module_has_a_room():
+    assert {room_of(name) for name in MODULES} == set(BELOW)
+    # A folder with Python files that is no room would go unchecked.
+    folders = {file.relative_to(ROOT).parts[0] for file in ROOT.glob("*/*.py")}
+    assert folders - {"tests"} == set(ROOMS)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_run_downwards(name):
+    upwards = {other for other in IMPORTS[name] if room_of(other) not in reachable(room_of(name))}
+    assert not upwards
+
+
+def test_there_is_no_circle():
+    # Raises CycleError, naming the circle.
+    assert len(list(TopologicalSorter(IMPORTS).static_order())) == len(MODULES)
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room not in ("benchmarks", "experiments")])
+def test_a_room_opens_with_what_it_is(room):
+    [sentence] = ast.parse((ROOT / room / "__init__.py").read_text(encoding="utf-8")).body
+    assert isinstance(sentence.value.value, str)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_tests_mirror_the_rooms(room):
+    assert list((ROOT / "tests" / room).glob("test_*.py"))

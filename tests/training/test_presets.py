@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+import train_baseline
+import train_lift
+from checkpoint import checkpoint_file, read_checkpoint, save_checkpoint
+from training.presets import PRESETS, balanced_weights, preset_help
+
+PAIRS = {"overcomplete": "band:diagonal,1", "residual": "band:image,1"}
+
+
+@pytest.mark.parametrize("representation", PAIRS)
+def test_balanced_weights_are_shares_of_dimensions(representation):
+    # Values of a 64x64 image of three channels that are free: every 2x2 block of the details sums to 0.
+    image = torch.randn(3, 64, 64, dtype=torch.float64)
+    fine = image.numel() - (image.numel() // 4 if representation == "residual" else 0)
+    coarse = 3 * 32 * 32
+    assert balanced_weights(representation) == pytest.approx((fine / (fine + coarse), coarse / (fine + coarse)))
+    assert sum(balanced_weights(representation)) == 1
+
+
+def test_without_a_preset_a_run_is_as_published(trainer):
+    config = trainer().config
+    assert (config["prediction_type"], config["beta_schedule"]) == ("epsilon", "cosine_clipped")
+    assert (config["t_pairs"], config["loss_weights"]) == ("independent", [1.0, 1.0])
+    assert config["representation"] == "overcomplete" and "preset" not in config
+
+
+def test_an_improved_run(trainer):
+    run = trainer("--preset", "improved")
+    assert (run.scheduler.prediction_type, run.scheduler.beta_schedule) == ("v", "cosine")
+    assert run.config["t_pairs"] == "band:diagonal,1" and run.config["loss_weights"] == pytest.approx([0.8, 0.2])
+
+
+def test_flags_win_over_a_preset(trainer):
+    flags = ("--t_pairs", "same", "--loss_weights", "1,3", "--prediction_type", "epsilon", "--beta_schedule", "linear")
+    for order in (("--preset", "improved", *flags), (*flags, "--preset", "improved")):
+        config = trainer(*order).config
+        assert (config["prediction_type"], config["beta_schedule"]) == ("epsilon", "linear")
+        assert (config["t_pairs"], config["loss_weights"]) == ("same", [1.0, 3.0])
+
+
+def test_improved_models_of_other_types(stage, tiny, cache, tmp_path):
+    for model, pairs, weights in (
+        ("shared_t", "same", [0.8, 0.2]),
+        ("single_t", "independent", [1.0]),
+        ("baseline", None, [1.0]),
+    ):
+        flags = [*tiny(tmp_path), "--cache_dir", cache, "--preset", "improved"]
+        stage(*([train_baseline, *flags] if model == "baseline" else [train_lift, *flags, "--model", model]))
+        config = read_checkpoint(checkpoint_file(tmp_path / "checkpoints", model, 2))["config"]
+        assert (config["t_pairs"], config["prediction_type"]) == (pairs, "v") and config["beta_schedule"] == "cosine"
+        assert config["loss_weights"] == pytest.approx(weights)
+
+
+def test_auto_weights_are_those_of_the_representation(stage, tiny, cache, tmp_path):
+    flags = [*tiny(tmp_path), "--cache_dir", cache, "--loss_weights", "auto", "--dry_run"]
+    for representation, said in (("overcomplete", "[0.8, 0.2]"), ("residual", "[0.75, 0.25]")):
+        output = stage(train_lift, *flags, "--representation", representation).output
+        assert f"loss_weights = {said}\n" in output and f"representation = {representation}\n" in output
+    output = stage(train_lift, *flags, "--representation", "residual", "--preset", "improved").output
+    assert "t_pairs = band:image,1\n" in output
+    assert "loss_weights = [1.0]" in stage(train_lift, *flags, "--model", "no_t").output
+
+
+def test_a_preset_is_what_it_sets(stage, refused, tiny, cache, tmp_path):
+    flags = [*tiny(tmp_path), "--cache_dir", cache]
+    stage(train_lift, *flags, "--preset", "improved")
+    last = checkpoint_file(tmp_path / "checkpoints", "dual", "last")
+    refused(train_lift, *flags, "--resume", says=["resume with the same value"])
+    spelt = ["--prediction_type", "v", "--beta_schedule", "cosine", "--loss_weights", "0.8,0.2"]
+    stage(train_lift, *flags, "--resume", *spelt, "--t_pairs", "band:diagonal,1", "--epochs", 3)
+    assert read_checkpoint(last)["epoch"] == 3
+
+
+def test_runs_from_before_there_were_representations_go_on_over_complete(stage, refused, tiny, cache, tmp_path):
+    flags = [*tiny(tmp_path), "--cache_dir", cache]
+    stage(train_lift, *flags)
+    last = checkpoint_file(tmp_path / "checkpoints", "dual", "last")
+    content = read_checkpoint(last)
+    del content["config"]["representation"]
+    save_checkpoint(last, content)
+    refused(train_lift, *flags, "--resume", "--epochs", 3, "--representation", "residual", says=["representation ="])
+    stage(train_lift, *flags, "--resume", "--epochs", 3)
+    assert read_checkpoint(last)["config"]["representation"] == "overcomplete"
+
+
+@pytest.mark.parametrize("model", ["single_t", "no_t"])
+def test_a_model_of_one_prediction_has_no_residual_image(refused, tiny, cache, tmp_path, model):
+    flags = [*tiny(tmp_path), "--cache_dir", cache, "--model", model, "--representation", "residual"]
+    refused(train_lift, *flags, says=["no image can be composed", model])
+
+
+@pytest.mark.parametrize("script", [train_lift, train_baseline])
+def test_help_says_what_presets_set(stage, script):
+    words = " ".join(stage(script, "--help").output.split())
+    # Lines are broken within words that hold a hyphen.
+    assert preset_help().replace(" ", "") in words.replace(" ", "")
+    for preset in PRESETS.values():
+        for name in ("prediction_type", "beta_schedule"):
+            assert f"--{name} {preset[name]}" in preset_help()

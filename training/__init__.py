@@ -1,0 +1,1 @@
+"""The one training loop: settings, state and step, run, logs, memory."""
