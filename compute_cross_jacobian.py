@@ -33,8 +33,9 @@ from evaluation.results_table import write_csv
 from figures.map_plots import plot_coupling, plot_cross_jacobian, plot_paths_across_epochs
 from figures.plots import WEIGHTS_TITLES
 from images.representation import OVERCOMPLETE
+from paths.optimal import check_steps
 from paths.path import Path as PathOfTimesteps
-from paths.path import check_steps, leads, timestep_grid
+from paths.path import leads, timestep_grid
 from planning.choice import PATH_SETTINGS, heatmap_file, heatmap_path, representation_of
 from planning.coupling import CONDITIONS, COUPLING_ERRORS, against_own, measure_coupling, ratio_of_means
 from planning.error_map import BLOCKS, CHAIN_RULE_FACTORS, NORMALISATIONS, load_heatmap

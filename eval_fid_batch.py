@@ -39,8 +39,8 @@ from evaluation.inception import NUM_FEATURES, RESIZES, Inception, load_inceptio
 from evaluation.reference_set import ReferenceSet, from_images, load_reference
 from evaluation.results_table import METRICS, append_row, has_row, read_rows
 from evaluation.scoring import FEATURE_METRICS, Scorer, generate
+from paths.optimal import check_steps
 from paths.path import Path as SamplingPath
-from paths.path import check_steps
 from paths.schedule_file import load_schedule
 from planning.choice import (
     ONE_CLOCK,

@@ -42,7 +42,8 @@ from diffusion.super_resolution import (
 from evaluation.results_table import csv_line
 from figures.plots import WEIGHTS_TITLES, plot_super_resolution
 from image_folder import claim, claim_images, evenly, read_folder, write_settings
-from paths.path import SPACINGS, diagonal
+from paths.families import diagonal
+from paths.path import SPACINGS
 from paths.path import Path as SamplingPath
 from planning.regimes import off_regime_note
 from runtime.device import autocast, resolve_compile, resolve_precision, select_device

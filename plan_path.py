@@ -26,18 +26,10 @@ from evaluation.results_table import write_csv
 from figures.map_plots import plot_path_comparison, plot_path_density
 from figures.plots import plot_cost_against_nfe
 from paths.bootstrap import bootstrap_paths
+from paths.families import cascade, diagonal, fine_first, lead, log_snr_shift
 from paths.map_interpolation import interpolate_map
-from paths.path import (
-    Path,
-    cascade,
-    diagonal,
-    find_optimal_path_n_steps_lambda,
-    fine_first,
-    kl_path,
-    lead,
-    leads,
-    log_snr_shift,
-)
+from paths.optimal import find_optimal_path_n_steps_lambda, kl_path
+from paths.path import Path, leads
 from paths.refine import cost_off_grid, refine_path
 from paths.schedule_file import save_schedule
 from planning.choice import (

@@ -57,8 +57,8 @@ from diffusion.sampler import (
 from evaluation import inception
 from evaluation.inception import RESIZES, extract, load_inception
 from evaluation.metrics import SlicedWasserstein, frechet_distance
+from paths.families import diagonal
 from paths.path import Path as SamplingPath
-from paths.path import diagonal
 from runtime.device import AUTOCAST_DTYPES, autocast, has_fast_bf16, memory_format, select_device
 from scheduler import DDIMScheduler
 

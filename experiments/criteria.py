@@ -14,7 +14,7 @@ import torch
 
 from images.representation import OVERCOMPLETE
 from paths.map_interpolation import interpolate_map
-from paths.path import Readings, kl_cost, trapezoid_cost
+from paths.optimal import Readings, kl_cost, trapezoid_cost
 from planning.choice import KLProblem, path_mses, representation_of
 from planning.error_map import CHAIN_RULE_FACTORS, MSES, NORMALISATIONS
 from truth.gaussian import Spectrum, jacobian, mse

@@ -24,7 +24,7 @@ from diffusion.sampler import SeededNoise, image_seeds, sample_greedy, scale_sha
 from evaluation.metrics import SlicedWasserstein
 from factorial import score
 from images.representation import OVERCOMPLETE
-from paths.path import diagonal
+from paths.families import diagonal
 from runtime.device import autocast, select_device
 
 SPACINGS = ("uniform_t", "uniform_log_snr")

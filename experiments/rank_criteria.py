@@ -36,7 +36,8 @@ from bench_train import show, table
 from criteria import KL_WEIGHTS, evaluate, gaussian_reader, measured_reader, sizes
 from factorial import SCHEDULES, means, noisiest_timestep, read_csv, trained_paths
 from figures.plots import plot_criteria
-from paths.path import Path, cascade, diagonal, fine_first, lead, log_snr_shift, timestep_grid
+from paths.families import cascade, diagonal, fine_first, lead, log_snr_shift
+from paths.path import Path, timestep_grid
 from planning.choice import heatmap_path, kl_refined
 from planning.error_map import CHAIN_RULE_FACTORS, load_heatmap
 from scheduler import DDIMScheduler

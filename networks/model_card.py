@@ -31,7 +31,7 @@ With the code of LIFT and its requirements at hand, in this folder, by `PYTHONPA
 from data import to_uint8
 from runtime.device import select_device
 from {module} import {class_name}
-from paths.path import diagonal{shift}
+from paths.families import diagonal{shift}
 from figures.plots import save_image_grid
 from diffusion.sampler import image_seeds, sample_seeds, scale_shapes
 from scheduler import DDIMScheduler

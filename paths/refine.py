@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from paths.map_interpolation import interpolate_map
-from paths.path import Path, Readings, kl_cost, path_from_cells, trapezoid_cost
+from paths.optimal import Readings, kl_cost, trapezoid_cost
+from paths.path import Path, path_from_cells
 
 CRITERIA = ("kl", "published")
 # Candidates of a point lie at -REACH..REACH times the spacing on each axis.

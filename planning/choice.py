@@ -24,21 +24,10 @@ import cli
 from checkpoint import MODEL_CLASSES, LoadedModel
 from diffusion.sampler import COARSE_FEEDS, coarse_feed
 from images.representation import REPRESENTATIONS, Overcomplete
+from paths.families import cascade, diagonal, heuristic, lead, log_snr_shift
 from paths.map_interpolation import interpolate_map, nearest_in_row
-from paths.path import (
-    SPACINGS,
-    Path,
-    best_cascade,
-    cascade,
-    diagonal,
-    find_optimal_path_n_steps_lambda,
-    heuristic,
-    kl_path,
-    lead,
-    log_snr_shift,
-    path_from_cells,
-    timestep_grid,
-)
+from paths.optimal import best_cascade, find_optimal_path_n_steps_lambda, kl_path
+from paths.path import SPACINGS, Path, path_from_cells, timestep_grid
 from paths.refine import Refined, refine_path
 from paths.schedule_file import load_schedule
 from planning.error_map import CHAIN_RULE_FACTORS, CLIPPED_MSES, MSES, NORMALISATIONS, load_heatmap, published_errors

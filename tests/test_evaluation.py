@@ -37,7 +37,7 @@ from evaluation import scoring
 from evaluation.inception import Features
 from evaluation.metrics import fid_infinity, inception_score, kernel_distance, precision_recall, sliced_wasserstein
 from evaluation.results_table import METRIC_VALUES, RESULT_FIELDS, VALUE_FIELDS, read_rows
-from paths import path as sampling_path
+from paths import families
 from paths.schedule_file import save_schedule
 from planning.choice import choose_path
 from planning.error_map import load_heatmap
@@ -338,7 +338,7 @@ def test_jobs_of_models_that_read_a_coarse_image_have_a_feed(stage, run, others)
 
 
 def test_a_schedule_is_one_job_whatever_the_number_of_steps(stage, run, others, tmp_path):
-    path = sampling_path.lead(sampling_path.diagonal(3), 1)
+    path = families.lead(families.diagonal(3), 1)
     file = tmp_path / "my plan.json"
     save_schedule(path, file, load_model(run.lift).scheduler.log_snr.numpy(), solver={"name": "ddim"})
     flags = ["--model_type", "lift", "single_t", "baseline", "--path_type", f"schedule:{file}", "diagonal"]

@@ -16,7 +16,8 @@ from diffusion.sampler import COARSE_FEEDS, coarse_feed, sample_seeds, scale_sha
 from diffusion.super_resolution import make_consistent, noise_seeds, super_resolution_path, super_resolve
 from inpaint import MASKS, jump_counts, load_mask, renoise, repaint, scale_masks
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
-from paths.path import Path, diagonal
+from paths.families import diagonal
+from paths.path import Path
 from paths.schedule_file import save_schedule
 from scheduler import DDIMScheduler
 from truth.gaussian import GaussianDenoiser

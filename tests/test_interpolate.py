@@ -14,7 +14,8 @@ from data import coarse, read_png
 from diffusion.sampler import COARSE_FEEDS, coarse_feed, sample, sample_seeds, scale_shapes
 from interpolate import slerp
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
-from paths.path import Path, diagonal
+from paths.families import diagonal
+from paths.path import Path
 from scheduler import DDIMScheduler
 
 SCHEDULER = DDIMScheduler()

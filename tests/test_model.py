@@ -16,7 +16,7 @@ from model import (
     SingleTimestepModel,
     timestep_embedding,
 )
-from paths.path import diagonal
+from paths.families import diagonal
 from scheduler import DDIMScheduler
 
 PARAMETERS = {

@@ -12,7 +12,9 @@ import torch
 
 import plan_path
 from conftest import list_files
-from paths.path import cascade, diagonal, fine_first, kl_path, lead, log_snr_shift, timestep_grid
+from paths.families import cascade, diagonal, fine_first, lead, log_snr_shift
+from paths.optimal import kl_path
+from paths.path import timestep_grid
 from paths.schedule_file import load_schedule
 from planning.choice import heatmap_path
 from planning.error_map import BLOCKS, MSES, load_heatmap, save_heatmap

@@ -30,7 +30,8 @@ from checkpoint import build_model, load_model, read_checkpoint, save_checkpoint
 from conftest import HARDWARE, MEASURED, ROOT, STEPS, assert_same, list_files, run_stage
 from data import load_images
 from evaluation.results_table import append_row, read_rows
-from paths.path import diagonal, find_optimal_path_n_steps_lambda
+from paths.families import diagonal
+from paths.optimal import find_optimal_path_n_steps_lambda
 from paths.schedule_file import load_schedule
 from planning.error_map import load_heatmap, save_heatmap
 

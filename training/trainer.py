@@ -45,7 +45,7 @@ from data import ImageSet, TwoScaleBatches, to_float, to_uint8
 from diffusion.sampler import coarse_feed, image_seeds, sample_seeds, scale_shapes
 from figures.plots import save_image_grid
 from images.representation import OVERCOMPLETE, REPRESENTATIONS, Overcomplete
-from paths.path import diagonal, log_snr_shift
+from paths.families import diagonal, log_snr_shift
 from paths.schedule_file import save_schedule
 from planning.regimes import TimestepPairs, default_regime, parse_regime, resolve_regime
 from planning.replanning import replan

@@ -16,7 +16,7 @@ import train_lift
 from baseline_model import BaselineModel
 from diffusion.sampler import image_seeds, sample
 from model import LIFTDualTimestepModel
-from paths.path import diagonal
+from paths.families import diagonal
 from planning.error_map import BLOCKS, error_map
 from scheduler import DDIMScheduler
 

@@ -26,7 +26,9 @@ from diffusion.sampler import (
     scale_shapes,
 )
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
-from paths.path import Path, diagonal, find_optimal_path_n_steps_lambda, path_from_cells, timestep_grid
+from paths.families import diagonal
+from paths.optimal import find_optimal_path_n_steps_lambda
+from paths.path import Path, path_from_cells, timestep_grid
 from runtime.device import MIN_COMPILED_CALLS, compile_or_not, resolve_compile
 from scheduler import CLEAN, DDIMScheduler
 

@@ -32,7 +32,8 @@ from diffusion.super_resolution import (
 )
 from figure_checks import check_file, check_layout, render
 from figures import plots
-from paths.path import SPACINGS, Path, diagonal
+from paths.families import diagonal
+from paths.path import SPACINGS, Path
 from scheduler import DDIMScheduler
 from truth.gaussian import EmpiricalDenoiser, GaussianDenoiser
 

@@ -33,7 +33,7 @@ from evaluation.inception import Features
 from evaluation.metrics import NearestNeighbours, kernel_distance
 from evaluation.reference_set import ReferenceSet, from_images
 from evaluation.scoring import Generated, Scorer, generate
-from paths.path import diagonal
+from paths.families import diagonal
 from runtime.distributed import Processes
 
 NFE = 3

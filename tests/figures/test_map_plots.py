@@ -16,7 +16,8 @@ from figures.map_plots import (
     plot_path_density,
     plot_paths_across_epochs,
 )
-from paths.path import Path, diagonal, path_from_cells, timestep_grid
+from paths.families import diagonal
+from paths.path import Path, path_from_cells, timestep_grid
 from scheduler import DDIMScheduler
 
 N = 30

@@ -26,7 +26,9 @@ from images.representation import OVERCOMPLETE, REPRESENTATIONS, RESIDUAL, upsam
 from inpaint import scale_masks
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
 from networks.pretrained import write_pretrained
-from paths.path import Path, Readings, diagonal, kl_cost, kl_step_cost, log_snr_shift, timestep_grid
+from paths.families import diagonal, log_snr_shift
+from paths.optimal import Readings, kl_cost, kl_step_cost
+from paths.path import Path, timestep_grid
 from planning.choice import KLProblem, choose_path, kl_refined
 from planning.error_map import error_map, largest_deviation, load_heatmap
 from scheduler import PREDICTION_TYPES, DDIMScheduler

@@ -27,7 +27,7 @@ from data import to_uint8
 from diffusion.sampler import image_seeds, sample_seeds, scale_shapes
 from figures.plots import image_grid
 from networks import pretrained
-from paths.path import diagonal
+from paths.families import diagonal
 from scheduler import DDIMScheduler
 
 FILES = ["README.md", "config.json", "model.safetensors"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from paths.bootstrap import bootstrap_paths
-from paths.path import kl_path
+from paths.optimal import kl_path
 
 SNR = np.array([0.1, 0.4, 1.0, 3.0, 9.0])
 

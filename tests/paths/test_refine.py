@@ -7,18 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
+from paths.families import diagonal
 from paths.map_interpolation import interpolate_map
-from paths.path import (
+from paths.optimal import (
     Readings,
-    diagonal,
     find_optimal_path_n_steps_lambda,
     kl_cost,
     kl_path,
     kl_step_cost,
     path_cost,
     step_cost,
-    timestep_grid,
 )
+from paths.path import timestep_grid
 from paths.refine import CRITERIA, cost_off_grid, refine_path
 from scheduler import DDIMScheduler
 from truth.gaussian import Spectrum, ddim_output, mse_maps, w2_squared

@@ -4,7 +4,8 @@ import os
 import numpy as np
 import pytest
 
-from paths.path import diagonal, path_from_cells, timestep_grid
+from paths.families import diagonal
+from paths.path import path_from_cells, timestep_grid
 from paths.schedule_file import load_schedule, save_schedule
 from scheduler import DDIMScheduler
 

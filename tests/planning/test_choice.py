@@ -22,7 +22,9 @@ from diffusion.super_resolution import super_resolution_path, super_resolve
 from evaluation.results_table import read_rows
 from images.representation import REPRESENTATIONS
 from model import LIFTDualTimestepModel
-from paths.path import Path, Readings, cascade, diagonal, kl_cost, kl_path, kl_step_cost, path_cost, timestep_grid
+from paths.families import cascade, diagonal
+from paths.optimal import Readings, kl_cost, kl_path, kl_step_cost, path_cost
+from paths.path import Path, timestep_grid
 from paths.refine import cost_off_grid
 from paths.schedule_file import load_schedule, save_schedule
 from planning.choice import (

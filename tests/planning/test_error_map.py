@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from children import FORKS
 from conftest import assert_same
 from model import LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
-from paths.path import find_optimal_path_n_steps_lambda, leads, path_from_cells, timestep_grid
+from paths.optimal import find_optimal_path_n_steps_lambda
+from paths.path import leads, path_from_cells, timestep_grid
 from planning import error_map as error_map_module
 from planning.choice import heatmap_path, path_errors
 from planning.error_map import (

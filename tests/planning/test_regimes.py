@@ -12,7 +12,8 @@ from checkpoint import checkpoint_file, load_model, read_checkpoint, save_checkp
 from children import signalling
 from conftest import RUN, assert_same_run
 from figures import map_plots
-from paths.path import Path, cascade, diagonal, log_snr_shift
+from paths.families import cascade, diagonal, log_snr_shift
+from paths.path import Path
 from paths.schedule_file import save_schedule
 from planning.regimes import (
     FAR,

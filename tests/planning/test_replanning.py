@@ -10,7 +10,8 @@ import train_lift
 from checkpoint import checkpoint_file, load_model, read_checkpoint
 from children import signalling
 from conftest import HARDWARE, LAST, LOG, RUN, assert_same_run
-from paths.path import Path, cascade, diagonal, log_snr_shift
+from paths.families import cascade, diagonal, log_snr_shift
+from paths.path import Path
 from paths.schedule_file import load_schedule
 from planning import replanning
 from planning.choice import seen_cells
