@@ -30,8 +30,9 @@ import compute_heatmap_30
 from checkpoint import LoadedModel, find_checkpoints, load_model
 from data import to_float
 from evaluation.results_table import write_csv
-from figures.map_plots import plot_coupling, plot_cross_jacobian, plot_paths_across_epochs
-from figures.plots import WEIGHTS_TITLES
+from figures.coupling import plot_coupling, plot_cross_jacobian
+from figures.paths import plot_paths_across_epochs
+from figures.style import WEIGHTS_TITLES
 from images.representation import OVERCOMPLETE
 from paths.optimal import check_steps
 from paths.path import Path as PathOfTimesteps

@@ -31,7 +31,7 @@ from filelock import FileLock
 import cli
 from checkpoint import LoadedModel, load_model
 from data import ImageSet, to_float
-from figures.map_plots import plot_heatmap, plot_heatmap_pair, plot_maps
+from figures.maps import plot_heatmap, plot_heatmap_pair, plot_maps
 from paths.optimal import check_steps, find_optimal_paths_all_steps
 from paths.path import GRID_SPACINGS, leads, path_from_cells, timestep_grid
 from planning.choice import PATH_SETTINGS, add_path_arguments, heatmap_file, path_errors, seen_cells

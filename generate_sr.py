@@ -40,7 +40,8 @@ from diffusion.super_resolution import (
     upscale_all,
 )
 from evaluation.results_table import csv_line
-from figures.plots import WEIGHTS_TITLES, plot_super_resolution
+from figures.images import plot_super_resolution
+from figures.style import WEIGHTS_TITLES
 from image_folder import claim, claim_images, evenly, read_folder, write_settings
 from paths.families import diagonal
 from paths.path import SPACINGS

@@ -22,7 +22,7 @@ import cli
 from checkpoint import LoadedModel, load_model
 from data import read_png, save_png, to_uint8
 from diffusion.sampler import ENDS, coarse_feed, compile_denoiser, image_seeds, sample_seeds, scale_shapes
-from figures.plots import plot_trajectory, save_image_grid
+from figures.images import plot_trajectory, save_image_grid
 from image_folder import claim, write_settings
 from paths.path import Path as SamplingPath
 from paths.schedule_file import save_schedule

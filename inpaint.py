@@ -45,7 +45,8 @@ from diffusion.sampler import (
     scale_shapes,
 )
 from diffusion.super_resolution import noise_seeds
-from figures.plots import WEIGHTS_TITLES, plot_samples
+from figures.images import plot_samples
+from figures.style import WEIGHTS_TITLES
 from generate_sr import evaluation_images
 from image_folder import claim_images, evenly, read_folder
 from images.representation import RESIDUAL, upsample_nearest

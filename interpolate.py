@@ -24,7 +24,8 @@ import cli
 from checkpoint import load_model
 from data import coarse, read_png, save_png, to_uint8
 from diffusion.sampler import ENDS, Denoiser, Images, Samples, SeededNoise, coarse_feed, sample, scale_shapes
-from figures.plots import even_columns, image_grid, save_image_grid
+from figures.images import image_grid, save_image_grid
+from figures.style import even_columns
 from image_folder import claim_images
 from paths.path import Path as SamplingPath
 from planning.choice import add_one_path_arguments, path_of_flags

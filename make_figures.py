@@ -22,15 +22,10 @@ from cli import checked, positive_int, run_stage
 from data import read_png
 from evaluation.result_layout import series_of
 from evaluation.results_table import GROUP_FIELDS, VALUE_FIELDS, aggregate, read_rows
-from figures.map_plots import plot_path_comparison, plot_paths_across_epochs, plot_timestep_pairs
-from figures.plots import (
-    METRIC_TITLES,
-    check_comparable,
-    plot_losses,
-    plot_samples,
-    plot_scores,
-    plot_scores_against_nfe,
-)
+from figures.images import plot_samples
+from figures.losses import plot_losses
+from figures.paths import plot_path_comparison, plot_paths_across_epochs, plot_timestep_pairs
+from figures.scores import METRIC_TITLES, check_comparable, plot_scores, plot_scores_against_nfe
 from paths.path import Path as PathOfTimesteps
 from paths.schedule_file import load_schedule
 from planning.choice import PATH_SETTINGS, path_type

@@ -23,8 +23,9 @@ import torch
 
 import cli
 from evaluation.results_table import write_csv
-from figures.map_plots import plot_path_comparison, plot_path_density
-from figures.plots import plot_cost_against_nfe
+from figures.costs import plot_cost_against_nfe
+from figures.maps import plot_path_density
+from figures.paths import plot_path_comparison
 from paths.bootstrap import bootstrap_paths
 from paths.families import cascade, diagonal, fine_first, lead, log_snr_shift
 from paths.map_interpolation import interpolate_map

@@ -26,7 +26,7 @@ from evaluation.results_table import (
     without_repetitions,
 )
 from figures.page import Content, FactTable, Group, Number, Picture, ScoreTable, embed
-from figures.plots import METRIC_TITLES, plot_scores_against_epoch, plot_scores_against_nfe
+from figures.scores import METRIC_TITLES, plot_scores_against_epoch, plot_scores_against_nfe
 from paths.schedule_file import load_schedule
 from planning.error_map import load_heatmap
 

@@ -21,7 +21,7 @@ from evaluation.results_table import (
     natural_order,
     without_repetitions,
 )
-from figures.plots import METRIC_TITLES
+from figures.scores import METRIC_TITLES
 from planning.regimes import default_regime
 from runtime.safe_write import replacing
 

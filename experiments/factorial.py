@@ -47,7 +47,7 @@ from data import to_uint8
 from diffusion.sampler import image_seeds, sample_seeds, scale_shapes
 from evaluation.metrics import SlicedWasserstein
 from evaluation.results_table import write_csv
-from figures.plots import plot_factorial
+from figures.scores import plot_factorial
 from images.representation import OVERCOMPLETE
 from paths.path import Path, timestep_grid
 from planning.choice import heatmap_path, kl_refined

@@ -35,7 +35,7 @@ import cli
 from bench_train import show, table
 from criteria import KL_WEIGHTS, evaluate, gaussian_reader, measured_reader, sizes
 from factorial import SCHEDULES, means, noisiest_timestep, read_csv, trained_paths
-from figures.plots import plot_criteria
+from figures.costs import plot_criteria
 from paths.families import cascade, diagonal, fine_first, lead, log_snr_shift
 from paths.path import Path, timestep_grid
 from planning.choice import heatmap_path, kl_refined

@@ -32,7 +32,7 @@ from data import to_uint8
 from runtime.device import select_device
 from {module} import {class_name}
 from paths.families import diagonal{shift}
-from figures.plots import save_image_grid
+from figures.images import save_image_grid
 from diffusion.sampler import image_seeds, sample_seeds, scale_shapes
 from scheduler import DDIMScheduler
 

@@ -1,10 +1,12 @@
-"""What every figure must satisfy, whichever module draws it."""
+"""What every figure must satisfy, whichever module draws it, and the parts that tests look at."""
 
 import itertools
 
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure
 from PIL import Image
 
 
@@ -27,6 +29,24 @@ def check_file(draw, size, folder):
         else:
             assert picture.size == pytest.approx(size, abs=1)
     assert [file.name for file in (folder / "new").iterdir()] == ["figure.png"]
+
+
+def check_old_file_stays(draw, folder, monkeypatch):
+    """`draw` raises if the disk is full, and leaves the file that is there as it is."""
+
+    def fail(_, file, *args, **kwargs):
+        with open(file, "wb") as stream:
+            stream.write(b"half a picture")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    monkeypatch.setattr(Image.Image, "save", fail)
+    file = folder / "figure.png"
+    file.write_bytes(b"precious")
+    with pytest.raises(OSError, match="disk full"):
+        draw(file)
+    assert file.read_bytes() == b"precious"
+    assert list(folder.iterdir()) == [file]
 
 
 def overlap(box, other):
@@ -57,3 +77,16 @@ def check_layout(figure):
                 labels = [label for tick in ticks for label in (tick.label1, tick.label2)]
                 boxes = [label.get_window_extent(renderer) for label in labels if label.get_visible()]
                 assert not any(overlap(*pair) for pair in itertools.combinations(boxes, 2))
+
+
+def meshes(axes):
+    return [artist for artist in axes.collections if isinstance(artist, QuadMesh)]
+
+
+def maps_of(figure):
+    """Panels with a map over log SNR; a colour bar is a mesh too, but has no secondary axes."""
+    return [axes for axes in figure.axes if meshes(axes) and axes.child_axes]
+
+
+def named_lines(axes):
+    return {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}

@@ -43,7 +43,7 @@ from checkpoint import (
 )
 from data import ImageSet, TwoScaleBatches, to_float, to_uint8
 from diffusion.sampler import coarse_feed, image_seeds, sample_seeds, scale_shapes
-from figures.plots import save_image_grid
+from figures.images import save_image_grid
 from images.representation import OVERCOMPLETE, REPRESENTATIONS, Overcomplete
 from paths.families import diagonal, log_snr_shift
 from paths.schedule_file import save_schedule

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import figures.images
 import generate_sr
 import image_folder
 import train_lift
@@ -31,7 +32,6 @@ from diffusion.super_resolution import (
     upscale_all,
 )
 from figure_checks import check_file, check_layout, render
-from figures import plots
 from paths.families import diagonal
 from paths.path import SPACINGS, Path
 from scheduler import DDIMScheduler
@@ -320,7 +320,7 @@ def columns_of(count, size=16, names=("input", "LIFT", "original")):
 def test_the_figure_shows_images_and_their_most_detailed_part(tmp_path):
     columns = columns_of(2)
     captions = {"LIFT": ["31.00 dB", "32.00 dB"]}
-    figure = plots._super_resolution_figure(columns, "A title", captions)
+    figure = figures.images._super_resolution_figure(columns, "A title", captions)
     check_layout(figure)
     texts = [text.get_text() for text in figure.texts]
     assert [text for text in texts if text] == [
@@ -344,23 +344,23 @@ def test_the_figure_shows_images_and_their_most_detailed_part(tmp_path):
         cut = slice(top * side // 16, (top + 6) * side // 16), slice(left * side // 16, (left + 6) * side // 16)
         scale = 192 // (6 * side // 16)
         np.testing.assert_array_equal(part, image[cut].repeat(scale, 0).repeat(scale, 1))
-    check_file(lambda file: plots.plot_super_resolution(columns_of(1), file), None, tmp_path)
+    check_file(lambda file: figures.images.plot_super_resolution(columns_of(1), file), None, tmp_path)
 
 
 @pytest.mark.parametrize("size", [16, 32, 48, 64, 80])
 def test_the_figure_fits_its_page_at_any_size(size):
-    figure = plots._super_resolution_figure(columns_of(1, size, tuple("abcde") + ("input", "original")), "", {})
+    figure = figures.images._super_resolution_figure(columns_of(1, size, tuple("abcde") + ("input", "original")), "", {})
     assert render(figure).shape[1] < 3000
     check_layout(figure)
 
 
 def test_the_figure_refuses_unequal_columns(tmp_path):
     with pytest.raises(ValueError, match="no column"):
-        plots.plot_super_resolution({}, tmp_path / "figure.png")
+        figures.images.plot_super_resolution({}, tmp_path / "figure.png")
     columns = columns_of(2)
     columns["LIFT"] = columns["LIFT"][:1]
     with pytest.raises(ValueError, match="equally long but hold {'input': 2, 'LIFT': 1, 'original': 2}"):
-        plots.plot_super_resolution(columns, tmp_path / "figure.png")
+        figures.images.plot_super_resolution(columns, tmp_path / "figure.png")
 
 
 # The stage

@@ -25,7 +25,7 @@ from checkpoint import MODEL_CLASSES, build_model, load_model, save_checkpoint, 
 from conftest import ROOT
 from data import to_uint8
 from diffusion.sampler import image_seeds, sample_seeds, scale_shapes
-from figures.plots import image_grid
+from figures.images import image_grid
 from networks import pretrained
 from paths.families import diagonal
 from scheduler import DDIMScheduler

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import figures.coupling
 from figure_checks import check_file, check_layout
-from figures import map_plots
-from figures.map_plots import CONDITION_TITLES, plot_coupling
+from figures.coupling import CONDITION_TITLES, plot_coupling
 from planning.coupling import CONDITIONS, COUPLING_ERRORS, against_own, measure_coupling, ratio_of_means
 from planning.error_map import CLIPPED_MSES, MSES, error_map
 from scheduler import DDIMScheduler
@@ -243,7 +243,7 @@ def made_up_panels(columns=("raw weights", "EMA"), rows=("as predicted", "clampe
 
 
 def coupling_figure(panels):
-    return map_plots._coupling_figure(panels, LOG_SNR_64, T_64, "title")
+    return figures.coupling._coupling_figure(panels, LOG_SNR_64, T_64, "title")
 
 
 def test_every_condition_but_own_has_a_curve():

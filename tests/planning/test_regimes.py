@@ -6,12 +6,12 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+import figures.paths
 import make_figures
 import train_lift
 from checkpoint import checkpoint_file, load_model, read_checkpoint, save_checkpoint
 from children import signalling
 from conftest import RUN, assert_same_run
-from figures import map_plots
 from paths.families import cascade, diagonal, log_snr_shift
 from paths.path import Path
 from paths.schedule_file import save_schedule
@@ -469,7 +469,7 @@ def test_models_without_a_choice_refuse_one(refused, tiny, cache, tmp_path):
 
 
 def test_the_figure_counts_pairs_against_independent_ones(stage, tmp_path):
-    figure = map_plots._timestep_pairs_figure({"one": ([0, 999, 999, 999], [0, 0, 0, 999])}, 1000, "")
+    figure = figures.paths._timestep_pairs_figure({"one": ([0, 999, 999, 999], [0, 0, 0, 999])}, 1000, "")
     [mesh] = [artist for axes in figure.axes for artist in axes.collections if axes.get_title() == "one"]
     counts = np.ma.filled(mesh.get_array(), 0).reshape(40, 40)  # Of t_64 and t_32.
     assert (counts[0, 0], counts[39, 0], counts[39, 39]) == pytest.approx((400, 800, 400)) and counts.sum() == 1600
@@ -489,4 +489,4 @@ def test_the_figure_counts_pairs_against_independent_ones(stage, tmp_path):
     )
     assert file.stat().st_size > 5000
     with pytest.raises(ValueError, match="not all within 0 to 999"):
-        map_plots.plot_timestep_pairs({"one": ([1000], [0])}, 1000, file)
+        figures.paths.plot_timestep_pairs({"one": ([1000], [0])}, 1000, file)

@@ -1,23 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_rgba
 
-from figure_checks import check_file, check_layout, render
-from figures import map_plots
-from figures.map_plots import (
-    SHARED_SCALES,
-    plot_cross_jacobian,
-    plot_heatmap,
-    plot_heatmap_pair,
-    plot_maps,
-    plot_path_comparison,
-    plot_path_density,
-    plot_paths_across_epochs,
-)
-from paths.families import diagonal
-from paths.path import Path, path_from_cells, timestep_grid
+import figures.maps
+from figure_checks import check_file, check_layout, maps_of, meshes, named_lines, render
+from figures.maps import SHARED_SCALES, plot_heatmap, plot_heatmap_pair, plot_maps, plot_path_density
+from paths.path import timestep_grid
 from scheduler import DDIMScheduler
 
 N = 30
@@ -33,49 +22,20 @@ FINE_MAPS = {name: MAPS[name] for name in ("HH", "HL", "mse_64")}
 CELLS = [(0, 0), (0, 2), (3, 7), (4, 7), (20, 25), (29, 29)]
 OTHER_CELLS = [(i, i) for i in range(N)]
 DENSITY = np.where(RNG.uniform(size=(N, N)) < 0.1, RNG.uniform(size=(N, N)), 0)
-PATHS = {
-    "diagonal": diagonal(18),
-    "DP": path_from_cells(CELLS, T_GRID, "dp_total", {}),
-    "baseline": diagonal(18, num_scales=1),
-}
-EPOCHS = {
-    (epoch, weights): {"DP": PATHS["DP"], "diagonal": diagonal(epoch // 100)}
-    for epoch in range(200, 1401, 200)
-    for weights in ("raw", "ema")
-    if (epoch, weights) != (1400, "ema")
-}
-RATIOS = {
-    f"epoch {epoch}": {name: np.exp(RNG.uniform(-9, 1, (N, N))) for name in ("ratio_HL", "ratio_LH")}
-    for epoch in (200, 400)
-}
-PUBLISHED = {(999, 999): 0.0004, (999, 482): 0.0016}
 
 
 def heatmap_figure(error=ERROR, paths=None):
-    return map_plots._heatmap_figure(error, T_GRID, LOG_SNR_GRID, "title", "error", paths)
+    return figures.maps._heatmap_figure(error, T_GRID, LOG_SNR_GRID, "title", "error", paths)
 
 
 def maps_figure(maps, of="eps", shared=SHARED_SCALES):
-    return map_plots._maps_figure(maps, LOG_SNR_GRID, T_GRID, "title", of, shared)
+    return figures.maps._maps_figure(maps, LOG_SNR_GRID, T_GRID, "title", of, shared)
 
 
 def density_figure(density, cost_interval=(3.91, 4.875)):
-    return map_plots._path_density_figure(
+    return figures.maps._path_density_figure(
         ERROR, density, LOG_SNR_GRID, T_GRID, CELLS, 4.6667, cost_interval, "title", "error"
     )
-
-
-def cross_jacobian_figure(ratios, published):
-    return map_plots._cross_jacobian_figure(ratios, LOG_SNR_GRID, T_GRID, "title", published)
-
-
-def meshes(axes):
-    return [artist for artist in axes.collections if isinstance(artist, QuadMesh)]
-
-
-def maps_of(figure):
-    """Panels with a map over log SNR; a colour bar is a mesh too, but has no secondary axes."""
-    return [axes for axes in figure.axes if meshes(axes) and axes.child_axes]
 
 
 def edges_between(positions):
@@ -99,12 +59,6 @@ FIGURES = {
         lambda file: plot_path_density(ERROR, DENSITY, LOG_SNR_GRID, T_GRID, CELLS, 2, (1, 3), file),
         (1110, 870),
     ),
-    "cross Jacobian": (
-        lambda file: plot_cross_jacobian(RATIOS, LOG_SNR_GRID, T_GRID, file, published=PUBLISHED),
-        (1230, 1665),
-    ),
-    "paths": (lambda file: plot_path_comparison(PATHS, LOG_SNR, file, "title"), (1650, 810)),
-    "epochs": (lambda file: plot_paths_across_epochs(EPOCHS, LOG_SNR, file), (1545, 1635)),
 }
 
 
@@ -115,21 +69,16 @@ def test_file_is_a_picture_of_the_announced_size(name, tmp_path):
 
 LAID_OUT = {
     "heatmap": lambda: heatmap_figure(paths={f"path {k}": CELLS for k in range(5)}),
-    "pair": lambda: map_plots._heatmap_pair_figure(ERROR, ERROR, T_GRID, LOG_SNR_GRID, CELLS, CELLS, "title"),
+    "pair": lambda: figures.maps._heatmap_pair_figure(ERROR, ERROR, T_GRID, LOG_SNR_GRID, CELLS, CELLS, "title"),
     "maps": lambda: maps_figure(MAPS),
     "blocks": lambda: maps_figure({name: MAPS[name] for name in BLOCKS}),
     "fine maps": lambda: maps_figure(FINE_MAPS),
     "fine blocks": lambda: maps_figure({name: MAPS[name] for name in BLOCKS[:2]}),
     "errors": lambda: maps_figure({name: MAPS[name] for name in ("mse_64", "mse_32")}),
-    "coarse grid": lambda: map_plots._maps_figure(
+    "coarse grid": lambda: figures.maps._maps_figure(
         {"HH": np.ones((4, 4))}, LOG_SNR[[999, 666, 333, 0]], [999, 666, 333, 0], "title", "eps", SHARED_SCALES
     ),
     "density": lambda: density_figure(DENSITY),
-    "cross Jacobian": lambda: cross_jacobian_figure(RATIOS, PUBLISHED),
-    "one cross Jacobian": lambda: cross_jacobian_figure({"a": RATIOS["epoch 200"]}, {}),
-    "paths": lambda: map_plots._path_comparison_figure(PATHS, LOG_SNR, "title"),
-    "epochs": lambda: map_plots._paths_across_epochs_figure(EPOCHS, LOG_SNR, "title"),
-    "one epoch": lambda: map_plots._paths_across_epochs_figure({(400, "ema"): EPOCHS[400, "ema"]}, LOG_SNR, "title"),
 }
 
 
@@ -174,7 +123,7 @@ def test_noise_is_at_the_lower_left_of_the_map():
 def test_ticks_name_timestep_and_log_snr_of_their_line(n):
     t_grid = timestep_grid(n)
     error = np.ones((n, n))
-    figure = map_plots._heatmap_figure(error, t_grid, LOG_SNR[t_grid], "title", "error", None)
+    figure = figures.maps._heatmap_figure(error, t_grid, LOG_SNR[t_grid], "title", "error", None)
     render(figure)
     main = figure.axes[0]
     top, right = main.child_axes
@@ -194,13 +143,9 @@ def test_ticks_name_timestep_and_log_snr_of_their_line(n):
 def test_infinite_log_snr_is_named():
     log_snr = LOG_SNR_GRID.copy()
     log_snr[0] = -np.inf
-    figure = map_plots._heatmap_figure(ERROR, T_GRID, log_snr, "title", "error", None)
+    figure = figures.maps._heatmap_figure(ERROR, T_GRID, log_snr, "title", "error", None)
     render(figure)
     assert figure.axes[0].child_axes[0].get_xticklabels()[0].get_text() == "−∞"
-
-
-def named_lines(axes):
-    return {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
 
 
 def test_paths_run_through_cell_centres_with_a_white_outline():
@@ -219,7 +164,7 @@ def test_paths_run_through_cell_centres_with_a_white_outline():
 
 
 def test_pair_shows_each_error_with_its_own_path_on_one_scale():
-    figure = map_plots._heatmap_pair_figure(ERROR, 3 * ERROR, T_GRID, LOG_SNR_GRID, CELLS, OTHER_CELLS, "title")
+    figure = figures.maps._heatmap_pair_figure(ERROR, 3 * ERROR, T_GRID, LOG_SNR_GRID, CELLS, OTHER_CELLS, "title")
     fine, total = figure.axes[:2]
     for axes, error, name, cells in ((fine, ERROR, "DP-64", CELLS), (total, 3 * ERROR, "DP-Total", OTHER_CELLS)):
         np.testing.assert_array_equal(axes.images[0].get_array(), error)
@@ -346,7 +291,7 @@ def test_only_outer_panels_have_numbers():
 @pytest.mark.parametrize("n", [2, 5, 30, 60])
 def test_timesteps_stand_at_their_log_snr(n):
     t_grid = timestep_grid(n)
-    figure = map_plots._maps_figure({"HH": np.ones((n, n))}, LOG_SNR[t_grid], t_grid, "title", "eps", SHARED_SCALES)
+    figure = figures.maps._maps_figure({"HH": np.ones((n, n))}, LOG_SNR[t_grid], t_grid, "title", "eps", SHARED_SCALES)
     render(figure)
     (axes,) = maps_of(figure)
     top, right = axes.child_axes
@@ -409,140 +354,3 @@ def test_impossible_densities_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"visits cell \(0, 30\)"):
         draw(cells=[(0, 0), (0, 30)])
     assert not list(tmp_path.iterdir())
-
-
-# Cross-Jacobian
-
-
-def test_cross_jacobian_panels_share_a_scale():
-    panels = maps_of(cross_jacobian_figure(RATIOS, PUBLISHED))
-    contents = [(label, name, values) for label, ratios in RATIOS.items() for name, values in ratios.items()]
-    everything = np.stack([values for _, _, values in contents])
-    for axes, (label, name, values) in zip(panels, contents, strict=True):
-        (mesh,) = meshes(axes)
-        np.testing.assert_array_equal(mesh.get_array(), values)
-        assert (mesh.norm.vmin, mesh.norm.vmax) == pytest.approx((everything.min(), everything.max()))
-        assert axes.get_title().startswith(label) and f"J_{{{name[-2:]}}}" in axes.get_title()
-
-
-def test_ratios_along_the_noisiest_line_stand_beside_the_published_ones():
-    figure = cross_jacobian_figure(RATIOS, PUBLISHED)
-    (axes,) = [axes for axes in figure.axes if axes.lines]
-    lines = named_lines(axes)
-    for label, ratios in RATIOS.items():
-        np.testing.assert_array_equal(lines[label].get_xdata(), T_GRID)
-        np.testing.assert_array_equal(lines[label].get_ydata(), ratios["ratio_HL"][0])  # Row 0 is t_64 = 999.
-    stars = lines[next(name for name in lines if "published" in name)]
-    np.testing.assert_array_equal(stars.get_xydata(), [[999, 0.0004], [482, 0.0016]])
-    assert axes.get_yscale() == "log" and axes.xaxis_inverted()
-    assert "999" in axes.get_title(loc="left")
-    assert not any("published" in name for name in named_lines(cross_jacobian_figure(RATIOS, {}).axes[-1]))
-
-
-def test_incomplete_ratios_are_refused(tmp_path):
-    file = tmp_path / "figure.png"
-    with pytest.raises(ValueError, match="no cross-Jacobian ratio"):
-        plot_cross_jacobian({}, LOG_SNR_GRID, T_GRID, file)
-    with pytest.raises(ValueError, match="a lacks ratio_LH"):
-        plot_cross_jacobian({"a": {"ratio_HL": ERROR}}, LOG_SNR_GRID, T_GRID, file)
-    with pytest.raises(ValueError, match="published ratio is at t_64 = 500"):
-        plot_cross_jacobian(RATIOS, LOG_SNR_GRID, T_GRID, file, published={(500, 0): 1.0})
-    assert not file.exists()
-
-
-# Paths
-
-
-def test_path_panels_hold_the_timesteps():
-    figure = map_plots._path_comparison_figure(PATHS, LOG_SNR, "title")
-    plane, curves = figure.axes
-    reference, *lines = plane.lines
-    np.testing.assert_array_equal(reference.get_xydata(), [[999, 999], [0, 0]])
-    two_scales = [PATHS["diagonal"], PATHS["DP"]]
-    assert len(lines) == 2  # The path of one scale has no place in the plane.
-    for line, path in zip(lines, two_scales, strict=True):
-        np.testing.assert_array_equal(line.get_xydata(), np.array(path.points)[:, ::-1])
-    styles = [(line.get_linestyle(), list(line.get_ydata())) for line in curves.lines]
-    expected = [
-        (linestyle, [point[scale] for point in path.points])
-        for path in PATHS.values()
-        for scale, linestyle in zip(range(path.num_scales), ("-", "--"), strict=False)
-    ]
-    assert styles == expected
-    assert all(list(line.get_xdata()) == list(range(len(line.get_ydata()))) for line in curves.lines)
-
-
-def test_paths_of_one_scale_alone_have_one_panel():
-    figure = map_plots._path_comparison_figure({"baseline": PATHS["baseline"]}, LOG_SNR, "title")
-    assert len(figure.axes) == 1 and len(figure.axes[0].lines) == 1
-
-
-def test_eight_paths_look_different():
-    paths = {f"path {k}": Path(((999, 999), (500, 100 * k), (0, 0)), "test", {}) for k in range(8)}
-    figure = map_plots._path_comparison_figure(paths, LOG_SNR, "title")
-    handles = figure.legends[0].legend_handles
-    assert len({handle.get_color() for handle in handles}) == len({handle.get_marker() for handle in handles}) == 8
-
-
-@pytest.mark.parametrize("beta_schedule", ["cosine_clipped", "linear", "cosine_zero_terminal"])
-def test_log_snr_ticks_agree_with_the_table(beta_schedule):
-    table = DDIMScheduler(beta_schedule=beta_schedule, prediction_type="v").log_snr.numpy()
-    ticks = map_plots._log_snr_ticks(table)
-    assert {0.0, 999.0} <= ticks.keys() and len(ticks) >= 5
-    assert min(np.diff(sorted(ticks))) > 40
-    for t, text in ticks.items():
-        if text == "−∞":
-            assert table[int(t)] == -np.inf
-        else:
-            low, high = table[int(np.ceil(t))], table[int(np.floor(t))]
-            assert low - 0.051 <= float(text.replace("−", "-")) <= high + 0.051
-
-
-def test_impossible_comparisons_are_refused(tmp_path):
-    file = tmp_path / "figure.png"
-    with pytest.raises(ValueError, match="no path"):
-        plot_path_comparison({}, LOG_SNR, file, "title")
-    with pytest.raises(ValueError, match="path three has 3 scales"):
-        plot_path_comparison({"three": diagonal(5, num_scales=3)}, LOG_SNR, file, "title")
-    with pytest.raises(ValueError, match=r"shape \[999\] but path diagonal starts at timestep 999"):
-        plot_path_comparison(PATHS, LOG_SNR[:-1], file, "title")
-    assert not file.exists()
-
-
-def test_epochs_go_right_and_weights_down():
-    figure = map_plots._paths_across_epochs_figure(EPOCHS, LOG_SNR, "title")
-    render(figure)
-    panels = {}
-    for axes in figure.axes:
-        epoch, weights = axes.get_title().removeprefix("epoch ").split(", ")
-        panels[int(epoch), {"raw weights": "raw", "EMA": "ema"}[weights]] = axes
-    assert panels.keys() == EPOCHS.keys()
-    colors = set()
-    for key, axes in panels.items():
-        _, *lines = axes.lines
-        for line, path in zip(lines, EPOCHS[key].values(), strict=True):
-            np.testing.assert_array_equal(line.get_xydata(), np.array(path.points)[:, ::-1])
-        colors.add(tuple(line.get_color() for line in lines))
-    assert len(colors) == 1
-    centre = {key: (round(axes.bbox.x0), round(axes.bbox.y0)) for key, axes in panels.items()}
-    # Seven epochs stand in rows of four and three.
-    assert centre[200, "raw"][0] < centre[400, "raw"][0] < centre[800, "raw"][0]
-    assert centre[200, "raw"][0] == centre[200, "ema"][0] == centre[1000, "raw"][0] == centre[1000, "ema"][0]
-    assert centre[200, "raw"][1] > centre[200, "ema"][1] > centre[1000, "raw"][1] > centre[1000, "ema"][1]
-
-
-def test_a_path_keeps_its_color_where_another_is_absent():
-    panels = {(200, "raw"): EPOCHS[200, "raw"], (400, "raw"): {"diagonal": diagonal(4)}}
-    one, other = map_plots._paths_across_epochs_figure(panels, LOG_SNR, "title").axes
-    assert other.lines[1].get_color() == one.lines[2].get_color() != one.lines[1].get_color()
-
-
-def test_impossible_epochs_are_refused(tmp_path):
-    file = tmp_path / "figure.png"
-    with pytest.raises(ValueError, match="no path"):
-        plot_paths_across_epochs({(200, "raw"): {}}, LOG_SNR, file)
-    with pytest.raises(ValueError, match="epoch 200 has weights 'best'"):
-        plot_paths_across_epochs({(200, "best"): EPOCHS[200, "raw"]}, LOG_SNR, file)
-    with pytest.raises(ValueError, match="path a of epoch 200 has 1 scales"):
-        plot_paths_across_epochs({(200, "raw"): {"a": diagonal(5, num_scales=1)}}, LOG_SNR, file)
-    assert not file.exists()
