@@ -349,7 +349,8 @@ def test_the_figure_shows_images_and_their_most_detailed_part(tmp_path):
 
 @pytest.mark.parametrize("size", [16, 32, 48, 64, 80])
 def test_the_figure_fits_its_page_at_any_size(size):
-    figure = figures.images._super_resolution_figure(columns_of(1, size, tuple("abcde") + ("input", "original")), "", {})
+    names = (*"abcde", "input", "original")
+    figure = figures.images._super_resolution_figure(columns_of(1, size, names), "", {})
     assert render(figure).shape[1] < 3000
     check_layout(figure)
 
