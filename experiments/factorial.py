@@ -55,7 +55,9 @@ from planning.error_map import load_heatmap
 from runtime.device import autocast, resolve_precision, select_device
 from runtime.safe_write import replacing
 from scheduler import DDIMScheduler
-from truth.gaussian import Spectrum, ddim_output, exact_heatmap, optimal_points, w2_squared
+from truth.gaussian import Spectrum, exact_heatmap
+from truth.linear_sampler import ddim_output, w2_squared
+from truth.optimal_points import optimal_points
 
 SPACINGS = ("uniform t", "uniform λ", "published", "optimal")
 OFFSETS = ("diagonal", "published", "coarse ahead by 1", "coarse behind by 1", "optimal 2-D")

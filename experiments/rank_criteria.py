@@ -41,7 +41,8 @@ from paths.path import Path, timestep_grid
 from planning.choice import heatmap_path, kl_refined
 from planning.error_map import CHAIN_RULE_FACTORS, load_heatmap
 from scheduler import DDIMScheduler
-from truth.gaussian import Spectrum, chain_kl, ddim_output, exact_heatmap, kl, w2_squared
+from truth.gaussian import Spectrum, exact_heatmap
+from truth.linear_sampler import chain_kl, ddim_output, kl, w2_squared
 
 SPACINGS = ("uniform_t", "uniform_log_snr", "karras")
 SHIFTS = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)

@@ -27,7 +27,9 @@ import cli
 from bench_train import show, table
 from evaluation.results_table import write_csv
 from images.representation import REPRESENTATIONS
-from truth.gaussian import Spectrum, ddim_output, optimal_points, w2_squared
+from truth.gaussian import Spectrum
+from truth.linear_sampler import ddim_output, w2_squared
+from truth.optimal_points import optimal_points
 
 ONE_CLOCK = "one clock"
 KINDS = {

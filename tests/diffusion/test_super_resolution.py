@@ -35,7 +35,8 @@ from figure_checks import check_file, check_layout, render
 from paths.families import diagonal
 from paths.path import SPACINGS, Path
 from scheduler import DDIMScheduler
-from truth.gaussian import EmpiricalDenoiser, GaussianDenoiser
+from truth.gaussian import GaussianDenoiser
+from truth.ideal import EmpiricalDenoiser
 
 RNG = np.random.default_rng(0)
 LOG_SNR = DDIMScheduler().log_snr.numpy()

@@ -29,7 +29,9 @@ from planning.choice import heatmap_path, kl_refined
 from planning.error_map import MSES, error_map, load_heatmap, save_heatmap
 from rank_criteria import Candidate, agreement
 from scheduler import DDIMScheduler
-from truth.gaussian import GaussianDenoiser, Spectrum, ddim_output, exact_heatmap, optimal_points, w2_squared
+from truth.gaussian import GaussianDenoiser, Spectrum, exact_heatmap
+from truth.linear_sampler import ddim_output, w2_squared
+from truth.optimal_points import optimal_points
 
 SPECTRUM = Spectrum.power_law(8)
 LOG_SNR = DDIMScheduler().log_snr.numpy()

@@ -21,7 +21,8 @@ from paths.optimal import (
 from paths.path import timestep_grid
 from paths.refine import CRITERIA, cost_off_grid, refine_path
 from scheduler import DDIMScheduler
-from truth.gaussian import Spectrum, ddim_output, mse_maps, w2_squared
+from truth.gaussian import Spectrum, mse_maps
+from truth.linear_sampler import ddim_output, w2_squared
 
 KL_FORMS = [
     {"weight": weight, "symmetric": symmetric, "bands": bands}
