@@ -1,11 +1,12 @@
 import ast
 import hashlib
 import inspect
+import itertools
 
 import numpy as np
 import pytest
 
-from images import synthetic
+from images import breeds, drawing, synthetic
 from images.synthetic import SYNTHETIC_CLASSES, synthetic_images, synthetic_label
 
 
@@ -60,7 +61,8 @@ def test_source_uses_only_exactly_rounded_elementwise_operations():
         "uint8", "where",
     }  # fmt: skip
     inexact_methods = {"sum", "mean", "std", "var", "dot", "prod", "cumsum", "cumprod", "trace"}
-    for node in ast.walk(ast.parse(inspect.getsource(synthetic))):
+    trees = [ast.parse(inspect.getsource(module)) for module in (synthetic, drawing, breeds)]
+    for node in itertools.chain.from_iterable(map(ast.walk, trees)):
         if isinstance(node, ast.BinOp):
             assert not isinstance(node.op, ast.Pow | ast.MatMult), f"line {node.lineno}"
         if isinstance(node, ast.Attribute):
@@ -132,7 +134,7 @@ def test_edges_are_antialiased(images, monkeypatch):
 
     assert _share_of_jumps(images, 90.0) < 0.025
     assert error(images) < 12.0
-    monkeypatch.setattr(synthetic, "_inside", lambda distance, width: (distance + 0.0 * width < 0.0) * 1.0)
+    monkeypatch.setattr(synthetic, "inside", lambda distance, width: (distance + 0.0 * width < 0.0) * 1.0)
     hard = synthetic_images(24)
     assert _share_of_jumps(hard, 90.0) > 0.025
     assert error(hard) > 14.0
