@@ -30,6 +30,7 @@ from scheduler import DDIMScheduler
 from truth.posterior_mean import Pair, PosteriorMean, check_images, is_residual, signal_and_noise
 
 LogSNR = torch.Tensor | np.ndarray | Sequence | float
+
 # Variance of rounding to 8 bits, for images in [-1, 1]: no estimated variance is taken below it.
 QUANTISATION_VARIANCE = (2 / 255) ** 2 / 12
 

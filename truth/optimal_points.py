@@ -16,6 +16,7 @@ from truth.posterior_mean import is_residual
 
 # Projected gradient of log(value) per unit of λ below which an optimum counts as found.
 GRADIENT_TOLERANCE = 1e-5
+
 # Functions of a spectrum, points and, if it is not "overcomplete", a representation.
 OBJECTIVES: dict[str, Callable[..., torch.Tensor]] = {
     "w2": lambda spectrum, *args: w2_squared(spectrum, ddim_output(spectrum, *args)),

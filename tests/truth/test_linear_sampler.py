@@ -39,11 +39,13 @@ from truth.linear_sampler import (
 )
 
 UNSEEN = torch.tensor([1e-300], dtype=torch.float64)  # The variance of a mode that adds nothing to any sum.
+
 PATHS = {
     "diagonal": [(999, 999), (700, 700), (350, 350), (100, 100), (0, 0)],
     "coarse ahead": [(999, 999), (999, 600), (800, 300), (400, 300), (200, 0), (0, 0)],
     "fine ahead": [(999, 999), (600, 900), (0, 500), (0, 0)],
 }
+
 RISING = torch.tensor([[-4.0, -4.5], [-2.0, -1.0], [0.5, 0.0], [1.0, 2.5], [3.0, 2.7]], dtype=torch.float64)
 
 
