@@ -30,11 +30,11 @@ RATIO_TITLES = {
 }
 # Of coupling.CONDITIONS but the first, with which they are compared.
 CONDITION_TITLES = {
-    "own_at_0": r"own, $t_{32} = 0$",
-    "clean": r"own without noise, $t_{32} = 0$",
-    "noise": r"pure noise, $t_{32}$ noisiest",
-    "shuffled": r"another image's, $t_{32} = t_{64}$",
-    "shuffled_at_0": r"another image's, $t_{32} = 0$",
+    "own_at_0": r"own, $t_\mathrm{coarse} = 0$",
+    "clean": r"own without noise, $t_\mathrm{coarse} = 0$",
+    "noise": r"pure noise, $t_\mathrm{coarse}$ noisiest",
+    "shuffled": r"another image's, $t_\mathrm{coarse} = t_\mathrm{fine}$",
+    "shuffled_at_0": r"another image's, $t_\mathrm{coarse} = 0$",
 }
 
 
@@ -90,7 +90,7 @@ def _cross_jacobian_figure(panels, log_snr_grid, t_grid, title, published) -> Fi
     noisiest = int(np.asarray(t_grid)[0])
     elsewhere = sorted(t_64 for t_64, _ in published if t_64 != noisiest)
     if elsewhere:
-        raise ValueError(f"a published ratio is at t_64 = {elsewhere[0]} but the line drawn is t_64 = {noisiest}")
+        raise ValueError(f"a published ratio is at fine timestep {elsewhere[0]} but the line drawn is at {noisiest}")
     norm = log_norm(np.stack([values for values, _, _ in maps.values()]))
     num_rows = len(panels)
     figure = Figure(figsize=(8.2, 3.9 + 3.6 * num_rows), layout="compressed")
@@ -113,7 +113,7 @@ def _cross_jacobian_figure(panels, log_snr_grid, t_grid, title, published) -> Fi
     log_axis(line)
     line.set_xlabel(COARSE_LABEL)
     line.set_ylabel(RATIO_TITLES["ratio_HL"])
-    line.set_title(f"along $t_{{64}} = {noisiest}$", loc="left")
+    line.set_title(f"along fine timestep {noisiest}", loc="left")
     line.grid(True, which="both")
     figure.legend(loc="outside lower center", ncols=even_columns(num_rows + bool(published)))
     figure.suptitle(title)
@@ -153,7 +153,7 @@ def _coupling_figure(panels, log_snr_64, t_64, title) -> Figure:
         shown = spread_out(log_snr_64, 0.07 * np.ptp(log_snr_64))
         top.set_xticks(log_snr_64[shown], [str(t) for t in t_64[shown]])
         top.set_xlabel(SHORT_FINE_LABEL)
-    handles = [Line2D([], [], color="0.35", linestyle=":", label=r"own, $t_{32} = t_{64}$")]
+    handles = [Line2D([], [], color="0.35", linestyle=":", label=r"own, $t_\mathrm{coarse} = t_\mathrm{fine}$")]
     for condition, label in CONDITION_TITLES.items():
         if any(condition in curves for curves in panels.values()):
             handles.append(Line2D([], [], label=label, linewidth=1.5, **styles[condition]))

@@ -160,8 +160,7 @@ def _trajectory_figure(
     cells = [[_tile(image, size) for image in images] for images in scales]
     names = ("fine", "coarse")
     labels = [f"{name}\n{images.shape[2]} × {images.shape[3]}" for name, images in zip(names, scales, strict=False)]
-    symbols = ("t_{64}", "t_{32}") if coarse is not None else ("t",)
-    captions = [[f"${symbol} = {points[k][s]}$" for k in shown] for s, symbol in enumerate(symbols)]
+    captions = [[f"$t = {points[k][s]}$" for k in shown] for s in range(len(scales))]
     return _picture_table(cells, labels, title, headings=[f"point {k}" for k in shown], captions=captions)
 
 

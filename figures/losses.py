@@ -38,7 +38,7 @@ def _losses_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     }
     curves = {key: by_label for key, by_label in curves.items() if by_label}
     if not curves:
-        raise ValueError("no run has a positive loss_64 or loss_32 to draw; log some training steps first")
+        raise ValueError("no run has a positive fine or coarse loss to draw; log some training steps first")
     figure = Figure(figsize=(5.4 * len(curves) + 0.6, 4.6), layout="constrained")
     colors = {label: COLORS[k % len(COLORS)] for k, label in enumerate(runs)}
     panels = figure.subplots(1, len(curves), squeeze=False)[0]

@@ -34,12 +34,12 @@ from figures.style import COLORS, STYLE, curve_style, even_columns, save_figure
 
 PREDICTIONS = {"eps": r"\varepsilon", "x0": r"\hat{x}"}  # Symbols of what may be differentiated.
 MAP_TITLES = {
-    "HH": r"$J_{HH} = \partial PREDICTION_{64}\,/\,\partial x_{64}$",
-    "HL": r"$J_{HL} = \partial PREDICTION_{64}\,/\,\partial x_{32}$",
-    "LH": r"$J_{LH} = \partial PREDICTION_{32}\,/\,\partial x_{64}$",
-    "LL": r"$J_{LL} = \partial PREDICTION_{32}\,/\,\partial x_{32}$",
-    "mse_64": r"fine error, $\|x_{64} - \hat{x}_{64}\|^2$",
-    "mse_32": r"coarse error, $\|x_{32} - \hat{x}_{32}\|^2$",
+    "HH": r"$J_{HH} = \partial PREDICTION_\mathrm{fine}\,/\,\partial x_\mathrm{fine}$",
+    "HL": r"$J_{HL} = \partial PREDICTION_\mathrm{fine}\,/\,\partial x_\mathrm{coarse}$",
+    "LH": r"$J_{LH} = \partial PREDICTION_\mathrm{coarse}\,/\,\partial x_\mathrm{fine}$",
+    "LL": r"$J_{LL} = \partial PREDICTION_\mathrm{coarse}\,/\,\partial x_\mathrm{coarse}$",
+    "mse_64": r"fine error, $\|x - \hat{x}\|^2$",
+    "mse_32": r"coarse error, $\|x - \hat{x}\|^2$",
 }
 # Label of a colour bar -> the maps under it, fine prediction first. The cross blocks are orders of magnitude below
 # the others, so that on one scale for all blocks nothing of them would show.
@@ -155,8 +155,8 @@ def _heatmap_pair_figure(error_64, error_total, t_grid, log_snr_grid, cells_64, 
     figure = Figure(figsize=(10.6, 5.4), layout="compressed")
     panels = figure.subplots(1, 2)
     contents = (
-        ("fine error $E_{64}$", error_64, "DP-64", cells_64),
-        ("total error $E_{64} + E_{32}$", error_total, "DP-Total", cells_total),
+        ("fine error", error_64, "DP-64", cells_64),
+        ("total error, fine + coarse", error_total, "DP-Total", cells_total),
     )
     for k, (axes, (heading, error, name, cells)) in enumerate(zip(panels, contents, strict=True)):
         image = _draw_map(axes, error, t_grid, log_snr_grid, norm)

@@ -218,19 +218,19 @@ def _draw_timesteps(
     axes.set_ylim(-last * 0.03, last * 1.03)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("point of the path (network calls so far)")
-    axes.set_ylabel("timestep $t$")
+    axes.set_ylabel("timestep")
     axes.grid(True)
     axes.set_title("timesteps along the path", loc="left")
     scales = [
-        Line2D([], [], color="0.3", marker="o", label="$t_{64}$"),
-        Line2D([], [], color="0.3", linestyle="--", marker="o", markerfacecolor="white", label="$t_{32}$"),
+        Line2D([], [], color="0.3", marker="o", label="fine"),
+        Line2D([], [], color="0.3", linestyle="--", marker="o", markerfacecolor="white", label="coarse"),
     ]
     if any(path.num_scales == 2 for path in paths.values()):
         axes.legend(handles=scales, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0, handlelength=3.5)
     ticks = _log_snr_ticks(table)
     right = axes.secondary_yaxis("right")
     right.set_yticks(list(ticks), list(ticks.values()))
-    right.set_ylabel(r"$\lambda$ = log SNR")
+    right.set_ylabel("log SNR")
 
 
 def _log_snr_ticks(table: np.ndarray, gap: float = 0.045) -> dict[float, str]:

@@ -15,12 +15,12 @@ from matplotlib.ticker import MaxNLocator
 
 from figures.style import spread_out
 
-COARSE_LABEL = r"coarse timestep $t_{32}$  (noise $\rightarrow$ clean)"
-FINE_LABEL = r"fine timestep $t_{64}$  (noise $\rightarrow$ clean)"
-SHORT_COARSE_LABEL = r"coarse timestep $t_{32}$"
-SHORT_FINE_LABEL = r"fine timestep $t_{64}$"
-COARSE_LOG_SNR_LABEL = r"$\lambda_{32}$ = log SNR"
-FINE_LOG_SNR_LABEL = r"$\lambda_{64}$ = log SNR"
+COARSE_LABEL = r"coarse timestep  (noise $\rightarrow$ clean)"
+FINE_LABEL = r"fine timestep  (noise $\rightarrow$ clean)"
+SHORT_COARSE_LABEL = "coarse timestep"
+SHORT_FINE_LABEL = "fine timestep"
+COARSE_LOG_SNR_LABEL = "coarse log SNR"
+FINE_LOG_SNR_LABEL = "fine log SNR"
 NO_LOGARITHM = "0.85"  # Colour of cells whose value has none.
 
 

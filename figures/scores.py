@@ -30,7 +30,7 @@ from figures.style import (
 )
 
 METRIC_TITLES = {"fid": "FID", "swd": "sliced Wasserstein distance"} | {
-    f"swd_{size}": f"sliced Wasserstein distance, level {size}" for size in (64, 32, 16)
+    f"swd_{size}": f"sliced Wasserstein distance, level {size} px" for size in (64, 32, 16)
 }
 METRIC_TITLES |= {
     "fid_infinity": "FID∞",

@@ -67,6 +67,6 @@ def test_incomplete_ratios_are_refused(tmp_path):
         plot_cross_jacobian({}, LOG_SNR_GRID, T_GRID, file)
     with pytest.raises(ValueError, match="a lacks ratio_LH"):
         plot_cross_jacobian({"a": {"ratio_HL": RATIOS["epoch 200"]["ratio_HL"]}}, LOG_SNR_GRID, T_GRID, file)
-    with pytest.raises(ValueError, match="published ratio is at t_64 = 500"):
+    with pytest.raises(ValueError, match="published ratio is at fine timestep 500 but the line drawn is at 999"):
         plot_cross_jacobian(RATIOS, LOG_SNR_GRID, T_GRID, file, published={(500, 0): 1.0})
     assert not file.exists()

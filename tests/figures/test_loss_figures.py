@@ -47,7 +47,7 @@ def test_useless_losses_are_skipped(tmp_path):
     rows += [{"step": 4, "loss_64": float("inf")}, {"step": 5, "loss_64": 0.25}, {"step": 6, "loss_64": 0.0}]
     axes = figures.losses._losses_figure({"run": rows}).axes[0]
     np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[1, 0.5], [5, 0.25]])
-    with pytest.raises(ValueError, match="no run has a positive loss"):
+    with pytest.raises(ValueError, match="no run has a positive fine or coarse loss"):
         plot_losses({"run": rows[1:3]}, tmp_path / "figure.png")
 
 

@@ -210,7 +210,7 @@ def test_cells_lie_around_their_log_snr():
         edges = edges_between(LOG_SNR_GRID)
         np.testing.assert_allclose(x, np.broadcast_to(edges, (N + 1, N + 1)))
         np.testing.assert_allclose(y, np.broadcast_to(edges[:, None], (N + 1, N + 1)))
-        assert axes.get_xlabel() in (r"$\lambda_{32}$ = log SNR", "")
+        assert axes.get_xlabel() in ("coarse log SNR", "")
 
 
 def test_color_at_a_log_snr_is_that_of_its_cell():
@@ -242,7 +242,7 @@ def test_panels_of_a_column_share_their_scale_and_others_do_not():
         partner = names[names.index(name) ^ 1]
         assert mesh.norm.vmin == pytest.approx(min(MAPS[name].min(), MAPS[partner].min()))
         assert mesh.norm.vmax == pytest.approx(max(MAPS[name].max(), MAPS[partner].max()))
-        mark = f"J_{{{name}}}" if name in BLOCKS else f"x_{{{name[-2:]}}}"
+        mark = {"mse_64": "fine error", "mse_32": "coarse error"}.get(name, f"J_{{{name}}}")
         assert mark in axes.get_title()
     render(figure)
     left = [round(axes.bbox.x0) for axes in panels]
@@ -268,7 +268,7 @@ def test_maps_of_the_fine_prediction_stand_in_one_row():
         (mesh,) = meshes(axes)
         np.testing.assert_array_equal(mesh.get_array(), values)
         assert (mesh.norm.vmin, mesh.norm.vmax) == pytest.approx((values.min(), values.max()))
-        assert ("x_{64}" if name == "mse_64" else f"J_{{{name}}}") in axes.get_title()
+        assert ("fine error" if name == "mse_64" else f"J_{{{name}}}") in axes.get_title()
         assert axes.get_xlabel() and axes.child_axes[0].get_xlabel()
     assert len({round(axes.bbox.y0) for axes in panels}) == 1
     assert [bool(axes.get_ylabel()) for axes in panels] == [True, False, False]
@@ -276,7 +276,7 @@ def test_maps_of_the_fine_prediction_stand_in_one_row():
 
 def test_blocks_of_the_image_predicted_are_named_so():
     titles = [axes.get_title() for axes in maps_of(maps_figure({"HL": MAPS["HL"]}, of="x0"))]
-    assert titles == [r"$J_{HL} = \partial \hat{x}_{64}\,/\,\partial x_{32}$"]
+    assert titles == [r"$J_{HL} = \partial \hat{x}_\mathrm{fine}\,/\,\partial x_\mathrm{coarse}$"]
 
 
 def test_only_outer_panels_have_numbers():
