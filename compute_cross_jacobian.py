@@ -10,7 +10,7 @@ Writes into --output_dir, for every epoch:
     cross_jacobian_analysis_{epoch}ep.png    the ratios over the plane, and HL / HH along the noisiest fine timestep
     coupling_{epoch}ep.csv, .png             the error of the fine image with other coarse inputs (coupling.py)
 and over all epochs:
-    path_statistics.csv                      where t_32 and where t_64 leads along DP-64 and DP-Total
+    path_statistics.csv                      where the coarse and where the fine scale leads along DP-64 and DP-Total
     path_comparison_across_epochs.png        these paths, of raw weights; path_comparison_ema_across_epochs.png of EMA
 
 Blocks are squared Frobenius norms, means over images, so that the ratios are those of squared norms; `_se` is a
@@ -152,17 +152,17 @@ def write_jacobians(
     panels = {WEIGHTS_TITLES[weights]: maps for weights, maps in ratios.items()}
     file = folder / f"cross_jacobian_analysis_{epoch}ep.png"
     plot_cross_jacobian(panels, first["log_snr_grid"], t_grid, file, f"epoch {epoch}", published)
-    print(f"\nepoch {epoch}: |J_HL|² / |J_HH|² along t_64 = {t_grid[0]}")
-    print("  t_32" + "".join(f"{WEIGHTS_TITLES[weights]:>26s}" for weights in ratios))
+    print(f"\nepoch {epoch}: |J_HL|² / |J_HH|² along fine timestep {t_grid[0]}")
+    print("coarse timestep" + "".join(f"{WEIGHTS_TITLES[weights]:>26s}" for weights in ratios))
     for j, t_32 in enumerate(t_grid):
         values = (f"{maps['ratio_HL'][0, j]:.4g} ± {maps['ratio_HL_se'][0, j]:.2g}" for maps in ratios.values())
-        print(f"{t_32:6d}" + "".join(f"{value:>26s}" for value in values))
+        print(f"{t_32:15d}" + "".join(f"{value:>26s}" for value in values))
     for weights, maps in ratios.items():
         for name, (above, below) in RATIOS.items():
             ends = []
             for place in (maps[name].argmin().item(), maps[name].argmax().item()):
                 i, j = divmod(place, len(t_grid))
-                ends.append(f"{maps[name][i, j]:.3g} at (t_64, t_32) = ({t_grid[i]}, {t_grid[j]})")
+                ends.append(f"{maps[name][i, j]:.3g} at fine timestep {t_grid[i]}, coarse {t_grid[j]}")
             print(f"{WEIGHTS_TITLES[weights]}: |J_{above}|² / |J_{below}|² from {ends[0]} to {ends[1]}")
     print(f"figure {file}")
 
@@ -220,11 +220,11 @@ def write_coupling(epoch: int, measured: dict[str, dict], folder: Path) -> None:
             curves = zip(compared["ratio"].T, compared["ratio_se"].T, strict=True)
             panels[WEIGHTS_TITLES[weights], title] = dict(zip(CONDITIONS, curves, strict=True))
             print(f"\nepoch {epoch}, {WEIGHTS_TITLES[weights]}, {title}: own, and the others as a multiple of it")
-            print("  t_64" + f"{'own':>12s}" + "".join(f"{name:>20s}" for name in CONDITIONS[1:]))
+            print("fine timestep" + f"{'own':>12s}" + "".join(f"{name:>20s}" for name in CONDITIONS[1:]))
             for i, t_64 in enumerate(content["t_64"].tolist()):
                 pairs = zip(compared["ratio"][i, 1:], compared["ratio_se"][i, 1:], strict=True)
                 values = "".join(f"{f'{ratio:.4g} ± {error:.2g}':>20s}" for ratio, error in pairs)
-                print(f"{t_64:6d}{compared['mean'][i, 0]:12.5g}{values}")
+                print(f"{t_64:13d}{compared['mean'][i, 0]:12.5g}{values}")
     first = next(iter(measured.values()))
     file = folder / f"coupling_{epoch}ep.png"
     count = first[COUPLING_ERRORS[0]].shape[-1]
@@ -282,8 +282,8 @@ def draw_paths(paths: dict[tuple[int, str], dict[str, PathOfTimesteps]], log_snr
 
 
 def print_statistics(rows: list[dict]) -> None:
-    """The published table: leads in points, and the largest one, in which t_64 leads where it is negative."""
-    print("\n| epoch | weights | path | t_32 leads | t_64 leads | largest lead, cells | largest lead, λ |")
+    """The published table: leads in points, and the largest one, in which the fine scale leads where it is negative."""
+    print("\n| epoch | weights | path | coarse leads | fine leads | largest lead, cells | largest lead, log SNR |")
     print("|---:|---|---|---:|---:|---:|---:|")
     for row in rows:
         shares = (f"{row[name]} of {row['points']}" for name in ("t_32_leads", "t_64_leads"))

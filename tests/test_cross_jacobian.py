@@ -98,9 +98,9 @@ def test_every_cell_has_a_row(written):
             residual = above - float(row["ratio_LH"]) * below
             expected = (residual[0] - residual[1]).abs() / 2 / below.mean()
             assert float(row["ratio_LH_se"]) == pytest.approx(expected.item(), rel=1e-5)
-    assert "along t_64 = 999" in output
+    assert "along fine timestep 999" in output
     least = min(rows[16:], key=lambda row: float(row["ratio_HL"]))
-    told = re.search(r"EMA: \|J_HL\|² / \|J_HH\|² from (\S+) at \(t_64, t_32\) = \((\d+), (\d+)\)", output)
+    told = re.search(r"EMA: \|J_HL\|² / \|J_HH\|² from (\S+) at fine timestep (\d+), coarse (\d+)", output)
     assert told.groups() == (f"{float(least['ratio_HL']):.3g}", least["t_64"], least["t_32"])
 
 
