@@ -1,4 +1,4 @@
-"""Measure what a step costs at every (t_64, t_32): the error map of a two-scale checkpoint on a 30x30 grid.
+"""Measure what a step costs at every fine and coarse timestep: the error map of a two-scale checkpoint, 30x30 cells.
 
     python compute_heatmap_30.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema --device 0
     python compute_heatmap_30.py --checkpoint FILE --output results/heatmap_30_400ep.pth --K 4 --num_images 16
@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--maps", choices=MAPS, default="all", help="blocks need 2K backward passes, mse none (all)")
     add("--of", choices=DIFFERENTIATED, default="eps", help="differentiate the noise predicted, or the image (eps)")
     add("--coarse", type=cli.positive_int, default=None, metavar="M", help="measure M lines per axis, interpolate")
-    text = "measure only pairs that the model was trained on; others take the error of the nearest t_32"
+    text = "measure only pairs that the model was trained on; others take the error of the nearest coarse timestep"
     add("--seen_only", action="store_true", help=text)
     add("--grid_spacing", choices=GRID_SPACINGS, default="uniform_t", help="of the grid lines (uniform_t)")
     add("--start", type=cli.positive_int, default=None, help="noisiest timestep of the grid (the first with a signal)")
@@ -175,14 +175,14 @@ def draw(content: dict, file: Path) -> None:
             log_snr_grid,
             file.with_suffix(".png"),
             title,
-            "fine error $E_{64}$ per unit of log SNR",
+            "fine error per unit of log SNR",
             {"DP-64": content["samples_64"]},
         )
     for name in names:
         lead = leads(path_from_cells(content[f"samples_{name}"], t_grid, f"dp_{name}", {}), t_grid)
         print(
-            f"DP-{name.title()}: t_32 ahead at {lead['ahead']} of {lead['points']} points, behind at {lead['behind']}, "
-            f"largest lead {lead['largest_lead']} cells"
+            f"DP-{name.title()}: coarse ahead at {lead['ahead']} of {lead['points']} points, "
+            f"behind at {lead['behind']}, largest lead {lead['largest_lead']} cells"
         )
     print(f"figure {file.with_suffix('.png')}")
 
