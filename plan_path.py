@@ -209,7 +209,7 @@ SCHEDULES = {"optimal": "optimal", "optimal diagonal": "diagonal", "best cascade
 def describe_cascade(path: Path) -> str:
     """Where the coarse scale of a `kl_cascade` waits, and how many of the calls take it there."""
     made = path.provenance
-    return f"λ_32 waits at {made['waits_at_log_snr']:+.2f} after {made['first_steps']} of {path.nfe} calls"
+    return f"coarse log SNR waits at {made['waits_at_log_snr']:+.2f} after {made['first_steps']} of {path.nfe} calls"
 
 
 def describe_lead(path: Path, log_snr: np.ndarray, image_lead: float) -> str:
@@ -218,8 +218,8 @@ def describe_lead(path: Path, log_snr: np.ndarray, image_lead: float) -> str:
     fine, coarse = log_snr[np.array(path.points)].T
     ahead = coarse - fine
     return (
-        f"t_32 ahead at {lead['ahead']} of {lead['points']} points, behind at {lead['behind']}; "
-        f"λ_32 - λ_64 from {ahead.min():+.2f} to {ahead.max():+.2f}"
+        f"coarse ahead at {lead['ahead']} of {lead['points']} points, behind at {lead['behind']}; "
+        f"lead in log SNR from {ahead.min():+.2f} to {ahead.max():+.2f}"
         + (f" ({image_lead:+.2f} on the diagonal of the image)" if image_lead else "")
     )
 

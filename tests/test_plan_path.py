@@ -177,7 +177,7 @@ def test_schedules_replay_and_say_what_made_them(plan):
 @pytest.mark.parametrize("weight", [0, 1])
 def test_the_best_cascade_is_that_of_the_closed_form(plan, weight):
     folder, output = plan("--kl_weight", weight, "--bootstrap", 0)
-    said = re.findall(r"best cascade .*%  λ_32 waits at (\S+) after (\d+) of (\d+) calls\n", output)
+    said = re.findall(r"best cascade .*%  coarse log SNR waits at (\S+) after (\d+) of (\d+) calls\n", output)
     costs = read_costs(folder)
     assert [calls for *_, calls in said] == ["2", "4"]
     for waits, first, calls in said:
@@ -203,7 +203,10 @@ def test_the_best_cascade_is_that_of_the_closed_form(plan, weight):
 
 def test_the_lead_printed_is_that_of_the_schedule(plan):
     folder, output = plan("--kl_weight", 1, "--bootstrap", 0)
-    pattern = r"(\d+) calls: t_32 ahead at (\d+) of (\d+) points, behind at (\d+); λ_32 - λ_64 from (\S+) to (\S+)"
+    pattern = (
+        r"(\d+) calls: coarse ahead at (\d+) of (\d+) points, behind at (\d+); "
+        r"lead in log SNR from (\S+) to (\S+)"
+    )
     said = re.findall(pattern, output)
     assert [row[0] for row in said] == ["2", "4"]
     for nfe, ahead, points, behind, low, high in said:
@@ -310,7 +313,7 @@ def test_start_and_end(stage, tmp_path):
 def test_one_call_leaves_no_choice(stage, heatmap, tmp_path):
     flags = ("--heatmap", heatmap, "--output", tmp_path / "plan", "--nfe", 1, "--bootstrap", 0)
     output = stage(plan_path, *flags).output
-    assert "\n1 calls: t_32 ahead at 0 of 2 points, behind at 0; λ_32 - λ_64 from +0.00 to +0.00\n" in output
+    assert "\n1 calls: coarse ahead at 0 of 2 points, behind at 0; lead in log SNR from +0.00 to +0.00\n" in output
     assert "resampled" not in output and not (tmp_path / "plan/density.png").exists()
     costs = read_costs(tmp_path / "plan")
     assert {family for _, family in costs} == {*SCHEDULES, *hand_made(2)} - {
