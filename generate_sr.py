@@ -4,8 +4,8 @@
     python generate_sr.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema
     python generate_sr.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema --on train --num_images 200
 
-The coarse image is given clean (t_32 = 0) and the fine one denoised from noise, N steps for N network calls; then the
-2x2 mean of the result is made to equal the input. A model of --resolution 32 takes 16x16 images, and so on.
+The coarse image is given clean (at timestep 0) and the fine one denoised from noise, N steps for N network calls; then
+the 2x2 mean of the result is made to equal the input. A model of --resolution 32 takes 16x16 images, and so on.
 
 With --input: one PNG per image of a folder, named after it, in --output; what is there already is skipped.
 Without: images kept out of training (`--holdout N` there) are halved, enlarged again, and compared with what they were;

@@ -388,7 +388,7 @@ def off_regime_note(
     return (
         f"this model was trained with --t_pairs {_regime_of(config)}, and {far} of the {path.nfe} calls of path "
         f"{path.kind} are more than {FAR:g} in log SNR, over both clocks, from all it saw, up to {max(off):.3g} at "
-        f"(t_64, t_32) = {called[off.index(max(off))]}; expect worse images than along a path of that regime."
+        f"fine and coarse timestep {called[off.index(max(off))]}; expect worse images than along a path of that regime."
     )
 
 
