@@ -7,42 +7,49 @@ Writes {output}.csv (one line per checkpoint, path and setting) and the tables a
 {output}_tables.csv, and prints {output}.md. Published numbers stand beside measured ones of the same kind.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from cli import run_stage
 from evaluation.result_layout import layout_tables, render_markdown, write_tables
 from evaluation.results_table import METRICS, aggregate, read_rows, write_csv
+from runtime.settings import Settings, option, parse_settings
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this stage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--input", nargs="+", default=["results/fid_results.csv"], help="results tables (results/fid_results.csv)")
-    add("--output", default="results/fid_table", help="file name without suffix (results/fid_table)")
-    add("--metric", nargs="+", choices=METRICS, default=METRICS, help="only these (all that were measured)")
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class TableSettings(Settings):
+    """Which results, and where the tables go."""
+
+    input: tuple[str, ...] = option(("results/fid_results.csv",), "results tables", nargs="+")
+    output: str = option("results/fid_table", "file name without suffix")
+    metric: tuple[str, ...] = option(METRICS, "only these", choices=METRICS, nargs="+", shown="all that were measured")
+
+
+def parse_args() -> TableSettings:
+    """The settings of this stage, from its flags."""
+    return parse_settings(TableSettings, __doc__)
 
 
 def main() -> None:
     """Aggregate, write, print."""
-    args = parse_args()
-    if Path(f"{args.output}.csv").resolve() in [Path(file).resolve() for file in args.input]:
-        raise ValueError(f"--output {args.output} would overwrite the results in {args.output}.csv; name another file.")
+    settings = parse_args()
+    if Path(f"{settings.output}.csv").resolve() in [Path(file).resolve() for file in settings.input]:
+        raise ValueError(
+            f"--output {settings.output} would overwrite the results in {settings.output}.csv; name another file."
+        )
     rows = []
-    for file in args.input:
+    for file in settings.input:
         found = read_rows(file)
         if not found:
             raise ValueError(f"{file} holds no result; evaluate a checkpoint first with eval_fid_batch.py.")
         rows += found
-    rows = [row for row in rows if row["metric"] in args.metric]
+    rows = [row for row in rows if row["metric"] in settings.metric]
     if not rows:
-        raise ValueError(f"{' and '.join(args.input)} hold no result of --metric {' '.join(args.metric)}.")
+        raise ValueError(f"{' and '.join(settings.input)} hold no result of --metric {' '.join(settings.metric)}.")
     tables = layout_tables(rows)
-    write_csv(f"{args.output}.csv", aggregate(rows))
+    write_csv(f"{settings.output}.csv", aggregate(rows))
     for suffix in (".md", ".tex", "_tables.csv"):
-        write_tables(f"{args.output}{suffix}", tables)
+        write_tables(f"{settings.output}{suffix}", tables)
     print(render_markdown(tables))
 
 

@@ -1,4 +1,4 @@
-"""The flags that stages share, and how a stage ends on bad input: one sentence and an exit status."""
+"""The settings that stages share, the values of flags, and how a stage ends on bad input: a sentence and a status."""
 
 import argparse
 import contextlib
@@ -6,11 +6,13 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import torch
 
 from data import RESIZE_FILTERS, ImageSet, load_images, split_holdout
 from runtime.device import PRECISIONS
+from runtime.settings import REQUIRED, Settings, option
 
 
 def hidden_dims(text: str) -> tuple[int, ...]:
@@ -60,20 +62,17 @@ def unit_interval(text: str) -> float:
     return value
 
 
-def two_weights(text: str) -> tuple[float, float]:
-    """Parse `1,0.25`: two numbers of at least 0, one of them above."""
+def loss_weights(text: str) -> tuple[float, ...] | str:
+    """Parse `auto` or `1,0.25`: a number of at least 0 for each of one or two scales, not all 0."""
+    if text == "auto":
+        return text
     try:
         weights = tuple(float(part) for part in text.split(","))
     except ValueError:
         weights = ()
-    if len(weights) != 2 or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+    if not 1 <= len(weights) <= 2 or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
         raise argparse.ArgumentTypeError(f"'{text}' is not a pair of weights such as 1,0.25")
     return weights
-
-
-def loss_weights(text: str) -> tuple[float, float] | str:
-    """Parse `auto`, or as `two_weights`."""
-    return text if text == "auto" else two_weights(text)
 
 
 def checked(parse: Callable[[str], object]) -> Callable[[str], str]:
@@ -89,71 +88,95 @@ def checked(parse: Callable[[str], object]) -> Callable[[str], str]:
     return check
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, dataset_default: str | None = "huggan/AFHQv2") -> None:
-    """`--dataset` and everything that decides which pixels it gives; None leaves dataset to the checkpoint."""
-    group = parser.add_argument_group("data")
-    said = dataset_default or "that of the checkpoint"
-    group.add_argument("--dataset", default=dataset_default, help=f"hub id, folder, or synthetic ({said})")
-    if dataset_default is not None:
-        group.add_argument("--resolution", type=positive_int, default=64, help="side of the fine image (64)")
-        group.add_argument("--resize_filter", choices=tuple(RESIZE_FILTERS), default="bilinear", help="(bilinear)")
-    group.add_argument("--limit", type=positive_int, default=None, metavar="N", help="first N images only")
-    text = "images kept out of training, evenly over the set (none)" if dataset_default else "(as in training)"
-    group.add_argument("--holdout", type=positive_int, default=None, metavar="N", help=text)
-    group.add_argument("--cache_dir", default="cache", help="decoded images are kept here (cache)")
-    group.add_argument("--num_workers", type=positive_int, default=4, help="threads that decode images (4)")
-    group.add_argument("--skip_bad_images", action="store_true", help="leave unreadable images out")
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Settings):
+    """Which images; what is left open is that of the checkpoint they belong to."""
+
+    group = "data"
+    dataset: str | None = option(None, "hub id, folder, or synthetic (that of the checkpoint)")
+    limit: int | None = option(None, "first N images only", parse=positive_int, metavar="N", recorded=True)
+    holdout: int | None = option(
+        None, "images kept out of training (as in training)", parse=positive_int, metavar="N", recorded=True
+    )
+    cache_dir: str = option("cache", "decoded images are kept here")
+    num_workers: int = option(4, "threads that decode images", parse=positive_int)
+    skip_bad_images: bool = option(False, "leave unreadable images out", recorded=True)
 
 
-def load_training_images(args: argparse.Namespace, config: dict | None = None) -> ImageSet:
-    """The images the flags name, without those held out; what they leave open comes from the config of a checkpoint."""
-    return load_image_parts(args, config)[0]
+@dataclass(frozen=True, kw_only=True)
+class TrainingDataSettings(DataSettings):
+    """Which images to train on, and how they come to their size."""
+
+    group = "data"
+    dataset: str = option("huggan/AFHQv2", "hub id, folder, or synthetic", recorded=True)
+    resolution: int = option(64, "side of the fine image", parse=positive_int, recorded=True)
+    resize_filter: str = option("bilinear", choices=tuple(RESIZE_FILTERS), recorded=True)
+    holdout: int | None = option(
+        None, "images kept out of training, evenly over the set (none)", parse=positive_int, metavar="N", recorded=True
+    )
 
 
-def load_image_parts(args: argparse.Namespace, config: dict | None = None) -> tuple[ImageSet, ImageSet | None]:
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings(Settings):
+    """Which trained model."""
+
+    checkpoint: str = option(REQUIRED, "a checkpoint of training")
+    ema: bool = option(False, "use the EMA weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareSettings(Settings):
+    """Where networks run, and in which precision."""
+
+    group = "hardware"
+    device: str | None = option(None, "0, cuda:1 or cpu (the first GPU if there is one)")
+    precision: str = option("auto", "auto: bf16 where it is fast", choices=PRECISIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileSettings(Settings):
+    """Whether the network is compiled; None leaves it to the device and the length of the run."""
+
+    compile: bool | None = option(
+        None, "compile the network, which takes minutes (on a GPU, for long runs)", parse=bool
+    )
+
+
+def load_training_images(settings: DataSettings, config: dict | None = None) -> ImageSet:
+    """The images that settings name, without those held out; what is left open comes from the config of a checkpoint.
+
+    Raises what `load_images` and `split_holdout` raise.
+    """
+    return load_image_parts(settings, config)[0]
+
+
+def load_image_parts(settings: DataSettings, config: dict | None = None) -> tuple[ImageSet, ImageSet | None]:
     """The images to train on and those held out, if any are, as `load_training_images` finds them.
 
-    A limit and a count of images held out belong to the data set they were given with: with `--dataset` those of the
+    A limit and a count of images held out belong to the data set they were given with: with a `dataset` those of the
     config hold where it names the images of the training, at another place or not, and no others.
     """
-    if config is None or args.dataset is None:
-        return _load_image_parts(args, config or vars(args), inherited=config or {})
+    if config is None or settings.dataset is None:
+        return _load_image_parts(settings, config or asdict(settings), inherited=config or {})
     with contextlib.suppress(ValueError):  # Other images may be too few for these counts.
-        parts = _load_image_parts(args, config, inherited=config)
+        parts = _load_image_parts(settings, config, inherited=config)
         if parts[0].fingerprint == config.get("data_fingerprint"):
             return parts
-    return _load_image_parts(args, config, inherited={})
+    return _load_image_parts(settings, config, inherited={})
 
 
-def _load_image_parts(args: argparse.Namespace, defaults: dict, inherited: dict) -> tuple[ImageSet, ImageSet | None]:
+def _load_image_parts(settings: DataSettings, defaults: dict, inherited: dict) -> tuple[ImageSet, ImageSet | None]:
     images = load_images(
-        args.dataset or defaults["dataset"],
+        settings.dataset or defaults["dataset"],
         resolution=defaults["resolution"],
-        cache_dir=args.cache_dir,
-        limit=args.limit or inherited.get("limit"),
+        cache_dir=settings.cache_dir,
+        limit=settings.limit or inherited.get("limit"),
         resize_filter=defaults["resize_filter"],
-        skip_bad_images=args.skip_bad_images or defaults["skip_bad_images"],
-        num_workers=args.num_workers,
+        skip_bad_images=settings.skip_bad_images or defaults["skip_bad_images"],
+        num_workers=settings.num_workers,
     )
-    holdout = args.holdout or inherited.get("holdout")
+    holdout = settings.holdout or inherited.get("holdout")
     return (images, None) if holdout is None else split_holdout(images, holdout)
-
-
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--device` and `--precision`."""
-    group = parser.add_argument_group("hardware")
-    group.add_argument("--device", default=None, help="0, cuda:1 or cpu (the first GPU if there is one)")
-    group.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where it is fast")
-
-
-def add_compile_argument(parser: argparse._ActionsContainer) -> None:
-    """`--compile`, for a parser or a group of it; None where it is not given."""
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="compile the network, which takes minutes (on a GPU, for long runs)",
-    )
 
 
 def run_stage(main: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ standard error. A heatmap that is missing in --heatmap_dir is computed. Paths ar
 heatmap unless flags say otherwise.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ import numpy as np
 import torch
 
 import cli
-import compute_heatmap_30
 from checkpoint import LoadedModel, find_checkpoints, load_model
 from data import to_float
 from evaluation.results_table import write_csv
@@ -37,11 +36,13 @@ from images.representation import OVERCOMPLETE
 from paths.optimal import check_steps
 from paths.path import Path as PathOfTimesteps
 from paths.path import leads, timestep_grid
-from planning.choice import PATH_SETTINGS, heatmap_file, heatmap_path, representation_of
 from planning.coupling import CONDITIONS, COUPLING_ERRORS, against_own, measure_coupling, ratio_of_means
 from planning.error_map import BLOCKS, CHAIN_RULE_FACTORS, NORMALISATIONS, load_heatmap
+from planning.heatmap import PATH_SETTINGS, MissingMapSettings, compute_missing, heatmap_file
+from planning.map_paths import heatmap_path, representation_of
 from runtime.device import autocast
 from runtime.distributed import PATIENCE, Processes
+from runtime.settings import Settings, option, parse_settings
 
 DP_TYPES = {"dp_64": "DP-64", "dp_total": "DP-Total"}
 RATIOS = {"ratio_HL": ("HL", "HH"), "ratio_LH": ("LH", "LL")}
@@ -57,40 +58,54 @@ PUBLISHED_RATIOS = {
 }
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this stage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint_dir", default="checkpoints", help="folder of lift_dual_timestep_{epoch}ep.pth (checkpoints)")
-    add("--epochs", nargs="+", type=cli.positive_int, default=None, help="(all found)")
-    add("--weights", nargs="+", choices=tuple(WEIGHTS_TITLES), default=["raw", "ema"], help="(raw ema)")
-    add("--output_dir", default="results", help="(results)")
-    compute_heatmap_30.add_missing_map_arguments(parser)
-    group = parser.add_argument_group("coupling")
-    group.add_argument("--coupling_images", type=cli.positive_int, default=64, help="images averaged over (64)")
-    text = "fine timesteps, even in log SNR (8)"
-    group.add_argument("--coupling_timesteps", type=cli.positive_int, default=8, help=text)
-    group.add_argument("--batch_size", type=cli.positive_int, default=64, help="images per network call (64)")
-    group.add_argument("--seed", type=cli.seed, default=42, help="choice of images, noise and partners (42)")
-    group = parser.add_argument_group("paths, by default as each heatmap has them")
-    group.add_argument("--num_steps", type=cli.positive_int, help="steps")
-    group.add_argument("--max_jump", type=cli.positive_int, help="cells a step may move per axis")
-    group.add_argument("--factor", choices=tuple(CHAIN_RULE_FACTORS), help="chain-rule factor")
-    group.add_argument("--normalisation", choices=tuple(NORMALISATIONS), help="what an error is divided by")
-    cli.add_data_arguments(parser, dataset_default=None)
-    cli.add_device_arguments(parser)
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class CouplingSettings(Settings):
+    """How the coupling of the scales is measured."""
+
+    group = "coupling"
+    coupling_images: int = option(64, "images averaged over", parse=cli.positive_int)
+    coupling_timesteps: int = option(8, "fine timesteps, even in log SNR", parse=cli.positive_int)
+    batch_size: int = option(64, "images per network call", parse=cli.positive_int)
+    seed: int = option(42, "choice of images, noise and partners", parse=cli.seed)
 
 
-def heatmap_of(args: argparse.Namespace, loaded: LoadedModel, checkpoint: Path, processes: Processes) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class OwnPathSettings(Settings):
+    """The rule of the published paths."""
+
+    group = "paths, by default as each heatmap has them"
+    num_steps: int | None = option(None, "steps", parse=cli.positive_int)
+    max_jump: int | None = option(None, "cells a step may move per axis", parse=cli.positive_int)
+    factor: str | None = option(None, "chain-rule factor", choices=tuple(CHAIN_RULE_FACTORS))
+    normalisation: str | None = option(None, "what an error is divided by", choices=tuple(NORMALISATIONS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossJacobianSettings(CouplingSettings, OwnPathSettings, MissingMapSettings):
+    """Which models, and where the results go."""
+
+    checkpoint_dir: str = option("checkpoints", "folder of lift_dual_timestep_{epoch}ep.pth")
+    epochs: tuple[int, ...] | None = option(None, "(all found)", parse=cli.positive_int, nargs="+")
+    weights: tuple[str, ...] = option(("raw", "ema"), choices=tuple(WEIGHTS_TITLES), nargs="+")
+    output_dir: str = option("results")
+
+
+def parse_args() -> CrossJacobianSettings:
+    """The settings of this stage, from its flags."""
+    return parse_settings(CrossJacobianSettings, __doc__)
+
+
+def heatmap_of(
+    settings: CrossJacobianSettings, loaded: LoadedModel, checkpoint: Path, processes: Processes
+) -> dict[str, Any]:
     """The heatmap of a model, computed if there is none; refused if it is of other weights or another derivative."""
-    file = heatmap_file(args.heatmap_dir, loaded.config["epoch"], loaded.weights, args.grid)
+    file = heatmap_file(settings.heatmap_dir, loaded.config["epoch"], loaded.weights, settings.grid)
     if processes.any(not file.exists())[0]:
         # A heatmap that is made here has no settings of its own, and takes those of the published paths.
-        check_steps(args.grid, args.num_steps or 18, args.max_jump or 5)
+        check_steps(settings.grid, settings.num_steps or 18, settings.max_jump or 5)
         if processes.is_main:
             print(f"{checkpoint.name} {loaded.weights}: computing {file} first")
-        compute_heatmap_30.compute_missing(args, checkpoint, loaded.weights, file, processes)
+        compute_missing(settings, checkpoint, loaded.weights, file, processes)
     content = load_heatmap(file)
     if content["fingerprint"] != loaded.fingerprint:
         raise ValueError(
@@ -167,27 +182,29 @@ def write_jacobians(
     print(f"figure {file}")
 
 
-def coupling_of(args: argparse.Namespace, loaded: LoadedModel, start: int, device: torch.device) -> dict[str, Any]:
+def coupling_of(
+    settings: CrossJacobianSettings, loaded: LoadedModel, start: int, device: torch.device
+) -> dict[str, Any]:
     """What `measure_coupling` finds for a model from the noisiest fine timestep `start` on, with log SNRs beside it."""
-    images = cli.load_training_images(args, loaded.config)
+    images = cli.load_training_images(settings, loaded.config)
     if images.channels != loaded.config["channels"]:
         raise ValueError(
             f"The images of '{images.name}' have {images.channels} channel(s) but the model was trained on "
             f"{loaded.config['channels']}; pass another --dataset."
         )
-    if args.coupling_images > len(images):
-        raise ValueError(f"--coupling_images {args.coupling_images} exceeds the {len(images)} of '{images.name}'.")
-    chosen = np.random.default_rng(args.seed).choice(len(images), args.coupling_images, replace=False)
+    if settings.coupling_images > len(images):
+        raise ValueError(f"--coupling_images {settings.coupling_images} exceeds the {len(images)} of '{images.name}'.")
+    chosen = np.random.default_rng(settings.seed).choice(len(images), settings.coupling_images, replace=False)
     log_snr = loaded.scheduler.log_snr
-    t_64 = timestep_grid(args.coupling_timesteps, len(log_snr), "uniform_log_snr", start, log_snr.numpy()).tolist()
+    t_64 = timestep_grid(settings.coupling_timesteps, len(log_snr), "uniform_log_snr", start, log_snr.numpy()).tolist()
     measured = measure_coupling(
         loaded.model.denoise,
         loaded.scheduler,
         to_float(torch.from_numpy(images.pixels[np.sort(chosen)])).to(device),
         t_64,
-        args.seed,
-        args.batch_size,
-        lambda: autocast(device, args.precision),
+        settings.seed,
+        settings.batch_size,
+        lambda: autocast(device, settings.precision),
     )
     return measured | {"log_snr_64": log_snr[t_64], "log_snr_32": log_snr[measured["t_32"]]}
 
@@ -252,11 +269,11 @@ def path_statistics(path: PathOfTimesteps, t_grid: torch.Tensor, log_snr_grid: t
     }
 
 
-def paths_of(args: argparse.Namespace, heatmap: dict[str, Any]) -> dict[str, PathOfTimesteps]:
+def paths_of(settings: CrossJacobianSettings, heatmap: dict[str, Any]) -> dict[str, PathOfTimesteps]:
     """The published paths on a heatmap by type, with its own settings where flags name no others."""
-    settings = {name: getattr(args, name) or heatmap.get(name) for name in PATH_SETTINGS}
-    settings = {name: value for name, value in settings.items() if value is not None}
-    return {path_type: heatmap_path(heatmap, path_type, **settings)[0] for path_type in DP_TYPES}
+    rule = {name: getattr(settings, name) or heatmap.get(name) for name in PATH_SETTINGS}
+    rule = {name: value for name, value in rule.items() if value is not None}
+    return {path_type: heatmap_path(heatmap, path_type, **rule)[0] for path_type in DP_TYPES}
 
 
 def statistics_of(key: tuple[int, str], heatmap: dict[str, Any], paths: dict[str, PathOfTimesteps]) -> list[dict]:
@@ -294,36 +311,36 @@ def print_statistics(rows: list[dict]) -> None:
 
 def main() -> None:
     """All heatmaps and paths first, so that what is refused is refused before anything is written."""
-    args = parse_args()
-    processes = Processes(args.device, PATIENCE)
-    found = find_checkpoints(args.checkpoint_dir, "dual", args.epochs)
-    checkpoints = {(epoch, weights): file for epoch, file in found.items() for weights in args.weights}
+    settings = parse_args()
+    processes = Processes(settings.device, PATIENCE)
+    found = find_checkpoints(settings.checkpoint_dir, "dual", settings.epochs)
+    checkpoints = {(epoch, weights): file for epoch, file in found.items() for weights in settings.weights}
     heatmaps: dict[int, dict[str, dict]] = {}
     published = {}
     paths: dict[tuple[int, str], dict[str, PathOfTimesteps]] = {}
     statistics = []
     for (epoch, weights), checkpoint in checkpoints.items():
         loaded = load_model(checkpoint, weights == "ema", processes.device)
-        heatmap = heatmap_of(args, loaded, checkpoint, processes)
+        heatmap = heatmap_of(settings, loaded, checkpoint, processes)
         of_epoch = heatmaps.setdefault(epoch, {})
         of_epoch[weights] = heatmap
         if not torch.equal(heatmap["log_snr_grid"], next(iter(of_epoch.values()))["log_snr_grid"]):
             raise ValueError(
-                f"The heatmaps of epoch {epoch} in {args.heatmap_dir} are on different grids; compute one of them "
+                f"The heatmaps of epoch {epoch} in {settings.heatmap_dir} are on different grids; compute one of them "
                 "again (compute_heatmap_30.py --force), or pass one kind of --weights."
             )
-        published[epoch] = comparable_ratios(heatmap, args.dataset or loaded.config["dataset"])
-        paths[epoch, weights] = paths_of(args, heatmap)
+        published[epoch] = comparable_ratios(heatmap, settings.dataset or loaded.config["dataset"])
+        paths[epoch, weights] = paths_of(settings, heatmap)
         statistics += statistics_of((epoch, weights), heatmap, paths[epoch, weights])
     processes.close()
     if not processes.is_main:
         return
-    folder = Path(args.output_dir)
+    folder = Path(settings.output_dir)
     for epoch, of_epoch in heatmaps.items():
         measured = {}
         for weights, heatmap in of_epoch.items():
             loaded = load_model(checkpoints[epoch, weights], weights == "ema", processes.device)
-            measured[weights] = coupling_of(args, loaded, int(heatmap["t_grid"][0]), processes.device)
+            measured[weights] = coupling_of(settings, loaded, int(heatmap["t_grid"][0]), processes.device)
         write_jacobians(epoch, of_epoch, published[epoch], folder)
         write_coupling(epoch, measured, folder)
     write_csv(folder / "path_statistics.csv", statistics)

@@ -8,8 +8,8 @@ Writes model.safetensors, config.json (everything needed to sample, and how the 
 model card). `LIFTDualTimestepModel.from_pretrained("exports/lift_400ep_ema")` gives the model back.
 """
 
-import argparse
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import cli
 from checkpoint import LoadedModel, load_model
 from networks.model_card import model_card
 from networks.pretrained import CONFIG_FILE, MODEL_KEYS, OPTIONAL_MODEL_KEYS, read_config, write_pretrained
+from runtime.settings import REQUIRED, Settings, option, parse_settings
 
 # Other entries of a checkpoint's config may hold places on the machine that trained.
 TRAINING_KEYS = (
@@ -27,15 +28,19 @@ TRAINING_KEYS = (
 HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this stage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a checkpoint that training wrote")
-    add("output", metavar="OUT", help="folder")
-    add("--ema", action="store_true", help="export the EMA weights")
-    add("--force", action="store_true", help="replace the export that OUT holds")
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings(Settings):
+    """What is exported, and where to."""
+
+    checkpoint: str = option(REQUIRED, "a checkpoint that training wrote", flag="checkpoint", metavar="CHECKPOINT")
+    output: str = option(REQUIRED, "folder", flag="output", metavar="OUT")
+    ema: bool = option(False, "export the EMA weights")
+    force: bool = option(False, "replace the export that OUT holds")
+
+
+def parse_args() -> ExportSettings:
+    """The settings of this stage, from its flags."""
+    return parse_settings(ExportSettings, __doc__)
 
 
 def public_dataset_name(dataset: str) -> str:
@@ -82,11 +87,11 @@ def check_output(folder: Path, force: bool) -> None:
 
 def main() -> None:
     """Export."""
-    args = parse_args()
-    folder = Path(args.output)
-    check_output(folder, args.force)
-    loaded = load_model(args.checkpoint, args.ema)
-    config = export_config(loaded, args.checkpoint)
+    settings = parse_args()
+    folder = Path(settings.output)
+    check_output(folder, settings.force)
+    loaded = load_model(settings.checkpoint, settings.ema)
+    config = export_config(loaded, settings.checkpoint)
     num_parameters = sum(p.numel() for p in loaded.model.parameters())
     write_pretrained(folder, loaded.model, config, model_card(config, num_parameters))
     print(

@@ -12,9 +12,9 @@ Without: images kept out of training (`--holdout N` there) are halved, enlarged 
 the table is printed and written to sr_metrics.csv, and sr.png shows some of them, both in --output.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import cli
 from checkpoint import LoadedModel, load_model
+from cli import CheckpointSettings, CompileSettings, DataSettings, HardwareSettings
 from data import coarse, fingerprint_array, save_png, to_float, to_uint8
 from diffusion.sampler import compile_denoiser
 from diffusion.super_resolution import (
@@ -49,6 +50,7 @@ from paths.path import Path as SamplingPath
 from planning.regimes import off_regime_note
 from runtime.device import autocast, resolve_compile, resolve_precision, select_device
 from runtime.safe_write import replacing
+from runtime.settings import Settings, option, parse_settings
 
 METRICS_FILE, FIGURE_FILE = "sr_metrics.csv", "sr.png"
 FIGURE_IMAGES = 4
@@ -62,109 +64,123 @@ FIGURE_COLUMNS = {
 }
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this stage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint", required=True)
-    add("--ema", action="store_true", help="use the EMA weights")
-    images = parser.add_mutually_exclusive_group()
-    images.add_argument("--input", help="folder of images of the coarse size, to enlarge")
-    images.add_argument("--on", choices=("holdout", "train"), default="holdout", help="images to measure on (holdout)")
-    add("--num_images", type=cli.positive_int, default=None, metavar="N", help="evenly over those there are (all)")
-    add("--batch_size", type=cli.positive_int, default=64, help="images per network call (64)")
-    add("--seed", type=cli.seed, default=42, help="the noise of an image depends on this and its pixels (42)")
-    add("--eta", type=cli.unit_interval, default=0.0, help="0 DDIM to 1 ancestral (0)")
-    add("--no_consistency", action="store_true", help="with --input: keep what the network returns")
-    add("--output", help="folder (results/super_resolution/{checkpoint}_{weights}_{steps}[_{input}])")
-    add("--force", action="store_true", help="replace what --output holds of other settings")
-    group = parser.add_argument_group("path")
-    group.add_argument("--num_steps", type=cli.positive_int, default=18, help="steps, each one network call (18)")
-    group.add_argument("--spacing", choices=SPACINGS, default="uniform_t", help="of the fine timesteps (uniform_t)")
-    group.add_argument("--start", type=cli.positive_int, help="first fine timestep, of pure noise (the noisiest)")
-    cli.add_data_arguments(parser, dataset_default=None)
-    cli.add_device_arguments(parser)
-    cli.add_compile_argument(parser)
-    args = parser.parse_args()
-    if args.no_consistency and args.input is None:
-        parser.error("--no_consistency is for --input; without it, results with and without are measured")
-    return args
+@dataclass(frozen=True, kw_only=True)
+class PathSettings(Settings):
+    """The path of the fine clock; the coarse one stands at the clean image."""
+
+    group = "path"
+    num_steps: int = option(18, "steps, each one network call", parse=cli.positive_int)
+    spacing: str = option("uniform_t", "of the fine timesteps", choices=SPACINGS)
+    start: int | None = option(None, "first fine timestep, of pure noise (the noisiest)", parse=cli.positive_int)
 
 
-def evaluation_images(args: argparse.Namespace, loaded: LoadedModel) -> torch.Tensor:
+@dataclass(frozen=True, kw_only=True)
+class SuperResolutionSettings(CheckpointSettings, PathSettings, DataSettings, CompileSettings, HardwareSettings):
+    """What is enlarged, or on what the model is measured."""
+
+    input: str | None = option(None, "folder of images of the coarse size, to enlarge")
+    on: str | None = option(None, "images to measure on (holdout)", choices=("holdout", "train"))
+    num_images: int | None = option(None, "evenly over those there are (all)", parse=cli.positive_int, metavar="N")
+    batch_size: int = option(64, "images per network call", parse=cli.positive_int)
+    seed: int = option(42, "the noise of an image depends on this and its pixels", parse=cli.seed)
+    eta: float = option(0.0, "0 DDIM to 1 ancestral", parse=cli.unit_interval, shown="0")
+    no_consistency: bool = option(False, "with --input: keep what the network returns")
+    output: str | None = option(None, "folder (results/super_resolution/{checkpoint}_{weights}_{steps}[_{input}])")
+    force: bool = option(False, "replace what --output holds of other settings")
+
+    def check(self) -> None:
+        if self.input is not None and self.on is not None:
+            raise ValueError("--input and --on exclude each other; leave one of them out")
+        if self.no_consistency and self.input is None:
+            raise ValueError("--no_consistency is for --input; without it, results with and without are measured")
+        if self.input is None and self.on is None:
+            self._resolve(on="holdout")
+
+
+def parse_args() -> SuperResolutionSettings:
+    """The settings of this stage, from its flags."""
+    return parse_settings(SuperResolutionSettings, __doc__)
+
+
+def evaluation_images(
+    settings: DataSettings, loaded: LoadedModel, checkpoint: str, on: str, num_images: int | None
+) -> torch.Tensor:
     """The images to measure on, uint8 `[N, C, R, R]`, with a note on what the network has seen of them.
+
+    They are those of `on`, holdout or train: so many, evenly over the set, or all.
 
     Raises ValueError where none were held out, where those named were trained on, and for other channels.
     """
     config = loaded.config
-    training, held_out = cli.load_image_parts(args, config)
+    training, held_out = cli.load_image_parts(settings, config)
     is_training_set = training.fingerprint == config["data_fingerprint"]
     images = training
-    if args.on == "holdout":
+    if on == "holdout":
         if held_out is None:
             raise ValueError(
                 f"Held-out images are needed, but none of '{training.name}' were kept out of training; train with "
                 "--holdout N, pass another --dataset with --holdout N, or measure with --on train."
             )
         images = held_out
-        if not is_training_set and args.dataset in (None, config["dataset"]):
+        if not is_training_set and settings.dataset in (None, config["dataset"]):
             raise ValueError(
-                f"{args.checkpoint} was not trained without these {len(held_out)} images of '{training.name}'; leave "
+                f"{checkpoint} was not trained without these {len(held_out)} images of '{training.name}'; leave "
                 "--holdout and --limit as they were in training."
             )
     if images.channels != config["channels"]:
         raise ValueError(
-            f"The images of '{images.name}' have {images.channels} channel(s) but {args.checkpoint} was trained on "
+            f"The images of '{images.name}' have {images.channels} channel(s) but {checkpoint} was trained on "
             f"{config['channels']}; pass another --dataset."
         )
-    if is_training_set and args.on == "train":
+    if is_training_set and on == "train":
         print("NOTE: THE NETWORK WAS TRAINED ON THESE IMAGES, so that its scores say nothing of new ones.")
     elif not is_training_set:
         print(f"note: '{images.name}' is not what the network was trained on, and nothing shows what it saw of it")
-    chosen = evenly(args.num_images or len(images), len(images), f"'{images.name}'")
+    chosen = evenly(num_images or len(images), len(images), f"'{images.name}'")
     return torch.from_numpy(np.array(images.pixels[chosen]))
 
 
 class Upscaler:
-    """A model along a path of super-resolution, with what the flags say of how to run it."""
+    """A model along a path of super-resolution, with what the settings say of how to run it."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.device = args, select_device(args.device)
-        self.loaded = load_model(args.checkpoint, args.ema, self.device)
+    def __init__(self, settings: SuperResolutionSettings):
+        self.settings, self.device = settings, select_device(settings.device)
+        self.loaded = load_model(settings.checkpoint, settings.ema, self.device)
         if self.loaded.config["model_type"] != "dual":
             raise ValueError(
-                f"{args.checkpoint} is a '{self.loaded.config['model_type']}' model; super-resolution needs one with "
-                "two clocks (train_lift.py), which can be told that the coarse image is clean."
+                f"{settings.checkpoint} is a '{self.loaded.config['model_type']}' model; super-resolution needs one "
+                "with two clocks (train_lift.py), which can be told that the coarse image is clean."
             )
         log_snr = self.loaded.scheduler.log_snr.numpy()
-        base = diagonal(args.num_steps, args.spacing, 1, log_snr, len(log_snr), args.start)  # One scale.
+        base = diagonal(settings.num_steps, settings.spacing, 1, log_snr, len(log_snr), settings.start)  # One scale.
         self.path: SamplingPath = super_resolution_path(base)
         note = off_regime_note(self.path, self.loaded.config, self.loaded.scheduler)
         if note:
             print(f"warning: {note}", file=sys.stderr)
-        self.settings = {
+        self.said = {
             "weights_fingerprint": self.loaded.fingerprint,
             "path_fingerprint": self.path.fingerprint(),
-            "eta": args.eta,
-            "seed": args.seed,
-            "precision": resolve_precision(self.device, args.precision),
+            "eta": settings.eta,
+            "seed": settings.seed,
+            "precision": resolve_precision(self.device, settings.precision),
         }
 
     def run(self, coarse_pixels: torch.Tensor) -> Iterator[tuple[slice, Upscaled]]:
         """`super_resolve` for uint8 `[N, C, H, W]` with a progress bar: the place of each batch, and the batch."""
-        args, (count, channels, height, width) = self.args, coarse_pixels.shape
-        batch_size, denoise = min(args.batch_size, count), self.loaded.model.denoise
-        if resolve_compile(self.device, args.compile, count * self.path.nfe):
+        settings, (count, channels, height, width) = self.settings, coarse_pixels.shape
+        batch_size, denoise = min(settings.batch_size, count), self.loaded.model.denoise
+        if resolve_compile(self.device, settings.compile, count * self.path.nfe):
             shapes = [(channels, 2 * height, 2 * width), (channels, height, width)]
-            denoise, note = compile_denoiser(denoise, shapes, batch_size, self.device, args.precision)
+            denoise, note = compile_denoiser(denoise, shapes, batch_size, self.device, settings.precision)
             if note:
                 print(note)
+        seeds = noise_seeds(coarse_pixels, settings.seed)
         batches = super_resolve(
-            denoise, self.loaded.scheduler, self.path, to_float(coarse_pixels), noise_seeds(coarse_pixels, args.seed),
-            batch_size, self.device, args.eta,
+            denoise, self.loaded.scheduler, self.path, to_float(coarse_pixels), seeds, batch_size,
+            self.device, settings.eta,
         )  # fmt: skip
         start = 0
-        with autocast(self.device, args.precision), tqdm(total=count, unit="img", desc="super-resolution") as bar:
+        with autocast(self.device, settings.precision), tqdm(total=count, unit="img", desc="super-resolution") as bar:
             for fine, nfe in batches:
                 yield slice(start, start + len(fine)), Upscaled(fine.float().cpu(), nfe)
                 start += len(fine)
@@ -173,23 +189,23 @@ class Upscaler:
 
 def enlarge(upscaler: Upscaler, source: Path, folder: Path) -> None:
     """A PNG of twice the size for every image of a folder, unless it is there already."""
-    args, config = upscaler.args, upscaler.loaded.config
+    settings, config = upscaler.settings, upscaler.loaded.config
     images = read_folder(source, config["resolution"] // 2, config["channels"])
     if folder.resolve() == source.resolve():
         raise ValueError(f"--output {folder} is the folder of the input, which would be overwritten; pass another.")
-    if args.num_images:
+    if settings.num_images:
         names = list(images)
-        images = {names[k]: images[names[k]] for k in evenly(args.num_images, len(names), str(source))}
-    settings = upscaler.settings | {"of": "input", "consistent": not args.no_consistency}
+        images = {names[k]: images[names[k]] for k in evenly(settings.num_images, len(names), str(source))}
+    said = upscaler.said | {"of": "input", "consistent": not settings.no_consistency}
     prints = {name: fingerprint_array(pixels.numpy()) for name, pixels in images.items()}
-    missing = claim_images(folder, settings, prints, args.force, (METRICS_FILE, FIGURE_FILE))
+    missing = claim_images(folder, said, prints, settings.force, (METRICS_FILE, FIGURE_FILE))
 
     deviation = nfe = 0
     if missing:
         pixels = torch.stack([images[name] for name in missing])
         for batch, (fine, calls) in upscaler.run(pixels):
             nfe = calls
-            rounded = to_uint8(fine if args.no_consistency else make_consistent(fine, to_float(pixels[batch])))
+            rounded = to_uint8(fine if settings.no_consistency else make_consistent(fine, to_float(pixels[batch])))
             deviation = max(deviation, mean_deviation(rounded, pixels[batch]).max().item())
             for name, image in zip(missing[batch], rounded, strict=True):
                 save_png(image, folder / f"{name}.png")
@@ -201,16 +217,16 @@ def enlarge(upscaler: Upscaler, source: Path, folder: Path) -> None:
 
 def measure(upscaler: Upscaler, folder: Path) -> None:
     """Halve images, enlarge them by every method, and say how near that comes: a table and a figure."""
-    args, config = upscaler.args, upscaler.loaded.config
-    originals = evaluation_images(args, upscaler.loaded)
-    settings = upscaler.settings | {
-        "of": "train" if args.on == "train" else "holdout",
+    settings, config = upscaler.settings, upscaler.loaded.config
+    originals = evaluation_images(settings, upscaler.loaded, settings.checkpoint, settings.on, settings.num_images)
+    said = upscaler.said | {
+        "of": "train" if settings.on == "train" else "holdout",
         "images_fingerprint": fingerprint_array(originals.numpy()),
     }
     # Whatever refuses these images does so before an hour of sampling.
     image_quality(originals[:1], originals[:1])
-    claim(folder, settings, args.force, (METRICS_FILE, FIGURE_FILE))
-    write_settings(folder, settings)
+    claim(folder, said, settings.force, (METRICS_FILE, FIGURE_FILE))
+    write_settings(folder, said)
     reason = lpips_missing(config["resolution"])
     if reason:
         print(f"note: LPIPS is left out: {reason}")
@@ -232,14 +248,14 @@ def measure(upscaler: Upscaler, folder: Path) -> None:
             "mean_deviation": round(mean_deviation(results[name], coarse_pixels).max().item(), 4),
             "num_images": len(originals),
             "nfe": nfe if name.startswith("lift") else 0,
-            "spacing": args.spacing,
+            "spacing": settings.spacing,
             "start": upscaler.path.points[0][0],
             "weights": upscaler.loaded.weights,
             "epoch": config["epoch"],
-            "dataset": args.dataset or config["dataset"],
-            "checkpoint": args.checkpoint,
+            "dataset": settings.dataset or config["dataset"],
+            "checkpoint": settings.checkpoint,
         }
-        | settings
+        | said
         for name, quality in qualities.items()
     ]
     with replacing(folder / METRICS_FILE) as temporary:
@@ -267,7 +283,7 @@ def draw(
         for name, quality in qualities.items()
         if name in FIGURE_COLUMNS
     } | dict(zip(("input", "original"), ([size] * len(shown) for size in sizes), strict=True))
-    kind = "training" if upscaler.args.on == "train" else "held-out"
+    kind = "training" if upscaler.settings.on == "train" else "held-out"
     config = upscaler.loaded.config
     title = (
         f"Super-resolution of {kind} images, {upscaler.path.nfe} network calls, "
@@ -288,14 +304,14 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Enlarge a folder, or measure."""
-    args = parse_args()
-    upscaler = Upscaler(args)
-    name = f"{Path(args.checkpoint).stem}_{upscaler.loaded.weights}_{args.num_steps}"
-    if args.input is None:
-        measure(upscaler, Path(args.output or f"results/super_resolution/{name}"))
+    settings = parse_args()
+    upscaler = Upscaler(settings)
+    name = f"{Path(settings.checkpoint).stem}_{upscaler.loaded.weights}_{settings.num_steps}"
+    if settings.input is None:
+        measure(upscaler, Path(settings.output or f"results/super_resolution/{name}"))
     else:
-        source = Path(args.input)
-        enlarge(upscaler, source, Path(args.output or f"results/super_resolution/{name}_{source.resolve().name}"))
+        source = Path(settings.input)
+        enlarge(upscaler, source, Path(settings.output or f"results/super_resolution/{name}_{source.resolve().name}"))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ Writes one PNG per image and seed, named after both, into --output (what is ther
 and `inpainting.png` with some of them. Without --input, images that were kept out of training serve, if there are any.
 """
 
-import argparse
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import cli
 from checkpoint import LoadedModel, load_model
+from cli import CheckpointSettings, CompileSettings, DataSettings, HardwareSettings
 from data import UNREADABLE, coarse, fingerprint_array, read_png, save_png, to_float, to_uint8
 from diffusion.sampler import (
     Denoiser,
@@ -51,8 +52,9 @@ from generate_sr import evaluation_images
 from image_folder import claim_images, evenly, read_folder
 from images.representation import RESIDUAL, upsample_nearest
 from paths.path import Path as SamplingPath
-from planning.choice import add_one_path_arguments, path_of_flags
+from planning.choice import OnePathSettings, path_of_settings
 from runtime.device import autocast, resolve_compile, resolve_precision, select_device
+from runtime.settings import REQUIRED, option, parse_settings
 from scheduler import DDIMScheduler
 
 # What is known of n x n pixels, by the name of the mask.
@@ -67,38 +69,43 @@ FIGURE_IMAGES, FIGURE_SEEDS = 8, 4
 UNKNOWN_GREY = 128
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this stage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint", required=True)
-    add("--ema", action="store_true", help="use the EMA weights")
-    text = "PNG of the fine or the coarse size, white where known; or what is painted: the central quarter (center), "
-    add("--mask", required=True, help=text + f"half (left, random) or nothing (none); one of {', '.join(MASKS)}")
-    add("--mask_scale", choices=("fine", "coarse"), help="of a mask by name (fine)")
-    images = parser.add_mutually_exclusive_group()
-    images.add_argument("--input", help="folder of images of the fine size")
-    images.add_argument("--on", choices=("holdout", "train"), help="images of the data set (holdout if there are any)")
-    text = "evenly over those there are (all of --input, 8 of a data set)"
-    add("--num_images", type=cli.positive_int, default=None, metavar="N", help=text)
-    add("--repeats", type=cli.positive_int, default=1, help="results per image, by as many seeds from --seed on (1)")
-    add("--batch_size", type=cli.positive_int, default=64, help="images per network call (64)")
-    add("--seed", type=cli.seed, default=42, help="the noise of an image depends on this and its pixels (42)")
-    text = "with a coarse mask: put nothing into the fine image on the way, as in super-resolution"
-    add("--free_fine", action="store_true", help=text)
-    add("--eta", type=cli.unit_interval, default=1.0, help="0 DDIM to 1 ancestral, as published (1)")
-    add("--jump_length", type=cli.positive_int, default=3, help="points that a jump goes back (3)")
-    add("--jump_repeats", type=cli.positive_int, default=5, help="passes over each stretch; 1 is no jump (5)")
-    add("--output", help="folder (one named after all of these in results/inpainting)")
-    add("--force", action="store_true", help="replace the images of other settings that --output holds")
-    cli.add_data_arguments(parser, dataset_default=None)
-    cli.add_device_arguments(parser)
-    cli.add_compile_argument(parser)
-    add_one_path_arguments(parser)
-    args = parser.parse_args()
-    if args.mask_scale and args.mask not in MASKS:
-        parser.error("--mask_scale is for a mask by name; the size of a PNG says its scale")
-    return args
+@dataclass(frozen=True, kw_only=True)
+class InpaintingSettings(CheckpointSettings, OnePathSettings, DataSettings, CompileSettings, HardwareSettings):
+    """What is painted into which images, and how."""
+
+    mask: str = option(
+        REQUIRED,
+        "PNG of the fine or the coarse size, white where known; or what is painted: the central quarter (center), half "
+        f"(left, random) or nothing (none); one of {', '.join(MASKS)}",
+    )
+    mask_scale: str | None = option(None, "of a mask by name (fine)", choices=("fine", "coarse"))
+    input: str | None = option(None, "folder of images of the fine size")
+    on: str | None = option(None, "images of the data set (holdout if there are any)", choices=("holdout", "train"))
+    num_images: int | None = option(
+        None, "evenly over those there are (all of --input, 8 of a data set)", parse=cli.positive_int, metavar="N"
+    )
+    repeats: int = option(1, "results per image, by as many seeds from --seed on", parse=cli.positive_int)
+    batch_size: int = option(64, "images per network call", parse=cli.positive_int)
+    seed: int = option(42, "the noise of an image depends on this and its pixels", parse=cli.seed)
+    free_fine: bool = option(
+        False, "with a coarse mask: put nothing into the fine image on the way, as in super-resolution"
+    )
+    eta: float = option(1.0, "0 DDIM to 1 ancestral, as published", parse=cli.unit_interval, shown="1")
+    jump_length: int = option(3, "points that a jump goes back", parse=cli.positive_int)
+    jump_repeats: int = option(5, "passes over each stretch; 1 is no jump", parse=cli.positive_int)
+    output: str | None = option(None, "folder (one named after all of these in results/inpainting)")
+    force: bool = option(False, "replace the images of other settings that --output holds")
+
+    def check(self) -> None:
+        if self.input is not None and self.on is not None:
+            raise ValueError("--input and --on exclude each other; leave one of them out")
+        if self.mask_scale and self.mask not in MASKS:
+            raise ValueError("--mask_scale is for a mask by name; the size of a PNG says its scale")
+
+
+def parse_args() -> InpaintingSettings:
+    """The settings of this stage, from its flags."""
+    return parse_settings(InpaintingSettings, __doc__)
 
 
 def load_mask(mask: str, scale: str, resolution: int) -> torch.Tensor:
@@ -271,18 +278,18 @@ def inpaint(
         yield samples
 
 
-def read_images(args: argparse.Namespace, loaded: LoadedModel) -> dict[str, torch.Tensor]:
+def read_images(settings: InpaintingSettings, loaded: LoadedModel) -> dict[str, torch.Tensor]:
     """The images to paint in, uint8 `[C, R, R]` by name: those of --input, or some of the data set, numbered."""
     config = loaded.config
-    if args.input is None:
-        inherited = config if args.dataset is None else {}
-        args.on = args.on or ("holdout" if args.holdout or inherited.get("holdout") else "train")
-        pixels = evaluation_images(args, loaded)
-        few = evenly(args.num_images or min(FIGURE_IMAGES, len(pixels)), len(pixels), "the data set")
+    if settings.input is None:
+        inherited = config if settings.dataset is None else {}
+        on = settings.on or ("holdout" if settings.holdout or inherited.get("holdout") else "train")
+        pixels = evaluation_images(settings, loaded, settings.checkpoint, on, settings.num_images)
+        few = evenly(settings.num_images or min(FIGURE_IMAGES, len(pixels)), len(pixels), "the data set")
         return {f"{k:04d}": image for k, image in enumerate(pixels[few])}
-    images = read_folder(Path(args.input), config["resolution"], config["channels"])
+    images = read_folder(Path(settings.input), config["resolution"], config["channels"])
     names = list(images)
-    return {names[k]: images[names[k]] for k in evenly(args.num_images or len(names), len(names), args.input)}
+    return {names[k]: images[names[k]] for k in evenly(settings.num_images or len(names), len(names), settings.input)}
 
 
 def draw_figure(
@@ -301,58 +308,58 @@ def draw_figure(
 
 def main() -> None:
     """Paint what is missing, then draw the figure."""
-    args = parse_args()
-    device = select_device(args.device)
-    loaded = load_model(args.checkpoint, args.ema, device)
+    settings = parse_args()
+    device = select_device(settings.device)
+    loaded = load_model(settings.checkpoint, settings.ema, device)
     config, denoise = loaded.config, loaded.model.denoise
     weights = loaded.weights
-    path, kind = path_of_flags(args, loaded)
-    feed = coarse_feed(loaded.model, args.coarse_from)
-    mask = load_mask(args.mask, args.mask_scale or "fine", config["resolution"])
+    path, kind = path_of_settings(settings, loaded)
+    feed = coarse_feed(loaded.model, settings.coarse_from)
+    mask = load_mask(settings.mask, settings.mask_scale or "fine", config["resolution"])
     masks = scale_masks(mask, config["resolution"], loaded.model.num_scales, feed)
-    if args.free_fine and len(mask) == config["resolution"]:
+    if settings.free_fine and len(mask) == config["resolution"]:
         raise ValueError("--free_fine is for a mask of the coarse scale, and this one is of the fine; leave it out.")
-    jumps = jump_counts(path.nfe, args.jump_length, args.jump_repeats)
-    images = read_images(args, loaded)
-    name = f"{Path(args.checkpoint).stem}_{weights}_{kind}_{path.nfe}_{Path(args.mask).stem}"
-    words = (args.mask_scale, feed, Path(args.input).resolve().name if args.input else None)
+    jumps = jump_counts(path.nfe, settings.jump_length, settings.jump_repeats)
+    images = read_images(settings, loaded)
+    name = f"{Path(settings.checkpoint).stem}_{weights}_{kind}_{path.nfe}_{Path(settings.mask).stem}"
+    words = (settings.mask_scale, feed, Path(settings.input).resolve().name if settings.input else None)
     name += "".join(f"_{word}" for word in words if word)
-    folder = Path(args.output or f"results/inpainting/{name}")
-    if args.input and folder.resolve() == Path(args.input).resolve():
+    folder = Path(settings.output or f"results/inpainting/{name}")
+    if settings.input and folder.resolve() == Path(settings.input).resolve():
         raise ValueError(f"--output {folder} is the folder of the input; pass another.")
 
-    settings = {
+    said = {
         "weights_fingerprint": loaded.fingerprint,
         "path_fingerprint": path.fingerprint(),
         "mask_fingerprint": fingerprint_array(mask.numpy()),
-        "eta": args.eta,
-        "jump_length": args.jump_length if jumps else None,
-        "jump_repeats": args.jump_repeats,
-        "free_fine": args.free_fine,
+        "eta": settings.eta,
+        "jump_length": settings.jump_length if jumps else None,
+        "jump_repeats": settings.jump_repeats,
+        "free_fine": settings.free_fine,
         "coarse_from": feed,
-        "precision": resolve_precision(device, args.precision),
+        "precision": resolve_precision(device, settings.precision),
     }
-    seeds = range(args.seed, args.seed + args.repeats)
+    seeds = range(settings.seed, settings.seed + settings.repeats)
     results = {f"{name}_{seed}": (pixels, seed) for name, pixels in images.items() for seed in seeds}
     prints = {name: fingerprint_array(pixels.numpy()) for name, (pixels, _) in results.items()}
-    missing = claim_images(folder, settings, prints, args.force, (FIGURE_FILE,))
+    missing = claim_images(folder, said, prints, settings.force, (FIGURE_FILE,))
 
-    batch_size = min(args.batch_size, max(1, len(missing)))
-    calls = path.nfe + args.jump_length * sum(jumps.values())
-    if missing and resolve_compile(device, args.compile, len(missing) * calls):
+    batch_size = min(settings.batch_size, max(1, len(missing)))
+    calls = path.nfe + settings.jump_length * sum(jumps.values())
+    if missing and resolve_compile(device, settings.compile, len(missing) * calls):
         shapes = scale_shapes(loaded.model.num_scales, config["channels"], config["resolution"])
-        denoise, note = compile_denoiser(denoise, shapes, batch_size, device, args.precision)
+        denoise, note = compile_denoiser(denoise, shapes, batch_size, device, settings.precision)
         if note:
             print(note)
     nfe = start = 0
-    with autocast(device, args.precision), tqdm(total=len(missing), unit="img", desc="inpainting") as bar:
+    with autocast(device, settings.precision), tqdm(total=len(missing), unit="img", desc="inpainting") as bar:
         if missing:
             pixels = torch.stack([results[name][0] for name in missing])
             own_seeds = [noise_seeds(results[name][0][None], results[name][1])[0] for name in missing]
             batches = inpaint(
                 denoise, loaded.scheduler, path, to_float(pixels), masks, own_seeds, batch_size, device,
-                eta=args.eta, jump_length=args.jump_length, jump_repeats=args.jump_repeats, coarse_from=feed,
-                free_fine=args.free_fine,
+                eta=settings.eta, jump_length=settings.jump_length, jump_repeats=settings.jump_repeats,
+                coarse_from=feed, free_fine=settings.free_fine,
             )  # fmt: skip
             for samples in batches:
                 nfe = samples.nfe

@@ -12,8 +12,8 @@ Writes `frame_000.png` and so on into --output (what is there already is skipped
 strip, `grid.png`, and with --gif `frames.gif`, which goes there and back without end.
 """
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,15 +22,17 @@ from tqdm import tqdm
 
 import cli
 from checkpoint import load_model
+from cli import CheckpointSettings, HardwareSettings
 from data import coarse, read_png, save_png, to_uint8
 from diffusion.sampler import ENDS, Denoiser, Images, Samples, SeededNoise, coarse_feed, sample, scale_shapes
 from figures.images import image_grid, save_image_grid
 from figures.style import even_columns
 from image_folder import claim_images
 from paths.path import Path as SamplingPath
-from planning.choice import add_one_path_arguments, path_of_flags
+from planning.choice import OnePathSettings, path_of_settings
 from runtime.device import autocast, resolve_precision, select_device
 from runtime.safe_write import replacing
+from runtime.settings import REQUIRED, option, parse_settings
 from scheduler import DDIMScheduler
 
 GRID_COLUMNS, GRID_SIDE = 12, 128
@@ -38,26 +40,31 @@ GRID_FILE, GIF_FILE = "grid.png", "frames.gif"
 GIF_SIDE, GIF_MILLISECONDS = 256, 100
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this stage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint", required=True)
-    add("--ema", action="store_true", help="use the EMA weights")
-    add("--seeds", type=cli.seed, nargs=2, required=True, metavar=("A", "B"), help="of the first and the last frame")
-    add("--frames", type=cli.positive_int, default=12, help="the two ends counted (12)")
-    add("--at", type=int, default=0, metavar="K", help="point of the path whose states are interpolated (0: the noise)")
-    add("--batch_size", type=cli.positive_int, default=64, help="images per network call, at least 3 (64)")
-    add("--end", choices=ENDS, default="clean", help="land on the clean image, or on t=0 as published (clean)")
-    add("--gif", action="store_true", help="also write an animation")
-    add("--output", help="folder (one named after all of these in results/interpolation)")
-    add("--force", action="store_true", help="replace the frames of other settings that --output holds")
-    cli.add_device_arguments(parser)
-    add_one_path_arguments(parser)
-    args = parser.parse_args()
-    if args.frames < 2 or args.batch_size < 3:
-        parser.error("--frames must be at least 2, the two ends, and --batch_size 3, both ends and a frame between")
-    return args
+@dataclass(frozen=True, kw_only=True)
+class InterpolationSettings(CheckpointSettings, OnePathSettings, HardwareSettings):
+    """Between which images, along which path, in how many frames."""
+
+    seeds: tuple[int, int] = option(
+        REQUIRED, "of the first and the last frame", parse=cli.seed, nargs=2, metavar=("A", "B")
+    )
+    frames: int = option(12, "the two ends counted", parse=cli.positive_int)
+    at: int = option(0, "point of the path whose states are interpolated", parse=int, metavar="K", shown="0: the noise")
+    batch_size: int = option(64, "images per network call, at least 3", parse=cli.positive_int)
+    end: str = option("clean", "land on the clean image, or on t=0 as published", choices=ENDS)
+    gif: bool = option(False, "also write an animation")
+    output: str | None = option(None, "folder (one named after all of these in results/interpolation)")
+    force: bool = option(False, "replace the frames of other settings that --output holds")
+
+    def check(self) -> None:
+        if self.frames < 2 or self.batch_size < 3:
+            raise ValueError(
+                "--frames must be at least 2, the two ends, and --batch_size 3, both ends and a frame between"
+            )
+
+
+def parse_args() -> InterpolationSettings:
+    """The settings of this stage, from its flags."""
+    return parse_settings(InterpolationSettings, __doc__)
 
 
 def slerp(first: torch.Tensor, last: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -133,41 +140,41 @@ def save_gif(frames: torch.Tensor, file: Path) -> None:
 
 def main() -> None:
     """Make the frames that are missing, then draw the strip."""
-    args = parse_args()
-    device = select_device(args.device)
-    loaded = load_model(args.checkpoint, args.ema, device)
+    settings = parse_args()
+    device = select_device(settings.device)
+    loaded = load_model(settings.checkpoint, settings.ema, device)
     config = loaded.config
     weights = loaded.weights
-    path, kind = path_of_flags(args, loaded)
-    feed = coarse_feed(loaded.model, args.coarse_from)
-    check_point(args.at, path)
-    first, last = args.seeds
-    name = f"{Path(args.checkpoint).stem}_{weights}_{kind}_{path.nfe}_{first}_{last}{f'_{feed}' if feed else ''}"
-    folder = Path(args.output or f"results/interpolation/{name}{f'_at{args.at}' if args.at else ''}")
+    path, kind = path_of_settings(settings, loaded)
+    feed = coarse_feed(loaded.model, settings.coarse_from)
+    check_point(settings.at, path)
+    first, last = settings.seeds
+    name = f"{Path(settings.checkpoint).stem}_{weights}_{kind}_{path.nfe}_{first}_{last}{f'_{feed}' if feed else ''}"
+    folder = Path(settings.output or f"results/interpolation/{name}{f'_at{settings.at}' if settings.at else ''}")
 
-    settings = {
+    said = {
         "weights_fingerprint": loaded.fingerprint,
         "path_fingerprint": path.fingerprint(),
-        "seeds": args.seeds,
-        "frames": args.frames,
-        "at": args.at,
-        "end": args.end,
+        "seeds": list(settings.seeds),
+        "frames": settings.frames,
+        "at": settings.at,
+        "end": settings.end,
         "coarse_from": feed,
-        "precision": resolve_precision(device, args.precision),
+        "precision": resolve_precision(device, settings.precision),
     }
     # The ends lead every batch, because what is between them is made from their rows.
-    shares = torch.linspace(0, 1, args.frames, dtype=torch.float64)
-    names = [f"frame_{k:03d}" for k in range(args.frames)]
-    missing = claim_images(folder, settings, dict.fromkeys(names, ""), args.force, (GRID_FILE, GIF_FILE))
-    inner = [k for k in range(1, args.frames - 1) if names[k] in missing]
-    chunks = [inner[s : s + args.batch_size - 2] for s in range(0, len(inner), args.batch_size - 2)] or [[]]
+    shares = torch.linspace(0, 1, settings.frames, dtype=torch.float64)
+    names = [f"frame_{k:03d}" for k in range(settings.frames)]
+    missing = claim_images(folder, said, dict.fromkeys(names, ""), settings.force, (GRID_FILE, GIF_FILE))
+    inner = [k for k in range(1, settings.frames - 1) if names[k] in missing]
+    chunks = [inner[s : s + settings.batch_size - 2] for s in range(0, len(inner), settings.batch_size - 2)] or [[]]
     shapes = scale_shapes(loaded.model.num_scales, config["channels"], config["resolution"])
-    with autocast(device, args.precision), tqdm(total=len(missing), unit="img", desc="interpolation") as bar:
+    with autocast(device, settings.precision), tqdm(total=len(missing), unit="img", desc="interpolation") as bar:
         for chunk in chunks if missing else []:
-            rows = [0, args.frames - 1, *chunk]
+            rows = [0, settings.frames - 1, *chunk]
             samples = interpolate(
-                loaded.model.denoise, loaded.scheduler, path, args.seeds, shares[rows], shapes, args.at, device,
-                args.end, feed,
+                loaded.model.denoise, loaded.scheduler, path, settings.seeds, shares[rows], shapes, settings.at, device,
+                settings.end, feed,
             )  # fmt: skip
             for k, pixels in zip(rows, to_uint8(samples.images[0]).cpu(), strict=True):
                 file = folder / f"{names[k]}.png"
@@ -178,12 +185,12 @@ def main() -> None:
     save_image_grid(
         frames.numpy(), folder / GRID_FILE, even_columns(len(frames), GRID_COLUMNS), -(-GRID_SIDE // frames.shape[-1])
     )
-    if args.gif:
+    if settings.gif:
         save_gif(frames, folder / GIF_FILE)
     elif missing:  # An animation of other frames would be left.
         (folder / GIF_FILE).unlink(missing_ok=True)
     made = f"{len(missing)} new with {path.nfe} network calls each" if missing else "all there already"
-    print(f"{args.frames} frames in {folder}: {made}; path {path.kind} {path.fingerprint()}")
+    print(f"{settings.frames} frames in {folder}: {made}; path {path.kind} {path.fingerprint()}")
 
 
 if __name__ == "__main__":

@@ -7,35 +7,40 @@ maps (heatmap_*ep*.png beside their .pth), paths_*.png, samples_*ep_*.png and sa
 tables links to the rows of the results table it was made of. The same files give the same bytes.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from cli import positive_int, run_stage
 from evaluation.report_content import gather
 from figures.page import LARGE_PAGE_MB, render
 from runtime.safe_write import replacing
+from runtime.settings import Settings, option, parse_settings
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this stage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--results", default="results/fid_results.csv", help="results table (results/fid_results.csv)")
-    add("--folder", default="results", help="where heatmaps, figures and samples lie (results)")
-    add("--output", default="results/report.html", help="(results/report.html)")
-    add("--title", default="LIFT: results", help="(LIFT: results)")
-    add("--nfe", type=positive_int, help="network calls of the headline tables (those with most results)")
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings(Settings):
+    """What the page is made of."""
+
+    results: str = option("results/fid_results.csv", "results table")
+    folder: str = option("results", "where heatmaps, figures and samples lie")
+    output: str = option("results/report.html")
+    title: str = option("LIFT: results")
+    nfe: int | None = option(None, "network calls of the headline tables (those with most results)", parse=positive_int)
+
+
+def parse_args() -> ReportSettings:
+    """The settings of this stage, from its flags."""
+    return parse_settings(ReportSettings, __doc__)
 
 
 def main() -> None:
     """Build the page and write it as a whole."""
-    args = parse_args()
-    page = render(gather(Path(args.results), Path(args.folder), args.title, args.nfe)).encode()
-    with replacing(args.output) as temporary:
+    settings = parse_args()
+    page = render(gather(Path(settings.results), Path(settings.folder), settings.title, settings.nfe)).encode()
+    with replacing(settings.output) as temporary:
         temporary.write_bytes(page)
     size = len(page) / 1e6
-    print(f"{args.output}, {size:.1f} MB{', mostly pictures' if size > LARGE_PAGE_MB else ''}")
+    print(f"{settings.output}, {size:.1f} MB{', mostly pictures' if size > LARGE_PAGE_MB else ''}")
 
 
 if __name__ == "__main__":

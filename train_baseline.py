@@ -7,22 +7,20 @@
 Writes checkpoints/baseline_{epoch}ep.pth and logs/baseline/. --resume continues a stopped run.
 """
 
-import argparse
-
 from cli import run_stage
-from training.trainer import add_training_arguments, train
+from runtime.settings import parse_settings
+from training.run import train
+from training.settings import TWO_SCALE_SETTINGS, TrainingSettings
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this stage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(parser, two_scales=False)
-    return parser.parse_args()
+def parse_args() -> TrainingSettings:
+    """The settings of this stage, from its flags."""
+    return parse_settings(TrainingSettings, __doc__, leave_out=TWO_SCALE_SETTINGS, model_type="baseline")
 
 
 def main() -> None:
     """Train."""
-    train("baseline", parse_args())
+    train(parse_args())
 
 
 if __name__ == "__main__":

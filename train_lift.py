@@ -8,29 +8,35 @@ Writes checkpoints/lift_dual_timestep_{epoch}ep.pth (or shared_t_, single_t_, no
 name in logs/. --resume continues a stopped run.
 """
 
-import argparse
+from dataclasses import dataclass
 
 from cli import run_stage
-from training.trainer import add_training_arguments, train
+from runtime.settings import option, parse_settings
+from training.run import train
+from training.settings import TrainingSettings
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this stage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(parser, two_scales=True)
-    parser.add_argument(
-        "--model",
+@dataclass(frozen=True, kw_only=True)
+class LIFTSettings(TrainingSettings):
+    """A training run of a model of two scales."""
+
+    model_type: str = option(
+        "dual",
+        "dual: fine and coarse timestep; shared_t: one clock; single_t: fine timestep only; no_t: none",
         choices=("dual", "shared_t", "single_t", "no_t"),
-        default="dual",
-        help="dual: fine and coarse timestep; shared_t: one clock; single_t: fine timestep only; no_t: none (dual)",
+        flag="--model",
+        recorded=True,
     )
-    return parser.parse_args()
+
+
+def parse_args() -> LIFTSettings:
+    """The settings of this stage, from its flags."""
+    return parse_settings(LIFTSettings, __doc__)
 
 
 def main() -> None:
     """Train."""
-    args = parse_args()
-    train(args.model, args)
+    train(parse_args())
 
 
 if __name__ == "__main__":

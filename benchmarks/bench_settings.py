@@ -26,7 +26,7 @@ from model import LIFTDualTimestepModel
 from planning.regimes import TimestepPairs, resolve_regime
 from runtime.device import autocast, select_device
 from scheduler import DDIMScheduler
-from training.trainer import diffusion_loss, draw_batch
+from training.objective import diffusion_loss, draw_batch
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 # Fused means what PyTorch chooses, which falls back to math where no fused kernel fits.

@@ -15,8 +15,8 @@ import torch
 from images.representation import OVERCOMPLETE
 from paths.map_interpolation import interpolate_map
 from paths.optimal import Readings, kl_cost, trapezoid_cost
-from planning.choice import KLProblem, path_mses, representation_of
 from planning.error_map import CHAIN_RULE_FACTORS, MSES, NORMALISATIONS
+from planning.map_paths import KLProblem, path_mses, representation_of
 from truth.gaussian import Spectrum, jacobian, mse
 
 KL_WEIGHTS = (0.25, 0.5, 0.75, 1.0)

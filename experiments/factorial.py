@@ -50,8 +50,8 @@ from evaluation.results_table import write_csv
 from figures.scores import plot_factorial
 from images.representation import OVERCOMPLETE
 from paths.path import Path, timestep_grid
-from planning.choice import heatmap_path, kl_refined
 from planning.error_map import load_heatmap
+from planning.map_paths import heatmap_path, kl_refined
 from runtime.device import autocast, resolve_precision, select_device
 from runtime.safe_write import replacing
 from scheduler import DDIMScheduler

@@ -38,8 +38,8 @@ from factorial import SCHEDULES, means, noisiest_timestep, read_csv, trained_pat
 from figures.costs import plot_criteria
 from paths.families import cascade, diagonal, fine_first, lead, log_snr_shift
 from paths.path import Path, timestep_grid
-from planning.choice import heatmap_path, kl_refined
 from planning.error_map import CHAIN_RULE_FACTORS, load_heatmap
+from planning.map_paths import heatmap_path, kl_refined
 from scheduler import DDIMScheduler
 from truth.gaussian import Spectrum, exact_heatmap
 from truth.linear_sampler import chain_kl, ddim_output, kl, w2_squared

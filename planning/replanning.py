@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from paths.path import Path, timestep_grid
-from planning.choice import kl_refined, seen_cells
 from planning.error_map import error_map
+from planning.map_paths import kl_refined, seen_cells
 from runtime.distributed import Processes
 from scheduler import DDIMScheduler
 

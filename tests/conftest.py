@@ -1,6 +1,5 @@
 """What several test files share: one thread, no network, and a way to run a stage in this process."""
 
-import argparse
 import contextlib
 import hashlib
 import io
@@ -27,7 +26,9 @@ import train_lift
 from checkpoint import read_checkpoint
 from data import load_images
 from runtime.distributed import Processes
-from training import trainer as training
+from runtime.settings import parse_settings
+from training.settings import TrainingSettings
+from training.trainer import Trainer
 
 # Images of 16x16 pixels are quicker on one thread, and sums do not depend on the machine then.
 torch.set_num_threads(1)
@@ -160,7 +161,7 @@ def tiny():
         return [*TINY, *(word for flag, name in places.items() for word in (flag, str(folder / name)))]
 
     # The sample grids would take most of the time of such a run.
-    with mock.patch.object(training, "GRID_STEPS", 2):
+    with mock.patch("training.trainer.GRID_STEPS", 2):
         yield flags
 
 
@@ -245,11 +246,10 @@ def table(stage, run):
 def trainer(tiny, tmp_path, cache):
     """`trainer(*flags)` is a new run of the dual model of three steps per epoch."""
 
-    def make(*flags) -> training.Trainer:
-        parser = argparse.ArgumentParser()
-        training.add_training_arguments(parser, two_scales=True)
-        args = parser.parse_args([*tiny(tmp_path), "--cache_dir", str(cache), *map(str, flags)])
-        run = training.Trainer("dual", args, cli.load_training_images(args), Processes("cpu"))
+    def make(*flags) -> Trainer:
+        words = [*tiny(tmp_path), "--cache_dir", str(cache), *map(str, flags)]
+        settings = parse_settings(TrainingSettings, "A run.", words, model_type="dual")
+        run = Trainer(settings, cli.load_training_images(settings), Processes("cpu"))
         run.prepare()
         return run
 

@@ -1,6 +1,7 @@
 """Every stage from training to figures on tiny models, what each refuses, and the shell scripts."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -907,11 +908,14 @@ def test_scripts_ask_for_the_epochs_they_need(checkout, name):
 
 
 def parsed(command):
-    """The flags of one command of a script as its stage reads them, and those it was not given."""
+    """The settings of one command of a script as its stage has them, those it was not given too."""
     [module] = [module for module in STAGES if f"{module.__name__}.py" == command[0]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", command)
-        return module, vars(module.parse_args())
+        settings = module.parse_args()
+    if isinstance(settings, tuple):  # Of a stage with several commands.
+        return module, {"figure": settings[0]} | dataclasses.asdict(settings[1])
+    return module, dataclasses.asdict(settings)
 
 
 def defaults(module, *required):

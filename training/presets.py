@@ -1,7 +1,5 @@
-"""Presets of training: what `--preset` sets wherever a flag is not given."""
+"""Presets of training: what `--preset` sets wherever a setting is not given."""
 
-import argparse
-import copy
 from typing import Any
 
 from checkpoint import MODEL_CLASSES
@@ -24,23 +22,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 COARSE_SHARE = 0.25  # Dimensions of the coarse scale, as a share of those of the image.
 
 
-def with_preset(args: argparse.Namespace, model_type: str) -> argparse.Namespace:
-    """Flags of training with what they leave open (None) taken from `args.preset`, and `auto` as numbers.
+def preset_values(preset: str, model_type: str, representation: str) -> dict[str, Any]:
+    """What a preset means for a type of model, setting by setting.
 
-    Weights stay None for a model with one loss, pairs of timesteps for one without a choice of its own in the preset.
+    Pairs of timesteps are None for models other than dual, which have pairs of their own.
     """
-    args, preset = copy.copy(args), PRESETS[args.preset]
-    for name in ("prediction_type", "beta_schedule"):
-        if getattr(args, name) is None:
-            setattr(args, name, preset[name])
-    if args.t_pairs is None and model_type == "dual":
-        args.t_pairs = preset["t_pairs"][args.representation]
-    one_loss = MODEL_CLASSES[model_type].num_predictions == 1
-    if args.loss_weights is None and not one_loss:
-        args.loss_weights = preset["loss_weights"]
-    if args.loss_weights == "auto":
-        args.loss_weights = None if one_loss else balanced_weights(args.representation)
-    return args
+    values = PRESETS[preset]
+    weights = scale_weights(values["loss_weights"], model_type, representation)
+    pairs = values["t_pairs"][representation] if model_type == "dual" else None
+    # A model of one prediction has nothing to weigh.
+    return values | {"loss_weights": weights[: MODEL_CLASSES[model_type].num_predictions], "t_pairs": pairs}
+
+
+def scale_weights(weights: tuple[float, ...] | str, model_type: str, representation: str) -> tuple[float, ...]:
+    """Weights of the losses as numbers: "auto" is `balanced_weights`, or 1 for a model of one prediction."""
+    if weights != "auto":
+        return weights
+    return (1.0,) if MODEL_CLASSES[model_type].num_predictions == 1 else balanced_weights(representation)
 
 
 def balanced_weights(representation: str) -> tuple[float, float]:

@@ -29,10 +29,11 @@ from networks.pretrained import write_pretrained
 from paths.families import diagonal, log_snr_shift
 from paths.optimal import Readings, kl_cost, kl_step_cost
 from paths.path import Path, timestep_grid
-from planning.choice import KLProblem, choose_path, kl_refined
+from planning.choice import choose_path
 from planning.error_map import error_map, largest_deviation, load_heatmap
+from planning.map_paths import KLProblem, kl_refined
 from scheduler import PREDICTION_TYPES, DDIMScheduler
-from training.trainer import TrainingBatch, diffusion_loss, draw_batch
+from training.objective import TrainingBatch, diffusion_loss, draw_batch
 from truth.gaussian import GaussianDenoiser, Spectrum, exact_heatmap, jacobian_maps
 
 BOTH = pytest.mark.parametrize("kind", REPRESENTATIONS.values(), ids=REPRESENTATIONS)

@@ -27,20 +27,11 @@ from paths.optimal import Readings, kl_cost, kl_path, kl_step_cost, path_cost
 from paths.path import Path, timestep_grid
 from paths.refine import cost_off_grid
 from paths.schedule_file import load_schedule, save_schedule
-from planning.choice import (
-    KLProblem,
-    beyond_seen,
-    choose_path,
-    heatmap_file,
-    kl_cascade,
-    kl_lines,
-    kl_refined,
-    parse_path_type,
-    path_type,
-    seen_cells,
-    why_not,
-)
+from planning.choice import choose_path, why_not
 from planning.error_map import MSES, load_heatmap, save_heatmap
+from planning.heatmap import heatmap_file
+from planning.map_paths import KLProblem, beyond_seen, kl_cascade, kl_lines, kl_refined, seen_cells
+from planning.path_types import parse_path_type, path_type
 from scheduler import DDIMScheduler
 from truth.gaussian import Spectrum, exact_heatmap
 

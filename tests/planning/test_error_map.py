@@ -15,7 +15,6 @@ from model import LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
 from paths.optimal import find_optimal_path_n_steps_lambda
 from paths.path import leads, path_from_cells, timestep_grid
 from planning import error_map as error_map_module
-from planning.choice import heatmap_path, path_errors
 from planning.error_map import (
     BLOCKS,
     CHAIN_RULE_FACTORS,
@@ -30,6 +29,7 @@ from planning.error_map import (
     published_errors,
     save_heatmap,
 )
+from planning.map_paths import heatmap_path, path_errors
 from runtime.distributed import Processes
 from scheduler import DDIMScheduler
 from truth.gaussian import GaussianDenoiser, Spectrum, jacobian_maps, mse_maps

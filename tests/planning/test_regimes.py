@@ -25,7 +25,7 @@ from planning.regimes import (
     seen_range,
 )
 from scheduler import DDIMScheduler
-from training.trainer import step_generator
+from training.objective import step_generator
 
 SCHEDULER = DDIMScheduler()
 LOG_SNR = SCHEDULER.log_snr

@@ -14,12 +14,11 @@ from paths.families import cascade, diagonal, log_snr_shift
 from paths.path import Path
 from paths.schedule_file import load_schedule
 from planning import replanning
-from planning.choice import seen_cells
 from planning.error_map import load_heatmap
+from planning.map_paths import seen_cells
 from planning.regimes import TimestepPairs, off_regime_note, pair_probabilities, resolve_regime, seen_range
 from planning.replanning import plan_within, replan
 from scheduler import DDIMScheduler
-from training import trainer as training
 
 SCHEDULER = DDIMScheduler()
 LOG_SNR = SCHEDULER.log_snr.numpy()
@@ -204,7 +203,7 @@ def test_a_run_that_replans_may_be_prolonged(stage, tiny, cache, tmp_path, strai
 def test_a_full_disk_costs_the_file_of_a_path_alone(trainer, capsys):
     run = trainer(*FOLLOW)
     run.log_dir.mkdir(parents=True)
-    with mock.patch.object(training, "save_schedule", side_effect=OSError("disk full")):
+    with mock.patch("training.trainer.save_schedule", side_effect=OSError("disk full")):
         run.replan()
     assert "path_0ep.json could not be written (disk full)" in capsys.readouterr().err
     assert np.abs(run.pairs.state["log_snr_32"].numpy() - LOG_SNR).max() > 0

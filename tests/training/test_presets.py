@@ -88,7 +88,7 @@ def test_runs_from_before_there_were_representations_go_on_over_complete(stage, 
 @pytest.mark.parametrize("model", ["single_t", "no_t"])
 def test_a_model_of_one_prediction_has_no_residual_image(refused, tiny, cache, tmp_path, model):
     flags = [*tiny(tmp_path), "--cache_dir", cache, "--model", model, "--representation", "residual"]
-    refused(train_lift, *flags, says=["no image can be composed", model])
+    refused(train_lift, *flags, says=["no image can be composed", model], status=2)
 
 
 @pytest.mark.parametrize("script", [train_lift, train_baseline])

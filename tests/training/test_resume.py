@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import train_lift
-from checkpoint import FORMAT_VERSION, read_checkpoint
+from checkpoint import FORMAT_VERSION, bytes_of, read_checkpoint
 from children import FORKS, KillAt, SleepAt, signalling, train_in_child
 from conftest import LAST, LOG, RUN, assert_same, assert_same_run, list_files, read_log, run_stage
 from runtime import safe_write
 from runtime.safe_write import replacing, versions
 from training import run_log
-from training import trainer as training
+from training import trainer as trainer_module
+from training.stop import STOP_SIGNALS
 from training.trainer import Trainer
 
 EVERY_STEP = ("--resume_minutes", 1e-9)
@@ -133,7 +134,7 @@ def test_killed_right_after_the_only_resume_file(stage, tiny, cache, tmp_path, s
 # Asked to stop
 
 
-@pytest.mark.parametrize("number", training.STOP_SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_a_signal_ends_the_run_after_its_step(stage, flags, tmp_path, straight, number):
     before = signal.getsignal(number)
     # Log rows of every second step, so that the run stops between two.
@@ -159,13 +160,13 @@ def test_resume_auto_ten_times_in_a_row(stage, flags, tmp_path, straight):
 
 
 def test_a_stop_while_the_samples_are_drawn_draws_them_later(stage, flags, tmp_path, straight):
-    sample_seeds = training.sample_seeds
+    sample_seeds = trainer_module.sample_seeds
 
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGUSR1)
         return sample_seeds(*args, **kwargs)
 
-    with mock.patch.object(training, "sample_seeds", interrupted):
+    with mock.patch.object(trainer_module, "sample_seeds", interrupted):
         ended = stage(train_lift, *flags)
     assert "stopped by SIGUSR1 after step 6 of 12" in ended.output
     assert not list((tmp_path / LOG).glob("samples_*"))
@@ -416,7 +417,7 @@ def test_the_old_checkpoint_survives_a_full_disk_and_the_message_says_what_is_ne
             ended = run_stage(train_lift, *flags)
         finally:
             room.__exit__()
-    needed = training.bytes_of(read_checkpoint(straight() / LAST))
+    needed = bytes_of(read_checkpoint(straight() / LAST))
     assert ended.status == 1
     for part in (
         f"{tmp_path / LAST} could not be saved",

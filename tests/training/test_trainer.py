@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import math
@@ -23,9 +24,9 @@ from model import ResidualBlock
 from planning.regimes import TimestepPairs, resolve_regime
 from runtime.device import resolve_precision
 from scheduler import DDIMScheduler
-from training import trainer as training
-from training.memory_estimate import for_batch, saved_bytes
-from training.trainer import Trainer, diffusion_loss, draw_batch, step_generator, training_memory, weighted_loss
+from training.memory import for_batch, saved_bytes, training_memory
+from training.objective import diffusion_loss, draw_batch, step_generator, weighted_loss
+from training.trainer import Trainer
 
 CPU = torch.device("cpu")
 # Which timesteps each model is shown, of the fine and of the coarse scale.
@@ -121,7 +122,7 @@ def test_a_step_minimises_the_losses_weighed_by_scale_and_timestep(trainer):
     for weight, name, t in ((0.5, "loss_64", batch.t_64), (3, "loss_32", batch.t_32)):
         snr = run.scheduler.snr[t]
         expected += weight * (losses[name] * torch.where(snr < 5, 1, 5 / snr)).mean().item()
-    found = weighted_loss(losses, batch, run.scheduler, run.config)
+    found = weighted_loss(losses, batch, run.scheduler, run.settings.loss_weights, run.settings.min_snr_gamma)
     assert found.item() == pytest.approx(expected, rel=1e-6)
     assert found.item() != pytest.approx(sum(values.mean().item() for values in losses.values()), rel=0.05)
     # What is logged stays comparable between runs.
@@ -136,7 +137,7 @@ def test_a_scale_of_weight_0_is_not_learnt(trainer):
     run.train_step(*next(run.batches.epoch(0)))
     # The channels of the coarse prediction are decayed and nothing else.
     torch.testing.assert_close(
-        head.weight[3:], before[3:] * (1 - run.args.lr * run.args.weight_decay), rtol=1e-6, atol=0
+        head.weight[3:], before[3:] * (1 - run.settings.lr * run.settings.weight_decay), rtol=1e-6, atol=0
     )
     assert ((head.weight[:3] - before[:3]).abs() > 1e-5).all()
 
@@ -428,7 +429,7 @@ def test_the_log_of_a_run_with_other_settings_is_not_touched(refused, stage, tin
 
 def test_a_run_that_ended_before_its_first_save_starts_again(stage, tiny, cache, tmp_path, straight):
     flags = [*tiny(tmp_path), "--cache_dir", cache, *RUN, "--epochs", 4]
-    with mock.patch.object(training, "diffusion_loss", mock.Mock(side_effect=MemoryError)):
+    with mock.patch("training.trainer.diffusion_loss", mock.Mock(side_effect=MemoryError)):
         assert "out of memory" in run_stage(train_lift, *flags).message
     # Nothing was computed, so that nothing is in the way.
     with mock.patch.object(Trainer, "save_resume_file", mock.Mock(side_effect=KeyboardInterrupt)):
@@ -619,11 +620,10 @@ def test_deterministic_kernels_are_asked_for_by_those_runs_alone(stage, tiny, ca
 
 
 def test_cuda_graphs_and_parts_exclude_each_other(trainer):
-    args = trainer().args
-    args.cuda_graphs, args.accumulate, args.compile = True, 2, True
+    settings = dataclasses.replace(trainer().settings, cuda_graphs=True, accumulate=2, compile=True)
     gpu = mock.Mock(device=torch.device("cuda"), count=1)
     with pytest.raises(ValueError, match=r"^--cuda_graphs and --accumulate exclude each other"):
-        Trainer("dual", args, cli.load_training_images(args), gpu)
+        Trainer(settings, cli.load_training_images(settings), gpu)
 
 
 @pytest.mark.parametrize(
@@ -637,7 +637,7 @@ def test_cuda_graphs_and_parts_exclude_each_other(trainer):
 def test_out_of_memory_names_the_batch_and_the_flags_that_help(refused, tiny, cache, tmp_path, straight, error):
     straight()
     flags = [*tiny(tmp_path), "--cache_dir", cache, *RUN, "--accumulate", 2]
-    with mock.patch.object(training, "diffusion_loss", mock.Mock(side_effect=error)):
+    with mock.patch("training.trainer.diffusion_loss", mock.Mock(side_effect=error)):
         message = run_stage(train_lift, *flags).message
     for part in ("out of memory", "batch of 4", "--accumulate 4", "--recompute", "--precision", "--hidden_dims"):
         assert part in message
@@ -646,7 +646,7 @@ def test_out_of_memory_names_the_batch_and_the_flags_that_help(refused, tiny, ca
 
 def test_other_errors_of_the_device_are_not_taken_for_a_lack_of_memory(tiny, cache, tmp_path, straight):
     straight()
-    with mock.patch.object(training, "diffusion_loss", mock.Mock(side_effect=RuntimeError("illegal access"))):
+    with mock.patch("training.trainer.diffusion_loss", mock.Mock(side_effect=RuntimeError("illegal access"))):
         message = run_stage(train_lift, *tiny(tmp_path), "--cache_dir", cache).message
     assert message == "error: illegal access"
 

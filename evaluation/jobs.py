@@ -1,0 +1,316 @@
+"""Jobs of evaluation: weights of a checkpoint, sampled along a path from a seed, scored, and a row for every metric.
+
+settings = EvaluationSettings(metrics=("swd",), epochs=(400,), path_type=("diagonal", "dp_total"))
+evaluation = Evaluation(settings, Processes(None))
+for job in find_jobs(settings):
+    evaluation.run(job, wait=True)
+"""
+
+import hashlib
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+import cli
+from checkpoint import FILE_STEMS, MODEL_CLASSES, LoadedModel, find_checkpoints, load_model
+from cli import CompileSettings
+from data import ImageSet
+from diffusion.sampler import COARSE_FEEDS, ENDS, Denoiser, coarse_feed, compile_denoiser, image_seeds, scale_shapes
+from evaluation.inception import NUM_FEATURES, RESIZES, Inception, load_inception
+from evaluation.reference_set import ReferenceSet, from_images, load_reference
+from evaluation.results_table import METRICS, append_row, has_row
+from evaluation.scoring import FEATURE_METRICS, Scorer, generate
+from paths.optimal import check_steps
+from paths.path import Path as SamplingPath
+from paths.schedule_file import load_schedule
+from planning.choice import ONE_CLOCK, SeveralPathsSettings, check_followed, choose_path, why_not
+from planning.heatmap import MissingMapSettings, compute_missing, heatmap_file
+from planning.path_types import parse_path_type
+from planning.regimes import default_regime, off_regime_note
+from runtime.device import resolve_compile, resolve_precision
+from runtime.distributed import Processes
+from runtime.settings import Settings, option
+
+PUBLISHED_SEEDS = (42, 43, 44, 45, 46)
+MODEL_ALIASES = {"lift": "dual"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricSettings(Settings):
+    """What images are compared with, and how."""
+
+    group = "metrics"
+    metrics: tuple[str, ...] = option(("fid",), choices=METRICS, nargs="+")
+    reference: str = option(
+        "train", "train, holdout, a folder of images of the model's size, or an .npz of pytorch-fid or EDM"
+    )
+    resize: str = option("pytorch-fid", "filter by which images reach the 299x299 pixels of Inception", choices=RESIZES)
+    inception_weights: str | None = option(None, "pt_inception-2015-12-05 weights, if not downloaded", metavar="FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(MetricSettings, MissingMapSettings, SeveralPathsSettings, CompileSettings):
+    """Which checkpoints are sampled, how, and how they are scored."""
+
+    checkpoint_dir: str = option("checkpoints", "folder of {model}_{epoch}ep.pth files")
+    model_type: tuple[str, ...] = option(("baseline", "lift"), choices=(*FILE_STEMS, *MODEL_ALIASES), nargs="+")
+    epochs: tuple[int, ...] | None = option(None, "epochs to score (all found)", parse=cli.positive_int, nargs="+")
+    coarse_from: tuple[str, ...] = option(
+        ("x0",),
+        "coarse images that models read and do not predict: of their clean or of their noisy fine image",
+        choices=COARSE_FEEDS,
+        nargs="+",
+    )
+    weights: tuple[str, ...] = option(
+        ("raw",), choices=("raw", "ema"), nargs="+", shortcuts={"--ema": (("ema",), "score the EMA weights alone")}
+    )
+    seeds: tuple[int, ...] = option(
+        (42,), parse=cli.seed, nargs="+", shortcuts={"--multi-seed": (PUBLISHED_SEEDS, "seeds 42 to 46")}
+    )
+    num_images: int | None = option(None, "images per job (as many as the reference)", parse=cli.positive_int)
+    batch_size: int = option(64, "images per network call", parse=cli.positive_int)
+    eta: float = option(0.0, "0 DDIM to 1 ancestral", parse=cli.unit_interval, shown="0")
+    end: str = option("clean", "land on the clean image, or on t=0 as published", choices=ENDS)
+    output: str = option("results/fid_results.csv")
+    force: bool = option(False, "score again what has been scored")
+
+
+class Job(NamedTuple):
+    """One evaluation: weights of a checkpoint sampled along a type of path, in so many steps, from one seed."""
+
+    checkpoint: Path
+    weights: str  # raw or ema
+    path_type: str
+    coarse_from: str | None  # None for models that predict what they read
+    num_steps: int
+    seed: int
+
+    def __str__(self) -> str:
+        feed = f"coarse from {self.coarse_from} " if self.coarse_from else ""
+        return f"{self.checkpoint.name} {self.weights} {self.path_type} {feed}{self.num_steps} steps seed {self.seed}"
+
+
+def find_jobs(settings: EvaluationSettings) -> list[Job]:
+    """The jobs the flags ask for, in their order; paths that a type of model cannot follow are left out of its jobs."""
+    jobs = []
+    refused: dict[tuple[str, str], str] = {}
+    for name in dict.fromkeys(MODEL_ALIASES.get(name, name) for name in settings.model_type):
+        found = find_checkpoints(settings.checkpoint_dir, name, settings.epochs)
+        reasons = {path_type: why_not(name, path_type) for path_type in settings.path_type}
+        refused |= {(name, path_type): reason for path_type, reason in reasons.items() if reason}
+        jobs += [
+            Job(file, weights, path_type, feed, num_steps, seed)
+            for file in found.values()
+            for weights in settings.weights
+            for path_type in settings.path_type
+            if not reasons[path_type]
+            for feed in (coarse_feed(MODEL_CLASSES[name], feed) for feed in settings.coarse_from)
+            for num_steps in steps_of(path_type, settings)
+            for seed in settings.seeds
+        ]
+    if not jobs:
+        raise ValueError(next(iter(refused.values())))
+    followed = {job.path_type for job in jobs}
+    for (name, path_type), reason in refused.items():
+        # That one clock keeps to the diagonal, beside models of two, goes without saying.
+        if name not in ONE_CLOCK or path_type not in followed:
+            print(f"note: left out: {reason}", file=sys.stderr)
+    for job in jobs:
+        if job.path_type.startswith("dp"):
+            check_steps(settings.grid, job.num_steps, settings.max_jump)
+    return list(dict.fromkeys(jobs))
+
+
+def steps_of(path_type: str, settings: EvaluationSettings) -> tuple[int, ...]:
+    """The numbers of steps of a type of path: those of the flags, or the one of a schedule."""
+    kind = parse_path_type(path_type)
+    return (load_schedule(kind.parameters[0]).nfe,) if kind.name == "schedule" else settings.num_steps
+
+
+class Evaluation:
+    """Runs jobs one after the other; what they share is loaded and made once."""
+
+    def __init__(self, settings: EvaluationSettings, processes: Processes):
+        self.settings, self.processes, self.device = settings, processes, processes.device
+        self._loaded: tuple[Any, LoadedModel, Denoiser, str] | None = None
+        self._inception: Inception | None = None
+        self._scorer: Scorer | None = None
+        self._warned = False
+        self._judged: set[tuple[str, str, str | None]] = set()
+
+    def run(self, job: Job, wait: bool) -> bool:
+        """Generate and score what has no row yet; False if another process is at this job and `wait` is not set."""
+        with self._claim(job, wait) as claimed:
+            if claimed:
+                self._run(job)
+        return claimed
+
+    @contextmanager
+    def _claim(self, job: Job, wait: bool) -> Iterator[bool]:
+        """Keep other processes away from a job, until the end or the death of this one; yields whether that is so."""
+        words = (job.checkpoint.resolve(), job.weights, job.path_type, job.coarse_from, job.num_steps, job.seed)
+        name = " ".join(str(word) for word in words if word is not None)
+        file = Path(f"{self.settings.output}.jobs") / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"
+        lock = FileLock(file)
+        claimed = True
+        if self.processes.is_main:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=-1 if wait else 0)
+            except Timeout:
+                claimed = False
+        claimed = not self.processes.any(not claimed)[0]
+        try:
+            yield claimed
+        finally:
+            lock.release()
+
+    def _run(self, job: Job) -> None:
+        chosen = self.settings
+        loaded, denoise, dataset = self._model(job)
+        path = self._path(job, loaded)
+        scorer = self._scorer
+        solver = "" if (chosen.eta, chosen.end) == (0.0, "clean") else f"-eta{chosen.eta!r}-{chosen.end}"
+        # Images depend on where the network's coarse image comes from as they do on the solver.
+        solver += f"-{job.coarse_from}" if job.coarse_from else ""
+        key = {
+            "checkpoint_fingerprint": loaded.fingerprint,
+            "weights": loaded.weights,
+            "path_fingerprint": path.fingerprint() + solver,
+            "nfe": path.nfe,
+            "seed": job.seed,
+            "num_images": scorer.num_images,
+            "reference_fingerprint": scorer.reference.fingerprint,
+            "precision": resolve_precision(self.device, chosen.precision),
+            # Two types of path may have the same points, and each gets its column of the table.
+            "path_type": job.path_type,
+        }
+        keys = {metric: key | more for metric, more in scorer.settings.items()}
+        missing = {m: k for m, k in keys.items() if chosen.force or not has_row(chosen.output, k)}
+        # What the first process finds in the table counts for all, as the others may see it as it was before.
+        wanted = [bool(missing), bool(set(missing) & set(FEATURE_METRICS))]
+        any_missing, any_features = self.processes.any(*(self.processes.is_main and one for one in wanted))
+        if not any_missing:
+            self._say(f"{job}: scored already")
+            return
+        self._warn_off_regime(job, loaded, path)
+        scorer.prepare(missing)
+        start = time.perf_counter()
+        generated = generate(
+            loaded,
+            path,
+            image_seeds(job.seed, scorer.num_images),
+            self.processes,
+            chosen.batch_size,
+            chosen.precision,
+            chosen.eta,
+            chosen.end,
+            scorer.inception if any_features else None,
+            denoise,
+            coarse_from=job.coarse_from or "x0",
+        )
+        if generated is None:
+            return
+        sampling_seconds = time.perf_counter() - start
+        for metric, row in missing.items():
+            start = time.perf_counter()
+            values = scorer.score(metric, generated)
+            row |= values | {
+                "nfe": generated.nfe,
+                "dataset": dataset,
+                "reference": scorer.reference.name,
+                "reference_images": scorer.reference.count,
+                "model_type": loaded.config["model_type"],
+                "epoch": loaded.config["epoch"],
+                "coarse_from": job.coarse_from,
+                "regime": loaded.config.get("t_pairs") or default_regime(loaded.config["model_type"]),
+                "representation": loaded.scheduler.representation.name if loaded.model.num_scales > 1 else "",
+                "seconds": round(sampling_seconds + time.perf_counter() - start, 1),
+                "checkpoint": job.checkpoint.name,
+                "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            }
+            append_row(chosen.output, row)
+            print(f"{job}: {', '.join(f'{name} {value:.5g}' for name, value in values.items())}")
+
+    def _say(self, text: str) -> None:
+        if self.processes.is_main:
+            print(text)
+
+    def _warn_off_regime(self, job: Job, loaded: LoadedModel, path: SamplingPath) -> None:
+        # Jobs of other seeds have the same weights and path.
+        judged = loaded.fingerprint, path.fingerprint(), job.coarse_from
+        if judged in self._judged or not self.processes.is_main:
+            return
+        self._judged.add(judged)
+        note = off_regime_note(path, loaded.config, loaded.scheduler, job.coarse_from)
+        if note:
+            print(f"warning: {job.checkpoint.name}: {note}", file=sys.stderr)
+
+    def _model(self, job: Job) -> tuple[LoadedModel, Denoiser, str]:
+        """The weights of a job, what is called to denoise with them, and the name of their data; sees to the scorer."""
+        settings, which = self.settings, (job.checkpoint, job.weights)
+        if self._loaded is None or self._loaded[0] != which:
+            loaded = load_model(job.checkpoint, job.weights == "ema", self.device)
+            config, denoise = loaded.config, loaded.model.denoise
+            training, held_out = cli.load_image_parts(settings, config)
+            if self._scorer is None or self._scorer.training.fingerprint != training.fingerprint:
+                self._scorer = self._new_scorer(self._reference(training, held_out, config), training)
+            jobs_in_steps = len(settings.path_type) * len(settings.seeds) * sum(settings.num_steps)
+            if resolve_compile(self.device, settings.compile, jobs_in_steps * self._scorer.num_images):
+                shapes = scale_shapes(loaded.model.num_scales, config["channels"], config["resolution"])
+                batch_size = min(settings.batch_size, self._scorer.num_images)
+                denoise, note = compile_denoiser(denoise, shapes, batch_size, self.device, settings.precision)
+                self._say(note or "the network is compiled")
+            self._loaded = which, loaded, denoise, training.name
+        return self._loaded[1:]
+
+    def _reference(self, training: ImageSet, held_out: ImageSet | None, config: dict) -> ReferenceSet:
+        place = self.settings.reference
+        if place == "train":
+            return from_images(training, place)
+        if place == "holdout":
+            if held_out is None:
+                raise ValueError(
+                    f"--reference holdout needs images that were kept out of training on '{training.name}', but none "
+                    "were; train with --holdout N, or pass a folder."
+                )
+            return from_images(held_out, place)
+        return load_reference(
+            place, config["resolution"], config["channels"], self.settings.cache_dir, self.settings.num_workers
+        )
+
+    def _new_scorer(self, reference: ReferenceSet, training: ImageSet) -> Scorer:
+        settings = self.settings
+        num_images = settings.num_images or reference.count
+        if num_images is None:
+            raise ValueError(f"{reference.name} does not say of how many images it is; pass --num_images.")
+        uses_features = bool(set(settings.metrics) & set(FEATURE_METRICS))
+        if uses_features and self._inception is None:
+            self._inception = load_inception(settings.inception_weights, self.device, settings.resize)
+        if uses_features and num_images < NUM_FEATURES and not self._warned and self.processes.is_main:
+            self._warned = True
+            print(
+                f"note: {num_images} images are fewer than the {NUM_FEATURES} features, so that these scores compare "
+                "with none of another number of images",
+                file=sys.stderr,
+            )
+        return Scorer(
+            settings.metrics, num_images, reference, training, self._inception, self.device, settings.cache_dir
+        )
+
+    def _path(self, job: Job, loaded: LoadedModel) -> SamplingPath:
+        """The path of a job, on a heatmap that is computed if there is none."""
+        config, weights, settings = loaded.config, loaded.weights, self.settings
+        heatmap = heatmap_file(settings.heatmap_dir, config["epoch"], weights, settings.grid, config["model_type"])
+        check_followed(job.path_type, loaded)
+        if parse_path_type(job.path_type).needs_heatmap and self.processes.any(not heatmap.exists())[0]:
+            self._say(f"{job}: computing {heatmap} first")
+            compute_missing(settings, job.checkpoint, weights, heatmap, self.processes)
+        return choose_path(settings, job.path_type, job.num_steps, loaded, heatmap)

@@ -1,0 +1,245 @@
+"""A training run: from the position of a trainer to its last epoch or a stop signal, saving and logging on the way."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+import cli
+from checkpoint import FILE_STEMS
+from data import ImageSet
+from runtime.device import choose_kernels, is_out_of_memory
+from runtime.distributed import Processes
+from runtime.safe_write import remove_temporaries, versions
+from training.memory import out_of_memory_message, peak_memory, training_memory
+from training.run_log import RunLog
+from training.settings import TrainingSettings
+from training.stop import StopRequest
+from training.trainer import Trainer
+
+MIN_EPSILON_SNR = 1e-6  # Below it, the error of a noise prediction is amplified a thousand times and more.
+
+
+def describe(trainer: Trainer, images: ImageSet) -> str:
+    """What a run is, in one line, and what there is to know about it, in one line each."""
+    parameters = sum(p.numel() for p in trainer.parameters)
+    execution = trainer.execution
+    details = [str(trainer.device), trainer.config["precision"]]
+    details += [f"{execution['processes']} processes"] * (execution["processes"] > 1)
+    details += [f"{execution['accumulate']} parts per step"] * (execution["accumulate"] > 1)
+    details += ["compiled"] * trainer.compile
+    notes = list(trainer.notes)
+    if trainer.settings.prediction_type == "epsilon" and trainer.scheduler.snr[-1] < MIN_EPSILON_SNR:
+        notes.append(
+            f"warning: at t=999 schedule '{trainer.settings.beta_schedule}' has so little signal that a noise "
+            "prediction says nothing of the image there; --prediction_type v does."
+        )
+    line = (
+        f"{trainer.model_type}: {parameters:,} parameters, {len(images)} images of '{images.name}' at "
+        f"{trainer.settings.resolution}x{trainer.settings.resolution}, {len(trainer.batches)} steps per epoch, "
+        f"{', '.join(details)}"
+    )
+    return "\n".join([line, *notes])
+
+
+def describe_dry_run(trainer: Trainer) -> str:
+    """What `--dry_run` prints below the description: options as resolved, position and memory."""
+    options = asdict(trainer.settings) | trainer.config | trainer.execution | {"device": str(trainer.device)}
+    memory = training_memory(trainer)
+    total = trainer.settings.epochs * len(trainer.batches)
+    return "\n".join(
+        [
+            *(f"  {name} = {value}" for name, value in sorted(options.items())),
+            f"position: step {trainer.step} of {total}",
+            f"memory per process, without the working space of kernels: {sum(memory.values()) / 2**30:.3f} GiB",
+            *(f"  {name:<12}{size / 2**30:8.3f} GiB" for name, size in memory.items()),
+        ]
+    )
+
+
+def train(settings: TrainingSettings) -> None:
+    """Train one model to `epochs` epochs, saving every `save_every`, at a stop signal and at the end.
+
+    Raises what `Trainer` raises, RuntimeError if memory runs out or too many steps in a row are not finite, OSError if
+    the last save fails, and ValueError if another process trains in the same folders.
+    """
+    with StopRequest() as stop:
+        processes = Processes(settings.device)
+        choose_kernels(processes.device, settings.deterministic)
+        images = cli.load_training_images(settings)
+        try:
+            if settings.dry_run:
+                trainer = Trainer(settings, images, processes)
+                if processes.is_main:
+                    print(describe(trainer, images), describe_dry_run(trainer), sep="\n")
+            else:
+                with locked(settings) if processes.is_main else nullcontext():
+                    _run(Trainer(settings, images, processes), images, stop)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RuntimeError(out_of_memory_message(settings, processes.count)) from error
+        processes.close()
+
+
+@contextmanager
+def locked(settings: TrainingSettings) -> Iterator[None]:
+    """Keep other processes from training where this one does; raises ValueError if one is there already."""
+    with ExitStack() as stack:
+        for folder in (Path(settings.output_dir), Path(settings.log_dir) / FILE_STEMS[settings.model_type]):
+            # A place that cannot be written to is found out now rather than at the first save.
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(FileLock(folder / f"{FILE_STEMS[settings.model_type]}.lock", timeout=0))
+            except Timeout as error:
+                raise ValueError(f"another process is training in {folder}; wait for it or stop it.") from error
+        yield
+
+
+def _run(trainer: Trainer, images: ImageSet, stop: StopRequest) -> None:
+    """From the trainer's position to its last epoch, or to a stop signal."""
+    settings, processes, is_main = trainer.settings, trainer.processes, trainer.processes.is_main
+    total_steps = settings.epochs * len(trainer.batches)
+    # Nobody writes before everybody has read.
+    if not processes.agree(json.dumps([trainer.step, total_steps, trainer.identity], sort_keys=True)):
+        raise ValueError(
+            f"the processes found different data, settings or versions of {trainer.last_file}; give all of them the "
+            "same files and flags."
+        )
+    if is_main:
+        remove_temporaries(trainer.last_file.parent, FILE_STEMS[trainer.model_type] + "_")
+        remove_temporaries(trainer.log_dir, "")
+        for file in trainer.damaged:
+            # It must not take the place of a whole version when the next one is saved.
+            file.rename(file.with_name(f"{file.name}.damaged"))
+    if trainer.step >= total_steps:
+        if is_main:
+            trainer.make_up_for_a_kill()
+            print(
+                *trainer.notes, f"{trainer.last_file} is done: {trainer.epoch} of {settings.epochs} epochs.", sep="\n"
+            )
+        return
+    trainer.prepare()
+    with ExitStack() as stack:
+        log = None
+        if is_main:
+            log = RunLog(trainer.log_dir, trainer.step, trainer.identity, settings.wandb, trainer.unwritten_rows)
+            stack.callback(log.close)
+            print(describe(trainer, images))
+        bar = stack.enter_context(progress_bar(trainer, total_steps))
+        stop.running = True
+        if log is not None:
+            trainer.make_up_for_a_kill(log, stop)
+        stopped = _loop(trainer, log, bar, stop)
+    if is_main and stopped:
+        print(
+            f"stopped by {stop.signal or 'another process'} after step {trainer.step} of {total_steps}, saved in "
+            f"{trainer.last_file}; the same command with --resume auto goes on from there."
+        )
+
+
+def progress_bar(trainer: Trainer, total_steps: int) -> tqdm:
+    """Epoch, step, losses, images/s and the time left; a line now and then where nobody watches."""
+    seconds = 0.1 if sys.stderr.isatty() else 30
+    hidden = not trainer.processes.is_main
+    return tqdm(total=total_steps, initial=trainer.step, unit="step", mininterval=seconds, disable=hidden)
+
+
+class Clock:
+    """Steps, and the seconds that they took without saving and sampling."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin again."""
+        self.steps, self.start = 0, time.perf_counter()
+
+    def images_per_second(self, batch_size: int) -> float:
+        """Of the steps since the start."""
+        return self.steps * batch_size / (time.perf_counter() - self.start)
+
+
+def _loop(trainer: Trainer, log: RunLog | None, bar: tqdm, stop: StopRequest) -> bool:
+    """Every step from the trainer's position on; returns whether a signal ended it."""
+    settings, processes = trainer.settings, trainer.processes
+    steps_per_epoch = len(trainer.batches)
+    clock, last_save = Clock(), time.monotonic()
+    [stopping] = processes.any(stop.signal is not None)
+    while trainer.epoch < settings.epochs and not stopping:
+        bar.set_description(f"{trainer.model_type} epoch {trainer.epoch + 1}/{settings.epochs}")
+        for x_64, x_32 in trainer.batches.epoch(trainer.epoch, trainer.step % steps_per_epoch):
+            trainer.train_step(x_64, x_32)
+            clock.steps += 1
+            bar.update()
+            if trainer.step % settings.log_every == 0 or trainer.step % steps_per_epoch == 0:
+                write_row(trainer, log, bar, clock)
+                trainer.check_bad_steps()
+                clock.restart()
+            if trainer.replan_due:
+                # Before anything of this step is saved, which the new path belongs to.
+                trainer.replan()
+                clock.restart()
+            overdue = processes.is_main and time.monotonic() - last_save > 60 * settings.resume_minutes
+            stopping, save_due = processes.any(stop.signal is not None, overdue)
+            if trainer.snapshot_due or save_due or stopping:
+                trainer.check_bad_steps()
+                if log is not None:
+                    save(trainer, log, must=stopping or trainer.epoch == settings.epochs)
+                if trainer.snapshot_due and not stopping:
+                    if log is not None:
+                        trainer.draw_grids(log, stop)
+                    [stopping] = processes.any(stop.signal is not None)
+                last_save = time.monotonic()
+                clock.restart()
+            if stopping:
+                break
+    return stopping
+
+
+def write_row(trainer: Trainer, log: RunLog | None, bar: tqdm, clock: Clock) -> None:
+    """Close the window of the log and show it everywhere."""
+    row, curves = trainer.row()
+    speed = {
+        "images_per_second": round(clock.images_per_second(trainer.settings.batch_size), 1),
+        "memory_gib": round(peak_memory(trainer.device) / 2**30, 3),
+    }
+    if log is not None:
+        log.write(row, speed, curves)
+    shown = {key: row[key] for key in ("loss_64", "loss_32", "bad_steps") if row.get(key)}
+    shown["images/s"] = speed["images_per_second"]
+    bar.set_postfix_str(", ".join(f"{key} {value:.4g}" for key, value in shown.items()))
+
+
+def save(trainer: Trainer, log: RunLog, must: bool) -> None:
+    """Write the rows of the log, the resume file and the snapshots that are due, in this order.
+
+    If that fails the run goes on and tries again at the next save, unless it `must` succeed: OSError is raised then.
+    Rows that cannot be written go into the resume file instead.
+    """
+    problems, lost = [], False
+    try:
+        log.flush()
+    except OSError as error:
+        problems.append(error)
+    trainer.unwritten_rows = log.unwritten_rows
+    for write in (trainer.save_resume_file, trainer.save_snapshots):
+        try:
+            write()
+        except OSError as error:
+            problems.append(error)
+            lost = must
+    if not problems:
+        return
+    kept = versions(trainer.last_file)
+    last = f"the last good checkpoint is {kept[0] if kept else '(none yet)'}"
+    if lost:
+        raise OSError(f"{problems[-1]}; {last}") from problems[-1]
+    for problem in problems:
+        tqdm.write(f"warning: {problem}; {last}; training goes on and tries again at the next save", file=sys.stderr)

@@ -1,0 +1,153 @@
+"""The settings of a training run: all that `train` needs to know, each declared once, with its flag.
+
+    settings = TrainingSettings(model_type="dual", dataset="synthetic", limit=512, resolution=32, epochs=2)
+    train(settings)
+
+What checkpoints and logs hold of them is `settings.recorded()`: the settings that decide what is computed.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import cli
+from checkpoint import MODEL_CLASSES
+from cli import CompileSettings, HardwareSettings, TrainingDataSettings
+from images.representation import REPRESENTATIONS
+from planning.regimes import default_regime, parse_regime
+from runtime.settings import REQUIRED, Settings, option
+from scheduler import PREDICTION_TYPES, SCHEDULE_NAMES
+from training.presets import PRESETS, preset_help, preset_values, scale_weights
+
+REPLAN_EVERY, REPLAN_IMAGES = 10, 16  # Epochs and images, unless told otherwise.
+# What only models of two scales have; the stage of the baseline has no flags for them.
+TWO_SCALE_SETTINGS = ("t_pairs", "replan_every", "replan_images", "loss_weights", "representation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionSettings(CompileSettings, HardwareSettings):
+    """How a step is executed."""
+
+    group = "execution (what is computed stays the same up to rounding)"
+    cuda_graphs: bool = option(False, "replay the compiled network as CUDA graphs, for small batches")
+    accumulate: int = option(1, "run a step in N parts, for less memory", parse=cli.positive_int, metavar="N")
+    recompute: bool = option(False, "recompute activations in the backward pass, for less memory")
+    deterministic: bool = option(False, "deterministic kernels only, for equal bits on a GPU")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Settings):
+    """Where a run writes, how often, and whether it goes on from an earlier one."""
+
+    group = "checkpoints and logs"
+    save_every: int = option(200, "epochs between checkpoints", parse=cli.positive_int)
+    resume_minutes: float = option(10.0, "minutes between resume files", parse=cli.positive_float)
+    keep_last: int = option(2, "resume files kept, newest first", parse=cli.positive_int, metavar="K")
+    max_bad_steps: int = option(20, "non-finite steps in a row that end a run", parse=cli.positive_int)
+    log_every: int = option(50, "steps between rows of metrics.jsonl", parse=cli.positive_int)
+    output_dir: str = option("checkpoints", "checkpoints go here")
+    log_dir: str = option("logs", "metrics, TensorBoard and sample grids go to a folder here")
+    wandb: bool = option(False, "log to Weights & Biases too, if it is installed")
+    dry_run: bool = option(False, "print what would be run and the memory it would take, and end")
+    resume: str | None = option(
+        None,
+        "continue from the _last.pth in --output_dir; with auto, start afresh if there is none",
+        choices=("required", "auto"),
+        nargs="?",
+        const="required",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
+    """A training run; the defaults are the published settings.
+
+    Settings that are None and that the preset decides have its values once the object is made, and `loss_weights` is a
+    number for every predicted scale. Raises ValueError for settings that a model of this type cannot have.
+    """
+
+    group = "training"
+    model_type: str = option(REQUIRED, choices=tuple(MODEL_CLASSES), recorded=True)
+    preset: str = option("published", f"what the flags that are not given are: {preset_help()}", choices=tuple(PRESETS))
+    epochs: int = option(2000, "passes over the data", parse=cli.positive_int, recorded=True)
+    batch_size: int = option(64, "images per step, over all processes", parse=cli.positive_int, recorded=True)
+    lr: float = option(1e-4, "AdamW learning rate", parse=cli.positive_float, recorded=True)
+    lr_schedule: str = option("constant", "cosine decays to 0", choices=("constant", "cosine"), recorded=True)
+    weight_decay: float = option(0.01, "AdamW weight decay", parse=cli.unit_interval, recorded=True)
+    grad_clip: float = option(1.0, "largest gradient norm", parse=cli.positive_float, recorded=True)
+    ema_decay: float = option(0.9999, "EMA decay per step; 0 keeps no EMA", parse=cli.unit_interval, recorded=True)
+    hidden_dims: tuple[int, ...] = option(
+        (64, 128, 256, 512), "channels per level", parse=cli.hidden_dims, recorded=True
+    )
+    beta_schedule: str | None = option(None, "(that of the preset)", choices=SCHEDULE_NAMES, recorded=True)
+    prediction_type: str | None = option(None, "(that of the preset)", choices=PREDICTION_TYPES, recorded=True)
+    min_snr_gamma: float | None = option(
+        None,
+        "weigh the loss by min(SNR, GAMMA) times that of the clean image; 5 is usual (all timesteps alike)",
+        parse=cli.positive_float,
+        metavar="GAMMA",
+        recorded=True,
+    )
+    t_pairs: str | None = option(
+        None,
+        "pairs of fine and coarse timesteps to train on: independent, same, shift:D, heuristic:F, band:W, path:FILE, "
+        "follow:W, band:PATH,W with PATH diagonal, image, shift:D, heuristic:F or FILE; W-V changes over the run (that "
+        "of the preset)",
+        parse=cli.checked(parse_regime),
+        metavar="REGIME",
+    )
+    replan_every: int | None = option(
+        None, f"epochs between plans of --t_pairs follow:W ({REPLAN_EVERY})", parse=cli.positive_int, metavar="E"
+    )
+    replan_images: int | None = option(
+        None, f"images whose errors are measured for them ({REPLAN_IMAGES})", parse=cli.positive_int, metavar="N"
+    )
+    loss_weights: tuple[float, ...] | str | None = option(
+        None,
+        "weights of the losses of the fine and the coarse scale; auto: by dimensions (that of the preset)",
+        parse=cli.loss_weights,
+        metavar="A,B",
+        recorded=True,
+    )
+    representation: str = option(
+        "overcomplete",
+        "the scales: image and half-size image, or half-size image and the details it lacks",
+        choices=tuple(REPRESENTATIONS),
+        recorded=True,
+    )
+    flip: bool = option(False, "mirror images at random (off, as published)", recorded=True)
+    seed: int = option(42, "initial weights, order, noise, timesteps", parse=cli.seed, recorded=True)
+
+    def check(self) -> None:
+        predictions = MODEL_CLASSES[self.model_type].num_predictions
+        preset = preset_values(self.preset, self.model_type, self.representation)
+        self._resolve(**{name: value for name, value in preset.items() if getattr(self, name) is None})
+        self._resolve(loss_weights=scale_weights(self.loss_weights, self.model_type, self.representation))
+        if len(self.loss_weights) != predictions:
+            raise ValueError(
+                f"a '{self.model_type}' model has {predictions} loss(es), not {len(self.loss_weights)}; leave "
+                "--loss_weights out."
+            )
+        if self.representation == "residual" and predictions == 1:
+            raise ValueError(
+                f"a '{self.model_type}' model predicts the fine scale alone, of which no image can be composed; train "
+                "a dual or shared_t model, or leave --representation residual out."
+            )
+        if (self.replan_every or self.replan_images) and not self.follows:
+            raise ValueError("--replan_every and --replan_images belong to --t_pairs follow:W; leave them out.")
+
+    @property
+    def follows(self) -> bool:
+        """Whether the pairs of timesteps follow a path that is planned again in the course of the run."""
+        return (self.t_pairs or "").startswith("follow:")
+
+    def before_choices(self) -> dict[str, Any]:
+        """What runs have that say nothing of a setting, those from before there was a choice, by its name."""
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        return {name: fields[name].default for name in self.recorded()} | {
+            "t_pairs": default_regime(self.model_type),
+            "t_pairs_points": None,
+            "loss_weights": [1.0] * len(self.loss_weights),
+            "replan_every": None,
+            "replan_images": None,
+        }
