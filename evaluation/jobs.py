@@ -40,6 +40,8 @@ from runtime.settings import Settings, option
 
 PUBLISHED_SEEDS = (42, 43, 44, 45, 46)
 MODEL_ALIASES = {"lift": "dual"}
+# What the printed scores call columns of the table; the others have their names.
+VALUE_NAMES = {f"swd_{size}": f"swd level {size} px" for size in (64, 32, 16)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +239,8 @@ class Evaluation:
                 "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             }
             append_row(chosen.output, row)
-            print(f"{job}: {', '.join(f'{name} {value:.5g}' for name, value in values.items())}")
+            said = (f"{VALUE_NAMES.get(name, name)} {value:.5g}" for name, value in values.items())
+            print(f"{job}: {', '.join(said)}")
 
     def _say(self, text: str) -> None:
         if self.processes.is_main:

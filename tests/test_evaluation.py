@@ -380,8 +380,8 @@ def test_ablations_have_a_row_for_every_feed_and_path(stage, run, others, tmp_pa
         folder = tmp_path / f"results/samples/single_t_2ep_raw_{path_type}_4_{feed}"
         expected = sliced_wasserstein(run.images(), images_in(folder))[16]
         assert float(row["swd"]) == pytest.approx(expected, abs=1e-3)
-    assert f"single_t_2ep.pth raw dp_64 coarse from noisy 4 steps seed 42: swd_16 {float(rows[3]['swd']):.5g}" in (
-        re.sub("swd_64.*?, swd_32.*?, ", "", ended.output)
+    assert f"single_t_2ep.pth raw dp_64 coarse from noisy 4 steps seed 42: swd level 16 px {float(rows[3]['swd']):.5g}" in (
+        re.sub("swd level 64.*?, swd level 32.*?, ", "", ended.output)
     )
     # One by one the same, and skipped when there.
     output = stage(eval_fid_batch, *run.eval_flags("one_by_one.csv"), *flags, *FEEDS, "--list_jobs").output
@@ -905,7 +905,7 @@ def test_two_evaluations_share_a_list(stage, run, child, tmp_path):
     said = finish(*[child(flags, ("eval_fid_batch", "generate", Meet(barrier))) for _ in range(2)])
     rows = read_rows(tmp_path / "scores.csv")
     assert sorted(row["seed"] for row in rows) == [str(seed) for seed in range(6)]
-    scored = [re.findall(r"seed (\d): swd_16 ", text) for text in said]
+    scored = [re.findall(r"seed (\d): swd level 16 px ", text) for text in said]
     assert all(scored) and sorted(sum(scored, [])) == [str(seed) for seed in range(6)]
     waits = [re.findall(r"seed (\d): waiting for the process that is at it\n", text) for text in said]
     assert sum(waits, []).count("0") == 1
@@ -927,7 +927,7 @@ def test_the_job_of_a_process_that_dies_is_taken_over(run, child, tmp_path):
     assert [row["seed"] for row in read_rows(tmp_path / "scores.csv")] == ["2"]
     hanging.kill()
     [said] = finish(waiting)
-    assert "seed 1: swd_16 " in said
+    assert "seed 1: swd level 16 px " in said
     assert [row["seed"] for row in read_rows(tmp_path / "scores.csv")] == ["2", "1"]
 
 
