@@ -212,7 +212,8 @@ def write_row(trainer: Trainer, log: RunLog | None, bar: tqdm, clock: Clock) -> 
     }
     if log is not None:
         log.write(row, speed, curves)
-    shown = {key: row[key] for key in ("loss_64", "loss_32", "bad_steps") if row.get(key)}
+    names = {"loss_64": "fine loss", "loss_32": "coarse loss", "bad_steps": "bad steps"}
+    shown = {name: row[key] for key, name in names.items() if row.get(key)}
     shown["images/s"] = speed["images_per_second"]
     bar.set_postfix_str(", ".join(f"{key} {value:.4g}" for key, value in shown.items()))
 
