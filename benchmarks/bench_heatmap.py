@@ -102,7 +102,8 @@ def interpolation_rows(thinned: dict, whole: dict) -> list[dict[str, Any]]:
     """Relative error of an interpolated map at every cell that it did not measure, and what it said itself."""
     rows = []
     away = ~thinned["measured"]
-    for name in (*BLOCKS, "mse_64", "mse_32"):
+    titles = {block: block for block in BLOCKS} | {"mse_64": "fine error", "mse_32": "coarse error"}
+    for name, title in titles.items():
         one, truth = (m["jacobian"][name] if name in BLOCKS else m[name] for m in (thinned, whole))
         if not truth.any():
             continue
@@ -110,7 +111,7 @@ def interpolation_rows(thinned: dict, whole: dict) -> list[dict[str, Any]]:
         error, said = (one / truth - 1).abs()[away], thinned["interpolation_error"][name]
         rows.append(
             {
-                "map": name,
+                "map": title,
                 "median": f"{error.median():.2%}",
                 "95 %": f"{error.quantile(0.95):.2%}",
                 "largest": f"{error.max():.2%}",

@@ -2,8 +2,8 @@
 
     python benchmarks/band_errors.py baseline=FILE.pth residual=FILE.pth --ema --num_images 1000 --output results/errors
 
-Every model is on the diagonal of the image, where its clocks are tied (λ_32 = λ_64, in the residual pair
-λ_64 + log 4), at lines log 4 apart in the log SNR of the image. The error E‖x - x̂‖² is split into low band, the 2x2
+Every model is on the diagonal of the image, where its clocks are tied (λ_coarse = λ_fine, in the residual pair
+λ_fine + log 4), at lines log 4 apart in the log SNR of the image. The error E‖x - x̂‖² is split into low band, the 2x2
 mean, and details; the residual pair predicts them apart. A baseline and a residual pair are told the same there, an
 over-complete pair a little more: its coarse scale adds a quarter to the SNR of the low band. Images are those held out
 of training (--on held_out), noise is drawn for each model, and the ratios to the first model are of equal images.

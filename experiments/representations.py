@@ -5,9 +5,9 @@
 
 Exact squared Wasserstein distance W2² between Gaussian images and what DDIM returns, split into low and detail band,
 along the path that makes it least: of the baseline's one clock on the image; of the over-complete and the residual pair
-on the diagonal of the image (isotropic noise: λ_32 = λ_64, and λ_32 = λ_64 + log 4); and of both with two clocks, which
-in the residual pair is a schedule of its own for every band. All start from pure noise, taken for --start in λ of the
-image, and end clean. No network, no sampling, no seeds.
+on the diagonal of the image (isotropic noise: λ_coarse = λ_fine, and λ_coarse = λ_fine + log 4); and of both with two
+clocks, which in the residual pair is a schedule of its own for every band. All start from pure noise, taken for --start
+in λ of the image, and end clean. No network, no sampling, no seeds.
 
 Writes OUTPUT.csv (a row per path, with its points), and OUTPUT.md: the distances, and how far the coarse scale is ahead
 of the diagonal of the image.
@@ -84,8 +84,8 @@ def report(rows: list[dict[str, Any]], title: str) -> str:
     parts = [
         f"# {title}",
         f"W2² (low band + details) of the best path:\n\n{table(distances)}",
-        "Lead of the coarse scale over the diagonal of the image, λ_32 - λ_64 less 0 (over-complete) or log 4 "
-        f"(residual), mean (least to largest) over the inner points:\n\n{table(leads)}",
+        "Lead of the coarse scale over the diagonal of the image, λ_coarse - λ_fine less 0 (over-complete) or "
+        f"log 4 (residual), mean (least to largest) over the inner points:\n\n{table(leads)}",
     ]
     return "\n\n".join(parts)
 

@@ -122,7 +122,7 @@ def test_bench_heatmap_prints_and_writes_its_tables(stage, tiny, cache, tmp_path
         assert float(timed[0]) > 0 and float(timed[2]) <= float(timed[1]) and len(factors) == 4
     assert [float(f) for f in next(row[1:] for row in rows[5:] if row[0] == ways[0])] == [1] * 4
     names = [row[0] for row in rows]
-    for name in ("whole", "--coarse 3", *BLOCKS, "mse_64", "mse_32"):
+    for name in ("whole", "--coarse 3", *BLOCKS, "fine error", "coarse error"):
         assert names.count(name) == full
     assert str(tmp_path) not in output
 
