@@ -380,9 +380,8 @@ def test_ablations_have_a_row_for_every_feed_and_path(stage, run, others, tmp_pa
         folder = tmp_path / f"results/samples/single_t_2ep_raw_{path_type}_4_{feed}"
         expected = sliced_wasserstein(run.images(), images_in(folder))[16]
         assert float(row["swd"]) == pytest.approx(expected, abs=1e-3)
-    assert f"single_t_2ep.pth raw dp_64 coarse from noisy 4 steps seed 42: swd level 16 px {float(rows[3]['swd']):.5g}" in (
-        re.sub("swd level 64.*?, swd level 32.*?, ", "", ended.output)
-    )
+    said = f"single_t_2ep.pth raw dp_64 coarse from noisy 4 steps seed 42: swd level 16 px {float(rows[3]['swd']):.5g}"
+    assert said in re.sub("swd level 64.*?, swd level 32.*?, ", "", ended.output)
     # One by one the same, and skipped when there.
     output = stage(eval_fid_batch, *run.eval_flags("one_by_one.csv"), *flags, *FEEDS, "--list_jobs").output
     for command in map(shlex.split, output.splitlines()):
