@@ -1,6 +1,5 @@
 """eval_fid_batch.py on tiny models: jobs and rows, references, refusals, many processes at one table, and kills."""
 
-import argparse
 import csv
 import multiprocessing.forkserver
 import os
@@ -33,13 +32,14 @@ from checkpoint import build_model, load_model, read_checkpoint, save_checkpoint
 from children import FORKS
 from conftest import MEASURED, SCORED, list_files, run_stage
 from data import fingerprint_array, load_images, split_holdout
+from evaluation import jobs as jobs_module
 from evaluation import scoring
 from evaluation.inception import Features
 from evaluation.metrics import fid_infinity, inception_score, kernel_distance, precision_recall, sliced_wasserstein
 from evaluation.results_table import METRIC_VALUES, RESULT_FIELDS, VALUE_FIELDS, read_rows
 from paths import families
 from paths.schedule_file import save_schedule
-from planning.choice import choose_path
+from planning.choice import PathSettings, choose_path
 from planning.error_map import load_heatmap
 
 SECONDS = 120  # Far longer than anything here takes, so that a busy machine fails no test.
@@ -89,13 +89,13 @@ def frechet(mean_1, cov_1, mean_2, cov_2):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    monkeypatch.setattr(eval_fid_batch, "load_inception", Colours)
+    monkeypatch.setattr(jobs_module, "load_inception", Colours)
 
 
 @pytest.fixture
 def no_sampling(monkeypatch):
     """A test in which an image is made fails."""
-    monkeypatch.setattr(eval_fid_batch, "generate", lambda *args, **kwargs: pytest.fail("images were made"))
+    monkeypatch.setattr(jobs_module, "generate", lambda *args, **kwargs: pytest.fail("images were made"))
 
 
 def measured(row):
@@ -369,8 +369,7 @@ def test_ablations_have_a_row_for_every_feed_and_path(stage, run, others, tmp_pa
     assert len({row["swd"] for row in rows}) == len({row["path_fingerprint"] for row in rows}) == 4
     loaded = load_model(others / "single_t_2ep.pth")
     for row, (path_type, feed) in zip(rows, keys, strict=True):
-        args = argparse.Namespace(num_steps=4, spacing="uniform_t", max_jump=5, factor="B", normalisation="published")
-        path = choose_path(args, path_type, loaded, tmp_path / "maps/heatmap_4_single_t_2ep.pth")
+        path = choose_path(PathSettings(), path_type, 4, loaded, tmp_path / "maps/heatmap_4_single_t_2ep.pth")
         assert row["path_fingerprint"] == f"{path.fingerprint()}-{feed}"
         assert (row["model_type"], row["regime"], row["nfe"]) == ("single_t", "independent", "4")
         # It is the score of the files of the same feed.
@@ -411,9 +410,8 @@ def test_families_are_scored_like_any_path(stage, run, tmp_path):
     assert len({row["swd"] for row in rows}) == len({row["path_fingerprint"] for row in rows}) == 5
     assert {row["nfe"] for row in rows} == {"4"}
     loaded = load_model(run.lift)
-    args = argparse.Namespace(num_steps=4, spacing="uniform_t", kl_weight=1.0)
     for row in rows:
-        path = choose_path(args, row["path_type"], loaded, run.heatmap)
+        path = choose_path(PathSettings(), row["path_type"], 4, loaded, run.heatmap)
         assert row["path_fingerprint"] == path.fingerprint()
 
 
@@ -623,7 +621,7 @@ def test_references_and_numbers_that_do_not_go_together_are_refused_before_sampl
 def test_a_damaged_cache_is_refused_before_sampling(stage, refused, run, tmp_path, stand_in, monkeypatch):
     flags = lift_flags(run, tmp_path / "scores.csv", "--metrics", "fid", "kid", "--cache_dir", tmp_path / "cache")
     stage(eval_fid_batch, *flags)
-    monkeypatch.setattr(eval_fid_batch, "generate", lambda *args, **kwargs: pytest.fail("images were made"))
+    monkeypatch.setattr(jobs_module, "generate", lambda *args, **kwargs: pytest.fail("images were made"))
     for name in ("fid_reference_*.npz", "features_*.npy"):
         [file] = Path("cache").glob(name)
         whole = file.read_bytes()
@@ -697,7 +695,7 @@ def test_a_foreign_table_is_left_alone(refused, run, tmp_path, no_sampling):
 def test_a_table_edited_into_nonsense_is_refused_before_anything_is_computed(
     refused, run, table, tmp_path, no_sampling, monkeypatch
 ):
-    monkeypatch.setattr(eval_fid_batch, "load_model", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(jobs_module, "load_model", lambda *args: pytest.fail("a model was loaded"))
     lines = table.read_text().splitlines(keepends=True)
     fields = {name: RESULT_FIELDS.index(name) for name in ("swd", "seed", "metric", "weights", "fid")}
     file = tmp_path / "scores.csv"
@@ -739,7 +737,7 @@ def test_a_network_that_is_not_finite_is_named_and_what_was_scored_is_kept(run, 
         loaded.model.denoise = broken
         return loaded
 
-    monkeypatch.setattr(eval_fid_batch, "load_model", load)
+    monkeypatch.setattr(jobs_module, "load_model", load)
     flags = lift_flags(run, tmp_path / "scores.csv", "--seeds", 42, 43, 44, "--batch_size", 4)
     ended = run_stage(eval_fid_batch, *flags)
     assert ended.status == 1 and len(ended.message.splitlines()) == 1
@@ -758,7 +756,7 @@ def test_a_job_that_fails_keeps_no_other_from_running(run, tmp_path, monkeypatch
             raise ValueError("this one will not do.")
         return scoring.generate(loaded, path, seeds, *arguments, **options)
 
-    monkeypatch.setattr(eval_fid_batch, "generate", generate)
+    monkeypatch.setattr(jobs_module, "generate", generate)
     ended = run_stage(eval_fid_batch, *lift_flags(run, tmp_path / "scores.csv", "--seeds", 42, 43, 44))
     assert ended.status == 1 and ended.message == "error: this one will not do."
     assert "seed 43: failed: this one will not do." in ended.notes
@@ -934,8 +932,8 @@ def test_evaluations_that_need_the_same_heatmap_compute_it_once(run, child, tmp_
     barrier = FORKS.Barrier(4)
     patches = [
         # None of them has found it when the first begins.
-        ("compute_heatmap_30", "compute", Meet(barrier)),
-        ("compute_heatmap_30", "error_map", Log(tmp_path / "calls")),
+        ("planning.heatmap", "compute", Meet(barrier)),
+        ("planning.heatmap", "error_map", Log(tmp_path / "calls")),
     ]
     flags = lift_flags(run, tmp_path / "scores.csv", "--path_type", "dp_64", "--heatmap_dir", tmp_path / "maps")
     flags += ["--K", 1, "--heatmap_images", 2, "--seeds"]
@@ -976,7 +974,7 @@ def test_two_processes_of_one_run_give_the_rows_of_one(stage, run, ranks, tmp_pa
     flags = ["--path_type", "diagonal", "dp_64", "--num_images", 11, "--batch_size", 4, "--metrics", "fid", "swd", "nn"]
     flags += ["--cache_dir", tmp_path / "cache", "--K", 1, "--heatmap_images", 2, "--heatmap_dir"]
     # The second process is done with the map well before the first has written it.
-    late = ("compute_heatmap_30", "save_heatmap", Delay(0.5))
+    late = ("planning.heatmap", "save_heatmap", Delay(0.5))
     first, second = finish(*ranks(lift_flags(run, tmp_path / "two.csv", *flags, tmp_path / "maps"), STAND_IN, late))
     assert first.count(": fid ") == 2 and "seed" not in second
     stage(eval_fid_batch, *lift_flags(run, tmp_path / "one.csv", *flags, tmp_path / "maps"))

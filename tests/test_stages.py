@@ -34,6 +34,7 @@ from evaluation.results_table import append_row, read_rows
 from paths.families import diagonal
 from paths.optimal import find_optimal_path_n_steps_lambda
 from paths.schedule_file import load_schedule
+from planning import heatmap as heatmap_module
 from planning.error_map import load_heatmap, save_heatmap
 
 STAGES = [
@@ -308,7 +309,7 @@ def denoiser(monkeypatch):
             loaded.model.denoise = make(loaded.model.denoise)
             return loaded
 
-        monkeypatch.setattr(compute_heatmap_30, "load_model", load)
+        monkeypatch.setattr(heatmap_module, "load_model", load)
 
     return replace
 
@@ -419,8 +420,8 @@ def test_jacobians_of_the_clean_image_are_kept_apart(stage, refused, run, tmp_pa
 
 @pytest.mark.parametrize(("deviation", "used"), [(0.5, "bf16"), (1.5, "fp32"), (float("nan"), "fp32")])
 def test_bf16_is_used_where_it_changes_less_than_chance(stage, run, tmp_path, drawn, monkeypatch, deviation, used):
-    monkeypatch.setattr(compute_heatmap_30, "resolve_precision", lambda device, name: "bf16")
-    monkeypatch.setattr(compute_heatmap_30, "largest_deviation", lambda *maps: deviation)
+    monkeypatch.setattr(heatmap_module, "resolve_precision", lambda device, name: "bf16")
+    monkeypatch.setattr(heatmap_module, "largest_deviation", lambda *maps: deviation)
     flags = [*run.heatmap_flags(tmp_path / "map.pth"), "--precision", "auto"]
     output = stage(compute_heatmap_30, *flags).output
     assert f"bf16 differs from fp32 by at most {deviation} standard errors: {used}\n" in output
@@ -430,7 +431,7 @@ def test_bf16_is_used_where_it_changes_less_than_chance(stage, run, tmp_path, dr
 
 
 def test_a_grid_of_two_lines_is_probed_too(stage, run, tmp_path, drawn, monkeypatch):
-    monkeypatch.setattr(compute_heatmap_30, "resolve_precision", lambda device, name: "bf16")
+    monkeypatch.setattr(heatmap_module, "resolve_precision", lambda device, name: "bf16")
     flags = [*run.heatmap_flags(tmp_path / "map.pth"), "--precision", "auto", "--grid", 2, "--num_steps", 2]
     assert "standard errors: " in stage(compute_heatmap_30, *flags).output
     assert load_heatmap(tmp_path / "map.pth")["t_grid"].tolist() == [999, 0]

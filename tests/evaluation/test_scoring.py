@@ -17,6 +17,7 @@ import generate_with_path_30
 import train_lift
 from checkpoint import load_model, read_checkpoint
 from children import FORKS
+from cli import DataSettings
 from conftest import TINY, run_stage
 from data import (
     ImageSet,
@@ -411,8 +412,8 @@ def test_counts_belong_to_the_data_set_they_were_given_with(tmp_path):
     config |= {"limit": 5, "holdout": 2}
 
     def parts(config, **given):
-        flags = {"dataset": None, "limit": None, "holdout": None, "skip_bad_images": False, "num_workers": 1}
-        images, held_out = cli.load_image_parts(SimpleNamespace(**flags | given, cache_dir=tmp_path / "cache"), config)
+        settings = DataSettings(num_workers=1, cache_dir=tmp_path / "cache", **given)
+        images, held_out = cli.load_image_parts(settings, config)
         return len(images), held_out and len(held_out)
 
     assert parts(config) == (3, 2)

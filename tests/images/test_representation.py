@@ -1,6 +1,5 @@
 """Representations: exact inverses, orthogonal bands, the noise that belongs to them, and what follows them."""
 
-import argparse
 import copy
 import itertools
 import math
@@ -29,7 +28,7 @@ from networks.pretrained import write_pretrained
 from paths.families import diagonal, log_snr_shift
 from paths.optimal import Readings, kl_cost, kl_step_cost
 from paths.path import Path, timestep_grid
-from planning.choice import choose_path
+from planning.choice import PathSettings, choose_path
 from planning.error_map import error_map, largest_deviation, load_heatmap
 from planning.map_paths import KLProblem, kl_refined
 from scheduler import PREDICTION_TYPES, DDIMScheduler
@@ -328,8 +327,7 @@ class LoadedStub:
 @BOTH
 def test_on_the_image_diagonal_both_scales_have_the_noise_of_one_image(kind):
     loaded = LoadedStub(kind)
-    args = argparse.Namespace(num_steps=9, spacing="uniform_t")
-    path = choose_path(args, "image_diagonal", loaded)
+    path = choose_path(PathSettings(), "image_diagonal", 9, loaded)
     log_snr = loaded.scheduler.log_snr.numpy()
     t_64, t_32 = np.array(path.points).T
     assert t_64.tolist() == [t for (t,) in diagonal(9, num_scales=1).points] and (t_32[0], t_32[-1]) == (999, 0)

@@ -19,6 +19,7 @@ from checkpoint import MODEL_CLASSES, LoadedModel, load_model
 from conftest import run_stage
 from diffusion.sampler import sample_seeds
 from diffusion.super_resolution import super_resolution_path, super_resolve
+from evaluation import jobs
 from evaluation.results_table import read_rows
 from images.representation import REPRESENTATIONS
 from model import LIFTDualTimestepModel
@@ -27,7 +28,7 @@ from paths.optimal import Readings, kl_cost, kl_path, kl_step_cost, path_cost
 from paths.path import Path, timestep_grid
 from paths.refine import cost_off_grid
 from paths.schedule_file import load_schedule, save_schedule
-from planning.choice import choose_path, why_not
+from planning.choice import PathSettings, choose_path, why_not
 from planning.error_map import MSES, load_heatmap, save_heatmap
 from planning.heatmap import heatmap_file
 from planning.map_paths import KLProblem, beyond_seen, kl_cascade, kl_lines, kl_refined, seen_cells
@@ -228,8 +229,7 @@ def loaded(model_type="dual"):
 
 
 def chosen(text, model_type="dual", num_steps=8, spacing="uniform_t"):
-    args = argparse.Namespace(num_steps=num_steps, spacing=spacing)
-    return choose_path(args, path_type(text), loaded(model_type))
+    return choose_path(PathSettings(spacing=spacing), path_type(text), num_steps, loaded(model_type))
 
 
 @pytest.mark.parametrize("model_type", ["dual", "single_t", "no_t"])
@@ -508,7 +508,7 @@ def calls(monkeypatch):
         loaded.model.denoise = counted
         return loaded
 
-    for module in (generate_with_path_30, eval_fid_batch):
+    for module in (generate_with_path_30, jobs):
         monkeypatch.setattr(module, "load_model", load)
     return seen
 
