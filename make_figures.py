@@ -7,6 +7,7 @@
     python make_figures.py paths_epochs results/heatmap_30_*ep*.pth --output results/paths_epochs.png
     python make_figures.py t_pairs independent same shift:2 heuristic:0.8 band:image,1 --output results/t_pairs.png
     python make_figures.py samples "Baseline=results/samples/a" "LIFT=results/samples/b" --output results/rows.png
+    python make_figures.py overview results/samples/b --output results/overview.png
 
 One heatmap is drawn by compute_heatmap_30.py, one sampling trajectory by generate_with_path_30.py.
 """
@@ -25,7 +26,7 @@ from evaluation.result_layout import series_of
 from evaluation.results_table import GROUP_FIELDS, VALUE_FIELDS, aggregate, read_rows
 from figures.images import plot_samples
 from figures.losses import plot_losses
-from figures.paths import plot_path_comparison, plot_paths_across_epochs, plot_timestep_pairs
+from figures.paths import plot_path_and_samples, plot_path_comparison, plot_paths_across_epochs, plot_timestep_pairs
 from figures.scores import METRIC_TITLES, check_comparable, plot_scores, plot_scores_against_nfe
 from paths.path import Path as PathOfTimesteps
 from paths.schedule_file import load_schedule
@@ -112,6 +113,14 @@ class SamplesSettings(TitledSettings):
 
     inputs: tuple[str, ...] = _inputs("NAME=FOLDER of PNGs")
     columns: int = option(12, "images per row", parse=positive_int)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverviewSettings(TitledSettings):
+    """A path and its samples."""
+
+    inputs: tuple[str, ...] = _inputs("FOLDER of generate_with_path_30.py")
+    images: int = option(24, "images beside the path", parse=positive_int)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +225,17 @@ def draw_samples(settings: SamplesSettings) -> None:
     plot_samples(stacks, settings.output, settings.title)
 
 
+def draw_overview(settings: OverviewSettings) -> None:
+    """The path and the first images of one folder of samples."""
+    if len(settings.inputs) > 1:
+        raise ValueError(f"An overview is of one folder of samples, not {len(settings.inputs)}; draw one for each.")
+    folder = Path(settings.inputs[0])
+    path = load_schedule(folder / "schedule.json")
+    samples = np.stack(list(read_samples(folder, settings.images).values()))
+    num_train_timesteps = len(log_snr_table({path.provenance.get("beta_schedule")}))
+    plot_path_and_samples(path, samples, num_train_timesteps, settings.output, settings.title)
+
+
 def draw_scores(settings: ScoresSettings) -> None:
     """Mean and deviation over seeds; of several evaluations of one point of a curve, the last one written counts."""
     wanted = {name: str(value) for name in ("num_images", "nfe") if (value := getattr(settings, name)) is not None}
@@ -293,6 +313,7 @@ FIGURES = {
     "scores": (ScoresSettings, "a metric against the epoch, or beside each other for one epoch", draw_scores),
     "nfe": (AgainstCallsSettings, "a metric against network calls, a panel for each table", draw_against_nfe),
     "samples": (SamplesSettings, "samples of equal seeds beside each other", draw_samples),
+    "overview": (OverviewSettings, "a path and what was sampled along it", draw_overview),
     "t_pairs": (TimestepPairsSettings, "pairs of timesteps that a training draws", draw_timestep_pairs),
 }
 

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
+from figures.images import image_grid
 from figures.plane import (
     COARSE_LABEL,
     COARSE_LOG_SNR_LABEL,
@@ -29,6 +30,7 @@ from figures.plane import (
 from figures.style import COLORS, STYLE, WEIGHTS_TITLES, curve_style, even_columns, save_figure, spread_out
 from paths.path import Path
 
+SAMPLE_COLUMNS = 6  # Beside a path.
 PAIR_COLORS = LinearSegmentedColormap.from_list("pairs", ["0.88", COLORS[0], "0.05"])
 
 
@@ -44,6 +46,20 @@ def plot_path_comparison(
     ValueError for no path, a path of more than two scales, or a table shorter than a path needs.
     """
     save_figure(_path_comparison_figure(paths, log_snr_table, title), file)
+
+
+def plot_path_and_samples(
+    path: Path,  # of two scales
+    samples: ArrayLike,  # uint8 [N, C, H, W], C = 1 or 3
+    num_train_timesteps: int,
+    file: str | os.PathLike,
+    title: str = "",
+) -> None:
+    """Draw a path in the plane of timesteps, beside the diagonal, and to its right images that were sampled along it.
+
+    Raises ValueError for a path of another number of scales or beyond the timesteps, and for no image.
+    """
+    save_figure(_path_and_samples_figure(path, samples, num_train_timesteps, title), file)
 
 
 def plot_paths_across_epochs(
@@ -92,6 +108,21 @@ def _path_comparison_figure(paths: Mapping[str, Path], log_snr_table: ArrayLike,
         curves = figure.subplots()
     _draw_timesteps(curves, paths, table, styles)
     _add_legend(figure, styles)
+    figure.suptitle(title)
+    return figure
+
+
+@rc_context(STYLE)
+def _path_and_samples_figure(path: Path, samples: ArrayLike, num_train_timesteps: int, title: str) -> Figure:
+    _check_path(path.kind, path, np.zeros(num_train_timesteps), allowed_scales=(2,))
+    grid = image_grid(samples, SAMPLE_COLUMNS, scale=4, padding=4)  # [H', W', 3]
+    figure = Figure(figsize=(11.0, 4.6), layout="constrained")
+    plane, pictures = figure.subplots(1, 2, width_ratios=(1, 1.9))
+    _draw_plane(plane, {path.kind: path}, num_train_timesteps - 1, {path.kind: curve_style(1)})
+    plane.set_title(f"a path of {path.nfe} steps", loc="left")
+    pictures.imshow(grid, interpolation="nearest")
+    pictures.set_axis_off()
+    pictures.set_title("what is sampled along it", loc="left")
     figure.suptitle(title)
     return figure
 

@@ -3,7 +3,7 @@ import pytest
 
 import figures.paths
 from figure_checks import check_file, check_layout, render
-from figures.paths import plot_path_comparison, plot_paths_across_epochs
+from figures.paths import plot_path_and_samples, plot_path_comparison, plot_paths_across_epochs
 from paths.families import diagonal
 from paths.path import Path, path_from_cells, timestep_grid
 from scheduler import DDIMScheduler
@@ -21,7 +21,9 @@ EPOCHS = {
     for weights in ("raw", "ema")
     if (epoch, weights) != (1400, "ema")
 }
+IMAGES = np.random.default_rng(0).integers(0, 256, (13, 3, 16, 16), dtype=np.uint8)
 FIGURES = {
+    "overview": (lambda file: plot_path_and_samples(PATHS["DP"], IMAGES, 1000, file, "title"), (1650, 690)),
     "paths": (lambda file: plot_path_comparison(PATHS, LOG_SNR, file, "title"), (1650, 810)),
     "epochs": (lambda file: plot_paths_across_epochs(EPOCHS, LOG_SNR, file), (1545, 1635)),
 }
@@ -33,6 +35,7 @@ def test_file_is_a_picture_of_the_announced_size(name, tmp_path):
 
 
 LAID_OUT = {
+    "overview": lambda: figures.paths._path_and_samples_figure(PATHS["DP"], IMAGES, 1000, "title"),
     "paths": lambda: figures.paths._path_comparison_figure(PATHS, LOG_SNR, "title"),
     "epochs": lambda: figures.paths._paths_across_epochs_figure(EPOCHS, LOG_SNR, "title"),
     "one epoch": lambda: figures.paths._paths_across_epochs_figure(
@@ -47,6 +50,19 @@ def test_nothing_overlaps_or_leaves_the_page(name):
 
 
 # Paths
+
+
+def test_an_overview_holds_the_path_and_every_image():
+    figure = figures.paths._path_and_samples_figure(PATHS["DP"], IMAGES, 1000, "title")
+    plane, pictures = figure.axes
+    np.testing.assert_array_equal(plane.lines[-1].get_xydata(), np.array(PATHS["DP"].points)[:, ::-1])
+    shown = pictures.images[0].get_array()
+    pixels = 4 * 16 + 4  # Enlarged four times, with a margin.
+    for k, image in enumerate(IMAGES):
+        top, left = 4 + k // 6 * pixels, 4 + k % 6 * pixels
+        np.testing.assert_array_equal(shown[top : top + 64 : 4, left : left + 64 : 4], image.transpose(1, 2, 0))
+    with pytest.raises(ValueError, match="scale"):
+        figures.paths._path_and_samples_figure(PATHS["baseline"], IMAGES, 1000, "title")
 
 
 def test_path_panels_hold_the_timesteps():
