@@ -20,13 +20,13 @@ Resolution, widths and channels are those of the checkpoint, if one is given. Pr
 takes 40 s per network and precision on a CPU; where bf16 is emulated, that variant is left out.
 """
 
-import argparse
 import copy
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,6 +44,7 @@ import cli
 from bench_heatmap import seconds_of
 from bench_train import describe_machine, matmul_peak, show, table, turns
 from checkpoint import build_model, load_model
+from cli import CheckpointSettings, DataSettings, HardwareSettings
 from data import to_uint8
 from diffusion.sampler import (
     Denoiser,
@@ -60,6 +61,7 @@ from evaluation.metrics import SlicedWasserstein, frechet_distance
 from paths.families import diagonal
 from paths.path import Path as SamplingPath
 from runtime.device import AUTOCAST_DTYPES, autocast, has_fast_bf16, memory_format, select_device
+from runtime.settings import option, parse_settings
 from scheduler import DDIMScheduler
 
 # By name: precision and whether compiled. Plain comes first, as all are compared with it.
@@ -79,27 +81,31 @@ INCEPTION_BATCH = 32
 FRECHET_FEATURES = 2048
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint", help="of a dual or baseline model, for its sizes and for the part images")
-    add("--ema", action="store_true", help="use the EMA weights")
-    add("--resolution", type=cli.positive_int, default=None, help="(that of the checkpoint, else 64)")
-    add("--hidden_dims", type=cli.hidden_dims, default=None, help="(those of the checkpoint, else 64,128,256,512)")
-    add("--models", nargs="+", choices=MODELS, default=MODELS, help="to sample with (both)")
-    add("--variants", nargs="+", choices=tuple(VARIANTS)[1:], help="beside plain (all; see above)")
-    add("--parts", nargs="+", choices=PARTS, help="(all that can be measured)")
-    add("--batch_size", type=cli.positive_int, default=64, help="images per network call (64)")
-    add("--num_steps", type=cli.positive_int, default=18, help="network calls per image (18)")
-    add("--num_images", type=cli.positive_int, default=200, help="of the part images (200)")
-    add("--steps", type=cli.positive_int, default=10, help="timed turns of each variant after the first (10)")
-    add("--seconds", type=cli.positive_float, default=20, help="no further turn after so long, per table (20)")
-    add("--output", default=None, metavar="FILE", help="write the report here too")
-    cli.add_data_arguments(parser, dataset_default=None)
-    group = parser.add_argument_group("hardware")
-    group.add_argument("--device", default=None, help="0, cuda:1 or cpu (the first GPU if there is one)")
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class EvaluationBenchSettings(CheckpointSettings, DataSettings, HardwareSettings):
+    """What of an evaluation is timed, at which size, and how long; precisions are those of the variants."""
+
+    checkpoint: str | None = option(None, "of a dual or baseline model, for its sizes and for the part images")
+    resolution: int | None = option(None, "(that of the checkpoint, else 64)", parse=cli.positive_int)
+    hidden_dims: tuple[int, ...] | None = option(
+        None, "(those of the checkpoint, else 64,128,256,512)", parse=cli.hidden_dims
+    )
+    models: tuple[str, ...] = option(MODELS, "to sample with", choices=MODELS, nargs="+", shown="both")
+    variants: tuple[str, ...] | None = option(
+        None, "beside plain (all; see above)", choices=tuple(VARIANTS)[1:], nargs="+"
+    )
+    parts: tuple[str, ...] | None = option(None, "(all that can be measured)", choices=PARTS, nargs="+")
+    batch_size: int = option(64, "images per network call", parse=cli.positive_int)
+    num_steps: int = option(18, "network calls per image", parse=cli.positive_int)
+    num_images: int = option(200, "of the part images", parse=cli.positive_int)
+    steps: int = option(10, "timed turns of each variant after the first", parse=cli.positive_int)
+    seconds: float = option(20, "no further turn after so long, per table", parse=cli.positive_float)
+    output: str | None = option(None, "write the report here too", metavar="FILE")
+
+
+def parse_args() -> EvaluationBenchSettings:
+    """The settings of this benchmark, from its flags."""
+    return parse_settings(EvaluationBenchSettings, __doc__, leave_out=("precision",))
 
 
 @torch.no_grad()
@@ -166,13 +172,13 @@ class Contestant:
 
 
 def race(
-    contestants: dict[str, Callable[[], Any]], args: argparse.Namespace, device: torch.device
+    contestants: dict[str, Callable[[], Any]], max_turns: int, max_seconds: float, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of every turn of each contestant; one that is slow beside the first has the first turn only."""
     seconds = {name: [seconds_of(run, device)[0]] for name, run in contestants.items()}
     first = next(iter(contestants))
     taking_part = [name for name in contestants if seconds[name][0] < SLOW * seconds[first][0]]
-    for _ in turns(args):
+    for _ in turns(max_turns, max_seconds):
         for name in taking_part:
             seconds[name].append(seconds_of(contestants[name], device)[0])
     return seconds
@@ -192,14 +198,15 @@ def sampling_rows(
     contestants: dict[str, Contestant],
     seconds: dict[str, list[float]],
     flop: int,
-    args: argparse.Namespace,
+    batch_size: int,
+    num_steps: int,
     peak: dict[str, float],
 ) -> list[dict[str, Any]]:
     """A row for each variant; ratios to plain are medians over the turns that both took."""
     rows = []
     for name, contestant in contestants.items():
-        images_per_second = args.batch_size / statistics.median(seconds[name])
-        rate = flop * args.num_steps * images_per_second
+        images_per_second = batch_size / statistics.median(seconds[name])
+        rate = flop * num_steps * images_per_second
         ratios = [plain / it for plain, it in zip(seconds["plain"], seconds[name], strict=False)]
         rows.append(
             {
@@ -267,7 +274,9 @@ def random_inception(folder: str, device: torch.device, resize: str) -> nn.Modul
     return load_inception(file, device, resize)
 
 
-def inception_speeds(resolution: int, args: argparse.Namespace, device: torch.device) -> tuple[int, dict[str, float]]:
+def inception_speeds(
+    resolution: int, max_turns: int, max_seconds: float, device: torch.device
+) -> tuple[int, dict[str, float]]:
     """FLOP of an image, and images/s by the filter; the filters take turns."""
     shape = (INCEPTION_BATCH, 3, resolution, resolution)
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
@@ -279,7 +288,7 @@ def inception_speeds(resolution: int, args: argparse.Namespace, device: torch.de
     runs = {name: lambda it=it: extract(it, pixels, INCEPTION_BATCH) for name, it in networks.items()}
     for run in runs.values():
         run()
-    seconds = race(runs, args, device)
+    seconds = race(runs, max_turns, max_seconds, device)
     return counter.get_total_flops(), {name: INCEPTION_BATCH / statistics.median(s) for name, s in seconds.items()}
 
 
@@ -337,26 +346,26 @@ def image_rows(pixels: dict[str, torch.Tensor], distance: Callable[[torch.Tensor
 class Bench:
     """What the parts share, and the notes they leave."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.args, self.device = args, device
-        self.loaded = load_model(args.checkpoint, args.ema) if args.checkpoint else None
+    def __init__(self, settings: EvaluationBenchSettings, device: torch.device):
+        self.settings, self.device = settings, device
+        self.loaded = load_model(settings.checkpoint, settings.ema) if settings.checkpoint else None
         config = self.loaded.config if self.loaded else {"hidden_dims": (64, 128, 256, 512), "resolution": 64}
-        self.hidden_dims = tuple(args.hidden_dims or config["hidden_dims"])
+        self.hidden_dims = tuple(settings.hidden_dims or config["hidden_dims"])
         self.channels = config.get("channels", 3)
-        self.resolution = args.resolution or config["resolution"]
-        self.parts = args.parts or [part for part in PARTS if part != "images" or self.loaded]
+        self.resolution = settings.resolution or config["resolution"]
+        self.parts = settings.parts or [part for part in PARTS if part != "images" or self.loaded]
         if "images" in self.parts and not self.loaded:
             raise ValueError("The part images needs a trained model; pass --checkpoint or leave it out of --parts.")
-        self.variants = ["plain", *(args.variants or tuple(VARIANTS)[1:])]
+        self.variants = ["plain", *(settings.variants or tuple(VARIANTS)[1:])]
         self.notes = []
-        if args.variants is None and not has_fast_bf16(device):
+        if settings.variants is None and not has_fast_bf16(device):
             self.variants.remove("bf16 compiled")
             self.notes.append("This machine emulates bf16; compiled bf16 was not measured.")
 
     def contestants(self, model: nn.Module, scheduler: DDIMScheduler, resolution: int) -> dict[str, Contestant]:
         """All variants of one model."""
         made = {
-            v: Contestant(v, model, scheduler, resolution, self.args.batch_size, self.device) for v in self.variants
+            v: Contestant(v, model, scheduler, resolution, self.settings.batch_size, self.device) for v in self.variants
         }
         self.notes += [it.note for it in made.values() if it.note and it.note not in self.notes]
         return made
@@ -366,11 +375,12 @@ class Bench:
         torch.manual_seed(0)
         config = {"model_type": model_type, "hidden_dims": self.hidden_dims, "channels": self.channels}
         model = build_model(config).to(self.device)
-        path = diagonal(self.args.num_steps, num_scales=model.num_scales)
+        path = diagonal(self.settings.num_steps, num_scales=model.num_scales)
         made = self.contestants(model, DDIMScheduler(), self.resolution)
         for it in made.values():  # The first calls are slower.
             it.batch(diagonal(2, num_scales=model.num_scales))
-        seconds = race({name: lambda it=it: it.batch(path) for name, it in made.items()}, self.args, self.device)
+        runs = {name: lambda it=it: it.batch(path) for name, it in made.items()}
+        seconds = race(runs, self.settings.steps, self.settings.seconds, self.device)
         overhead = {}
         if "overhead" in self.parts:
             fastest = min(self.variants[1:], key=lambda name: statistics.median(seconds[name]))
@@ -380,10 +390,10 @@ class Bench:
     def images(self) -> list[dict[str, Any]]:
         """The part of that name."""
         model, scheduler, config, _ = self.loaded
-        training = cli.load_training_images(self.args, config)
-        swd = SlicedWasserstein(training.pixels, self.args.num_images, device=self.device)
-        path = diagonal(self.args.num_steps, num_scales=model.num_scales)
-        seeds = image_seeds(42, self.args.num_images)
+        training = cli.load_training_images(self.settings, config)
+        swd = SlicedWasserstein(training.pixels, self.settings.num_images, device=self.device)
+        path = diagonal(self.settings.num_steps, num_scales=model.num_scales)
+        seeds = image_seeds(42, self.settings.num_images)
         pixels = {
             name: torch.cat([to_uint8(images[0]).cpu() for images in it.images(path, seeds)])
             for name, it in self.contestants(model, scheduler, config["resolution"]).items()
@@ -393,28 +403,30 @@ class Bench:
 
 def main() -> None:
     """Measure, print and write."""
-    args = parse_args()
-    device = select_device(args.device)
-    bench = Bench(args, device)
+    settings = parse_args()
+    device = select_device(settings.device)
+    bench = Bench(settings, device)
     dtypes = {name: DTYPES[name] for name in dict.fromkeys(VARIANTS[v][0] for v in bench.variants)}
     peaks = {name: [matmul_peak(dtype, device)] for name, dtype in dtypes.items()}
     sampled, sections = {}, {}
     if {"sampling", "overhead"} & set(bench.parts):
-        sampled = {model_type: bench.sampling(model_type) for model_type in args.models}
-    speeds = inception_speeds(bench.resolution, args, device) if "inception" in bench.parts else None
+        sampled = {model_type: bench.sampling(model_type) for model_type in settings.models}
+    speeds = None
+    if "inception" in bench.parts:
+        speeds = inception_speeds(bench.resolution, settings.steps, settings.seconds, device)
     if "frechet" in bench.parts:
         sections[f"Fréchet distance of {FRECHET_FEATURES} features, on the CPU"] = frechet_rows()
     if "images" in bench.parts:
-        title = f"{args.num_images} images of {Path(args.checkpoint).name}, {bench.loaded.weights}, beside plain"
-        sections[f"{title}; differences in grey levels"] = bench.images()
+        title = f"{settings.num_images} images of {Path(settings.checkpoint).name}, {bench.loaded.weights}"
+        sections[f"{title}, beside plain; differences in grey levels"] = bench.images()
     for name, dtype in dtypes.items():
         peaks[name].append(matmul_peak(dtype, device))
     peak = {name: max(*both, *peaks["fp32"])[0] for name, both in peaks.items()}
     rates = {}
     for model_type, (made, seconds, flop, _) in sampled.items():
         title = f"Sampling, {model_type}: {flop / 1e9:.4g} GFLOP per call and image"
-        rates[f"{title}, {args.num_steps} calls, batch {args.batch_size}"] = sampling_rows(
-            made, seconds, flop, args, peak
+        rates[f"{title}, {settings.num_steps} calls, batch {settings.batch_size}"] = sampling_rows(
+            made, seconds, flop, settings.batch_size, settings.num_steps, peak
         )
     if overheads := [overhead for *_, overhead in sampled.values() if overhead]:
         rates["Time outside the network, for the fastest of ours"] = overheads
@@ -429,7 +441,7 @@ def main() -> None:
     title = f"# Evaluation at {bench.resolution}x{bench.resolution}, widths {widths}"
     tables = [f"## {name}\n\n{table(rows)}" for name, rows in (rates | sections).items()]
     text = "\n\n".join([title, describe_machine(device), *bench.notes, *tables])
-    show(text, args.output)
+    show(text, settings.output)
 
 
 if __name__ == "__main__":

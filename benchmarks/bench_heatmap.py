@@ -15,12 +15,12 @@ Then the whole grid with one probe, and thinned (`--coarse`), whose error is tak
 Prints a report in Markdown.
 """
 
-import argparse
 import functools
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,32 +34,34 @@ import cli
 from bench_settings import synchronize
 from bench_train import describe_machine, show, table
 from checkpoint import LoadedModel, load_model
+from cli import CheckpointSettings, DataSettings, HardwareSettings
 from data import coarse as two_by_two_mean
 from data import to_float
 from paths.path import timestep_grid
 from planning.error_map import BLOCKS, draw_noise_and_probes, error_map
 from runtime.device import autocast, resolve_precision, select_device
+from runtime.settings import option, parse_settings
 
 PLAIN_PROBES = 4
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint", required=True)
-    add("--ema", action="store_true", help="use the EMA weights")
-    add("--grid", type=cli.positive_int, default=30, help="(30)")
-    add("--lines", type=cli.positive_int, default=4, help="lines per axis that all contestants take (4)")
-    add("--coarse", type=cli.positive_int, default=10, help="lines per axis of the thinned map (10)")
-    add("--num_images", type=cli.positive_int, default=16, help="(16)")
-    add("--batch_size", type=cli.positive_int, default=64, help="samples per call of ours (64)")
-    add("--rounds", type=cli.positive_int, default=3, help="turns of each contestant (3)")
-    add("--no-full", dest="full", action="store_false", help="leave the whole grid out")
-    add("--output", default=None, metavar="FILE", help="write the report here too")
-    cli.add_data_arguments(parser, dataset_default=None)
-    cli.add_device_arguments(parser)
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class MapBenchSettings(CheckpointSettings, DataSettings, HardwareSettings):
+    """Whose maps are timed, on how many cells, and how often."""
+
+    grid: int = option(30, parse=cli.positive_int)
+    lines: int = option(4, "lines per axis that all contestants take", parse=cli.positive_int)
+    coarse: int = option(10, "lines per axis of the thinned map", parse=cli.positive_int)
+    num_images: int = option(16, parse=cli.positive_int)
+    batch_size: int = option(64, "samples per call of ours", parse=cli.positive_int)
+    rounds: int = option(3, "turns of each contestant", parse=cli.positive_int)
+    no_full: bool = option(False, "leave the whole grid out", flag="--no-full")
+    output: str | None = option(None, "write the report here too", metavar="FILE")
+
+
+def parse_args() -> MapBenchSettings:
+    """The settings of this benchmark, from its flags."""
+    return parse_settings(MapBenchSettings, __doc__)
 
 
 def plain_map(loaded: LoadedModel, x_64: torch.Tensor, timesteps: np.ndarray) -> dict[str, torch.Tensor]:
@@ -125,19 +127,19 @@ def interpolation_rows(thinned: dict, whole: dict) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure, print and write."""
-    args = parse_args()
-    device = select_device(args.device)
-    loaded = load_model(args.checkpoint, args.ema, device)
-    images = cli.load_training_images(args, loaded.config)
-    chosen = np.random.default_rng(0).choice(len(images), args.num_images, replace=False)
+    settings = parse_args()
+    device = select_device(settings.device)
+    loaded = load_model(settings.checkpoint, settings.ema, device)
+    images = cli.load_training_images(settings, loaded.config)
+    chosen = np.random.default_rng(0).choice(len(images), settings.num_images, replace=False)
     x_64 = to_float(torch.from_numpy(images.pixels[np.sort(chosen)])).to(device)
-    precision = resolve_precision(device, args.precision)
-    grid = timestep_grid(args.grid)
-    few = grid[np.rint(np.linspace(0, args.grid - 1, args.lines)).astype(int)]
+    precision = resolve_precision(device, settings.precision)
+    grid = timestep_grid(settings.grid)
+    few = grid[np.rint(np.linspace(0, settings.grid - 1, settings.lines)).astype(int)]
 
     def ours(timesteps: np.ndarray, num_probes: int, maps: str = "blocks", **options) -> dict[str, Any]:
         return error_map(
-            loaded.model.denoise, loaded.scheduler, x_64, timesteps, num_probes, batch_size=args.batch_size,
+            loaded.model.denoise, loaded.scheduler, x_64, timesteps, num_probes, batch_size=settings.batch_size,
             autocast=functools.partial(autocast, device, precision), progress=False, maps=maps, **options,
         )  # fmt: skip
 
@@ -151,7 +153,7 @@ def main() -> None:
         run()
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     results = {}
-    for _ in range(args.rounds):
+    for _ in range(settings.rounds):
         for name, run in contestants.items():
             spent, results[name] = seconds_of(run, device)
             seconds[name].append(spent / len(few) ** 2)
@@ -171,16 +173,16 @@ def main() -> None:
     ]
     parameters = sum(p.numel() for p in loaded.model.parameters())
     sections = {
-        f"{len(few) ** 2} cells, {args.num_images} images, median of {args.rounds} turns": table(rows),
+        f"{len(few) ** 2} cells, {settings.num_images} images, median of {settings.rounds} turns": table(rows),
         "How many times the images for the standard error of the plain way, median over cells": table(
             [{"way": name} | by_block for name, by_block in factors.items()]
         ),
     }
-    if args.full:
+    if not settings.no_full:
         whole_seconds, whole = seconds_of(lambda: ours(grid, 1, "all"), device)
-        thin_seconds, thinned = seconds_of(lambda: ours(grid, 1, "all", coarse=args.coarse), device)
-        plain_seconds = per_cell[plain] * args.grid**2
-        sections[f"The whole grid of {args.grid} x {args.grid}, K=1, denoising errors with it"] = table(
+        thin_seconds, thinned = seconds_of(lambda: ours(grid, 1, "all", coarse=settings.coarse), device)
+        plain_seconds = per_cell[plain] * settings.grid**2
+        sections[f"The whole grid of {settings.grid} x {settings.grid}, K=1, denoising errors with it"] = table(
             [
                 {
                     "way": name,
@@ -188,10 +190,10 @@ def main() -> None:
                     "plain / it": plain_seconds / spent,
                     "plain / it at equal standard error": plain_seconds / spent / charges["ours, K=1"],
                 }
-                for name, spent in (("whole", whole_seconds), (f"--coarse {args.coarse}", thin_seconds))
+                for name, spent in (("whole", whole_seconds), (f"--coarse {settings.coarse}", thin_seconds))
             ]
         )
-        sections[f"Relative error of --coarse {args.coarse} at the cells it did not measure"] = table(
+        sections[f"Relative error of --coarse {settings.coarse} at the cells it did not measure"] = table(
             interpolation_rows(thinned, whole)
         )
     title = (
@@ -199,7 +201,7 @@ def main() -> None:
         f"{describe_machine(device)}"
     )
     text = "\n\n".join([title, *(f"## {name}\n\n{content}" for name, content in sections.items())])
-    show(text, args.output)
+    show(text, settings.output)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ visit each combination once so that a busy machine slows all alike. Prints a Mar
 step, and the ratio to fp32, contiguous, math attention, eager.
 """
 
-import argparse
 import itertools
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,9 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
+from cli import HardwareSettings
 from model import LIFTDualTimestepModel
 from planning.regimes import TimestepPairs, resolve_regime
 from runtime.device import autocast, select_device
+from runtime.settings import option, parse_settings
 from scheduler import DDIMScheduler
 from training.objective import diffusion_loss, draw_batch
 
@@ -35,17 +37,20 @@ BACKENDS = {"math": [SDPBackend.MATH], "fused": FUSED}
 WARM_UP_STEPS = 2
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--resolution", type=cli.positive_int, default=64, help="side of the fine image (64)")
-    add("--hidden_dims", type=cli.hidden_dims, default=(64, 128, 256, 512), help="64,128,256,512")
-    add("--batch_size", type=cli.positive_int, default=64, help="(64)")
-    add("--rounds", type=cli.positive_int, default=8, help="timed steps of each combination (8)")
-    add("--device", default=None, help="0, cuda:1 or cpu (the first GPU if there is one)")
-    add("--compile", action="store_true", help="also time every combination compiled")
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class CombinationSettings(HardwareSettings):
+    """What is timed in every combination; precisions are among what is combined."""
+
+    resolution: int = option(64, "side of the fine image", parse=cli.positive_int)
+    hidden_dims: tuple[int, ...] = option((64, 128, 256, 512), parse=cli.hidden_dims)
+    batch_size: int = option(64, parse=cli.positive_int)
+    rounds: int = option(8, "timed steps of each combination", parse=cli.positive_int)
+    compile: bool = option(False, "also time every combination compiled")
+
+
+def parse_args() -> CombinationSettings:
+    """The settings of this benchmark, from its flags."""
+    return parse_settings(CombinationSettings, __doc__, leave_out=("precision",))
 
 
 def synchronize(device: torch.device) -> None:
@@ -57,11 +62,19 @@ def synchronize(device: torch.device) -> None:
 class Contestant:
     """One combination: a model of its own with its optimizer, and the times of its steps."""
 
-    def __init__(self, precision: str, layout: str, backend: str, compiled: bool, args, device: torch.device):
+    def __init__(
+        self,
+        precision: str,
+        layout: str,
+        backend: str,
+        compiled: bool,
+        hidden_dims: tuple[int, ...],
+        device: torch.device,
+    ):
         self.precision, self.backend, self.device = precision, backend, device
         self.name = (precision, layout, backend, "compiled" if compiled else "eager")
         torch.manual_seed(0)
-        model = LIFTDualTimestepModel(args.hidden_dims).to(device, memory_format=LAYOUTS[layout])
+        model = LIFTDualTimestepModel(hidden_dims).to(device, memory_format=LAYOUTS[layout])
         self.parameters = list(model.parameters())
         self.model = torch.compile(model) if compiled else model
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
@@ -84,22 +97,23 @@ class Contestant:
 
 def main() -> None:
     """Time and print."""
-    args = parse_args()
-    device = select_device(args.device)
+    settings = parse_args()
+    device = select_device(settings.device)
     scheduler = DDIMScheduler().to(device)
-    x_64 = torch.rand(args.batch_size, 3, args.resolution, args.resolution, device=device) * 2 - 1
+    batch_size, side = settings.batch_size, settings.resolution
+    x_64 = torch.rand(batch_size, 3, side, side, device=device) * 2 - 1
     x_32 = nn.functional.avg_pool2d(x_64, 2)
-    compilations = (False, True) if args.compile else (False,)
+    compilations = (False, True) if settings.compile else (False,)
     combinations = itertools.product(("fp32", "bf16"), LAYOUTS, BACKENDS, compilations)
-    contestants = [Contestant(*combination, args, device) for combination in combinations]
-    for _ in range(WARM_UP_STEPS + args.rounds):
+    contestants = [Contestant(*combination, settings.hidden_dims, device) for combination in combinations]
+    for _ in range(WARM_UP_STEPS + settings.rounds):
         for contestant in contestants:
             contestant.step(scheduler, x_64, x_32)
-    rates = {c.name: args.batch_size / statistics.median(c.seconds[WARM_UP_STEPS:]) for c in contestants}
+    rates = {c.name: batch_size / statistics.median(c.seconds[WARM_UP_STEPS:]) for c in contestants}
     reference = rates["fp32", "contiguous", "math", "eager"]
     parameters = sum(p.numel() for p in contestants[0].parameters)
     print(
-        f"Dual model, {parameters:,} parameters, {args.resolution}x{args.resolution}, batch {args.batch_size}, "
+        f"Dual model, {parameters:,} parameters, {side}x{side}, batch {batch_size}, "
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
     )
     print("| precision | layout | attention | graph | images/s | ratio |\n|---|---|---|---|---:|---:|")

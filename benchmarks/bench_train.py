@@ -8,16 +8,16 @@
 Three contestants take steps in turn, so that a busy machine slows all alike, and are judged by their median step:
 - plain: what one writes first: fp32, eager, contiguous, DataLoader, AdamW as PyTorch sets it, an EMA loop over the
   parameters, `.item()` every step; convolutions and TF32 are set as in training;
-- ours: `training.Trainer` itself;
-- diffusers: `training.Trainer` on a `diffusers.UNet2DModel` of as many parameters as the baseline model, if installed.
+- ours: `training.trainer.Trainer` itself;
+- diffusers: the same on a `diffusers.UNet2DModel` of as many parameters as the baseline model, if installed.
 
 FLOP are those of convolutions and matrix products, forward and backward, as PyTorch counts them. The peak is the best
 rate of square matrix products in the same run, before or after. Images are random bytes, as many as a real epoch has.
 Prints a report in Markdown. Compiling takes minutes per network on a CPU.
 """
 
-import argparse
 import copy
+import dataclasses
 import gc
 import itertools
 import math
@@ -31,6 +31,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,17 +49,21 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
+import training.trainer
 from baseline_model import BaselineModel
 from bench_settings import WARM_UP_STEPS, synchronize
 from checkpoint import MODEL_CLASSES, build_model
+from cli import HardwareSettings
 from data import ImageSet, coarse, to_float
 from model import ATTENTION_MIN_CHANNELS, NUM_GROUPS
 from planning.regimes import TimestepPairs, resolve_regime
 from runtime.device import AUTOCAST_DTYPES, choose_kernels, resolve_precision, select_device
 from runtime.distributed import Processes
 from runtime.safe_write import replacing
+from runtime.settings import option, parse_settings
 from scheduler import DDIMScheduler
-from training import trainer as training
+from training.objective import diffusion_loss, draw_batch
+from training.settings import TrainingSettings
 
 try:
     import diffusers
@@ -71,7 +76,7 @@ PEAK_SECONDS = 0.1
 # A GPU runs behind the host, which waits for it at the end of a turn only, as training does at a row of its log.
 STEPS_PER_TURN = {"cpu": 1, "cuda": 10}
 CPU_FEATURES = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
-# Functions of training.py, and what their time is called.
+# Functions of training.trainer, and what their time is called.
 PARTS = {
     "draw": "noise",
     "diffusion_loss": "forward",
@@ -93,21 +98,24 @@ OPERATORS = {
 }
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--resolution", type=cli.positive_int, default=64, help="side of the fine image (64)")
-    add("--hidden_dims", type=cli.hidden_dims, default=(64, 128, 256, 512), help="64,128,256,512")
-    add("--models", nargs="+", choices=tuple(MODEL_CLASSES), default=tuple(MODEL_CLASSES), help="(all)")
-    add("--batch_sizes", nargs="+", type=cli.positive_int, default=(16, 64), metavar="N", help="(16 64)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="compile ours and diffusers (with a GPU)")
-    add("--steps", type=cli.positive_int, default=10, help="timed turns of each contestant (10)")
-    add("--seconds", type=cli.positive_float, default=120, help="no further turn after so long (120)")
-    add("--no-diffusers", dest="diffusers", action="store_false", help="leave diffusers out")
-    add("--output", default=None, metavar="FILE", help="write the report here too")
-    cli.add_device_arguments(parser)
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class TrainingBenchSettings(HardwareSettings):
+    """Which models are trained, at which size, and how long they are timed."""
+
+    resolution: int = option(64, "side of the fine image", parse=cli.positive_int)
+    hidden_dims: tuple[int, ...] = option((64, 128, 256, 512), parse=cli.hidden_dims)
+    models: tuple[str, ...] = option(tuple(MODEL_CLASSES), choices=tuple(MODEL_CLASSES), nargs="+", shown="all")
+    batch_sizes: tuple[int, ...] = option((16, 64), parse=cli.positive_int, nargs="+", metavar="N")
+    compile: bool | None = option(None, "compile ours and diffusers (with a GPU)", parse=bool)
+    steps: int = option(10, "timed turns of each contestant", parse=cli.positive_int)
+    seconds: float = option(120, "no further turn after so long", parse=cli.positive_float)
+    no_diffusers: bool = option(False, "leave diffusers out", flag="--no-diffusers")
+    output: str | None = option(None, "write the report here too", metavar="FILE")
+
+
+def parse_args() -> TrainingBenchSettings:
+    """The settings of this benchmark, from its flags."""
+    return parse_settings(TrainingBenchSettings, __doc__)
 
 
 class Measured(NamedTuple):
@@ -150,31 +158,30 @@ def two_scales(pixels: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 class Plain:
     """The plain loop; its loss is ours, as the formula is not what is compared."""
 
-    def __init__(self, model_type: str, args: argparse.Namespace, images: ImageSet, device: torch.device):
-        self.model_type, self.args, self.device = model_type, args, device
-        config = {"model_type": model_type, "hidden_dims": args.hidden_dims, "channels": images.channels}
-        self.model = build_model(config).to(device)
+    def __init__(self, settings: TrainingSettings, images: ImageSet, device: torch.device):
+        self.settings, self.device = settings, device
+        self.model = build_model(settings.recorded() | {"channels": images.channels}).to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         self.scheduler, self.generator = DDIMScheduler().to(device), torch.Generator(device)
-        self.pairs = TimestepPairs(resolve_regime(None, model_type), self.scheduler)
+        self.pairs = TimestepPairs(resolve_regime(None, settings.model_type), self.scheduler)
         gpu = device.type == "cuda"
-        workers = args.num_workers if gpu else 0  # On a CPU they would take cores from the network.
+        workers = settings.num_workers if gpu else 0  # On a CPU they would take cores from the network.
         options = {"num_workers": workers, "persistent_workers": gpu, "pin_memory": gpu, "collate_fn": two_scales}
-        loader = DataLoader(images.pixels, args.batch_size, shuffle=True, drop_last=True, **options)
+        loader = DataLoader(images.pixels, settings.batch_size, shuffle=True, drop_last=True, **options)
         self.batches = endless(lambda epoch: loader)
 
     def step(self) -> None:
         """One training step."""
         x_64, x_32 = (x.to(self.device) for x in next(self.batches))
-        batch = training.draw_batch(self.pairs, x_64, x_32, self.generator)
-        losses = training.diffusion_loss(self.model, self.model_type, self.scheduler, batch)
+        batch = draw_batch(self.pairs, x_64, x_32, self.generator)
+        losses = diffusion_loss(self.model, self.settings.model_type, self.scheduler, batch)
         loss = sum(values.mean() for values in losses.values())
         self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
         self.optimizer.step()
-        decay = self.args.ema_decay
+        decay = self.settings.ema_decay
         for average, parameter in zip(self.ema.parameters(), self.model.parameters(), strict=True):
             average.mul_(decay).add_(parameter.detach(), alpha=1 - decay)
         self.loss = loss.item()
@@ -183,8 +190,8 @@ class Plain:
 class Ours:
     """The trainer of this project, ready to take steps."""
 
-    def __init__(self, model_type: str, args: argparse.Namespace, images: ImageSet):
-        self.trainer = training.Trainer(model_type, args, images, Processes(args.device))
+    def __init__(self, settings: TrainingSettings, images: ImageSet):
+        self.trainer = training.trainer.Trainer(settings, images, Processes(settings.device))
         self.trainer.prepare()
         self.batches = endless(self.trainer.batches.epoch)
 
@@ -197,7 +204,7 @@ class Ours:
         trainer = self.trainer
         batch = trainer.draw(*next(self.batches)).rows(slice(1))
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            losses = training.diffusion_loss(trainer.model, trainer.model_type, trainer.scheduler, batch)
+            losses = diffusion_loss(trainer.model, trainer.model_type, trainer.scheduler, batch)
             forward = counter.get_total_flops()
             sum(values.mean() for values in losses.values()).backward()
         num_parameters = sum(p.numel() for p in trainer.parameters)
@@ -244,15 +251,17 @@ class DiffusersBaseline(nn.Module):
         return self.unet(x_64, t).sample
 
 
-def turns(args: argparse.Namespace) -> Iterator[None]:
-    """As many turns as --steps and --seconds allow, and one at least."""
-    end = time.perf_counter() + args.seconds
-    for turn in range(args.steps):
+def turns(max_turns: int, max_seconds: float) -> Iterator[None]:
+    """At most so many turns, of which all but the first begin within the seconds."""
+    end = time.perf_counter() + max_seconds
+    for turn in range(max_turns):
         if turn == 0 or time.perf_counter() < end:
             yield
 
 
-def race(contestants: dict[str, Plain | Ours], args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+def race(
+    contestants: dict[str, Plain | Ours], max_turns: int, max_seconds: float, device: torch.device
+) -> dict[str, float]:
     """Seconds per step of the median turn of each contestant."""
 
     def turn(contestant: Plain | Ours, steps: int) -> float:
@@ -266,7 +275,7 @@ def race(contestants: dict[str, Plain | Ours], args: argparse.Namespace, device:
     for contestant in contestants.values():
         turn(contestant, WARM_UP_STEPS)
     steps = STEPS_PER_TURN[device.type]
-    rounds = [[turn(contestant, steps) for contestant in contestants.values()] for _ in turns(args)]
+    rounds = [[turn(contestant, steps) for contestant in contestants.values()] for _ in turns(max_turns, max_seconds)]
     return dict(zip(contestants, map(statistics.median, zip(*rounds, strict=True)), strict=True))
 
 
@@ -292,15 +301,15 @@ class Stopwatch:
         return run
 
 
-def time_parts(ours: Ours, args: argparse.Namespace) -> dict[str, float]:
+def time_parts(ours: Ours, max_steps: int, max_seconds: float) -> dict[str, float]:
     """Seconds of each part of a step of the trainer, medians over the steps."""
     trainer, rows = ours.trainer, []
-    for _ in turns(args):
+    for _ in turns(max_steps, max_seconds):
         watch = Stopwatch(trainer.device)
         batch = watch.timed("data", next)(ours.batches)
         with ExitStack() as stack:
             for name, part in PARTS.items():
-                owner = training if name == "diffusion_loss" else trainer
+                owner = training.trainer if name == "diffusion_loss" else trainer
                 stack.enter_context(mock.patch.object(owner, name, watch.timed(part, getattr(owner, name))))
             watch.timed("rest", trainer.train_step)(*batch)
         rows.append(watch.seconds)
@@ -363,31 +372,39 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> tuple[float, int]:
     return best
 
 
-def training_args(args: argparse.Namespace, batch_size: int, folder: str) -> argparse.Namespace:
-    """The settings of a run of `train_lift.py`, which are the published ones where this benchmark has no flag."""
-    parser = argparse.ArgumentParser()
-    training.add_training_arguments(parser, two_scales=False)
-    settings = parser.parse_args(["--batch_size", str(batch_size), "--output_dir", folder, "--log_dir", folder])
-    for name in ("resolution", "hidden_dims", "compile", "device", "precision"):
-        setattr(settings, name, getattr(args, name))
-    return settings
+def training_settings(
+    model_type: str, batch_size: int, settings: TrainingBenchSettings, folder: str
+) -> TrainingSettings:
+    """A run of `train_lift.py` with the published settings where this benchmark has none."""
+    return TrainingSettings(
+        model_type=model_type,
+        batch_size=batch_size,
+        resolution=settings.resolution,
+        hidden_dims=settings.hidden_dims,
+        compile=settings.compile,
+        device=settings.device,
+        precision=settings.precision,
+        output_dir=folder,
+        log_dir=folder,
+    )
 
 
-def measure(model_type: str, batch_size: int, args: argparse.Namespace, images: ImageSet, folder: str) -> Result:
+def measure(model_type: str, batch_size: int, settings: TrainingBenchSettings, images: ImageSet, folder: str) -> Result:
     """Race the contestants, then take a step of ours apart."""
-    settings = training_args(args, batch_size, folder)
-    ours = Ours(model_type, settings, images)
+    run = training_settings(model_type, batch_size, settings, folder)
+    ours = Ours(run, images)
     device = ours.trainer.device
     trainers = {"ours": ours}
-    if args.diffusers and model_type in COMPARED_TO_DIFFUSERS:
+    if diffusers is not None and not settings.no_diffusers and model_type in COMPARED_TO_DIFFUSERS:
         with mock.patch.dict(MODEL_CLASSES, baseline=DiffusersBaseline):
-            trainers["diffusers"] = Ours("baseline", settings, images)
-    seconds = race({"plain": Plain(model_type, settings, images, device), **trainers}, args, device)
+            trainers["diffusers"] = Ours(training_settings("baseline", batch_size, settings, folder), images)
+    limits = settings.steps, settings.seconds
+    seconds = race({"plain": Plain(run, images, device), **trainers}, *limits, device)
     measured = {name: trainer.measured(batch_size / seconds[name]) for name, trainer in trainers.items()}
     measured["plain"] = measured["ours"]._replace(images_per_second=batch_size / seconds["plain"], graph="eager")
     label = {"model": model_type, "batch": batch_size}
     notes = [f"{name}: {note}" for name, trainer in trainers.items() for note in trainer.trainer.notes]
-    return Result(label, measured, time_parts(ours, args), *profile(ours), notes)
+    return Result(label, measured, time_parts(ours, *limits), *profile(ours), notes)
 
 
 def describe_machine(device: torch.device) -> str:
@@ -466,7 +483,7 @@ def share_row(result: Result, spent: dict[str, float], names: Iterable[str]) -> 
 
 
 def report(
-    results: list[Result], peaks: dict[str, list[tuple[float, int]]], args: argparse.Namespace, machine: str
+    results: list[Result], peaks: dict[str, list[tuple[float, int]]], settings: TrainingBenchSettings, machine: str
 ) -> str:
     """The whole report; `peaks` holds what was measured before and after, of which the better one counts."""
     peak = {name: max(both)[0] for name, both in peaks.items()}
@@ -477,7 +494,7 @@ def report(
         ],
         "Networks": network_rows(results),
         f"Speed; an epoch has {EPOCH_IMAGES:,} images": [
-            row for r in results for row in speed_rows(r, args.precision, peak)
+            row for r in results for row in speed_rows(r, settings.precision, peak)
         ],
         "Parts of a step of ours, waiting for the device after each": [
             share_row(r, r.parts, r.parts) | {"ms in all": 1000 * sum(r.parts.values())} for r in results
@@ -487,7 +504,8 @@ def report(
             r.label | {"idle": f"{r.idle:.1%}"} for r in results if r.idle is not None
         ],
     }
-    title = f"# Training at {args.resolution}x{args.resolution}, widths {','.join(map(str, args.hidden_dims))}"
+    side, widths = settings.resolution, ",".join(map(str, settings.hidden_dims))
+    title = f"# Training at {side}x{side}, widths {widths}"
     notes = sorted({note for r in results for note in r.notes})
     notes += ["diffusers is not installed, and was not compared with."] * (diffusers is None)
     tables = [f"## {name}\n\n{table(rows)}" for name, rows in sections.items() if rows]
@@ -496,19 +514,18 @@ def report(
 
 def main() -> None:
     """Measure, print and write."""
-    args = parse_args()
-    device = select_device(args.device)
+    settings = parse_args()
+    device = select_device(settings.device)
     choose_kernels(device, deterministic=False)
-    args.precision = resolve_precision(device, args.precision)
-    args.diffusers &= diffusers is not None
-    dtypes = {name: {"fp32": torch.float32, **AUTOCAST_DTYPES}[name] for name in ("fp32", args.precision)}
+    settings = dataclasses.replace(settings, precision=resolve_precision(device, settings.precision))
+    dtypes = {name: {"fp32": torch.float32, **AUTOCAST_DTYPES}[name] for name in ("fp32", settings.precision)}
     peaks = {name: [matmul_peak(dtype, device)] for name, dtype in dtypes.items()}
-    shape = (EPOCH_IMAGES, 3, args.resolution, args.resolution)
+    shape = (EPOCH_IMAGES, 3, settings.resolution, settings.resolution)
     images = ImageSet(np.random.default_rng(0).integers(0, 256, shape, np.uint8), "random", "random")
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        for model_type, batch_size in itertools.product(args.models, args.batch_sizes):
-            results.append(measure(model_type, batch_size, args, images, folder))
+        for model_type, batch_size in itertools.product(settings.models, settings.batch_sizes):
+            results.append(measure(model_type, batch_size, settings, images, folder))
             rates = {name: round(it.images_per_second, 2) for name, it in results[-1].measured.items()}
             print(f"{model_type}, batch {batch_size}, images/s: {rates}", file=sys.stderr)
             # Otherwise the next batch size would make PyTorch compile for any size, which is slower.
@@ -516,8 +533,8 @@ def main() -> None:
             gc.collect()
     for name, dtype in dtypes.items():
         peaks[name].append(matmul_peak(dtype, device))
-    text = report(results, peaks, args, describe_machine(device))
-    show(text, args.output)
+    text = report(results, peaks, settings, describe_machine(device))
+    show(text, settings.output)
 
 
 if __name__ == "__main__":

@@ -235,9 +235,8 @@ def test_a_slow_contestant_has_one_turn():
         clock[0] += seconds
 
     contestants = {name: functools.partial(takes, name, s) for name, s in (("a", 1), ("b", 3), ("c", 5))}
-    args = SimpleNamespace(steps=2, seconds=100)
     with mock.patch.object(time, "perf_counter", lambda: clock[0]):
-        seconds = bench_eval.race(contestants, args, torch.device("cpu"))
+        seconds = bench_eval.race(contestants, 2, 100, torch.device("cpu"))
     assert seconds == {"a": [1, 1, 1], "b": [3, 3, 3], "c": [5]}
     assert order == list("abcabab")
 
@@ -267,9 +266,8 @@ def test_speed_rows_by_hand():
         "plain": SimpleNamespace(precision="fp32", graph="eager"),
         "bf16": SimpleNamespace(precision="bf16", graph="eager"),
     }
-    args = SimpleNamespace(batch_size=6, num_steps=10)
     seconds = {"plain": [2.0, 4.0, 3.0], "bf16": [1.0, 1.0, 3.0]}
-    plain, ours = bench_eval.sampling_rows(made, seconds, 50, args, {"fp32": 2000, "bf16": 10_000})
+    plain, ours = bench_eval.sampling_rows(made, seconds, 50, 6, 10, {"fp32": 2000, "bf16": 10_000})
     # 6 images in 3 s and in 1 s, at 500 FLOP each; ratios of the turns are 2, 4 and 1.
     assert (plain["images/s"], plain["of peak"], plain["it / plain"]) == (2, "50.0%", 1)
     assert (ours["images/s"], ours["of peak"], ours["it / plain"]) == (6, "30.0%", 2)
