@@ -1,6 +1,7 @@
 """How well trained models denoise each band of an image, when all get the image with the same amount of noise.
 
-    python benchmarks/band_errors.py baseline=FILE.pth residual=FILE.pth --ema --num_images 1000 --output results/errors
+    python experiments/band_errors.py baseline=FILE.pth residual=FILE.pth --ema --num_images 1000 \\
+        --output results/errors
 
 Every model is on the diagonal of the image, where its clocks are tied (λ_coarse = λ_fine, in the residual pair
 λ_fine + log 4), at lines log 4 apart in the log SNR of the image. The error E‖x - x̂‖² is split into low band, the 2x2
@@ -12,10 +13,10 @@ Writes OUTPUT.csv (a row per model and line: errors of a whole image in units of
 OUTPUT.md: the first model's errors, and the ratio of the others to it.
 """
 
-import argparse
 import functools
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +24,44 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import cli
 from bench_train import show, table
 from checkpoint import LoadedModel, load_model
+from cli import DataSettings, HardwareSettings
 from data import to_float
 from evaluation.results_table import write_csv
 from images.representation import RESIDUAL
 from make_figures import named
 from planning.error_map import error_map, per_image
 from runtime.device import autocast, resolve_precision, select_device
+from runtime.settings import REQUIRED, option, parse_settings
 
 LINE_SPACING = math.log(4)  # in log SNR, so that the coarse line of a residual pair is the next one
 BANDS = ("low", "detail")
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="NAME=FILE", help="the first is what the others are compared with")
-    add("--ema", action="store_true", help="use the EMA weights")
-    add("--on", choices=("held_out", "train"), default="held_out", help="images of the first checkpoint (held_out)")
-    add("--num_images", type=cli.positive_int, default=256, help="images averaged over (256)")
-    add("--noisiest", type=float, default=-12.0, help="log SNR of the image on the first line (-12)")
-    add("--lines", type=cli.positive_int, default=16, help="number of lines (16)")
-    add("--batch_size", type=cli.positive_int, default=64, help="images per network call (64)")
-    add("--seed", type=cli.seed, default=42, help="choice of images, and noise (42)")
-    add("--output", required=True, help="name of the files without suffix")
-    cli.add_data_arguments(parser, dataset_default=None)
-    cli.add_device_arguments(parser)
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class BandSettings(DataSettings, HardwareSettings):
+    """Which models are compared, on which images and lines."""
+
+    checkpoints: tuple[str, ...] = option(
+        REQUIRED, "the first is what the others are compared with", flag="checkpoints", nargs="+", metavar="NAME=FILE"
+    )
+    ema: bool = option(False, "use the EMA weights")
+    on: str = option("held_out", "images of the first checkpoint", choices=("held_out", "train"))
+    num_images: int = option(256, "images averaged over", parse=cli.positive_int)
+    noisiest: float = option(-12.0, "log SNR of the image on the first line", parse=float, shown="-12")
+    lines: int = option(16, "number of lines", parse=cli.positive_int)
+    batch_size: int = option(64, "images per network call", parse=cli.positive_int)
+    seed: int = option(42, "choice of images, and noise", parse=cli.seed)
+    output: str = option(REQUIRED, "name of the files without suffix")
+
+
+def parse_args() -> BandSettings:
+    """The settings of this study, from its flags."""
+    return parse_settings(BandSettings, __doc__)
 
 
 def band_errors(
@@ -153,30 +161,30 @@ def _standard_error(values: torch.Tensor) -> float:
 
 def main() -> None:
     """Measure the models, write the rows and the table."""
-    args = parse_args()
-    device = select_device(args.device)
-    files = named(args.checkpoints)
-    loaded = {name: load_model(file, args.ema, device) for name, file in files.items()}
+    settings = parse_args()
+    device = select_device(settings.device)
+    files = named(settings.checkpoints)
+    loaded = {name: load_model(file, settings.ema, device) for name, file in files.items()}
     config = next(iter(loaded.values())).config
     for name, model in loaded.items():
         if model.config["data_fingerprint"] != config["data_fingerprint"]:
             raise ValueError(f"{files[name]} was trained on other images than {next(iter(files.values()))}.")
-    parts = cli.load_image_parts(args, config)
-    images = parts[args.on == "held_out"]
+    parts = cli.load_image_parts(settings, config)
+    images = parts[settings.on == "held_out"]
     if images is None:
         raise ValueError(f"{next(iter(files.values()))} was trained on all its images; pass --on train.")
-    if not 2 <= args.num_images <= len(images):
-        raise ValueError(f"--num_images is {args.num_images} but must be 2 to {len(images)}, the images there are.")
-    chosen = np.random.default_rng(args.seed).choice(len(images), args.num_images, replace=False)
+    if not 2 <= settings.num_images <= len(images):
+        raise ValueError(f"--num_images is {settings.num_images} but must be 2 to {len(images)}, the images there are.")
+    chosen = np.random.default_rng(settings.seed).choice(len(images), settings.num_images, replace=False)
     x = to_float(torch.from_numpy(images.pixels[np.sort(chosen)])).to(device)
-    log_snr = args.noisiest + LINE_SPACING * np.arange(args.lines)
-    options = {"seed": args.seed, "batch_size": args.batch_size}
-    options["autocast"] = functools.partial(autocast, device, resolve_precision(device, args.precision))
+    log_snr = settings.noisiest + LINE_SPACING * np.arange(settings.lines)
+    options = {"seed": settings.seed, "batch_size": settings.batch_size}
+    options["autocast"] = functools.partial(autocast, device, resolve_precision(device, settings.precision))
     rows = rows_of(log_snr, {name: band_errors(model, x, log_snr, **options) for name, model in loaded.items()})
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    write_csv(f"{args.output}.csv", rows)
-    shown = f"{'EMA' if args.ema else 'raw'} weights, {args.num_images} {args.on.replace('_', '-')} images"
-    show(report(rows, f"Denoising error by band, {shown}"), f"{args.output}.md")
+    Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
+    write_csv(f"{settings.output}.csv", rows)
+    shown = f"{'EMA' if settings.ema else 'raw'} weights, {settings.num_images} {settings.on.replace('_', '-')} images"
+    show(report(rows, f"Denoising error by band, {shown}"), f"{settings.output}.md")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What of a path's gain is spacing, what is offset, and what is terminal SNR: every combination, at equal calls.
 
-    python benchmarks/factorial.py gaussian --spectrum FILE.npz --output results/factorial/gaussian
-    python benchmarks/factorial.py gaussian --output results/factorial/power_law     # no file: a power law
-    python benchmarks/factorial.py trained --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema \\
+    python experiments/factorial.py gaussian --spectrum FILE.npz --output results/factorial/gaussian
+    python experiments/factorial.py gaussian --output results/factorial/power_law     # no file: a power law
+    python experiments/factorial.py trained --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema \\
         --baseline checkpoints/baseline_400ep.pth --heatmap results/heatmap_30_400ep_ema.pth \\
         --num_images 1000 --seeds 42 43 44 --output results/factorial/afhq
 
@@ -23,7 +23,6 @@ Writes OUTPUT.csv (a row per value; a `trained` run that is started again goes o
 on), OUTPUT.md and OUTPUT.png.
 """
 
-import argparse
 import csv
 import itertools
 import json
@@ -31,6 +30,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -39,10 +39,12 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(FilePath(__file__).resolve().parent.parent))
+sys.path.insert(1, str(FilePath(__file__).resolve().parent.parent / "benchmarks"))
 
 import cli
 from bench_train import show, table
 from checkpoint import LoadedModel, load_model
+from cli import CheckpointSettings, DataSettings, HardwareSettings
 from data import to_uint8
 from diffusion.sampler import image_seeds, sample_seeds, scale_shapes
 from evaluation.metrics import SlicedWasserstein
@@ -54,6 +56,7 @@ from planning.error_map import load_heatmap
 from planning.map_paths import heatmap_path, kl_refined
 from runtime.device import autocast, resolve_precision, select_device
 from runtime.safe_write import replacing
+from runtime.settings import REQUIRED, Settings, option, parse_command
 from scheduler import DDIMScheduler
 from truth.gaussian import Spectrum, exact_heatmap
 from truth.linear_sampler import ddim_output, w2_squared
@@ -64,33 +67,54 @@ OFFSETS = ("diagonal", "published", "coarse ahead by 1", "coarse behind by 1", "
 SHIFTS = {"coarse ahead by 1": 1.0, "coarse behind by 1": -1.0}
 SCHEDULES = {"cosine_clipped": "cosine_clipped", "cosine from λ = -10": "cosine"}
 NEARLY_ZERO_TERMINAL_LOG_SNR = -10.0
-CHANNELS = 3
 COLUMNS = ("schedule", "model", "spacing", "offset", "nfe", "seed", "value", "detail")
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    for name in ("gaussian", "trained"):
-        kind = kinds.add_parser(name)
-        add = kind.add_argument
-        add("--nfe", nargs="+", type=cli.positive_int, default=[6, 10, 18, 36], help="(6 10 18 36)")
-        add("--output", required=True, help="name of the files without suffix")
-        if name == "gaussian":
-            add("--spectrum", default=None, metavar="FILE", help="variances of real images (a power law)")
-            add("--resolution", type=cli.positive_int, default=64, help="of the power law (64)")
-            continue
-        add("--checkpoint", required=True, help="of the two-clock model")
-        add("--baseline", required=True, help="checkpoint of the baseline")
-        add("--ema", action="store_true", help="use the EMA weights")
-        add("--heatmap", required=True, help="of the two-clock model, with --maps all")
-        add("--num_images", type=cli.positive_int, default=1000, help="per seed (1000)")
-        add("--seeds", nargs="+", type=cli.seed, default=[42, 43, 44], help="(42 43 44)")
-        add("--batch_size", type=cli.positive_int, default=100, help="(100)")
-        cli.add_data_arguments(kind, dataset_default=None)
-        cli.add_device_arguments(kind)
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class StudySettings(Settings):
+    """Where a study writes."""
+
+    output: str = option(REQUIRED, "name of the files without suffix")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallsSettings(StudySettings):
+    """How many network calls the paths have."""
+
+    nfe: tuple[int, ...] = option((6, 10, 18, 36), parse=cli.positive_int, nargs="+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianSettings(CallsSettings):
+    """A study of Gaussian images."""
+
+    spectrum: str | None = option(None, "variances of real images (a power law)", metavar="FILE")
+    resolution: int = option(64, "of the power law", parse=cli.positive_int)
+
+    def variances(self) -> Spectrum:
+        """Those of the images, of three channels if they follow the power law; raises what `Spectrum.load` raises."""
+        return Spectrum.load(self.spectrum) if self.spectrum else Spectrum.power_law(self.resolution)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedSettings(CallsSettings, CheckpointSettings, DataSettings, HardwareSettings):
+    """A study of trained networks."""
+
+    checkpoint: str = option(REQUIRED, "of the two-clock model")
+    baseline: str = option(REQUIRED, "checkpoint of the baseline")
+    heatmap: str = option(REQUIRED, "of the two-clock model, with --maps all")
+    num_images: int = option(1000, "per seed", parse=cli.positive_int)
+    seeds: tuple[int, ...] = option((42, 43, 44), parse=cli.seed, nargs="+")
+    batch_size: int = option(100, parse=cli.positive_int)
+
+
+def parse_args() -> tuple[str, CallsSettings]:
+    """Which of the two, gaussian or trained, and its settings, from the flags."""
+    commands = {
+        "gaussian": (GaussianSettings, "exact distances of Gaussian images"),
+        "trained": (TrainedSettings, "measured scores of networks"),
+    }
+    return parse_command(commands, __doc__)
 
 
 def combine(spacing: np.ndarray, curve: np.ndarray) -> np.ndarray:
@@ -127,17 +151,17 @@ def noisiest_timestep(scheduler: DDIMScheduler) -> int:
     return int(np.flatnonzero(scheduler.log_snr.numpy() >= NEARLY_ZERO_TERMINAL_LOG_SNR)[-1])
 
 
-def gaussian_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+def gaussian_rows(settings: GaussianSettings) -> list[dict[str, Any]]:
     """The exact values for Gaussian images."""
-    spectrum = Spectrum.load(args.spectrum) if args.spectrum else Spectrum.power_law(args.resolution, CHANNELS)
+    spectrum = settings.variances()
     rows = []
-    progress = tqdm(total=len(SCHEDULES) * len(args.nfe), unit="NFE")
+    progress = tqdm(total=len(SCHEDULES) * len(settings.nfe), unit="NFE")
     for label, name in SCHEDULES.items():
         scheduler = DDIMScheduler(beta_schedule=name, prediction_type="v")
         log_snr, start = scheduler.log_snr.numpy(), noisiest_timestep(scheduler)
         first, last = log_snr[start], log_snr[0]
         heatmap = exact_heatmap(spectrum, scheduler, timestep_grid(30, start=start))
-        for nfe in args.nfe:
+        for nfe in settings.nfe:
             published = log_snr[np.array(heatmap_path(heatmap, "dp_total", nfe)[0].points)]
             spacings = {
                 "uniform t": np.interp(np.linspace(start, 0, nfe + 1), np.arange(len(log_snr)), log_snr),
@@ -194,30 +218,32 @@ def trained_paths(heatmap: dict, log_snr: np.ndarray, nfe: int) -> Iterator[tupl
         yield "baseline", spacing, "", to_path(spacings[spacing][:, None], log_snr, spacing)
 
 
-def trained_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+def trained_rows(settings: TrainedSettings) -> list[dict[str, Any]]:
     """Measured values of networks; every row is written at once, and those in the file are not measured again."""
-    device = select_device(args.device)
-    files = {"LIFT": args.checkpoint, "baseline": args.baseline}
-    models = {name: load_model(file, args.ema, device) for name, file in files.items()}
+    device = select_device(settings.device)
+    files = {"LIFT": settings.checkpoint, "baseline": settings.baseline}
+    models = {name: load_model(file, settings.ema, device) for name, file in files.items()}
     lift = models["LIFT"]
     if lift.scheduler.representation is not OVERCOMPLETE:
         raise ValueError("The factorial takes apart paths of over-complete pairs; pass such a --checkpoint.")
-    heatmap = load_heatmap(args.heatmap)
+    heatmap = load_heatmap(settings.heatmap)
     if heatmap["fingerprint"] != lift.fingerprint:
-        raise ValueError(f"Heatmap {args.heatmap} was computed with other weights than {args.checkpoint} holds.")
+        raise ValueError(
+            f"Heatmap {settings.heatmap} was computed with other weights than {settings.checkpoint} holds."
+        )
     log_snr = lift.scheduler.log_snr.numpy()
-    images = cli.load_training_images(args, lift.config)
-    metric = SlicedWasserstein(images.pixels, args.num_images, device=device)
-    file = FilePath(f"{args.output}.csv")
-    settings = {f"weights_{name}": model.fingerprint for name, model in models.items()}
-    settings |= {"images": images.fingerprint, "num_images": args.num_images}
-    settings["precision"] = resolve_precision(device, args.precision)
+    images = cli.load_training_images(settings, lift.config)
+    metric = SlicedWasserstein(images.pixels, settings.num_images, device=device)
+    file = FilePath(f"{settings.output}.csv")
+    said = {f"weights_{name}": model.fingerprint for name, model in models.items()}
+    said |= {"images": images.fingerprint, "num_images": settings.num_images}
+    said["precision"] = resolve_precision(device, settings.precision)
     rows = read_csv(file) if file.exists() else []
     done = {(r["seed"], r["model"], r["detail"]): r["value"] for r in rows}
     known = {tuple(str(r[c]) for c in COLUMNS[:6]): r["detail"] for r in rows}
-    paths = [(nfe, *job) for nfe in args.nfe for job in trained_paths(heatmap, log_snr, nfe)]
+    paths = [(nfe, *job) for nfe in settings.nfe for job in trained_paths(heatmap, log_snr, nfe)]
     missing = []
-    for seed, (nfe, model, spacing, offset, path) in itertools.product(args.seeds, paths):
+    for seed, (nfe, model, spacing, offset, path) in itertools.product(settings.seeds, paths):
         row = dict(
             zip(COLUMNS, (models[model].config["beta_schedule"], model, spacing, offset, nfe, seed), strict=False)
         )
@@ -229,11 +255,20 @@ def trained_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
                 f"{file} holds a score of {spacing}, {offset or model}, {nfe} calls along another path than this "
                 "heatmap gives; pass another --output."
             )
-    check_settings(FilePath(f"{args.output}.json"), settings)
+    check_settings(FilePath(f"{settings.output}.json"), said)
     for row, path in tqdm(missing, unit="path"):
         same = (str(row["seed"]), row["model"], path.fingerprint())
         if same not in done:
-            done[same] = score(models[row["model"]], path, row["seed"], args, metric, device)
+            done[same] = score(
+                models[row["model"]],
+                path,
+                row["seed"],
+                settings.num_images,
+                settings.batch_size,
+                settings.precision,
+                metric,
+                device,
+            )
         row |= {"value": done[same], "detail": path.fingerprint()}
         rows.append({name: str(value) for name, value in row.items()})
         write_csv(file, rows)
@@ -252,12 +287,21 @@ def check_settings(file: FilePath, settings: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
-def score(loaded: LoadedModel, path: Path, seed: int, args, metric: SlicedWasserstein, device: torch.device) -> float:
+def score(
+    loaded: LoadedModel,
+    path: Path,
+    seed: int,
+    num_images: int,
+    batch_size: int,
+    precision: str,
+    metric: SlicedWasserstein,
+    device: torch.device,
+) -> float:
     """Sliced Wasserstein distance (x1000, mean over levels) of images along a path."""
     shapes = scale_shapes(loaded.model.num_scales, loaded.config["channels"], loaded.config["resolution"])
-    seeds = image_seeds(seed, args.num_images)
-    batches = sample_seeds(loaded.model.denoise, loaded.scheduler, path, seeds, shapes, args.batch_size, device)
-    with autocast(device, args.precision):
+    seeds = image_seeds(seed, num_images)
+    batches = sample_seeds(loaded.model.denoise, loaded.scheduler, path, seeds, shapes, batch_size, device)
+    with autocast(device, precision):
         pixels = torch.cat([to_uint8(samples.images[0]).cpu() for _, samples in batches])
     return statistics.mean(metric.distance(pixels).values())
 
@@ -301,22 +345,22 @@ def _text(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, write the rows, the table and the figure."""
-    args = parse_args()
-    FilePath(args.output).parent.mkdir(parents=True, exist_ok=True)
-    if args.kind == "gaussian":
-        rows = gaussian_rows(args)
-        write_csv(FilePath(f"{args.output}.csv"), rows)
-        source = f"variances of {FilePath(args.spectrum).name}" if args.spectrum else "a power law"
+    kind, settings = parse_args()
+    FilePath(settings.output).parent.mkdir(parents=True, exist_ok=True)
+    if kind == "gaussian":
+        rows = gaussian_rows(settings)
+        write_csv(FilePath(f"{settings.output}.csv"), rows)
+        source = f"variances of {FilePath(settings.spectrum).name}" if settings.spectrum else "a power law"
         title, label = f"W2² of DDIM on Gaussian images, {source}", "W2² to the images, units of x²"
     else:
-        rows = trained_rows(args)
-        name = f"{FilePath(args.checkpoint).stem}{' EMA' if args.ema else ''}"
-        title = f"SWD x1000 of {name}, {args.num_images} images, {len(args.seeds)} seeds"
+        rows = trained_rows(settings)
+        name = f"{FilePath(settings.checkpoint).stem}{' EMA' if settings.ema else ''}"
+        title = f"SWD x1000 of {name}, {settings.num_images} images, {len(settings.seeds)} seeds"
         label = "sliced Wasserstein distance x1000"
     summary = means(rows)
     text = report(summary, title)
-    show(text, f"{args.output}.md")
-    plot_factorial(summary, f"{args.output}.png", title, label)
+    show(text, f"{settings.output}.md")
+    plot_factorial(summary, f"{settings.output}.png", title, label)
 
 
 if __name__ == "__main__":

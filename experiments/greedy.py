@@ -1,71 +1,82 @@
 """Greedy steps, which try every move, beside diagonals of as many network calls.
 
-    python benchmarks/greedy.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema --output FILE
+    python experiments/greedy.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema --output FILE
 
 For every number of rungs and spacing, `sampler.sample_greedy` on the rungs of a diagonal, the diagonal itself, and a
 diagonal of as many calls as greedy took on average, trials included. All start from the same noise; the score is the
 sliced Wasserstein distance (x1000, mean over levels). Prints a report in Markdown.
 """
 
-import argparse
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import cli
 from bench_train import show, table
 from checkpoint import load_model
+from cli import CheckpointSettings, DataSettings, HardwareSettings
 from data import to_uint8
 from diffusion.sampler import SeededNoise, image_seeds, sample_greedy, scale_shapes
 from evaluation.metrics import SlicedWasserstein
 from factorial import score
 from images.representation import OVERCOMPLETE
 from paths.families import diagonal
+from paths.path import Path as SamplingPath
 from runtime.device import autocast, select_device
+from runtime.settings import REQUIRED, option, parse_settings
 
 SPACINGS = ("uniform_t", "uniform_log_snr")
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint", required=True, help="a model of two clocks")
-    add("--ema", action="store_true", help="use the EMA weights")
-    add("--rungs", nargs="+", type=cli.positive_int, default=[3, 5, 8], help="steps of a diagonal (3 5 8)")
-    add("--num_images", type=cli.positive_int, default=200, help="(200)")
-    add("--batch_size", type=cli.positive_int, default=100, help="(100)")
-    add("--seed", type=cli.seed, default=42, help="(42)")
-    add("--output", default=None, metavar="FILE", help="write the report here too")
-    cli.add_data_arguments(parser, dataset_default=None)
-    cli.add_device_arguments(parser)
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class GreedySettings(CheckpointSettings, DataSettings, HardwareSettings):
+    """Whose greedy steps are scored, on how many rungs and images."""
+
+    checkpoint: str = option(REQUIRED, "a model of two clocks")
+    rungs: tuple[int, ...] = option((3, 5, 8), "steps of a diagonal", parse=cli.positive_int, nargs="+")
+    num_images: int = option(200, parse=cli.positive_int)
+    batch_size: int = option(100, parse=cli.positive_int)
+    seed: int = option(42, parse=cli.seed)
+    output: str | None = option(None, "write the report here too", metavar="FILE")
+
+
+def parse_args() -> GreedySettings:
+    """The settings of this study, from its flags."""
+    return parse_settings(GreedySettings, __doc__)
 
 
 def main() -> None:
     """Sample, score, print and write."""
-    args = parse_args()
-    device = select_device(args.device)
-    loaded = load_model(args.checkpoint, args.ema, device)
+    settings = parse_args()
+    device = select_device(settings.device)
+    loaded = load_model(settings.checkpoint, settings.ema, device)
     if loaded.scheduler.representation is not OVERCOMPLETE:
         raise ValueError("Greedy steps are compared with diagonals of over-complete pairs; pass such a --checkpoint.")
-    images = cli.load_training_images(args, loaded.config)
-    metric = SlicedWasserstein(images.pixels, args.num_images, device=device)
+    images = cli.load_training_images(settings, loaded.config)
+    metric = SlicedWasserstein(images.pixels, settings.num_images, device=device)
     log_snr = loaded.scheduler.log_snr.numpy()
     shapes = scale_shapes(2, loaded.config["channels"], loaded.config["resolution"])
+
+    def score_of(path: SamplingPath) -> float:
+        return score(
+            loaded, path, settings.seed, settings.num_images, settings.batch_size, settings.precision, metric, device
+        )
+
     rows = []
-    for steps in args.rungs:
+    for steps in settings.rungs:
         for spacing in SPACINGS:
             base = diagonal(steps, spacing, log_snr=log_snr)
             pixels, calls, taken = [], [], set()
-            for seeds in torch.tensor(image_seeds(args.seed, args.num_images)).split(args.batch_size):
+            for seeds in torch.tensor(image_seeds(settings.seed, settings.num_images)).split(settings.batch_size):
                 source = SeededNoise(seeds.tolist())
                 noise = [source.draw(shape, device) for shape in shapes]
-                with autocast(device, args.precision):
+                with autocast(device, settings.precision):
                     rungs = [t for t, _ in base.points]
                     samples = sample_greedy(loaded.model.denoise, loaded.scheduler, rungs, noise)
                 pixels.append(to_uint8(samples.images[0]).cpu())
@@ -79,12 +90,12 @@ def main() -> None:
                     "calls of greedy": f"{mean_calls:.1f} ({min(calls)} to {max(calls)})",
                     "paths taken": len(taken),
                     "greedy": statistics.mean(metric.distance(torch.cat(pixels)).values()),
-                    "diagonal of these rungs": score(loaded, base, args.seed, args, metric, device),
-                    "diagonal of equal calls": score(loaded, equal, args.seed, args, metric, device),
+                    "diagonal of these rungs": score_of(base),
+                    "diagonal of equal calls": score_of(equal),
                 }
             )
-    text = f"# Greedy steps, {Path(args.checkpoint).stem}, SWD x1000 of {args.num_images} images\n\n{table(rows)}"
-    show(text, args.output)
+    title = f"# Greedy steps, {Path(settings.checkpoint).stem}, SWD x1000 of {settings.num_images} images"
+    show(f"{title}\n\n{table(rows)}", settings.output)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Which criterion for paths agrees with the truth: rank correlation of its cost with exact or measured distances.
 
-    python benchmarks/rank_criteria.py gaussian --spectrum FILE.npz --output results/criteria/gaussian
-    python benchmarks/rank_criteria.py gaussian --output results/criteria/power_law          # no file: a power law
-    python benchmarks/rank_criteria.py trained --heatmap results/heatmap_30_400ep_ema.pth \\
+    python experiments/rank_criteria.py gaussian --spectrum FILE.npz --output results/criteria/gaussian
+    python experiments/rank_criteria.py gaussian --output results/criteria/power_law          # no file: a power law
+    python experiments/rank_criteria.py trained --heatmap results/heatmap_30_400ep_ema.pth \\
         --scores results/factorial/afhq.csv --output results/criteria/afhq
 
 `gaussian`: for images whose denoiser is known, over families x spacings x number of steps (diagonal, shifts, leads,
@@ -16,12 +16,12 @@ no criterion needs to know), and the regret, the distance of the path it likes b
 paths, less 1, likewise averaged. Writes OUTPUT.md and OUTPUT_{schedule}.png or OUTPUT.png.
 """
 
-import argparse
 import itertools
 import operator
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
@@ -30,16 +30,18 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 sys.path.insert(0, str(FilePath(__file__).resolve().parent.parent))
+sys.path.insert(1, str(FilePath(__file__).resolve().parent.parent / "benchmarks"))
 
 import cli
 from bench_train import show, table
 from criteria import KL_WEIGHTS, evaluate, gaussian_reader, measured_reader, sizes
-from factorial import SCHEDULES, means, noisiest_timestep, read_csv, trained_paths
+from factorial import SCHEDULES, GaussianSettings, StudySettings, means, noisiest_timestep, read_csv, trained_paths
 from figures.costs import plot_criteria
 from paths.families import cascade, diagonal, fine_first, lead, log_snr_shift
 from paths.path import Path, timestep_grid
 from planning.error_map import CHAIN_RULE_FACTORS, load_heatmap
 from planning.map_paths import heatmap_path, kl_refined
+from runtime.settings import REQUIRED, option, parse_command
 from scheduler import DDIMScheduler
 from truth.gaussian import Spectrum, exact_heatmap
 from truth.linear_sampler import chain_kl, ddim_output, kl, w2_squared
@@ -63,21 +65,21 @@ class Candidate(NamedTuple):
     distances: dict[str, float]
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    for name in ("gaussian", "trained"):
-        kind = kinds.add_parser(name)
-        kind.add_argument("--output", required=True, help="name of the files without suffix")
-        if name == "gaussian":
-            kind.add_argument("--nfe", nargs="+", type=cli.positive_int, default=[6, 10, 18, 36], help="(6 10 18 36)")
-            kind.add_argument("--spectrum", default=None, metavar="FILE", help="variances of real images (a power law)")
-            kind.add_argument("--resolution", type=cli.positive_int, default=64, help="of the power law (64)")
-        else:
-            kind.add_argument("--heatmap", required=True, help="of the network, with --maps all")
-            kind.add_argument("--scores", required=True, help="the CSV file of factorial.py trained")
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class ScoresSettings(StudySettings):
+    """A study of scores that were measured."""
+
+    heatmap: str = option(REQUIRED, "of the network, with --maps all")
+    scores: str = option(REQUIRED, "the CSV file of factorial.py trained")
+
+
+def parse_args() -> tuple[str, StudySettings]:
+    """Which of the two, gaussian or trained, and its settings, from the flags."""
+    commands = {
+        "gaussian": (GaussianSettings, "against exact distances of Gaussian images"),
+        "trained": (ScoresSettings, "against measured scores of a network"),
+    }
+    return parse_command(commands, __doc__)
 
 
 def hand_made(nfe: int, log_snr: np.ndarray, start: int) -> Iterator[tuple[str, Path]]:
@@ -195,26 +197,26 @@ def draw(candidates: list[Candidate], distance: str, file: str, title: str) -> N
 
 def main() -> None:
     """Evaluate, print, write and draw."""
-    args = parse_args()
-    FilePath(args.output).parent.mkdir(parents=True, exist_ok=True)
+    kind, settings = parse_args()
+    FilePath(settings.output).parent.mkdir(parents=True, exist_ok=True)
     parts = []
-    if args.kind == "gaussian":
-        spectrum = Spectrum.load(args.spectrum) if args.spectrum else Spectrum.power_law(args.resolution)
-        source = FilePath(args.spectrum).name if args.spectrum else "power law"
+    if kind == "gaussian":
+        spectrum = settings.variances()
+        source = FilePath(settings.spectrum).name if settings.spectrum else "power law"
         for label, name in SCHEDULES.items():
-            candidates = gaussian_candidates(spectrum, name, args.nfe)
+            candidates = gaussian_candidates(spectrum, name, settings.nfe)
             parts.append(report(candidates, label))
             title = f"Criteria against W2² of DDIM, {source}, {label}"
-            draw(candidates, "W2²", f"{args.output}_{name}.png", title)
+            draw(candidates, "W2²", f"{settings.output}_{name}.png", title)
         heading = f"# Criteria against exact distances, {source}"
     else:
-        heatmap = load_heatmap(args.heatmap)
-        candidates = trained_candidates(heatmap, read_csv(FilePath(args.scores)))
-        parts.append(report(candidates, FilePath(args.scores).stem))
+        heatmap = load_heatmap(settings.heatmap)
+        candidates = trained_candidates(heatmap, read_csv(FilePath(settings.scores)))
+        parts.append(report(candidates, FilePath(settings.scores).stem))
         heading = f"# Criteria against measured scores, epoch {heatmap['epoch']}, {heatmap['weights']} weights"
-        draw(candidates, "SWD", f"{args.output}.png", heading.removeprefix("# "))
+        draw(candidates, "SWD", f"{settings.output}.png", heading.removeprefix("# "))
     text = "\n\n".join([heading, *parts])
-    show(text, f"{args.output}.md")
+    show(text, f"{settings.output}.md")
 
 
 if __name__ == "__main__":

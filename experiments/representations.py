@@ -1,7 +1,7 @@
 """What an orthogonal pair of scales can win, where the truth is known: best paths of every representation.
 
-    python benchmarks/representations.py gaussian --spectrum FILE.npz --output results/representation/gaussian
-    python benchmarks/representations.py gaussian --output results/representation/power_law     # no file: a power law
+    python experiments/representations.py gaussian --spectrum FILE.npz --output results/representation/gaussian
+    python experiments/representations.py gaussian --output results/representation/power_law     # no file: a power law
 
 Exact squared Wasserstein distance W2² between Gaussian images and what DDIM returns, split into low and detail band,
 along the path that makes it least: of the baseline's one clock on the image; of the over-complete and the residual pair
@@ -13,20 +13,23 @@ Writes OUTPUT.csv (a row per path, with its points), and OUTPUT.md: the distance
 of the diagonal of the image.
 """
 
-import argparse
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(FilePath(__file__).resolve().parent.parent))
+sys.path.insert(1, str(FilePath(__file__).resolve().parent.parent / "benchmarks"))
 
 import cli
 from bench_train import show, table
 from evaluation.results_table import write_csv
+from factorial import GaussianSettings
 from images.representation import REPRESENTATIONS
+from runtime.settings import option, parse_command
 from truth.gaussian import Spectrum
 from truth.linear_sampler import ddim_output, w2_squared
 from truth.optimal_points import optimal_points
@@ -42,16 +45,18 @@ KINDS = {
 COLUMNS = ("path", "nfe", "w2", "low", "detail", "lead_mean", "lead_min", "lead_max", "points")
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_subparsers(dest="kind", required=True).add_parser("gaussian").add_argument
-    add("--nfe", nargs="+", type=cli.positive_int, default=[4, 6, 8, 10, 18, 36], help="(4 6 8 10 18 36)")
-    add("--start", type=float, default=-10.0, help="log SNR of the image at the first point (-10)")
-    add("--spectrum", default=None, metavar="FILE", help="variances of real images (a power law)")
-    add("--resolution", type=cli.positive_int, default=64, help="of the power law (64)")
-    add("--output", required=True, help="name of the files without suffix")
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class RepresentationSettings(GaussianSettings):
+    """How many network calls the paths have, and where they start."""
+
+    nfe: tuple[int, ...] = option((4, 6, 8, 10, 18, 36), parse=cli.positive_int, nargs="+")
+    start: float = option(-10.0, "log SNR of the image at the first point", parse=float, shown="-10")
+
+
+def parse_args() -> RepresentationSettings:
+    """The settings of this study, from the flags of its one command."""
+    _, settings = parse_command({"gaussian": (RepresentationSettings, "Gaussian images")}, __doc__)
+    return settings
 
 
 def row_of(spectrum: Spectrum, kind: str, nfe: int, start: float) -> dict[str, Any]:
@@ -98,17 +103,17 @@ def _lead(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Find the best paths, write the rows and the table."""
-    args = parse_args()
-    if not math.isfinite(args.start):
-        raise ValueError(f"--start is {args.start} but must be a finite log SNR, such as -10.")
-    spectrum = Spectrum.load(args.spectrum) if args.spectrum else Spectrum.power_law(args.resolution)
-    FilePath(args.output).parent.mkdir(parents=True, exist_ok=True)
-    jobs = [(kind, nfe) for nfe in args.nfe for kind in KINDS]
-    rows = [row_of(spectrum, kind, nfe, args.start) for kind, nfe in tqdm(jobs, unit="path")]
-    write_csv(f"{args.output}.csv", [{column: row.get(column) for column in COLUMNS} for row in rows])
-    source = f"variances of {FilePath(args.spectrum).name}" if args.spectrum else "a power law"
-    text = report(rows, f"Best paths of DDIM on Gaussian images, {source}, from λ = {args.start:g}")
-    show(text, f"{args.output}.md")
+    settings = parse_args()
+    if not math.isfinite(settings.start):
+        raise ValueError(f"--start is {settings.start} but must be a finite log SNR, such as -10.")
+    spectrum = settings.variances()
+    FilePath(settings.output).parent.mkdir(parents=True, exist_ok=True)
+    jobs = [(kind, nfe) for nfe in settings.nfe for kind in KINDS]
+    rows = [row_of(spectrum, kind, nfe, settings.start) for kind, nfe in tqdm(jobs, unit="path")]
+    write_csv(f"{settings.output}.csv", [{column: row.get(column) for column in COLUMNS} for row in rows])
+    source = f"variances of {FilePath(settings.spectrum).name}" if settings.spectrum else "a power law"
+    text = report(rows, f"Best paths of DDIM on Gaussian images, {source}, from λ = {settings.start:g}")
+    show(text, f"{settings.output}.md")
 
 
 if __name__ == "__main__":
