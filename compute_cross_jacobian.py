@@ -8,7 +8,7 @@
 Writes into --output_dir, for every epoch:
     cross_jacobian_{epoch}ep.csv             the four blocks and the ratios HL / HH and LH / LL in every cell
     cross_jacobian_analysis_{epoch}ep.png    the ratios over the plane, and HL / HH along the noisiest fine timestep
-    coupling_{epoch}ep.csv, .png             the error of the fine image with other coarse inputs (coupling.py)
+    coupling_{epoch}ep.csv, .png             the error of the fine image with other coarse inputs (planning/coupling.py)
 and over all epochs:
     path_statistics.csv                      where the coarse and where the fine scale leads along DP-64 and DP-Total
     path_comparison_across_epochs.png        these paths, of raw weights; path_comparison_ema_across_epochs.png of EMA

@@ -85,7 +85,7 @@ IMAGE_DIAGONAL = (
 )
 TWO_CLOCKS = (
     "On the diagonal both scales have the same timestep. `compute_heatmap_30.py` finds other paths, from the "
-    "checkpoint that this model was exported from; `load_schedule` of `schedule_file.py` reads those of a "
+    "checkpoint that this model was exported from; `load_schedule` of `paths/schedule_file.py` reads those of a "
     "`schedule.json`."
 )
 COARSE_FEED = (
