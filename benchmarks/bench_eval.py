@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
 from bench_heatmap import seconds_of
-from bench_train import describe_machine, matmul_peak, show, table, turns
+from bench_train import describe_machine, matmul_peak, turns
 from checkpoint import build_model, load_model
 from cli import CheckpointSettings, DataSettings, HardwareSettings
 from data import to_uint8
@@ -61,6 +61,7 @@ from evaluation.metrics import SlicedWasserstein, frechet_distance
 from paths.families import diagonal
 from paths.path import Path as SamplingPath
 from runtime.device import AUTOCAST_DTYPES, autocast, has_fast_bf16, memory_format, select_device
+from runtime.reports import markdown_table, print_report
 from runtime.settings import option, parse_settings
 from scheduler import DDIMScheduler
 
@@ -439,9 +440,9 @@ def main() -> None:
     ]
     widths = ",".join(map(str, bench.hidden_dims))
     title = f"# Evaluation at {bench.resolution}x{bench.resolution}, widths {widths}"
-    tables = [f"## {name}\n\n{table(rows)}" for name, rows in (rates | sections).items()]
+    tables = [f"## {name}\n\n{markdown_table(rows)}" for name, rows in (rates | sections).items()]
     text = "\n\n".join([title, describe_machine(device), *bench.notes, *tables])
-    show(text, settings.output)
+    print_report(text, settings.output)
 
 
 if __name__ == "__main__":

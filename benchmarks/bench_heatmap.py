@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
 from bench_settings import synchronize
-from bench_train import describe_machine, show, table
+from bench_train import describe_machine
 from checkpoint import LoadedModel, load_model
 from cli import CheckpointSettings, DataSettings, HardwareSettings
 from data import coarse as two_by_two_mean
@@ -40,6 +40,7 @@ from data import to_float
 from paths.path import timestep_grid
 from planning.error_map import BLOCKS, draw_noise_and_probes, error_map
 from runtime.device import autocast, resolve_precision, select_device
+from runtime.reports import markdown_table, print_report
 from runtime.settings import option, parse_settings
 
 PLAIN_PROBES = 4
@@ -173,8 +174,8 @@ def main() -> None:
     ]
     parameters = sum(p.numel() for p in loaded.model.parameters())
     sections = {
-        f"{len(few) ** 2} cells, {settings.num_images} images, median of {settings.rounds} turns": table(rows),
-        "How many times the images for the standard error of the plain way, median over cells": table(
+        f"{len(few) ** 2} cells, {settings.num_images} images, median of {settings.rounds} turns": markdown_table(rows),
+        "How many times the images for the standard error of the plain way, median over cells": markdown_table(
             [{"way": name} | by_block for name, by_block in factors.items()]
         ),
     }
@@ -182,18 +183,20 @@ def main() -> None:
         whole_seconds, whole = seconds_of(lambda: ours(grid, 1, "all"), device)
         thin_seconds, thinned = seconds_of(lambda: ours(grid, 1, "all", coarse=settings.coarse), device)
         plain_seconds = per_cell[plain] * settings.grid**2
-        sections[f"The whole grid of {settings.grid} x {settings.grid}, K=1, denoising errors with it"] = table(
-            [
-                {
-                    "way": name,
-                    "s": spent,
-                    "plain / it": plain_seconds / spent,
-                    "plain / it at equal standard error": plain_seconds / spent / charges["ours, K=1"],
-                }
-                for name, spent in (("whole", whole_seconds), (f"--coarse {settings.coarse}", thin_seconds))
-            ]
+        sections[f"The whole grid of {settings.grid} x {settings.grid}, K=1, denoising errors with it"] = (
+            markdown_table(
+                [
+                    {
+                        "way": name,
+                        "s": spent,
+                        "plain / it": plain_seconds / spent,
+                        "plain / it at equal standard error": plain_seconds / spent / charges["ours, K=1"],
+                    }
+                    for name, spent in (("whole", whole_seconds), (f"--coarse {settings.coarse}", thin_seconds))
+                ]
+            )
         )
-        sections[f"Relative error of --coarse {settings.coarse} at the cells it did not measure"] = table(
+        sections[f"Relative error of --coarse {settings.coarse} at the cells it did not measure"] = markdown_table(
             interpolation_rows(thinned, whole)
         )
     title = (
@@ -201,7 +204,7 @@ def main() -> None:
         f"{describe_machine(device)}"
     )
     text = "\n\n".join([title, *(f"## {name}\n\n{content}" for name, content in sections.items())])
-    show(text, settings.output)
+    print_report(text, settings.output)
 
 
 if __name__ == "__main__":

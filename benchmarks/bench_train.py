@@ -59,7 +59,7 @@ from model import ATTENTION_MIN_CHANNELS, NUM_GROUPS
 from planning.regimes import TimestepPairs, resolve_regime
 from runtime.device import AUTOCAST_DTYPES, choose_kernels, resolve_precision, select_device
 from runtime.distributed import Processes
-from runtime.safe_write import replacing
+from runtime.reports import markdown_table, print_report
 from runtime.settings import option, parse_settings
 from scheduler import DDIMScheduler
 from training.objective import diffusion_loss, draw_batch
@@ -422,25 +422,6 @@ def describe_machine(device: torch.device) -> str:
     return ", ".join([*parts, date.today().isoformat()])
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown of rows with equal keys, which are the header."""
-
-    def text(cell: Any) -> str:
-        return (f"{cell:.3g}" if cell < 100 else f"{cell:,.0f}") if isinstance(cell, float) else str(cell)
-
-    lines = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *(map(text, row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def show(text: str, file: str | os.PathLike | None) -> None:
-    """Print a report, and write it to a file as a whole, whose folder need not be there; None writes none."""
-    print(text)
-    if file is not None:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
-
-
 def network_rows(results: list[Result]) -> list[dict[str, Any]]:
     """Each network once, with the size of its work."""
     networks = {result.label["model"]: result.measured["ours"] for result in results}
@@ -508,7 +489,7 @@ def report(
     title = f"# Training at {side}x{side}, widths {widths}"
     notes = sorted({note for r in results for note in r.notes})
     notes += ["diffusers is not installed, and was not compared with."] * (diffusers is None)
-    tables = [f"## {name}\n\n{table(rows)}" for name, rows in sections.items() if rows]
+    tables = [f"## {name}\n\n{markdown_table(rows)}" for name, rows in sections.items() if rows]
     return "\n\n".join([title, machine, *notes, *tables])
 
 
@@ -534,7 +515,7 @@ def main() -> None:
     for name, dtype in dtypes.items():
         peaks[name].append(matmul_peak(dtype, device))
     text = report(results, peaks, settings, describe_machine(device))
-    show(text, settings.output)
+    print_report(text, settings.output)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import cli
-from bench_train import show, table
 from checkpoint import LoadedModel, load_model
 from cli import DataSettings, HardwareSettings
 from data import to_float
@@ -36,6 +34,7 @@ from images.representation import RESIDUAL
 from make_figures import named
 from planning.error_map import error_map, per_image
 from runtime.device import autocast, resolve_precision, select_device
+from runtime.reports import markdown_table, print_report
 from runtime.settings import REQUIRED, option, parse_settings
 
 LINE_SPACING = math.log(4)  # in log SNR, so that the coarse line of a residual pair is the next one
@@ -152,7 +151,7 @@ def report(rows: list[dict[str, Any]], title: str) -> str:
             line |= {f"{name}, {b}": f"{other[f'{b}_ratio']:.3f} ± {other[f'{b}_ratio_se']:.3f}" for b in BANDS}
         lines.append(line)
     what = f"Error of {names[0]}, in units of x² of a whole image; of the others the ratio to it ± its standard error."
-    return f"# {title}\n\n{what}\n\n{table(lines)}"
+    return f"# {title}\n\n{what}\n\n{markdown_table(lines)}"
 
 
 def _standard_error(values: torch.Tensor) -> float:
@@ -184,7 +183,7 @@ def main() -> None:
     Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
     write_csv(f"{settings.output}.csv", rows)
     shown = f"{'EMA' if settings.ema else 'raw'} weights, {settings.num_images} {settings.on.replace('_', '-')} images"
-    show(report(rows, f"Denoising error by band, {shown}"), f"{settings.output}.md")
+    print_report(report(rows, f"Denoising error by band, {shown}"), f"{settings.output}.md")
 
 
 if __name__ == "__main__":

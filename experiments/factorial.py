@@ -39,10 +39,8 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(FilePath(__file__).resolve().parent.parent))
-sys.path.insert(1, str(FilePath(__file__).resolve().parent.parent / "benchmarks"))
 
 import cli
-from bench_train import show, table
 from checkpoint import LoadedModel, load_model
 from cli import CheckpointSettings, DataSettings, HardwareSettings
 from data import to_uint8
@@ -55,6 +53,7 @@ from paths.path import Path, timestep_grid
 from planning.error_map import load_heatmap
 from planning.map_paths import heatmap_path, kl_refined
 from runtime.device import autocast, resolve_precision, select_device
+from runtime.reports import markdown_table, print_report
 from runtime.safe_write import replacing
 from runtime.settings import REQUIRED, Settings, option, parse_command
 from scheduler import DDIMScheduler
@@ -335,7 +334,7 @@ def report(rows: list[dict[str, Any]], title: str) -> str:
                 cells = {s: by_key.get((schedule, model, s, offset, str(nfe))) for s in SPACINGS}
                 texts = {s: "" if r is None else _text(r) for s, r in cells.items()}
                 lines.append({"offset": offset or "baseline", **texts})
-            parts.append(f"## {schedule}, {nfe} calls\n\n{table(lines)}")
+            parts.append(f"## {schedule}, {nfe} calls\n\n{markdown_table(lines)}")
     return "\n\n".join(parts)
 
 
@@ -359,7 +358,7 @@ def main() -> None:
         label = "sliced Wasserstein distance x1000"
     summary = means(rows)
     text = report(summary, title)
-    show(text, f"{settings.output}.md")
+    print_report(text, f"{settings.output}.md")
     plot_factorial(summary, f"{settings.output}.png", title, label)
 
 

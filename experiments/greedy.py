@@ -15,10 +15,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import cli
-from bench_train import show, table
 from checkpoint import load_model
 from cli import CheckpointSettings, DataSettings, HardwareSettings
 from data import to_uint8
@@ -29,6 +27,7 @@ from images.representation import OVERCOMPLETE
 from paths.families import diagonal
 from paths.path import Path as SamplingPath
 from runtime.device import autocast, select_device
+from runtime.reports import markdown_table, print_report
 from runtime.settings import REQUIRED, option, parse_settings
 
 SPACINGS = ("uniform_t", "uniform_log_snr")
@@ -95,7 +94,7 @@ def main() -> None:
                 }
             )
     title = f"# Greedy steps, {Path(settings.checkpoint).stem}, SWD x1000 of {settings.num_images} images"
-    show(f"{title}\n\n{table(rows)}", settings.output)
+    print_report(f"{title}\n\n{markdown_table(rows)}", settings.output)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,8 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 sys.path.insert(0, str(FilePath(__file__).resolve().parent.parent))
-sys.path.insert(1, str(FilePath(__file__).resolve().parent.parent / "benchmarks"))
 
 import cli
-from bench_train import show, table
 from criteria import KL_WEIGHTS, evaluate, gaussian_reader, measured_reader, sizes
 from factorial import SCHEDULES, GaussianSettings, StudySettings, means, noisiest_timestep, read_csv, trained_paths
 from figures.costs import plot_criteria
@@ -41,6 +39,7 @@ from paths.families import cascade, diagonal, fine_first, lead, log_snr_shift
 from paths.path import Path, timestep_grid
 from planning.error_map import CHAIN_RULE_FACTORS, load_heatmap
 from planning.map_paths import heatmap_path, kl_refined
+from runtime.reports import markdown_table, print_report
 from runtime.settings import REQUIRED, option, parse_command
 from scheduler import DDIMScheduler
 from truth.gaussian import Spectrum, exact_heatmap
@@ -184,7 +183,7 @@ def report(candidates: list[Candidate], title: str) -> str:
             rho, regret = agreement(candidates, criterion, distance)
             row |= {f"ρ, {distance}": f"{rho:+.2f}", f"regret, {distance}": f"{regret:.1%}"}
         rows.append(row)
-    return f"## {title}\n\n{len(candidates)} paths: {counts}.\n\n{table(rows)}"
+    return f"## {title}\n\n{len(candidates)} paths: {counts}.\n\n{markdown_table(rows)}"
 
 
 def draw(candidates: list[Candidate], distance: str, file: str, title: str) -> None:
@@ -216,7 +215,7 @@ def main() -> None:
         heading = f"# Criteria against measured scores, epoch {heatmap['epoch']}, {heatmap['weights']} weights"
         draw(candidates, "SWD", f"{settings.output}.png", heading.removeprefix("# "))
     text = "\n\n".join([heading, *parts])
-    show(text, f"{settings.output}.md")
+    print_report(text, f"{settings.output}.md")
 
 
 if __name__ == "__main__":

@@ -22,13 +22,12 @@ from typing import Any
 from tqdm import tqdm
 
 sys.path.insert(0, str(FilePath(__file__).resolve().parent.parent))
-sys.path.insert(1, str(FilePath(__file__).resolve().parent.parent / "benchmarks"))
 
 import cli
-from bench_train import show, table
 from evaluation.results_table import write_csv
 from factorial import GaussianSettings
 from images.representation import REPRESENTATIONS
+from runtime.reports import markdown_table, print_report
 from runtime.settings import option, parse_command
 from truth.gaussian import Spectrum
 from truth.linear_sampler import ddim_output, w2_squared
@@ -88,9 +87,9 @@ def report(rows: list[dict[str, Any]], title: str) -> str:
         leads.append({"NFE": str(nfe), **{k: _lead(r) for k, r in moving}})
     parts = [
         f"# {title}",
-        f"W2² (low band + details) of the best path:\n\n{table(distances)}",
+        f"W2² (low band + details) of the best path:\n\n{markdown_table(distances)}",
         "Lead of the coarse scale over the diagonal of the image, λ_coarse - λ_fine less 0 (over-complete) or "
-        f"log 4 (residual), mean (least to largest) over the inner points:\n\n{table(leads)}",
+        f"log 4 (residual), mean (least to largest) over the inner points:\n\n{markdown_table(leads)}",
     ]
     return "\n\n".join(parts)
 
@@ -113,7 +112,7 @@ def main() -> None:
     write_csv(f"{settings.output}.csv", [{column: row.get(column) for column in COLUMNS} for row in rows])
     source = f"variances of {FilePath(settings.spectrum).name}" if settings.spectrum else "a power law"
     text = report(rows, f"Best paths of DDIM on Gaussian images, {source}, from λ = {settings.start:g}")
-    show(text, f"{settings.output}.md")
+    print_report(text, f"{settings.output}.md")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,26 @@
+"""Reports of benchmarks and studies: Markdown tables, printed, and written as a whole."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from runtime.safe_write import replacing
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown of rows with equal keys, which are the header."""
+
+    def text(cell: Any) -> str:
+        return (f"{cell:.3g}" if cell < 100 else f"{cell:,.0f}") if isinstance(cell, float) else str(cell)
+
+    lines = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *(map(text, row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def print_report(text: str, file: str | os.PathLike | None) -> None:
+    """Print a report, and write it to a file as a whole, whose folder need not be there; None writes none."""
+    print(text)
+    if file is not None:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
