@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from conftest import ROOT, run_stage
+from evaluation.results_table import read_rows
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("results/*/README.md")])
 # Folders whose files a run writes.
@@ -129,6 +130,19 @@ def test_commands_of_docstrings_have_these_flags(file, flags_of):
 def test_scripts_named_exist(page):
     for name in re.findall(r"\./(scripts/[\w.]+)", page.read_text(encoding="utf-8")):
         assert (ROOT / name).is_file(), name
+
+
+def test_the_example_in_python_runs(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs/usage.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    points, rows = capsys.readouterr().out, read_rows("results/fid_results.csv")
+    assert "(0, 0)) 6" in points
+    assert [(row["path_type"], row["nfe"], row["num_images"]) for row in rows] == [
+        ("diagonal", "6", "32"),
+        ("kl", "6", "32"),
+    ]
 
 
 def test_the_readme_is_short():
