@@ -899,7 +899,7 @@ def test_two_evaluations_share_a_list(stage, run, child, tmp_path):
     flags = lift_flags(run, tmp_path / "scores.csv", "--seeds", *range(6))
     barrier = FORKS.Barrier(2)
     # Both are within a job at the same time, so that the second found the first job taken.
-    said = finish(*[child(flags, ("eval_fid_batch", "generate", Meet(barrier))) for _ in range(2)])
+    said = finish(*[child(flags, ("evaluation.jobs", "generate", Meet(barrier))) for _ in range(2)])
     rows = read_rows(tmp_path / "scores.csv")
     assert sorted(row["seed"] for row in rows) == [str(seed) for seed in range(6)]
     scored = [re.findall(r"seed (\d): swd level 16 px ", text) for text in said]
@@ -916,7 +916,7 @@ def test_two_evaluations_share_a_list(stage, run, child, tmp_path):
 
 def test_the_job_of_a_process_that_dies_is_taken_over(run, child, tmp_path):
     flags = lift_flags(run, tmp_path / "scores.csv", "--seeds", 1, 2)
-    hanging = child(flags, ("eval_fid_batch", "generate", Hang(tmp_path / "there")))
+    hanging = child(flags, ("evaluation.jobs", "generate", Hang(tmp_path / "there")))
     wait_until((tmp_path / "there").exists, hanging)
     waiting = child(flags)
     wait_until(lambda: "seed 1: waiting" in waiting.said.read_text(), hanging, waiting)
@@ -966,7 +966,7 @@ def ranks(child):
     return start
 
 
-STAND_IN = ("eval_fid_batch", "load_inception", Replace(Colours))
+STAND_IN = ("evaluation.jobs", "load_inception", Replace(Colours))
 
 
 def test_two_processes_of_one_run_give_the_rows_of_one(stage, run, ranks, tmp_path, stand_in):
@@ -989,7 +989,7 @@ def test_the_first_process_says_what_is_missing(stage, run, ranks, tmp_path, sta
     flags = lift_flags(run, tmp_path / "scores.csv", "--cache_dir", tmp_path / "cache", "--batch_size", 4, "--metrics")
     stage(eval_fid_batch, *flags, "fid")
     # On another host the table may still look as it did.
-    finish(*ranks([*flags, "fid", "swd"], STAND_IN, second=[("eval_fid_batch", "has_row", Replace(never))]))
+    finish(*ranks([*flags, "fid", "swd"], STAND_IN, second=[("evaluation.jobs", "has_row", Replace(never))]))
     assert [row["metric"] for row in read_rows(tmp_path / "scores.csv")] == ["fid", "swd"]
 
 

@@ -124,10 +124,8 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         self._resolve(**{name: value for name, value in preset.items() if getattr(self, name) is None})
         self._resolve(loss_weights=scale_weights(self.loss_weights, self.model_type, self.representation))
         if len(self.loss_weights) != predictions:
-            raise ValueError(
-                f"a '{self.model_type}' model has {predictions} loss(es), not {len(self.loss_weights)}; leave "
-                "--loss_weights out."
-            )
+            losses = "the loss of the fine scale alone" if predictions == 1 else "a loss for each scale"
+            raise ValueError(f"a '{self.model_type}' model has {losses}; leave --loss_weights out, or weigh these.")
         if self.representation == "residual" and predictions == 1:
             raise ValueError(
                 f"a '{self.model_type}' model predicts the fine scale alone, of which no image can be composed; train "
