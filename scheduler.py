@@ -73,8 +73,8 @@ class DDIMScheduler:
 
     Attributes, float64 `[num_train_timesteps]`: `alphas_cumprod`, `snr` (0 to inf), `log_snr`.
     `prediction_type` says what the network returns: "epsilon", "x0" or "v". `clip_sample` clamps every
-    predicted clean image to [-1, 1]. `representation`, of `representation.REPRESENTATIONS`, says what the scales of an
-    image are and which noise is theirs. Nothing is kept between calls and nothing moves between devices unless
+    predicted clean image to [-1, 1]. `representation`, of `images.representation.REPRESENTATIONS`, says what the scales
+    of an image are and which noise is theirs. Nothing is kept between calls and nothing moves between devices unless
     `to(device)` is called. Raises ValueError for unknown names, and for ε-prediction on a schedule with zero
     terminal SNR, where noise carries no information about the image.
     """

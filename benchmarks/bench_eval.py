@@ -4,9 +4,9 @@
     python benchmarks/bench_eval.py --parts sampling --resolution 32 --hidden_dims 16,32,64,128 --batch_size 16
 
 - sampling: images/s of 18 network calls. Plain is what one writes first: fp32, eager, contiguous, tables looked up for
-  every image at every step. The others are `sampler.sample_seeds` with the layout of `load_model`, in fp32 or under
-  autocast, eager or compiled. All have the same weights and noise and take turns, so that a busy machine slows all
-  alike; one that takes SLOW times as long as plain has one turn.
+  every image at every step. The others are `diffusion.sampler.sample_seeds` with the layout of `load_model`, in fp32 or
+  under autocast, eager or compiled. All have the same weights and noise and take turns, so that a busy machine slows
+  all alike; one that takes SLOW times as long as plain has one turn.
 - overhead: the share of the time of the fastest of ours that passes outside the network, noise included.
 - inception: features/s, by the filter that makes the images 299x299. Weights are random, as speed does not see them.
 - frechet: seconds of the Fréchet distance of 2048 features, beside the matrix square root of SciPy.

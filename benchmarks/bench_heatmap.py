@@ -4,8 +4,9 @@
     python benchmarks/bench_heatmap.py --checkpoint FILE --lines 3 --rounds 1 --no-full
 
 The plain way is what one writes first: for every cell and probe two forward-mode passes (JVPs), one tangent per input
-scale, fp32, eager, math attention, 4 probes. Its contestants are `error_map.error_map` with 4 probes, with 1, and
-without any (denoising errors alone). All take the same cells, lines x lines of the grid, in turn, on the same images.
+scale, fp32, eager, math attention, 4 probes. Its contestants are `planning.error_map.error_map` with 4 probes, with 1,
+and without any (denoising errors alone). All take the same cells, lines x lines of the grid, in turn, on the same
+images.
 
 A contestant with fewer probes has larger standard errors. It is charged for that: its time is multiplied by the
 largest, over the four blocks, of the median over cells of (its standard error / that of the plain way)², as if it took

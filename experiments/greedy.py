@@ -2,9 +2,9 @@
 
     python experiments/greedy.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema --output FILE
 
-For every number of rungs and spacing, `sampler.sample_greedy` on the rungs of a diagonal, the diagonal itself, and a
-diagonal of as many calls as greedy took on average, trials included. All start from the same noise; the score is the
-sliced Wasserstein distance (x1000, mean over levels). Prints a report in Markdown.
+For every number of rungs and spacing, `diffusion.sampler.sample_greedy` on the rungs of a diagonal, the diagonal
+itself, and a diagonal of as many calls as greedy took on average, trials included. All start from the same noise; the
+score is the sliced Wasserstein distance (x1000, mean over levels). Prints a report in Markdown.
 """
 
 import statistics

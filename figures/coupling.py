@@ -28,7 +28,7 @@ RATIO_TITLES = {
     "ratio_HL": r"$\|J_{HL}\|_F^2\,/\,\|J_{HH}\|_F^2$",
     "ratio_LH": r"$\|J_{LH}\|_F^2\,/\,\|J_{LL}\|_F^2$",
 }
-# Of coupling.CONDITIONS but the first, with which they are compared.
+# Of planning.coupling.CONDITIONS but the first, with which they are compared.
 CONDITION_TITLES = {
     "own_at_0": r"own, $t_\mathrm{coarse} = 0$",
     "clean": r"own without noise, $t_\mathrm{coarse} = 0$",
@@ -71,8 +71,9 @@ def plot_coupling(
     """Draw what other coarse inputs do to the error of the fine image, against the log SNR of the fine one.
 
     A panel is named by its column and its row, and all share their axes. Ratios are those of a condition of
-    `coupling.CONDITIONS` to "own", which is the line at 1 and no curve; errors are standard errors. Raises ValueError
-    for no panel, a missing one, an unknown condition, shapes that disagree, or a ratio that is not positive and finite.
+    `planning.coupling.CONDITIONS` to "own", which is the line at 1 and no curve; errors are standard errors. Raises
+    ValueError for no panel, a missing one, an unknown condition, shapes that disagree, or a ratio that is not positive
+    and finite.
     """
     save_figure(_coupling_figure(panels, log_snr_64, t_64, title), file)
 

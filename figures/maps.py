@@ -102,7 +102,7 @@ def plot_maps(
 
     The cell of line i lies around its log SNR and ends half way to the next one; timesteps are on the upper and
     right axes. By default these are the four Jacobian blocks (mean ‖J‖²_F) and the denoising errors mse_64 and
-    mse_32 of `error_map.error_map`; those that are absent leave no gap. Raises ValueError for no map, a map
+    mse_32 of `planning.error_map.error_map`; those that are absent leave no gap. Raises ValueError for no map, a map
     that `shared` does not name, an unknown `of`, shapes that disagree, n below 2, and log SNRs that are not finite
     and rising.
     """

@@ -143,7 +143,7 @@ def _training_section(config: dict[str, Any]) -> str:
 
 
 def model_card(config: dict[str, Any], num_parameters: int) -> str:
-    """The card, Markdown with a YAML head, of a model whose config holds `class_name` and `pretrained.MODEL_KEYS`."""
+    """The card, Markdown with a YAML head, of a model by its config: `class_name`, `networks.pretrained.MODEL_KEYS`."""
     class_name, fine = config["class_name"], config["resolution"]
     reads_more_than_it_predicts = class_name in ("SingleTimestepModel", "NoTimestepModel")
     is_residual = config.get("representation") == "residual"

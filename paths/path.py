@@ -196,7 +196,7 @@ def check_log_snr_table(log_snr: ArrayLike, start: int) -> np.ndarray:
 def spaced(
     num_steps: int, spacing: str, start: int, end: int, log_snr: ArrayLike | None, num_train_timesteps: int
 ) -> list[int]:
-    """Timesteps of num_steps steps from start to end, spaced as `families.diagonal` says; it refuses the same."""
+    """Timesteps of num_steps steps from start to end, spaced as `paths.families.diagonal` says; it refuses the same."""
     if not 1 <= num_steps <= start - end:
         raise ValueError(
             f"num_steps is {num_steps} from timestep {start} to {end}, which allow 1 to {start - end}; choose within"

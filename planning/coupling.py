@@ -45,10 +45,10 @@ def measure_coupling(
 ) -> dict[str, Any]:
     """The denoising error of the fine image of a two-scale denoiser under every coarse input of CONDITIONS.
 
-    `denoise`, its inputs, and the noise drawn from `seed` are those of `error_map.error_map`: at equal images and
-    seed `own` and `own_at_0` are its cells (t_64, t_64) and (t_64, 0). Every condition sees the same fine images and
-    noise; `noise` is the noise of `own` alone, and `shuffled` goes by one cycle through all images in an order drawn
-    from `seed`, so that nobody is given its own. Costs n c ⌈B / batch_size⌉ calls.
+    `denoise`, its inputs, and the noise drawn from `seed` are those of `planning.error_map.error_map`: at equal images
+    and seed `own` and `own_at_0` are its cells (t_64, t_64) and (t_64, 0). Every condition sees the same fine images
+    and noise; `noise` is the noise of `own` alone, and `shuffled` goes by one cycle through all images in an order
+    drawn from `seed`, so that nobody is given its own. Costs n c ⌈B / batch_size⌉ calls.
 
     Returns, on the CPU: t_64 int64 `[n]`; t_32 int64 `[n, c]`; mse_64 and clipped_mse_64 float64 `[n, c, B]`, the
     squared error ‖x_64 - x̂_64‖² of every image (of its residual, in that representation), summed over its values, in

@@ -184,10 +184,10 @@ def kl_refined(
     """The KL optimum on a heatmap whose points may lie anywhere: on a finer grid, even in log SNR, then off it.
 
     The last of `points` is at `end`, that of `path` at 0 as of every path. The diagonal is that of the image: in the
-    residual representation t_32 follows t_64 at λ_32 = λ_64 + log 4, as in `path.log_snr_shift`. Any other path keeps
-    to where the network was trained (`seen_cells`), and goes by its errors there (`trusted`). Raises ValueError for a
-    heatmap without denoising errors, one of a single scale but for the diagonal, a start that is not on the map, and
-    for what `kl_path` and `refine_path` refuse.
+    residual representation t_32 follows t_64 at λ_32 = λ_64 + log 4, as in `paths.families.log_snr_shift`. Any other
+    path keeps to where the network was trained (`seen_cells`), and goes by its errors there (`trusted`). Raises
+    ValueError for a heatmap without denoising errors, one of a single scale but for the diagonal, a start that is not
+    on the map, and for what `kl_path` and `refine_path` refuse.
     """
     if heatmap.get("model_type") == "baseline" and not diagonal:
         raise ValueError("This heatmap is of a model of one scale, whose points lie on the diagonal; use kl_diagonal.")

@@ -370,9 +370,10 @@ def off_regime_note(
     """One sentence if a path calls a network far from every pair of timesteps it was trained on, else None.
 
     config: of a checkpoint; one without a regime was trained with the default of its model. coarse_from: the feed of
-    `sampler.sample`; with "noisy" the coarse image is as noisy as the fine one makes it, wherever t_32 is. The distance
-    of two pairs is the sum of their distances in log SNR by scale, and far is more than FAR. Of a band whose width
-    changes all counts that was seen up to the checkpoint, of one that moves where it was trained on last, and before.
+    `diffusion.sampler.sample`; with "noisy" the coarse image is as noisy as the fine one makes it, wherever t_32 is.
+    The distance of two pairs is the sum of their distances in log SNR by scale, and far is more than FAR. Of a band
+    whose width changes all counts that was seen up to the checkpoint, of one that moves where it was trained on last,
+    and before.
     """
     log_snr = scheduler.log_snr.cpu()
     seen = _pairs_seen(config, log_snr)  # [T, T]

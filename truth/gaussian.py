@@ -328,11 +328,11 @@ def exact_heatmap(
     channels: int = 3,
     representation: str | None = None,  # None for that of the scheduler
 ) -> dict[str, object]:
-    """The exact maps on a grid of timesteps `[n]`, falling, with the keys of `error_map.error_map` that paths need.
+    """The exact maps on a grid of timesteps `[n]`, falling, with the keys that paths need.
 
-    Namely t_grid, snr_grid, log_snr_grid, jacobian, mse_64, mse_32, mse_64_low, num_pixels_*, num_dims_*. In the
-    residual pair mse_64_low is zero, and num_dims_64 counts the details. Raises ValueError if the dimensions of the
-    spectrum are no multiple of channels, or for zero SNR on the grid.
+    Namely, as `planning.error_map.error_map` returns them, t_grid, snr_grid, log_snr_grid, jacobian, mse_64, mse_32,
+    mse_64_low, num_pixels_*, num_dims_*. In the residual pair mse_64_low is zero, and num_dims_64 counts the details.
+    Raises ValueError if the dimensions of the spectrum are no multiple of channels, or for zero SNR on the grid.
     """
     representation = representation or scheduler.representation.name
     dims = len(spectrum.low) + len(spectrum.high)

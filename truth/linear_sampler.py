@@ -17,12 +17,13 @@ from truth.posterior_mean import Pair, is_residual, signal_and_noise
 def ddim_output(spectrum: Spectrum, points: LogSNR, representation: str = "overcomplete") -> Law:
     """The exact law of the fine image that DDIM (η = 0, no clamping; arXiv 2010.02502) returns along points.
 
-    points `[N + 1, 2]`, or `[N + 1]` for a model of the fine image alone. As in `sampler.sample`, both scales start
-    from independent N(0, I) whatever the first point, and a scale whose λ does not move keeps its image. The result
-    is the variance-preserving state at the last point: the image itself if that is clean. Every low mode is a linear
-    map of two numbers, x_s' = √abar_s' x̂_s + √(1 - abar_s') ε̂_s, every detail mode of one. In the residual pair both
-    are of one, and the result is r + upsampled c, each in variance-preserving scale (compare `Spectrum.noised`).
-    Raises ValueError unless the points never fall and only the last is +inf, and for one clock in the residual pair.
+    points `[N + 1, 2]`, or `[N + 1]` for a model of the fine image alone. As in `diffusion.sampler.sample`, both scales
+    start from independent N(0, I) whatever the first point, and a scale whose λ does not move keeps its image. The
+    result is the variance-preserving state at the last point: the image itself if that is clean. Every low mode is a
+    linear map of two numbers, x_s' = √abar_s' x̂_s + √(1 - abar_s') ε̂_s, every detail mode of one. In the residual
+    pair both are of one, and the result is r + upsampled c, each in variance-preserving scale (compare
+    `Spectrum.noised`). Raises ValueError unless the points never fall and only the last is +inf, and for one clock in
+    the residual pair.
     """
     residual = is_residual(representation)
     points = check_points(points, residual=residual)
