@@ -5,8 +5,9 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
@@ -88,6 +89,18 @@ def checked(parse: Callable[[str], object]) -> Callable[[str], str]:
     return check
 
 
+def named(texts: Iterable[str]) -> dict[str, Path]:
+    """Split each NAME=FILE; without a name, the file's folder names it, and a folder names itself."""
+    places = {}
+    for text in texts:
+        name, _, place = text.rpartition("=")
+        name = name or (Path(place) if Path(place).is_dir() else Path(place).parent).name
+        if name in places:
+            raise ValueError(f"Two inputs are called '{name}'; give each a name of its own as NAME={place}.")
+        places[name] = Path(place)
+    return places
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(Settings):
     """Which images; what is left open is that of the checkpoint they belong to."""
@@ -130,13 +143,14 @@ class HardwareSettings(Settings):
 
     group = "hardware"
     device: str | None = option(None, "0, cuda:1 or cpu (the first GPU if there is one)")
-    precision: str = option("auto", "auto: bf16 where it is fast", choices=PRECISIONS)
+    precision: str = option("auto", "auto: bf16 where it is fast", choices=PRECISIONS, shown="")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompileSettings(Settings):
     """Whether the network is compiled; None leaves it to the device and the length of the run."""
 
+    group = "hardware"
     compile: bool | None = option(
         None, "compile the network, which takes minutes (on a GPU, for long runs)", parse=bool
     )
@@ -145,7 +159,8 @@ class CompileSettings(Settings):
 def load_training_images(settings: DataSettings, config: dict | None = None) -> ImageSet:
     """The images that settings name, without those held out; what is left open comes from the config of a checkpoint.
 
-    Raises what `load_images` and `split_holdout` raise.
+    Without a config they must be `TrainingDataSettings`, which leave nothing open. Raises what `load_images` and
+    `split_holdout` raise.
     """
     return load_image_parts(settings, config)[0]
 

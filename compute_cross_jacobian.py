@@ -36,6 +36,7 @@ from images.representation import OVERCOMPLETE
 from paths.optimal import check_steps
 from paths.path import Path as PathOfTimesteps
 from paths.path import leads, timestep_grid
+from planning.choice import StepSettings
 from planning.coupling import CONDITIONS, COUPLING_ERRORS, against_own, measure_coupling, ratio_of_means
 from planning.error_map import BLOCKS, CHAIN_RULE_FACTORS, NORMALISATIONS, load_heatmap
 from planning.heatmap import PATH_SETTINGS, MissingMapSettings, compute_missing, heatmap_file
@@ -102,7 +103,8 @@ def heatmap_of(
     file = heatmap_file(settings.heatmap_dir, loaded.config["epoch"], loaded.weights, settings.grid)
     if processes.any(not file.exists())[0]:
         # A heatmap that is made here has no settings of its own, and takes those of the published paths.
-        check_steps(settings.grid, settings.num_steps or 18, settings.max_jump or 5)
+        usual = StepSettings()
+        check_steps(settings.grid, settings.num_steps or usual.num_steps, settings.max_jump or usual.max_jump)
         if processes.is_main:
             print(f"{checkpoint.name} {loaded.weights}: computing {file} first")
         compute_missing(settings, checkpoint, loaded.weights, file, processes)

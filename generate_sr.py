@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import cli
-from checkpoint import LoadedModel, load_model
+from checkpoint import load_model
 from cli import CheckpointSettings, CompileSettings, DataSettings, HardwareSettings
 from data import coarse, fingerprint_array, save_png, to_float, to_uint8
 from diffusion.sampler import compile_denoiser
@@ -40,6 +39,7 @@ from diffusion.super_resolution import (
     super_resolve,
     upscale_all,
 )
+from evaluation.given_images import evaluation_images
 from evaluation.results_table import csv_line
 from figures.images import plot_super_resolution
 from figures.style import WEIGHTS_TITLES
@@ -65,7 +65,7 @@ FIGURE_COLUMNS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PathSettings(Settings):
+class FinePathSettings(Settings):
     """The path of the fine clock; the coarse one stands at the clean image."""
 
     group = "path"
@@ -75,7 +75,7 @@ class PathSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuperResolutionSettings(CheckpointSettings, PathSettings, DataSettings, CompileSettings, HardwareSettings):
+class SuperResolutionSettings(CheckpointSettings, FinePathSettings, DataSettings, CompileSettings, HardwareSettings):
     """What is enlarged, or on what the model is measured."""
 
     input: str | None = option(None, "folder of images of the coarse size, to enlarge")
@@ -83,7 +83,7 @@ class SuperResolutionSettings(CheckpointSettings, PathSettings, DataSettings, Co
     num_images: int | None = option(None, "evenly over those there are (all)", parse=cli.positive_int, metavar="N")
     batch_size: int = option(64, "images per network call", parse=cli.positive_int)
     seed: int = option(42, "the noise of an image depends on this and its pixels", parse=cli.seed)
-    eta: float = option(0.0, "0 DDIM to 1 ancestral", parse=cli.unit_interval, shown="0")
+    eta: float = option(0.0, "0 DDIM to 1 ancestral", parse=cli.unit_interval)
     no_consistency: bool = option(False, "with --input: keep what the network returns")
     output: str | None = option(None, "folder (results/super_resolution/{checkpoint}_{weights}_{steps}[_{input}])")
     force: bool = option(False, "replace what --output holds of other settings")
@@ -94,50 +94,12 @@ class SuperResolutionSettings(CheckpointSettings, PathSettings, DataSettings, Co
         if self.no_consistency and self.input is None:
             raise ValueError("--no_consistency is for --input; without it, results with and without are measured")
         if self.input is None and self.on is None:
-            self._resolve(on="holdout")
+            self._derive(on="holdout")
 
 
 def parse_args() -> SuperResolutionSettings:
     """The settings of this stage, from its flags."""
     return parse_settings(SuperResolutionSettings, __doc__)
-
-
-def evaluation_images(
-    settings: DataSettings, loaded: LoadedModel, checkpoint: str, on: str, num_images: int | None
-) -> torch.Tensor:
-    """The images to measure on, uint8 `[N, C, R, R]`, with a note on what the network has seen of them.
-
-    They are those of `on`, holdout or train: so many, evenly over the set, or all.
-
-    Raises ValueError where none were held out, where those named were trained on, and for other channels.
-    """
-    config = loaded.config
-    training, held_out = cli.load_image_parts(settings, config)
-    is_training_set = training.fingerprint == config["data_fingerprint"]
-    images = training
-    if on == "holdout":
-        if held_out is None:
-            raise ValueError(
-                f"Held-out images are needed, but none of '{training.name}' were kept out of training; train with "
-                "--holdout N, pass another --dataset with --holdout N, or measure with --on train."
-            )
-        images = held_out
-        if not is_training_set and settings.dataset in (None, config["dataset"]):
-            raise ValueError(
-                f"{checkpoint} was not trained without these {len(held_out)} images of '{training.name}'; leave "
-                "--holdout and --limit as they were in training."
-            )
-    if images.channels != config["channels"]:
-        raise ValueError(
-            f"The images of '{images.name}' have {images.channels} channel(s) but {checkpoint} was trained on "
-            f"{config['channels']}; pass another --dataset."
-        )
-    if is_training_set and on == "train":
-        print("NOTE: THE NETWORK WAS TRAINED ON THESE IMAGES, so that its scores say nothing of new ones.")
-    elif not is_training_set:
-        print(f"note: '{images.name}' is not what the network was trained on, and nothing shows what it saw of it")
-    chosen = evenly(num_images or len(images), len(images), f"'{images.name}'")
-    return torch.from_numpy(np.array(images.pixels[chosen]))
 
 
 class Upscaler:

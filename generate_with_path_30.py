@@ -22,12 +22,12 @@ import cli
 from checkpoint import LoadedModel, load_model
 from cli import CheckpointSettings, CompileSettings, HardwareSettings
 from data import read_png, save_png, to_uint8
-from diffusion.sampler import ENDS, coarse_feed, compile_denoiser, image_seeds, sample_seeds, scale_shapes
+from diffusion.sampler import coarse_feed, compile_denoiser, image_seeds, sample_seeds, scale_shapes
 from figures.images import plot_trajectory, save_image_grid
 from image_folder import claim, write_settings
 from paths.path import Path as SamplingPath
 from paths.schedule_file import save_schedule
-from planning.choice import OnePathSettings, path_of_settings
+from planning.choice import OnePathSettings, SolverSettings, path_of_settings
 from runtime.device import autocast, resolve_compile, resolve_precision, select_device
 from runtime.settings import option, parse_settings
 
@@ -35,14 +35,12 @@ GRID_IMAGES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSettings(CheckpointSettings, OnePathSettings, CompileSettings, HardwareSettings):
+class SamplingSettings(CheckpointSettings, OnePathSettings, SolverSettings, CompileSettings, HardwareSettings):
     """What is sampled, along which path, and where it goes."""
 
     num_images: int = option(64, parse=cli.positive_int)
     batch_size: int = option(64, "images per network call", parse=cli.positive_int)
     seed: int = option(42, "image k has seed 1000000 * SEED + k", parse=cli.seed)
-    eta: float = option(0.0, "0 DDIM to 1 ancestral", parse=cli.unit_interval, shown="0")
-    end: str = option("clean", "land on the clean image, or on t=0 as published", choices=ENDS)
     output: str | None = option(None, "folder (results/samples/{checkpoint}_{weights}_{path}_{calls}[_{coarse_from}])")
     force: bool = option(False, "replace the images of other settings that --output holds")
     trajectory: bool = option(False, "also draw both scales along the path")

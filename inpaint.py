@@ -46,9 +46,9 @@ from diffusion.sampler import (
     scale_shapes,
 )
 from diffusion.super_resolution import noise_seeds
+from evaluation.given_images import evaluation_images
 from figures.images import plot_samples
 from figures.style import WEIGHTS_TITLES
-from generate_sr import evaluation_images
 from image_folder import claim_images, evenly, read_folder
 from images.representation import RESIDUAL, upsample_nearest
 from paths.path import Path as SamplingPath
@@ -90,7 +90,7 @@ class InpaintingSettings(CheckpointSettings, OnePathSettings, DataSettings, Comp
     free_fine: bool = option(
         False, "with a coarse mask: put nothing into the fine image on the way, as in super-resolution"
     )
-    eta: float = option(1.0, "0 DDIM to 1 ancestral, as published", parse=cli.unit_interval, shown="1")
+    eta: float = option(1.0, "0 DDIM to 1 ancestral, as published", parse=cli.unit_interval)
     jump_length: int = option(3, "points that a jump goes back", parse=cli.positive_int)
     jump_repeats: int = option(5, "passes over each stretch; 1 is no jump", parse=cli.positive_int)
     output: str | None = option(None, "folder (one named after all of these in results/inpainting)")

@@ -24,12 +24,12 @@ import cli
 from checkpoint import load_model
 from cli import CheckpointSettings, HardwareSettings
 from data import coarse, read_png, save_png, to_uint8
-from diffusion.sampler import ENDS, Denoiser, Images, Samples, SeededNoise, coarse_feed, sample, scale_shapes
+from diffusion.sampler import Denoiser, Images, Samples, SeededNoise, coarse_feed, sample, scale_shapes
 from figures.images import image_grid, save_image_grid
 from figures.style import even_columns
 from image_folder import claim_images
 from paths.path import Path as SamplingPath
-from planning.choice import OnePathSettings, path_of_settings
+from planning.choice import EndSettings, OnePathSettings, path_of_settings
 from runtime.device import autocast, resolve_precision, select_device
 from runtime.safe_write import replacing
 from runtime.settings import REQUIRED, option, parse_settings
@@ -41,7 +41,7 @@ GIF_SIDE, GIF_MILLISECONDS = 256, 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterpolationSettings(CheckpointSettings, OnePathSettings, HardwareSettings):
+class InterpolationSettings(CheckpointSettings, OnePathSettings, EndSettings, HardwareSettings):
     """Between which images, along which path, in how many frames."""
 
     seeds: tuple[int, int] = option(
@@ -50,7 +50,6 @@ class InterpolationSettings(CheckpointSettings, OnePathSettings, HardwareSetting
     frames: int = option(12, "the two ends counted", parse=cli.positive_int)
     at: int = option(0, "point of the path whose states are interpolated", parse=int, metavar="K", shown="0: the noise")
     batch_size: int = option(64, "images per network call, at least 3", parse=cli.positive_int)
-    end: str = option("clean", "land on the clean image, or on t=0 as published", choices=ENDS)
     gif: bool = option(False, "also write an animation")
     output: str | None = option(None, "folder (one named after all of these in results/interpolation)")
     force: bool = option(False, "replace the frames of other settings that --output holds")

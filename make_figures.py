@@ -12,7 +12,6 @@
 One heatmap is drawn by compute_heatmap_30.py, one sampling trajectory by generate_with_path_30.py.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cli import checked, positive_int, run_stage
+from cli import checked, named, positive_int, run_stage
 from data import read_png
 from evaluation.result_layout import series_of
 from evaluation.results_table import GROUP_FIELDS, VALUE_FIELDS, aggregate, read_rows
@@ -136,18 +135,6 @@ def parse_args() -> tuple[str, FigureSettings]:
     """The figure that is asked for, a key of `FIGURES`, and its settings."""
     commands = {name: (settings, text) for name, (settings, text, _) in FIGURES.items()}
     return parse_command(commands, __doc__)
-
-
-def named(texts: Iterable[str]) -> dict[str, Path]:
-    """Split each NAME=FILE; without a name, the file's folder names it, and a folder names itself."""
-    places = {}
-    for text in texts:
-        name, _, place = text.rpartition("=")
-        name = name or (Path(place) if Path(place).is_dir() else Path(place).parent).name
-        if name in places:
-            raise ValueError(f"Two inputs are called '{name}'; give each a name of its own as NAME={place}.")
-        places[name] = Path(place)
-    return places
 
 
 def draw_losses(settings: LossesSettings) -> None:

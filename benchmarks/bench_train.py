@@ -17,7 +17,6 @@ Prints a report in Markdown. Compiling takes minutes per network on a CPU.
 """
 
 import copy
-import dataclasses
 import gc
 import itertools
 import math
@@ -498,7 +497,7 @@ def main() -> None:
     settings = parse_args()
     device = select_device(settings.device)
     choose_kernels(device, deterministic=False)
-    settings = dataclasses.replace(settings, precision=resolve_precision(device, settings.precision))
+    settings = settings.but(precision=resolve_precision(device, settings.precision))
     dtypes = {name: {"fp32": torch.float32, **AUTOCAST_DTYPES}[name] for name in ("fp32", settings.precision)}
     peaks = {name: [matmul_peak(dtype, device)] for name, dtype in dtypes.items()}
     shape = (EPOCH_IMAGES, 3, settings.resolution, settings.resolution)

@@ -22,7 +22,7 @@ import cli
 from checkpoint import FILE_STEMS, MODEL_CLASSES, LoadedModel, find_checkpoints, load_model
 from cli import CompileSettings
 from data import ImageSet
-from diffusion.sampler import COARSE_FEEDS, ENDS, Denoiser, coarse_feed, compile_denoiser, image_seeds, scale_shapes
+from diffusion.sampler import COARSE_FEEDS, Denoiser, coarse_feed, compile_denoiser, image_seeds, scale_shapes
 from evaluation.inception import NUM_FEATURES, RESIZES, Inception, load_inception
 from evaluation.reference_set import ReferenceSet, from_images, load_reference
 from evaluation.results_table import METRICS, append_row, has_row
@@ -30,7 +30,7 @@ from evaluation.scoring import FEATURE_METRICS, Scorer, generate
 from paths.optimal import check_steps
 from paths.path import Path as SamplingPath
 from paths.schedule_file import load_schedule
-from planning.choice import ONE_CLOCK, SeveralPathsSettings, check_followed, choose_path, why_not
+from planning.choice import ONE_CLOCK, SeveralPathsSettings, SolverSettings, check_followed, choose_path, why_not
 from planning.heatmap import MissingMapSettings, compute_missing, heatmap_file
 from planning.path_types import parse_path_type
 from planning.regimes import default_regime, off_regime_note
@@ -58,7 +58,7 @@ class MetricSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(MetricSettings, MissingMapSettings, SeveralPathsSettings, CompileSettings):
+class EvaluationSettings(MetricSettings, MissingMapSettings, SeveralPathsSettings, SolverSettings, CompileSettings):
     """Which checkpoints are sampled, how, and how they are scored."""
 
     checkpoint_dir: str = option("checkpoints", "folder of {model}_{epoch}ep.pth files")
@@ -78,8 +78,6 @@ class EvaluationSettings(MetricSettings, MissingMapSettings, SeveralPathsSetting
     )
     num_images: int | None = option(None, "images per job (as many as the reference)", parse=cli.positive_int)
     batch_size: int = option(64, "images per network call", parse=cli.positive_int)
-    eta: float = option(0.0, "0 DDIM to 1 ancestral", parse=cli.unit_interval, shown="0")
-    end: str = option("clean", "land on the clean image, or on t=0 as published", choices=ENDS)
     output: str = option("results/fid_results.csv")
     force: bool = option(False, "score again what has been scored")
 
@@ -100,7 +98,10 @@ class Job(NamedTuple):
 
 
 def find_jobs(settings: EvaluationSettings) -> list[Job]:
-    """The jobs the flags ask for, in their order; paths that a type of model cannot follow are left out of its jobs."""
+    """The jobs that settings ask for, in their order; paths that a type of model cannot follow are left out for it.
+
+    Raises ValueError if a checkpoint is missing, no model can follow any of the paths, or steps do not cross the grid.
+    """
     jobs = []
     refused: dict[tuple[str, str], str] = {}
     for name in dict.fromkeys(MODEL_ALIASES.get(name, name) for name in settings.model_type):
@@ -148,7 +149,11 @@ class Evaluation:
         self._judged: set[tuple[str, str, str | None]] = set()
 
     def run(self, job: Job, wait: bool) -> bool:
-        """Generate and score what has no row yet; False if another process is at this job and `wait` is not set."""
+        """Generate and score what has no row yet; False if another process is at this job and `wait` is not set.
+
+        Raises ValueError for a path, reference, metric or number of images that does not suit the model, for images
+        that are not finite, and what `load_model`, `choose_path` and `compute_missing` raise.
+        """
         with self._claim(job, wait) as claimed:
             if claimed:
                 self._run(job)

@@ -27,11 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
 from checkpoint import LoadedModel, load_model
-from cli import DataSettings, HardwareSettings
+from cli import DataSettings, HardwareSettings, named
 from data import to_float
 from evaluation.results_table import write_csv
 from images.representation import RESIDUAL
-from make_figures import named
 from planning.error_map import error_map, per_image
 from runtime.device import autocast, resolve_precision, select_device
 from runtime.reports import markdown_table, print_report

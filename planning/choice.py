@@ -8,7 +8,7 @@ import numpy as np
 
 import cli
 from checkpoint import MODEL_CLASSES, LoadedModel
-from diffusion.sampler import COARSE_FEEDS, coarse_feed
+from diffusion.sampler import COARSE_FEEDS, ENDS, coarse_feed
 from paths.families import cascade, diagonal, heuristic, lead, log_snr_shift
 from paths.path import SPACINGS, Path
 from paths.schedule_file import load_schedule
@@ -36,6 +36,22 @@ class CriterionSettings(Settings):
         choices=tuple(NORMALISATIONS),
     )
     kl_weight: float = option(1.0, "of the kl paths: 0 is KL, 1 weighs log SNR evenly", parse=cli.unit_interval)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndSettings(Settings):
+    """Where a walk along a path ends."""
+
+    group = "path"
+    end: str = option("clean", "land on the clean image, or on t=0 as published", choices=ENDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverSettings(EndSettings):
+    """How a step of a path is taken, and where the last one lands."""
+
+    group = "path"
+    eta: float = option(0.0, "0 DDIM to 1 ancestral", parse=cli.unit_interval)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +91,7 @@ class OnePathSettings(StepSettings):
 class SeveralPathsSettings(PathSettings):
     """The paths of a stage that samples along several."""
 
+    group = "path"
     path_type: tuple[str, ...] = option(("diagonal",), _TYPES, parse=path_type, metavar="TYPE", nargs="+")
     num_steps: tuple[int, ...] = option((18,), "steps, each one network call", parse=cli.positive_int, nargs="+")
 

@@ -44,12 +44,19 @@ PATH_SETTINGS = ("factor", "normalisation", "num_steps", "max_jump")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MapSettings(CheckpointSettings, DataSettings, HardwareSettings):
+class GridSettings(DataSettings, HardwareSettings):
+    """On which lines of the plane a map is measured, and with how many probes."""
+
+    grid: int = option(30, "grid lines per axis of a heatmap", parse=cli.positive_int)
+    grid_spacing: str = option("uniform_t", "of the grid lines", choices=GRID_SPACINGS)
+    K: int = option(4, "Hutchinson probes", parse=cli.positive_int)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapSettings(CheckpointSettings, GridSettings):
     """What is measured of which checkpoint, and where it is kept."""
 
     output: str | None = option(None, "the heatmap file (results/heatmap_30_[{model}_]{epoch}ep[_ema].pth)")
-    grid: int = option(30, "grid lines per axis", parse=cli.positive_int)
-    K: int = option(4, "Hutchinson probes", parse=cli.positive_int)
     num_images: int = option(16, "images averaged over", parse=cli.positive_int)
     maps: str = option("all", "blocks need 2K backward passes, mse none", choices=MAPS)
     of: str = option("eps", "differentiate the noise predicted, or the image", choices=DIFFERENTIATED)
@@ -57,7 +64,6 @@ class MapSettings(CheckpointSettings, DataSettings, HardwareSettings):
     seen_only: bool = option(
         False, "measure only pairs that the model was trained on; others take the error of the nearest coarse timestep"
     )
-    grid_spacing: str = option("uniform_t", "of the grid lines", choices=GRID_SPACINGS)
     start: int | None = option(None, "noisiest timestep of the grid (the first with a signal)", parse=cli.positive_int)
     batch_size: int | None = option(None, "samples per network call (the images)", parse=cli.positive_int)
     seed: int = option(42, "choice of images, noise and probes", parse=cli.seed)
@@ -69,14 +75,11 @@ class MapSettings(CheckpointSettings, DataSettings, HardwareSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MissingMapSettings(DataSettings, HardwareSettings):
+class MissingMapSettings(GridSettings):
     """Where a stage that needs heatmaps finds them, and how `compute_missing` makes one."""
 
     group = "heatmaps, computed when they are missing"
     heatmap_dir: str = option("results", "folder of heatmap_30_{epoch}ep[_ema].pth")
-    grid: int = option(30, "grid lines of those heatmaps", parse=cli.positive_int)
-    grid_spacing: str = option("uniform_t", choices=GRID_SPACINGS)
-    K: int = option(4, "Hutchinson probes", parse=cli.positive_int)
     heatmap_images: int = option(16, "images averaged over", parse=cli.positive_int)
 
 
@@ -96,8 +99,8 @@ def compute_missing(
 
     Raises what `compute` raises.
     """
-    own = ("heatmap_dir", "heatmap_images", "device")
-    shared = [field.name for field in dataclasses.fields(MissingMapSettings) if field.name not in own]
+    # The processes have their device already.
+    shared = [field.name for field in dataclasses.fields(GridSettings) if field.name != "device"]
     compute(
         MapSettings(
             checkpoint=checkpoint,
@@ -152,7 +155,7 @@ def compute(
             f"at any two timesteps; pass a checkpoint of one of {', '.join(MAPPED_MODELS)}."
         )
     if loaded.model.num_scales == 1:
-        settings = dataclasses.replace(settings, maps="mse", coarse=None)
+        settings = settings.but(maps="mse", coarse=None)
     if published_rule is not None and settings.maps != "mse":  # Of which no published path is made.
         check_steps(settings.grid, *published_rule)
     seen = seen_range(loaded.config, loaded.scheduler)
@@ -166,7 +169,7 @@ def compute(
         )
     log_snr = loaded.scheduler.log_snr.numpy()
     if settings.start is None:
-        settings = dataclasses.replace(settings, start=int((loaded.scheduler.snr > 0).nonzero().max()))
+        settings = settings.but(start=int((loaded.scheduler.snr > 0).nonzero().max()))
     if settings.start < len(log_snr) and loaded.scheduler.snr[settings.start] == 0:
         raise ValueError(
             f"{settings.checkpoint} was trained with schedule '{loaded.config['beta_schedule']}', whose SNR is 0 at "

@@ -59,7 +59,10 @@ class Plan(NamedTuple):
 
 
 class Planner:
-    """A criterion on one heatmap: optimal paths, and the cost of any other."""
+    """A criterion on one heatmap: optimal paths, and the cost of any other.
+
+    Raises ValueError for a start or end off the map, and for dp_total on a map of the fine scale alone.
+    """
 
     def __init__(self, heatmap: dict, settings: PlanCriterionSettings):
         self.heatmap, self.settings = heatmap, settings

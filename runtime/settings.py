@@ -13,11 +13,13 @@ A class takes over the settings of the classes that it inherits from, and is acc
 
 import argparse
 import dataclasses
+import inspect
 import os
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 REQUIRED = dataclasses.MISSING
+S = TypeVar("S", bound="Settings")
 
 
 class Option(NamedTuple):
@@ -32,6 +34,7 @@ class Option(NamedTuple):
     const: Any
     shortcuts: Mapping[str, tuple[Any, str]]
     recorded: bool
+    absent: Any
 
 
 def option(
@@ -47,17 +50,20 @@ def option(
     const: Any = None,  # with nargs "?": the value of the flag alone
     shortcuts: Mapping[str, tuple[Any, str]] = {},  # noqa: B006 - further flags: the value each sets, and its help
     recorded: bool = False,  # part of what a checkpoint says of its training
+    absent: Any = REQUIRED,  # what it stands for in older files that do not say, if there are any
 ) -> Any:
     """A field of a `Settings` class. A field that is None by default may be None, and no other."""
     if shown is None and default not in (REQUIRED, None) and not isinstance(default, bool):
         shown = ",".join(map(str, default)) if isinstance(default, tuple) and not nargs else _words(default)
     text = f"{help} ({shown})".strip() if shown else help
-    made = Option(text, parse, choices, nargs, metavar, flag, const, shortcuts, recorded)
+    made = Option(text, parse, choices, nargs, metavar, flag, const, shortcuts, recorded, absent)
     return dataclasses.field(default=default, metadata={"option": made})
 
 
 def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return " ".join(map(_words, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,15 +78,21 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        object.__setattr__(self, "_derived", {})
         self.check()
 
     def check(self) -> None:
         """Raise ValueError for values that do not go together."""
 
-    def _resolve(self, **values: Any) -> None:
-        # For `check`, of what follows from other settings.
+    def _derive(self, **values: Any) -> None:
+        # For `check`: values that follow from other settings, with what was given in their place.
         for name, value in values.items():
+            self._derived.setdefault(name, getattr(self, name))
             object.__setattr__(self, name, value)
+
+    def but(self: "S", **changes: Any) -> "S":
+        """A checked copy with changes; what was not given, but followed from other settings, follows anew."""
+        return dataclasses.replace(self, **self._derived | changes)
 
     def recorded(self) -> dict[str, Any]:
         """The settings that a checkpoint keeps, in plain types: tuples become lists."""
@@ -88,61 +100,74 @@ class Settings:
         values = {name: getattr(self, name) for name in chosen}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
+    @classmethod
+    def absent(cls) -> dict[str, Any]:
+        """What older files that do not say stand for, setting by setting."""
+        options = {field.name: field.metadata["option"] for field in dataclasses.fields(cls)}
+        return {name: made.absent for name, made in options.items() if made.absent is not REQUIRED}
+
     def __str__(self) -> str:
         """One line per setting, `  name = value`, in the order of the alphabet."""
-        return "\n".join(f"  {name} = {value}" for name, value in sorted(dataclasses.asdict(self).items()))
+        return lines_of(dataclasses.asdict(self))
+
+
+def lines_of(values: Mapping[str, Any]) -> str:
+    """One line per value, `  name = value`, in the order of the alphabet."""
+    return "\n".join(f"  {name} = {value}" for name, value in sorted(values.items()))
 
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:
-    made: Option = field.metadata["option"]
-    if value is None and field.default is None:
-        return None
-    if isinstance(field.default, bool):
+    name, made = field.name, field.metadata["option"]
+    if value is None:
+        if field.default is None:
+            return None
+        raise ValueError(f"{name} must have a value, not None.")
+    if isinstance(field.default, bool) or made.parse is bool:
         if not isinstance(value, bool):
-            raise ValueError(f"{field.name} = {value!r} is neither True nor False.")
+            raise ValueError(f"{name} = {value!r} is neither True nor False.")
         return value
-    if isinstance(made.nargs, int) or made.nargs in ("+", "*"):
-        if isinstance(value, str) or not isinstance(value, Sequence | range):
-            raise ValueError(f"{field.name} = {value!r} is not a list of values.")
-        return tuple(_checked_one(field.name, made, one) for one in value)
-    return _checked_one(field.name, made, value)
+    if made.nargs is None or made.nargs == "?":
+        return _checked_one(name, made, value)
+    count = made.nargs if isinstance(made.nargs, int) else None
+    if isinstance(value, str) or not isinstance(value, Sequence | range):
+        raise ValueError(f"{name} = {value!r} is not a list of values.")
+    if not value or (count is not None and len(value) != count):
+        raise ValueError(f"{name} has {len(value)} values; give {count or 'one or more'}.")
+    return tuple(_checked_one(name, made, one) for one in value)
 
 
 def _checked_one(name: str, made: Option, value: Any) -> Any:
-    if made.nargs == "?" and value == made.const:
-        return value
     if made.choices is not None and made.parse is str:
         if value not in made.choices:
             raise ValueError(f"{name} = {value!r} is not one of {', '.join(map(str, made.choices))}.")
         return value
-    if isinstance(value, bool):
-        if made.parse is bool:
-            return value
-        raise ValueError(f"{name} = {value!r} is a truth value, which it cannot be.")
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     try:
-        return made.parse(text)
+        if isinstance(value, bool):
+            raise ValueError("a truth value")
+        if isinstance(value, list | tuple):
+            found = made.parse(",".join(map(str, value)))
+            if not isinstance(found, tuple):
+                raise ValueError("a list")
+            return found
+        return made.parse(os.fspath(value) if isinstance(value, os.PathLike) else str(value))
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"{name}: {error}.") from error
-
-
-S = TypeVar("S", bound=Settings)
+    except ValueError as error:
+        raise ValueError(f"{name} = {value!r} is no value that it can have.") from error
 
 
 def parse_settings(
     cls: type[S],
     description: str,
     argv: Sequence[str] | None = None,  # of the command line if None
-    leave_out: Container[str] = (),  # settings without a flag
+    leave_out: Sequence[str] = (),  # settings without a flag
     allow_abbrev: bool = True,
     **fixed: Any,  # settings without a flag, and their values
 ) -> S:
     """The settings that the flags of a command give; a usage error ends it with one sentence and status 2."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=allow_abbrev)
-    _add_flags(parser, cls, {*fixed, *(name for name in _names(cls) if name in leave_out)})
+    _add_flags(parser, cls, {*fixed, *leave_out})
     return _from_flags(parser, cls, vars(parser.parse_args(argv)), fixed)
 
 
@@ -153,14 +178,10 @@ def parse_command(
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, (cls, text) in commands.items():
-        _add_flags(subparsers.add_parser(name, help=text), cls, ())
+        _add_flags(subparsers.add_parser(name, help=text), cls, set())
     values = vars(parser.parse_args(argv))
     name = values.pop("command")
     return name, _from_flags(subparsers.choices[name], commands[name][0], values, {})
-
-
-def _names(cls: type[Settings]) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls)]
 
 
 def _from_flags(parser: argparse.ArgumentParser, cls: type[S], values: dict[str, Any], fixed: dict[str, Any]) -> S:
@@ -170,18 +191,20 @@ def _from_flags(parser: argparse.ArgumentParser, cls: type[S], values: dict[str,
         parser.error(str(error))
 
 
-def _add_flags(parser: argparse.ArgumentParser, cls: type[Settings], without: Container[str]) -> None:
-    titles = {}  # Of the class that names a setting first.
-    for base in cls.__mro__:
-        titles |= dict.fromkeys(base.__dict__.get("__annotations__", ()), base.__dict__.get("group"))
+def _add_flags(parser: argparse.ArgumentParser, cls: type[Settings], without: set[str]) -> None:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if without - fields.keys():
+        raise TypeError(f"{cls.__name__} has no setting {', '.join(sorted(without - fields.keys()))}")
+    # The flags of a class come before those that it takes over, each under the title of the class that had it first.
+    titles = {name: base.__dict__.get("group") for base in cls.__mro__ for name in inspect.get_annotations(base)}
     groups: dict[str | None, Any] = {None: parser}
-    for field in dataclasses.fields(cls):
-        if field.name in without:
+    for name in dict.fromkeys(name for base in cls.__mro__ for name in inspect.get_annotations(base)):
+        if name not in fields or name in without:
             continue
-        title = titles[field.name]
+        title = titles[name]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        _add_flag(groups[title], field, field.metadata["option"])
+        _add_flag(groups[title], fields[name], fields[name].metadata["option"])
 
 
 def _add_flag(group: Any, field: dataclasses.Field, made: Option) -> None:

@@ -39,24 +39,28 @@ def commands(text):
     """The commands of a page or a docstring: each as its words, lines that go on joined."""
     joined = re.sub(r"\\+\n\s*", " ", text)
     for line in joined.splitlines():
-        found = re.search(r"(?:^|\s)(?:python|torchrun\b.*?) ((?:\w+/)?\w+\.py)((?: .*)?)$", line)
-        if found and "`" not in found[2]:
-            yield found[1], shlex.split(found[2], comments=True)
+        inline = re.findall(r"`(?:python )?((?:\w+/)?\w+\.py)( [^`]*--[^`]*)`", line)
+        whole = re.findall(r"(?:^|\s)(?:python|torchrun\b.*?) ((?:\w+/)?\w+\.py)((?: [^`]*)?)$", line)
+        for script, words in [*inline, *whole]:
+            yield script, shlex.split(words, comments=True)
 
 
 @pytest.fixture(scope="session")
 def flags_of():
-    """`flags_of(script)`: the flags of a Python script of the project; of one with commands, those of all."""
+    """`flags_of(script, words)`: the flags that a Python script of the project has, with its command if it has some."""
     known = {}
 
-    def read(script):
+    def read(script, words):
+        module = importlib.import_module(script.split("/")[-1].removesuffix(".py"))
         if script not in known:
-            module = importlib.import_module(script.split("/")[-1].removesuffix(".py"))
             said = run_stage(module, "--help").output
-            for choices in re.findall(r"^  \{([\w,]+)\}", said, re.MULTILINE):
-                said += "".join(run_stage(module, command, "--help").output for command in choices.split(","))
-            known[script] = set(re.findall(r"(?<![\w-])--[\w-]+", said))
-        return known[script]
+            names = re.findall(r"^  \{([\w,]+)\}", said, re.MULTILINE)
+            commands_said = {
+                name: run_stage(module, name, "--help").output for name in ",".join(names).split(",") if name
+            }
+            known[script] = {None: said} | commands_said
+        said = known[script].get(words[0] if words else None, known[script][None])
+        return set(re.findall(r"(?<![\w-])--[\w-]+", said))
 
     return read
 
@@ -109,7 +113,7 @@ def check_commands(text, flags_of):
             unknown.append(script)
             continue
         given = [re.match(r"--[\w-]*", word)[0] for word in words if word.startswith("--")]
-        unknown += [f"{script} {flag}" for flag in given if flag not in flags_of(script)]
+        unknown += [f"{script} {flag}" for flag in given if flag not in flags_of(script, words)]
     return unknown
 
 
@@ -155,3 +159,4 @@ def test_what_is_checked_can_fail(flags_of, monkeypatch):
     assert check_commands("    python train_lift.py --no_such_flag", flags_of) == ["train_lift.py --no_such_flag"]
     assert check_commands("    python no_such_stage.py --ema", flags_of) == ["no_such_stage.py"]
     assert check_commands("    python export.py FILE --ema OUT", flags_of) == []
+    assert check_commands("`make_figures.py losses LOGS --title T`", flags_of) == ["make_figures.py --title"]

@@ -1,6 +1,7 @@
 """Imports between rooms, read from the source, run downwards only, and every room says what it is."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 
 import pytest
@@ -102,3 +103,28 @@ def test_a_room_opens_with_what_it_is(room):
 @pytest.mark.parametrize("room", ROOMS)
 def test_tests_mirror_the_rooms(room):
     assert list((ROOT / "tests" / room).glob("test_*.py"))
+
+
+def test_no_stage_is_imported():
+    imported_stages = {other for names in IMPORTS.values() for other in names if room_of(other) == "stages"}
+    assert not imported_stages
+
+
+def test_flags_end_at_the_door():
+    """Only the settings know the parser; others may say in its words that a text is no value."""
+    users = {}
+    for name, file in MODULES.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "argparse":
+                users.setdefault(name, set()).add(node.attr)
+    assert users.pop("runtime.settings") >= {"ArgumentParser"}
+    assert set().union(*users.values()) <= {"ArgumentTypeError"}
+
+
+def test_the_page_names_every_module_of_every_room():
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    for room in ROOMS:
+        [row] = re.findall(rf"^\| `{room}/` .*$", page, re.MULTILINE)
+        named = {word.removesuffix(".py") for word in re.findall(r"`(\w+(?:\.py)?)`", row)}
+        there = {file.stem for file in (ROOT / room).glob("*.py")} - {"__init__"}
+        assert named == there, room

@@ -914,9 +914,11 @@ def parsed(command):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", command)
         settings = module.parse_args()
+    command = {}
     if isinstance(settings, tuple):  # Of a stage with several commands.
-        return module, {"figure": settings[0]} | dataclasses.asdict(settings[1])
-    return module, dataclasses.asdict(settings)
+        command, settings = {"figure": settings[0]}, settings[1]
+    values = command | dataclasses.asdict(settings)
+    return module, {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def defaults(module, *required):
@@ -932,6 +934,6 @@ def test_scripts_train_with_the_defaults_of_the_stages(checkout):
     (checkout / "commands").unlink()
     settings = {"EPOCHS": "7", "HIDDEN_DIMS": "8,16", "LIMIT": "5", "DEVICE": "cpu"}
     ended, commands = run_script(checkout, "train.sh", **settings, TRAIN_ARGS="--flip --resume auto")
-    changes = {"epochs": 7, "hidden_dims": (8, 16), "limit": 5, "device": "cpu", "flip": True, "resume": "auto"}
+    changes = {"epochs": 7, "hidden_dims": [8, 16], "limit": 5, "device": "cpu", "flip": True, "resume": "auto"}
     expected = [(module, defaults(module) | changes) for module in (train_baseline, train_lift)]
     assert [parsed(command) for command in commands] == expected

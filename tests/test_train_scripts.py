@@ -366,7 +366,7 @@ def test_jobs_train_with_the_defaults_of_the_stages_and_resume(scripts, submit, 
 def test_jobs_take_the_settings_of_the_scripts(scripts, submit):
     settings = {"EPOCHS": "7", "HIDDEN_DIMS": "8,16", "LIMIT": "5", "DEVICE": "cpu", "TRAIN_ARGS": "--flip --resume"}
     assert scripts.end(submit("lift", **settings)).status == 0
-    changes = {"epochs": 7, "hidden_dims": (8, 16), "limit": 5, "device": "cpu", "flip": True, "resume": "auto"}
+    changes = {"epochs": 7, "hidden_dims": [8, 16], "limit": 5, "device": "cpu", "flip": True, "resume": "auto"}
     assert parsed(scripts.events("start")[0].command) == (train_lift, defaults(train_lift) | changes)
 
 

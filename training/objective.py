@@ -16,6 +16,7 @@ from planning.regimes import TimestepPairs
 from scheduler import DDIMScheduler
 
 SCALES = ("64", "32")
+LOSS_NAMES = {"loss_64": "fine loss", "loss_32": "coarse loss"}  # Key in files: what people read.
 
 
 def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:

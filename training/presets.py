@@ -25,20 +25,13 @@ COARSE_SHARE = 0.25  # Dimensions of the coarse scale, as a share of those of th
 def preset_values(preset: str, model_type: str, representation: str) -> dict[str, Any]:
     """What a preset means for a type of model, setting by setting.
 
-    Pairs of timesteps are None for models other than dual, which have pairs of their own.
+    Pairs of timesteps are None for models other than dual, which have pairs of their own, and a model of one
+    prediction has nothing to weigh.
     """
     values = PRESETS[preset]
-    weights = scale_weights(values["loss_weights"], model_type, representation)
     pairs = values["t_pairs"][representation] if model_type == "dual" else None
-    # A model of one prediction has nothing to weigh.
-    return values | {"loss_weights": weights[: MODEL_CLASSES[model_type].num_predictions], "t_pairs": pairs}
-
-
-def scale_weights(weights: tuple[float, ...] | str, model_type: str, representation: str) -> tuple[float, ...]:
-    """Weights of the losses as numbers: "auto" is `balanced_weights`, or 1 for a model of one prediction."""
-    if weights != "auto":
-        return weights
-    return (1.0,) if MODEL_CLASSES[model_type].num_predictions == 1 else balanced_weights(representation)
+    weights = values["loss_weights"] if MODEL_CLASSES[model_type].num_predictions > 1 else (1.0,)
+    return values | {"loss_weights": weights, "t_pairs": pairs}
 
 
 def balanced_weights(representation: str) -> tuple[float, float]:

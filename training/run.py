@@ -17,7 +17,9 @@ from data import ImageSet
 from runtime.device import choose_kernels, is_out_of_memory
 from runtime.distributed import Processes
 from runtime.safe_write import remove_temporaries, versions
+from runtime.settings import lines_of
 from training.memory import out_of_memory_message, peak_memory, training_memory
+from training.objective import LOSS_NAMES
 from training.run_log import RunLog
 from training.settings import TrainingSettings
 from training.stop import StopRequest
@@ -55,7 +57,7 @@ def describe_dry_run(trainer: Trainer) -> str:
     total = trainer.settings.epochs * len(trainer.batches)
     return "\n".join(
         [
-            *(f"  {name} = {value}" for name, value in sorted(options.items())),
+            lines_of(options),
             f"position: step {trainer.step} of {total}",
             f"memory per process, without the working space of kernels: {sum(memory.values()) / 2**30:.3f} GiB",
             *(f"  {name:<12}{size / 2**30:8.3f} GiB" for name, size in memory.items()),
@@ -212,7 +214,7 @@ def write_row(trainer: Trainer, log: RunLog | None, bar: tqdm, clock: Clock) -> 
     }
     if log is not None:
         log.write(row, speed, curves)
-    names = {"loss_64": "fine loss", "loss_32": "coarse loss", "bad_steps": "bad steps"}
+    names = LOSS_NAMES | {"bad_steps": "bad steps"}
     shown = {name: row[key] for key, name in names.items() if row.get(key)}
     shown["images/s"] = speed["images_per_second"]
     bar.set_postfix_str(", ".join(f"{key} {value:.4g}" for key, value in shown.items()))

@@ -16,6 +16,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from runtime.safe_write import replacing
+from training.objective import LOSS_NAMES
 
 METRICS_FILE = "metrics.jsonl"
 SPEED_FILE = "speed.jsonl"
@@ -138,7 +139,7 @@ class RunLog:
         def show(board: SummaryWriter) -> None:
             for name, value in (row | speed | curves).items():
                 if name not in position:
-                    board.add_scalar(name, value, row["step"])
+                    board.add_scalar(LOSS_NAMES.get(name, name), value, row["step"])
 
         self._on_board(show)
 

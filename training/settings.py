@@ -6,7 +6,6 @@
 What checkpoints and logs hold of them is `settings.recorded()`: the settings that decide what is computed.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,10 @@ import cli
 from checkpoint import MODEL_CLASSES
 from cli import CompileSettings, HardwareSettings, TrainingDataSettings
 from images.representation import REPRESENTATIONS
-from planning.regimes import default_regime, parse_regime
+from planning.regimes import check_regime, default_regime, parse_regime
 from runtime.settings import REQUIRED, Settings, option
 from scheduler import PREDICTION_TYPES, SCHEDULE_NAMES
-from training.presets import PRESETS, preset_help, preset_values, scale_weights
+from training.presets import PRESETS, balanced_weights, preset_help, preset_values
 
 REPLAN_EVERY, REPLAN_IMAGES = 10, 16  # Epochs and images, unless told otherwise.
 # What only models of two scales have; the stage of the baseline has no flags for them.
@@ -62,8 +61,9 @@ class RunSettings(Settings):
 class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
     """A training run; the defaults are the published settings.
 
-    Settings that are None and that the preset decides have its values once the object is made, and `loss_weights` is a
-    number for every predicted scale. Raises ValueError for settings that a model of this type cannot have.
+    What is None and decided by the preset has its value once the object is made, and `loss_weights` is a number for
+    every predicted scale; `but(preset="improved")` decides it anew. Raises ValueError for settings that a model of this
+    type cannot have, or that exclude each other.
     """
 
     group = "training"
@@ -71,7 +71,7 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
     preset: str = option("published", f"what the flags that are not given are: {preset_help()}", choices=tuple(PRESETS))
     epochs: int = option(2000, "passes over the data", parse=cli.positive_int, recorded=True)
     batch_size: int = option(64, "images per step, over all processes", parse=cli.positive_int, recorded=True)
-    lr: float = option(1e-4, "AdamW learning rate", parse=cli.positive_float, recorded=True)
+    lr: float = option(1e-4, "AdamW learning rate", parse=cli.positive_float, shown="1e-4", recorded=True)
     lr_schedule: str = option("constant", "cosine decays to 0", choices=("constant", "cosine"), recorded=True)
     weight_decay: float = option(0.01, "AdamW weight decay", parse=cli.unit_interval, recorded=True)
     grad_clip: float = option(1.0, "largest gradient norm", parse=cli.positive_float, recorded=True)
@@ -87,6 +87,7 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         parse=cli.positive_float,
         metavar="GAMMA",
         recorded=True,
+        absent=None,
     )
     t_pairs: str | None = option(
         None,
@@ -95,12 +96,23 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         "of the preset)",
         parse=cli.checked(parse_regime),
         metavar="REGIME",
+        recorded=True,
     )
     replan_every: int | None = option(
-        None, f"epochs between plans of --t_pairs follow:W ({REPLAN_EVERY})", parse=cli.positive_int, metavar="E"
+        None,
+        f"epochs between plans of --t_pairs follow:W ({REPLAN_EVERY})",
+        parse=cli.positive_int,
+        metavar="E",
+        recorded=True,
+        absent=None,
     )
     replan_images: int | None = option(
-        None, f"images whose errors are measured for them ({REPLAN_IMAGES})", parse=cli.positive_int, metavar="N"
+        None,
+        f"images whose errors are measured for them ({REPLAN_IMAGES})",
+        parse=cli.positive_int,
+        metavar="N",
+        recorded=True,
+        absent=None,
     )
     loss_weights: tuple[float, ...] | str | None = option(
         None,
@@ -114,6 +126,7 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         "the scales: image and half-size image, or half-size image and the details it lacks",
         choices=tuple(REPRESENTATIONS),
         recorded=True,
+        absent="overcomplete",
     )
     flip: bool = option(False, "mirror images at random (off, as published)", recorded=True)
     seed: int = option(42, "initial weights, order, noise, timesteps", parse=cli.seed, recorded=True)
@@ -121,9 +134,10 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
     def check(self) -> None:
         predictions = MODEL_CLASSES[self.model_type].num_predictions
         preset = preset_values(self.preset, self.model_type, self.representation)
-        self._resolve(**{name: value for name, value in preset.items() if getattr(self, name) is None})
-        self._resolve(loss_weights=scale_weights(self.loss_weights, self.model_type, self.representation))
-        if len(self.loss_weights) != predictions:
+        self._derive(**{name: value for name, value in preset.items() if getattr(self, name) is None})
+        if self.loss_weights == "auto":
+            self._derive(loss_weights=balanced_weights(self.representation) if predictions > 1 else (1.0,))
+        if len(self.loss_weights) != predictions or (predictions == 1 and self.loss_weights != (1.0,)):
             losses = "the loss of the fine scale alone" if predictions == 1 else "a loss for each scale"
             raise ValueError(f"a '{self.model_type}' model has {losses}; leave --loss_weights out, or weigh these.")
         if self.representation == "residual" and predictions == 1:
@@ -131,8 +145,12 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
                 f"a '{self.model_type}' model predicts the fine scale alone, of which no image can be composed; train "
                 "a dual or shared_t model, or leave --representation residual out."
             )
+        check_regime(self.t_pairs, self.model_type)
         if (self.replan_every or self.replan_images) and not self.follows:
             raise ValueError("--replan_every and --replan_images belong to --t_pairs follow:W; leave them out.")
+        if self.cuda_graphs and self.accumulate > 1:
+            # A graph replayed for the second part would write over the gradients of the first.
+            raise ValueError("--cuda_graphs and --accumulate exclude each other; leave one of them out.")
 
     @property
     def follows(self) -> bool:
@@ -141,11 +159,8 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
 
     def before_choices(self) -> dict[str, Any]:
         """What runs have that say nothing of a setting, those from before there was a choice, by its name."""
-        fields = {field.name: field for field in dataclasses.fields(self)}
-        return {name: fields[name].default for name in self.recorded()} | {
+        return self.absent() | {
             "t_pairs": default_regime(self.model_type),
             "t_pairs_points": None,
             "loss_weights": [1.0] * len(self.loss_weights),
-            "replan_every": None,
-            "replan_images": None,
         }

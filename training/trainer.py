@@ -37,7 +37,7 @@ from runtime.device import (
 )
 from runtime.distributed import Processes
 from runtime.safe_write import versions
-from training.objective import TrainingBatch, diffusion_loss, draw_batch, step_generator, weighted_loss
+from training.objective import LOSS_NAMES, TrainingBatch, diffusion_loss, draw_batch, step_generator, weighted_loss
 from training.resume import earlier_run
 from training.run_log import RunLog
 from training.settings import REPLAN_EVERY, REPLAN_IMAGES, TrainingSettings
@@ -74,9 +74,6 @@ class Trainer:
         self.compile = resolve_compile(self.device, settings.compile)
         if settings.cuda_graphs and not (self.compile and self.device.type == "cuda"):
             raise ValueError(f"--cuda_graphs needs a compiled network on a GPU, not {self.device}; leave it out.")
-        if settings.cuda_graphs and settings.accumulate > 1:
-            # A graph replayed for the second part would write over the gradients of the first.
-            raise ValueError("--cuda_graphs and --accumulate exclude each other; leave one of them out.")
         self.execution = {
             "device": self.device.type,
             "processes": processes.count,
@@ -297,7 +294,7 @@ class Trainer:
         row |= {"lr": self.lr, "bad_steps": self.bad_steps["total"].item()}
         width = self.scheduler.num_train_timesteps // TIMESTEP_BINS
         curves = {
-            f"{name}_by_t/{k * width:03d}-{(k + 1) * width - 1:03d}": total / count
+            f"{LOSS_NAMES[name]} by timestep/{k * width:03d}-{(k + 1) * width - 1:03d}": total / count
             for name, bins in zip(totals, sums, strict=False)
             for k, (total, count) in enumerate(zip(*bins, strict=True))
             if count

@@ -211,9 +211,11 @@ def test_a_full_disk_costs_the_file_of_a_path_alone(trainer, capsys):
 
 def test_flags_of_replanning_are_refused_where_they_mean_nothing(refused, tiny, cache, tmp_path):
     flags = [*tiny(tmp_path), "--cache_dir", cache]
-    refused(train_lift, *flags, "--replan_every", 2, says=["follow:W"])
+    refused(train_lift, *flags, "--replan_every", 2, says=["follow:W"], status=2)
     refused(train_lift, *flags, "--t_pairs", "follow:1", "--replan_images", 99, says=["--replan_images exceeds"])
-    refused(train_lift, *flags, "--t_pairs", "follow:1", "--model", "single_t", says=["errors of both scales"])
-    refused(train_lift, *flags, "--t_pairs", "follow:1", "--model", "shared_t", says=["one shared timestep"])
+    refused(
+        train_lift, *flags, "--t_pairs", "follow:1", "--model", "single_t", says=["errors of both scales"], status=2
+    )
+    refused(train_lift, *flags, "--t_pairs", "follow:1", "--model", "shared_t", says=["one shared timestep"], status=2)
     for width in ("0", "inf", "x", ""):
         refused(train_lift, *flags, "--t_pairs", f"follow:{width}", says=["no regime"], status=2)

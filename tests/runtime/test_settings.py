@@ -29,13 +29,15 @@ class Drawing(Frame):
     mirrored: bool = option(False, "left to right")
     ink: bool | None = option(None, "with ink", parse=bool)
     resume: str | None = option(None, choices=("required", "auto"), nargs="?", const="required")
+    ends: tuple[int, int] = option((1, 2), parse=int, nargs=2)
+    at: int = option(0, parse=int)
     area: float | None = option(None, parse=positive_float)
 
     def check(self):
         if self.mirrored and self.colour == "blue":
             raise ValueError("--mirrored and blue exclude each other")
         if self.area is None:
-            self._resolve(area=float(self.width**2))
+            self._derive(area=float(self.width**2))
 
 
 def parsed(*words):
@@ -67,7 +69,14 @@ def test_numbers_come_through_to_the_last_bit(scale, width):
         ({"width": 0}, "width: '0' is not a positive integer"),
         ({"width": 2.5}, "width: '2.5' is not"),
         ({"width": True}, "width = True"),
-        ({"width": None}, "width: 'None' is not"),
+        ({"width": [3]}, "width = [3]"),
+        ({"width": None}, "width must have a value"),
+        ({"colour": None}, "colour must have a value"),
+        ({"sizes": ()}, "sizes has 0 values"),
+        ({"ends": (1, 2, 3)}, "ends has 3 values; give 2"),
+        ({"at": "x"}, "at = 'x' is no value"),
+        ({"ink": "no"}, "ink = 'no' is neither"),
+        ({"ink": 0}, "ink = 0 is neither"),
         ({"colour": "green"}, "colour = 'green' is not one of red, blue"),
         ({"scale": float("nan")}, "scale: 'nan' is not a positive number"),
         ({"sizes": 3}, "sizes = 3 is not a list"),
@@ -95,6 +104,16 @@ def test_settings_are_frozen_and_complete():
     # A copy with changes is checked as well.
     with pytest.raises(ValueError, match="width"):
         dataclasses.replace(settings, width=-1)
+
+
+def test_what_follows_from_other_settings_follows_anew_in_a_copy():
+    assert Drawing(file="a.png", width=2).but(width=3).area == 9.0
+    assert Drawing(file="a.png", width=2, area=5).but(width=3).area == 5.0
+    assert Drawing(file="a.png", width=2).but(width=3).but(mirrored=True) == Drawing(
+        file="a.png", width=3, mirrored=True
+    )
+    with pytest.raises(ValueError, match="width"):
+        Drawing(file="a.png").but(width=-1)
 
 
 def test_what_is_recorded_is_plain_and_goes_back_in():
@@ -126,6 +145,8 @@ def test_help_has_groups_defaults_and_every_flag(capsys):
     for flag in ("--width", "--colour", "--scale", "--sizes", "--small", "--ink", "--no-ink", "--mirrored", "--resume"):
         assert flag in said
     assert said.index("frame:") < said.rindex("--width")
+    # Flags of the class itself come before those that it takes over.
+    assert said.index("--scale") < said.index("--width")
 
 
 def test_a_stage_may_fix_or_leave_out_settings():
@@ -134,6 +155,11 @@ def test_a_stage_may_fix_or_leave_out_settings():
     for flag in ("--colour", "b.png"):
         with pytest.raises(SystemExit):
             parse_settings(Drawing, "Draw.", [flag, "red"], leave_out=("colour",), file="b.png")
+
+
+def test_a_setting_that_is_none_cannot_be_left_out():
+    with pytest.raises(TypeError, match="no setting size"):
+        parse_settings(Drawing, "Draw.", ["a.png"], leave_out=("size",))
 
 
 def test_a_stage_may_have_commands():

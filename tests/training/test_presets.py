@@ -5,6 +5,7 @@ import train_baseline
 import train_lift
 from checkpoint import checkpoint_file, read_checkpoint, save_checkpoint
 from training.presets import PRESETS, balanced_weights, preset_help
+from training.settings import TrainingSettings
 
 PAIRS = {"overcomplete": "band:diagonal,1", "residual": "band:image,1"}
 
@@ -99,3 +100,37 @@ def test_help_says_what_presets_set(stage, script):
     for preset in PRESETS.values():
         for name in ("prediction_type", "beta_schedule"):
             assert f"--{name} {preset[name]}" in preset_help()
+
+
+def test_a_preset_counts_anew_in_a_copy():
+    published = TrainingSettings(model_type="dual")
+    improved = published.but(preset="improved")
+    assert improved == TrainingSettings(model_type="dual", preset="improved")
+    assert improved.but(representation="residual").t_pairs == "band:image,1"
+    assert improved.but(model_type="single_t").loss_weights == (1.0,)
+    # What was given stays.
+    assert TrainingSettings(model_type="dual", t_pairs="same").but(preset="improved").t_pairs == "same"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model_type": "shared_t", "t_pairs": "band:1"},
+        {"model_type": "single_t", "t_pairs": "follow:1"},
+        {"model_type": "no_t", "loss_weights": (0.5,)},
+        {"model_type": "dual", "loss_weights": (1,)},
+        {"model_type": "dual", "cuda_graphs": True, "accumulate": 2},
+        {"model_type": "dual", "replan_every": 3},
+        {"model_type": "baseline", "representation": "residual"},
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused_before_anything_is_read(values):
+    with pytest.raises(ValueError, match="leave|use band"):
+        TrainingSettings(**values)
+
+
+def test_settings_of_a_checkpoint_make_the_same_run_again(trainer):
+    run = trainer("--preset", "improved", "--representation", "residual", "--min_snr_gamma", 5)
+    names = run.settings.recorded()
+    again = TrainingSettings(**{name: run.config[name] for name in names})
+    assert again.recorded() == names

@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 import json
 import math
@@ -13,7 +12,6 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-import cli
 import train_baseline
 import train_lift
 from checkpoint import MODEL_CLASSES, build_model, checkpoint_file, load_model, read_checkpoint
@@ -620,10 +618,8 @@ def test_deterministic_kernels_are_asked_for_by_those_runs_alone(stage, tiny, ca
 
 
 def test_cuda_graphs_and_parts_exclude_each_other(trainer):
-    settings = dataclasses.replace(trainer().settings, cuda_graphs=True, accumulate=2, compile=True)
-    gpu = mock.Mock(device=torch.device("cuda"), count=1)
     with pytest.raises(ValueError, match=r"^--cuda_graphs and --accumulate exclude each other"):
-        Trainer(settings, cli.load_training_images(settings), gpu)
+        trainer().settings.but(cuda_graphs=True, accumulate=2, compile=True)
 
 
 @pytest.mark.parametrize(
@@ -700,14 +696,16 @@ def board(folder):
 def test_the_board_shows_what_the_log_says_and_the_loss_per_timestep(straight):
     scalars, images = board(straight())
     rows = read_log(straight())
-    for name in ("loss_64", "loss_32", "grad_norm", "lr"):
-        assert [step for step, _ in scalars[name]] == list(range(1, 13))
-        assert [value for _, value in scalars[name]] == pytest.approx([row[name] for row in rows], rel=1e-6)
+    shown = {"loss_64": "fine loss", "loss_32": "coarse loss", "grad_norm": "grad_norm", "lr": "lr"}
+    for name, tag in shown.items():
+        assert [step for step, _ in scalars[tag]] == list(range(1, 13))
+        assert [value for _, value in scalars[tag]] == pytest.approx([row[name] for row in rows], rel=1e-6)
     assert {"images_per_second", "memory_gib"} <= scalars.keys()
     assert {name.split("/")[0] for name in images} == {"samples_fine", "samples_coarse"}
     # Four images a step fall in a few of ten bins; weighted by how many they are, they give the mean again.
-    bins = {name: values for name, values in scalars.items() if "_by_t/" in name}
-    labels = {f"{scale}_by_t/{k * 100:03d}-{k * 100 + 99:03d}" for scale in ("loss_64", "loss_32") for k in range(10)}
+    bins = {name: values for name, values in scalars.items() if " by timestep/" in name}
+    ranges = [f"{k * 100:03d}-{k * 100 + 99:03d}" for k in range(10)]
+    labels = {f"{scale} loss by timestep/{ts}" for scale in ("fine", "coarse") for ts in ranges}
     assert bins.keys() <= labels and len(bins) > 12
 
 
@@ -719,12 +717,12 @@ def test_bins_are_means_over_the_images_whose_timestep_is_in_them(trainer):
     run_steps(run, 1)
     row, curves = run.row()
     expected = {}
-    for name, t in (("loss_64", batch.t_64), ("loss_32", batch.t_32)):
+    for name, tag, t in (("loss_64", "fine loss", batch.t_64), ("loss_32", "coarse loss", batch.t_32)):
         assert row[name] == pytest.approx(losses[name].mean().item(), rel=1e-6)
         for k in range(10):
             chosen = losses[name][(t >= 100 * k) & (t < 100 * (k + 1))]
             if len(chosen):
-                expected[f"{name}_by_t/{100 * k:03d}-{100 * k + 99:03d}"] = pytest.approx(
+                expected[f"{tag} by timestep/{100 * k:03d}-{100 * k + 99:03d}"] = pytest.approx(
                     chosen.mean().item(), rel=1e-5
                 )
     assert curves == expected
