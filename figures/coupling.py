@@ -169,8 +169,8 @@ def _check_coupling(where: str, condition: str, values, log_snr_64, t_64) -> tup
     ratio, error = (np.asarray(part, dtype=np.float64) for part in values)
     if not ratio.shape == error.shape == log_snr_64.shape == t_64.shape or ratio.ndim != 1:
         raise ValueError(
-            f"{where} has ratios {list(ratio.shape)}, errors {list(error.shape)}, log_snr_64 {list(log_snr_64.shape)} "
-            f"and t_64 {list(t_64.shape)}; pass [n] of each"
+            f"{where} has ratios {list(ratio.shape)}, errors {list(error.shape)}, log SNRs {list(log_snr_64.shape)} "
+            f"and timesteps {list(t_64.shape)}; pass [n] of each"
         )
     if not (np.isfinite(ratio) & (ratio > 0)).all():
         raise ValueError(f"{where} has a ratio that is not positive and finite")

@@ -60,15 +60,15 @@ def measure_coupling(
     shape, device = list(images_64.shape), images_64.device
     if images_64.ndim != 4 or not images_64.is_floating_point() or shape[0] < 2 or shape[2] % 2 or shape[3] % 2:
         raise ValueError(
-            f"images_64 has shape {shape}, {images_64.dtype}, but must be float [B, C, H, W] of at least 2 images of "
-            "even height and width."
+            f"The fine images have shape {shape}, {images_64.dtype}, but must be float [B, C, H, W] of at least 2 "
+            "images of even height and width."
         )
     last = scheduler.num_train_timesteps - 1
     bad = [t for t in t_64 if not 0 <= t <= last or scheduler.snr[t] == 0]
     if bad or not len(t_64):
         raise ValueError(
-            f"t_64 must be timesteps of positive SNR in 0 to {last}, at least one, but {bad[0] if bad else 'none'} "
-            "is given."
+            f"The fine timesteps must be of positive SNR in 0 to {last}, at least one, but "
+            f"{bad[0] if bad else 'none'} is given."
         )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size} but must be at least 1.")

@@ -385,9 +385,9 @@ def _check_grid(t_grid: Sequence[int] | torch.Tensor, scheduler: DDIMScheduler) 
 def _check_images(images_64: torch.Tensor) -> None:
     shape = list(images_64.shape)
     if images_64.ndim != 4 or not images_64.is_floating_point():
-        raise ValueError(f"images_64 has shape {shape}, {images_64.dtype}, but must be float [B, C, H, W].")
+        raise ValueError(f"The fine images have shape {shape}, {images_64.dtype}, but must be float [B, C, H, W].")
     if 0 in shape or shape[2] % 2 or shape[3] % 2:
-        raise ValueError(f"images_64 has shape {shape} but needs at least one image of even height and width.")
+        raise ValueError(f"The fine images have shape {shape}, but must be at least one, of even height and width.")
 
 
 def draw_noise_and_probes(images: Scales, num_probes: int, seed: int) -> tuple[Scales, Scales]:
