@@ -39,7 +39,7 @@ def commands(text):
     """The commands of a page or a docstring: each as its words, lines that go on joined."""
     joined = re.sub(r"\\+\n\s*", " ", text)
     for line in joined.splitlines():
-        inline = re.findall(r"`(?:python )?((?:\w+/)?\w+\.py)( [^`]*--[^`]*)`", line)
+        inline = re.findall(r"`(?:python )?((?:\w+/)?[a-z]\w*\.py)( [^`]*--[^`]*)`", line)
         whole = re.findall(r"(?:^|\s)(?:python|torchrun\b.*?) ((?:\w+/)?\w+\.py)((?: [^`]*)?)$", line)
         for script, words in [*inline, *whole]:
             yield script, shlex.split(words, comments=True)
