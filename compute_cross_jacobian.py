@@ -38,8 +38,9 @@ from paths.path import Path as PathOfTimesteps
 from paths.path import leads, timestep_grid
 from planning.choice import StepSettings
 from planning.coupling import CONDITIONS, COUPLING_ERRORS, against_own, measure_coupling, ratio_of_means
-from planning.error_map import BLOCKS, CHAIN_RULE_FACTORS, NORMALISATIONS, load_heatmap
+from planning.error_map import BLOCKS, CHAIN_RULE_FACTORS, NORMALISATIONS
 from planning.heatmap import PATH_SETTINGS, MissingMapSettings, compute_missing, heatmap_file
+from planning.map_file import load_heatmap
 from planning.map_paths import heatmap_path, representation_of
 from runtime.device import autocast
 from runtime.distributed import PATIENCE, Processes

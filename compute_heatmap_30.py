@@ -26,8 +26,8 @@ from figures.maps import plot_heatmap, plot_heatmap_pair, plot_maps
 from paths.optimal import check_steps
 from paths.path import leads, path_from_cells
 from planning.choice import StepSettings
-from planning.error_map import load_heatmap, save_heatmap
 from planning.heatmap import PATH_SETTINGS, MapSettings, compute, dp_names, path_fields
+from planning.map_file import load_heatmap, save_heatmap
 from runtime.distributed import PATIENCE, Processes
 from runtime.settings import option, parse_settings
 

@@ -29,8 +29,8 @@ from figures.paths import plot_path_and_samples, plot_path_comparison, plot_path
 from figures.scores import METRIC_TITLES, check_comparable, plot_scores, plot_scores_against_nfe
 from paths.path import Path as PathOfTimesteps
 from paths.schedule_file import load_schedule
-from planning.error_map import load_heatmap
 from planning.heatmap import PATH_SETTINGS
+from planning.map_file import load_heatmap
 from planning.path_types import path_type
 from planning.regimes import TimestepPairs, default_regime, parse_regime, resolve_regime
 from runtime.settings import REQUIRED, Settings, option, parse_command

@@ -26,7 +26,7 @@ from figures.paths import plot_path_comparison
 from paths.bootstrap import bootstrap_paths
 from paths.path import Path, leads
 from paths.schedule_file import save_schedule
-from planning.error_map import load_heatmap
+from planning.map_file import load_heatmap
 from planning.plan import PlanCriterionSettings, Planner
 from runtime.settings import REQUIRED, option, parse_settings
 

@@ -28,7 +28,7 @@ from evaluation.results_table import (
 from figures.page import Content, FactTable, Group, Number, Picture, ScoreTable, embed
 from figures.scores import METRIC_TITLES, plot_scores_against_epoch, plot_scores_against_nfe
 from paths.schedule_file import load_schedule
-from planning.error_map import load_heatmap
+from planning.map_file import load_heatmap
 
 # Scores that differ in one of these share no section; NFE is an axis of its own here.
 COMPARABLE = tuple(field for field in SETTING_FIELDS if field != "nfe")

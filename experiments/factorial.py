@@ -50,7 +50,7 @@ from evaluation.results_table import write_csv
 from figures.scores import plot_factorial
 from images.representation import OVERCOMPLETE
 from paths.path import Path, timestep_grid
-from planning.error_map import load_heatmap
+from planning.map_file import load_heatmap
 from planning.map_paths import heatmap_path, kl_refined
 from runtime.device import autocast, resolve_precision, select_device
 from runtime.reports import markdown_table, print_report

@@ -37,7 +37,8 @@ from factorial import SCHEDULES, GaussianSettings, StudySettings, means, noisies
 from figures.costs import plot_criteria
 from paths.families import cascade, diagonal, fine_first, lead, log_snr_shift
 from paths.path import Path, timestep_grid
-from planning.error_map import CHAIN_RULE_FACTORS, load_heatmap
+from planning.error_map import CHAIN_RULE_FACTORS
+from planning.map_file import load_heatmap
 from planning.map_paths import heatmap_path, kl_refined
 from runtime.reports import markdown_table, print_report
 from runtime.settings import REQUIRED, option, parse_command

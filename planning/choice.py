@@ -12,8 +12,9 @@ from diffusion.sampler import COARSE_FEEDS, ENDS, coarse_feed
 from paths.families import cascade, diagonal, heuristic, lead, log_snr_shift
 from paths.path import SPACINGS, Path
 from paths.schedule_file import load_schedule
-from planning.error_map import CHAIN_RULE_FACTORS, NORMALISATIONS, load_heatmap
+from planning.error_map import CHAIN_RULE_FACTORS, NORMALISATIONS
 from planning.heatmap import heatmap_file
+from planning.map_file import load_heatmap
 from planning.map_paths import NO_CASCADE, heatmap_path, kl_cascade, kl_refined
 from planning.path_types import PATH_FAMILIES, PATH_TYPES, PathType, parse_path_type, path_type
 from planning.regimes import off_regime_note, seen_range

@@ -19,11 +19,9 @@ image in a cell.
 
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,14 +31,13 @@ from tqdm import tqdm
 
 from images.representation import OVERCOMPLETE
 from paths.map_interpolation import interpolate_map, nearest_in_row
+from planning.map_file import PartFiles
 from runtime.distributed import Processes
-from runtime.safe_write import replacing
 from scheduler import DDIMScheduler
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # Fine first.
 Scales = tuple[torch.Tensor, ...]  # Both, fine first, or the fine one alone.
 
-HEATMAP_FORMAT_VERSION = 2  # 2 has denoising errors per image, and says what was measured.
 BLOCKS = ("HH", "HL", "LH", "LL")
 MSES = ("mse_64", "mse_32", "mse_64_low")
 CLIPPED_MSES = tuple(f"clipped_{name}" for name in MSES)
@@ -78,7 +75,7 @@ def error_map(
     of: str = "eps",  # one of DIFFERENTIATED: the Jacobian of the noise or of the clean image predicted
     coarse: int | None = None,  # measure this many lines per axis, and interpolate
     processes: Processes | None = None,  # that share the cells
-    parts: "PartFiles | None" = None,  # where unfinished work is kept
+    parts: PartFiles | None = None,  # where unfinished work is kept
     num_predictions: int = 2,  # of the denoiser: both scales, or 1 for the fine one alone
     num_scales: int = 2,  # that the denoiser reads, at least as many as it predicts
     cells: torch.Tensor | None = None,  # [n, n] bool: measure these alone, at least one in every row
@@ -268,42 +265,6 @@ def largest_deviation(result: dict[str, Any], reference: dict[str, Any]) -> floa
     return torch.stack([(one - other).abs() / error for one, other, error in triples]).max().item()
 
 
-class PartFiles:
-    """Unfinished work of an error map, kept beside the file it will become: `{file}.part{rank}` per process.
-
-    settings: JSON types; whatever the values depend on. Parts of other settings, and damaged ones, count as none.
-    """
-
-    def __init__(self, file: str | os.PathLike, settings: dict[str, Any]):
-        self._file = Path(file)
-        self._settings = settings | {"format_version": HEATMAP_FORMAT_VERSION}
-
-    def _names(self) -> list[Path]:
-        return sorted(self._file.parent.glob(f"{self._file.name}.part[0-9]*"))
-
-    def read(self) -> list[dict[str, torch.Tensor]]:
-        """What earlier processes finished: `done` bool `[M·B]` and the values there, one dict each."""
-        found = []
-        for name in self._names():
-            try:
-                part = torch.load(name, weights_only=True)
-                if part.pop("settings") == self._settings:
-                    found.append(part)
-            except Exception:  # A damaged zip or pickle raises whatever the damage happens to hit.
-                continue
-        return found
-
-    def write(self, rank: int, part: dict[str, torch.Tensor]) -> None:
-        """Replace the part of one process."""
-        with replacing(self._file.with_name(f"{self._file.name}.part{rank}")) as temporary:
-            torch.save(part | {"settings": self._settings}, temporary)
-
-    def remove(self) -> None:
-        """Delete all parts, once the map itself is safe."""
-        for name in self._names():
-            name.unlink(missing_ok=True)
-
-
 def published_errors(result: dict[str, Any], factor: str = "B", normalisation: str = "published") -> Pair:
     """The published error maps of the two scales, from what `error_map` returned.
 
@@ -326,36 +287,6 @@ def published_errors(result: dict[str, Any], factor: str = "B", normalisation: s
         return error_64, torch.zeros_like(error_64)
     error_32 = result["jacobian"]["LL"] / divide(result["num_pixels_32"], result["num_dims_32"]) * weight[None, :]
     return error_64, error_32
-
-
-def save_heatmap(file: str | os.PathLike, content: dict[str, Any]) -> None:
-    """Write a heatmap file atomically: the maps of `error_map` with whatever the stage adds, plain types only."""
-    with replacing(file) as temporary:
-        torch.save({"format_version": HEATMAP_FORMAT_VERSION} | content, temporary)
-
-
-def load_heatmap(file: str | os.PathLike) -> dict[str, Any]:
-    """Read a heatmap file.
-
-    Raises FileNotFoundError if it is missing, ValueError if it is damaged, no heatmap, or of a later version.
-    """
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"Heatmap {file} does not exist; make it with compute_heatmap_30.py.")
-    try:
-        content = torch.load(file, weights_only=True)
-    except Exception as error:  # A damaged zip or pickle raises whatever the damage happens to hit.
-        raise ValueError(f"Heatmap {file} is damaged ({type(error).__name__}); compute it again.") from error
-    if not isinstance(content, dict) or not {"format_version", "t_grid", "fingerprint"} <= content.keys():
-        raise ValueError(f"{file} is not a heatmap; make one with compute_heatmap_30.py.")
-    if content["format_version"] > HEATMAP_FORMAT_VERSION:
-        raise ValueError(f"Heatmap {file} has format version {content['format_version']}; update LIFT to read it.")
-    if content["format_version"] < HEATMAP_FORMAT_VERSION:
-        raise ValueError(
-            f"Heatmap {file} has format version {content['format_version']}, which holds too little; compute it again "
-            "(compute_heatmap_30.py --force)."
-        )
-    return content
 
 
 def _names(num_predictions: int, num_scales: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -387,7 +318,7 @@ def _check_images(images_64: torch.Tensor) -> None:
     if images_64.ndim != 4 or not images_64.is_floating_point():
         raise ValueError(f"The fine images have shape {shape}, {images_64.dtype}, but must be float [B, C, H, W].")
     if 0 in shape or shape[2] % 2 or shape[3] % 2:
-        raise ValueError(f"The fine images have shape {shape}, but must be at least one, of even height and width.")
+        raise ValueError(f"The fine images have shape {shape} but must be at least one image of even height and width.")
 
 
 def draw_noise_and_probes(images: Scales, num_probes: int, seed: int) -> tuple[Scales, Scales]:

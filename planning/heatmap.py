@@ -21,16 +21,8 @@ from cli import CheckpointSettings, DataSettings, HardwareSettings
 from data import ImageSet, to_float
 from paths.optimal import check_steps, find_optimal_paths_all_steps
 from paths.path import GRID_SPACINGS, timestep_grid
-from planning.error_map import (
-    DIFFERENTIATED,
-    MAPS,
-    PartFiles,
-    error_map,
-    largest_deviation,
-    load_heatmap,
-    published_errors,
-    save_heatmap,
-)
+from planning.error_map import DIFFERENTIATED, MAPS, error_map, largest_deviation, published_errors
+from planning.map_file import PartFiles, load_heatmap, save_heatmap
 from planning.map_paths import path_errors, seen_cells
 from planning.regimes import seen_range
 from runtime.device import autocast, resolve_precision

@@ -13,7 +13,8 @@ from compute_cross_jacobian import PUBLISHED_RATIOS, comparable_ratios, jacobian
 from conftest import HARDWARE, list_files
 from paths.path import path_from_cells, timestep_grid
 from planning.coupling import CONDITIONS
-from planning.error_map import BLOCKS, error_map, load_heatmap, save_heatmap
+from planning.error_map import BLOCKS, error_map
+from planning.map_file import load_heatmap, save_heatmap
 from scheduler import DDIMScheduler
 from truth.gaussian import GaussianDenoiser, Spectrum, jacobian
 

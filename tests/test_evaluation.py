@@ -40,7 +40,7 @@ from evaluation.results_table import METRIC_VALUES, RESULT_FIELDS, VALUE_FIELDS,
 from paths import families
 from paths.schedule_file import save_schedule
 from planning.choice import PathSettings, choose_path
-from planning.error_map import load_heatmap
+from planning.map_file import load_heatmap
 
 SECONDS = 120  # Far longer than anything here takes, so that a busy machine fails no test.
 JOBS = [(model_type, path_type, seed) for model_type, path_type in MEASURED for seed in ("42", "43")]

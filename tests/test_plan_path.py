@@ -16,7 +16,8 @@ from paths.families import cascade, diagonal, fine_first, lead, log_snr_shift
 from paths.optimal import kl_path
 from paths.path import timestep_grid
 from paths.schedule_file import load_schedule
-from planning.error_map import BLOCKS, MSES, load_heatmap, save_heatmap
+from planning.error_map import BLOCKS, MSES
+from planning.map_file import load_heatmap, save_heatmap
 from planning.map_paths import heatmap_path
 from scheduler import DDIMScheduler
 from truth.gaussian import Spectrum, exact_heatmap, jacobian

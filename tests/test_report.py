@@ -21,7 +21,7 @@ from evaluation.results_table import append_row
 from figures.page import render, runs_of
 from paths.path import Path as PathOfTimesteps
 from paths.schedule_file import save_schedule
-from planning.error_map import save_heatmap
+from planning.map_file import save_heatmap
 from scheduler import DDIMScheduler
 
 SERIES = {

@@ -35,7 +35,7 @@ from paths.families import diagonal
 from paths.optimal import find_optimal_path_n_steps_lambda
 from paths.schedule_file import load_schedule
 from planning import heatmap as heatmap_module
-from planning.error_map import load_heatmap, save_heatmap
+from planning.map_file import load_heatmap, save_heatmap
 
 STAGES = [
     train_baseline,

@@ -25,7 +25,8 @@ from evaluation.metrics import sliced_wasserstein
 from factorial import OFFSETS, SPACINGS, all_combinations, combine, shifted_diagonal, to_path
 from paths.path import timestep_grid
 from paths.schedule_file import save_schedule
-from planning.error_map import MSES, error_map, load_heatmap, save_heatmap
+from planning.error_map import MSES, error_map
+from planning.map_file import load_heatmap, save_heatmap
 from planning.map_paths import heatmap_path, kl_refined
 from rank_criteria import Candidate, agreement
 from scheduler import DDIMScheduler

@@ -29,7 +29,8 @@ from paths.families import diagonal, log_snr_shift
 from paths.optimal import Readings, kl_cost, kl_step_cost
 from paths.path import Path, timestep_grid
 from planning.choice import PathSettings, choose_path
-from planning.error_map import error_map, largest_deviation, load_heatmap
+from planning.error_map import error_map, largest_deviation
+from planning.map_file import load_heatmap
 from planning.map_paths import KLProblem, kl_refined
 from scheduler import PREDICTION_TYPES, DDIMScheduler
 from training.objective import TrainingBatch, diffusion_loss, draw_batch

@@ -29,8 +29,9 @@ from paths.path import Path, timestep_grid
 from paths.refine import cost_off_grid
 from paths.schedule_file import load_schedule, save_schedule
 from planning.choice import PathSettings, choose_path, why_not
-from planning.error_map import MSES, load_heatmap, save_heatmap
+from planning.error_map import MSES
 from planning.heatmap import heatmap_file
+from planning.map_file import load_heatmap, save_heatmap
 from planning.map_paths import KLProblem, beyond_seen, kl_cascade, kl_lines, kl_refined, seen_cells
 from planning.path_types import parse_path_type, path_type
 from scheduler import DDIMScheduler

@@ -20,15 +20,13 @@ from planning.error_map import (
     CHAIN_RULE_FACTORS,
     CLIPPED_MSES,
     MSES,
-    PartFiles,
     draw_noise_and_probes,
     error_map,
     largest_deviation,
-    load_heatmap,
     per_image,
     published_errors,
-    save_heatmap,
 )
+from planning.map_file import PartFiles
 from planning.map_paths import heatmap_path, path_errors
 from runtime.distributed import Processes
 from scheduler import DDIMScheduler
@@ -247,6 +245,32 @@ def test_result_does_not_depend_on_batch_size(batch_size):
     assert calls[:9] == [2] * 9 and sum(calls[9:]) == 18 and max(calls[9:]) == min(batch_size, 18)
     for key in ("mse_64", "mse_32", "mse_64_se", "mse_32_se", "jacobian", "jacobian_se"):
         torch.testing.assert_close(other[key], one_cell_each[key], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v"])
+def test_clipped_errors_are_those_of_the_image_the_sampler_goes_by(prediction_type):
+    scheduler, x, t_grid = DDIMScheduler(prediction_type=prediction_type), images(b=3), [999, 500, 20]
+    seen = {}
+
+    def denoise(xs, ts):  # Far off, so that the clamp has work to do.
+        for k, (t_64, t_32) in enumerate(zip(*map(torch.Tensor.tolist, ts), strict=True)):
+            found = [
+                scheduler.predict_x0(1.7 * y[k : k + 1] + 0.4, t, y[k : k + 1])
+                for y, t in zip(xs, (t_64, t_32), strict=True)
+            ]
+            seen.setdefault((t_64, t_32), []).append([y.clamp(-1, 1) for y in found])
+        return tuple(1.7 * y + 0.4 for y in xs)
+
+    result = run(denoise, x, t_grid, scheduler=scheduler, num_probes=1, batch_size=3, maps="mse")
+    for i, t_64 in enumerate(t_grid):
+        for j, t_32 in enumerate(t_grid):
+            fine, coarse = (torch.cat(parts) for parts in zip(*seen[t_64, t_32], strict=True))
+            error = x - fine
+            expected = [error, F.avg_pool2d(x, 2) - coarse, 2 * F.avg_pool2d(error, 2)]
+            for name, values in zip(CLIPPED_MSES, expected, strict=True):
+                assert result[name][i, j].item() == pytest.approx(values.square().sum().item() / 3, rel=1e-9)
+    assert (result["clipped_mse_64"] < result["mse_64"]).any()
+    assert (result["clipped_mse_64"] <= result["mse_64"] * (1 + 1e-9)).all()  # Images lie within the clamp.
 
 
 def test_mse_of_a_zero_prediction_is_the_noise_over_snr():
@@ -1209,47 +1233,3 @@ def test_a_jacobian_without_content_costs_about_as_much(power_law):
         with_content = heatmap_path(power_law, kind, 18, 5)[1]
         assert with_content == pytest.approx(cost, rel=0.01)
     assert best[-1] == pytest.approx(0.2374, rel=1e-3)
-
-
-# Files
-
-
-def test_a_heatmap_file_is_what_was_saved(tmp_path):
-    content = run(linear, images(b=2), timestep_grid(5).tolist(), coarse=3, maps="all") | {"fingerprint": "none"}
-    save_heatmap(tmp_path / "map.pth", content)
-    assert_same(load_heatmap(tmp_path / "map.pth"), {"format_version": 2} | content)
-    assert [file.name for file in tmp_path.iterdir()] == ["map.pth"]
-
-
-@pytest.mark.parametrize(("version", "says"), [(1, "which holds too little; compute it again"), (3, "update LIFT")])
-def test_heatmap_files_of_other_versions_are_named(tmp_path, version, says):
-    file = tmp_path / "map.pth"
-    torch.save({"format_version": version, "t_grid": torch.zeros(3), "fingerprint": "none"}, file)
-    with pytest.raises(ValueError, match=f"^Heatmap {file} has format version {version}.*{says}"):
-        load_heatmap(file)
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v"])
-def test_clipped_errors_are_those_of_the_image_the_sampler_goes_by(prediction_type):
-    scheduler, x, t_grid = DDIMScheduler(prediction_type=prediction_type), images(b=3), [999, 500, 20]
-    seen = {}
-
-    def denoise(xs, ts):  # Far off, so that the clamp has work to do.
-        for k, (t_64, t_32) in enumerate(zip(*map(torch.Tensor.tolist, ts), strict=True)):
-            found = [
-                scheduler.predict_x0(1.7 * y[k : k + 1] + 0.4, t, y[k : k + 1])
-                for y, t in zip(xs, (t_64, t_32), strict=True)
-            ]
-            seen.setdefault((t_64, t_32), []).append([y.clamp(-1, 1) for y in found])
-        return tuple(1.7 * y + 0.4 for y in xs)
-
-    result = run(denoise, x, t_grid, scheduler=scheduler, num_probes=1, batch_size=3, maps="mse")
-    for i, t_64 in enumerate(t_grid):
-        for j, t_32 in enumerate(t_grid):
-            fine, coarse = (torch.cat(parts) for parts in zip(*seen[t_64, t_32], strict=True))
-            error = x - fine
-            expected = [error, F.avg_pool2d(x, 2) - coarse, 2 * F.avg_pool2d(error, 2)]
-            for name, values in zip(CLIPPED_MSES, expected, strict=True):
-                assert result[name][i, j].item() == pytest.approx(values.square().sum().item() / 3, rel=1e-9)
-    assert (result["clipped_mse_64"] < result["mse_64"]).any()
-    assert (result["clipped_mse_64"] <= result["mse_64"] * (1 + 1e-9)).all()  # Images lie within the clamp.

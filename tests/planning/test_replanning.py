@@ -14,7 +14,7 @@ from paths.families import cascade, diagonal, log_snr_shift
 from paths.path import Path
 from paths.schedule_file import load_schedule
 from planning import replanning
-from planning.error_map import load_heatmap
+from planning.map_file import load_heatmap
 from planning.map_paths import seen_cells
 from planning.regimes import TimestepPairs, off_regime_note, pair_probabilities, resolve_regime, seen_range
 from planning.replanning import plan_within, replan

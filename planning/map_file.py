@@ -1,0 +1,77 @@
+"""Error maps as files: whole ones, and the parts of unfinished ones beside them."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime.safe_write import replacing
+
+HEATMAP_FORMAT_VERSION = 2  # 2 has denoising errors per image, and says what was measured.
+
+
+def save_heatmap(file: str | os.PathLike, content: dict[str, Any]) -> None:
+    """Write a heatmap file atomically: the maps of `error_map` with whatever the stage adds, plain types only."""
+    with replacing(file) as temporary:
+        torch.save({"format_version": HEATMAP_FORMAT_VERSION} | content, temporary)
+
+
+def load_heatmap(file: str | os.PathLike) -> dict[str, Any]:
+    """Read a heatmap file.
+
+    Raises FileNotFoundError if it is missing, ValueError if it is damaged, no heatmap, or of a later version.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"Heatmap {file} does not exist; make it with compute_heatmap_30.py.")
+    try:
+        content = torch.load(file, weights_only=True)
+    except Exception as error:  # A damaged zip or pickle raises whatever the damage happens to hit.
+        raise ValueError(f"Heatmap {file} is damaged ({type(error).__name__}); compute it again.") from error
+    if not isinstance(content, dict) or not {"format_version", "t_grid", "fingerprint"} <= content.keys():
+        raise ValueError(f"{file} is not a heatmap; make one with compute_heatmap_30.py.")
+    if content["format_version"] > HEATMAP_FORMAT_VERSION:
+        raise ValueError(f"Heatmap {file} has format version {content['format_version']}; update LIFT to read it.")
+    if content["format_version"] < HEATMAP_FORMAT_VERSION:
+        raise ValueError(
+            f"Heatmap {file} has format version {content['format_version']}, which holds too little; compute it again "
+            "(compute_heatmap_30.py --force)."
+        )
+    return content
+
+
+class PartFiles:
+    """Unfinished work of an error map, kept beside the file it will become: `{file}.part{rank}` per process.
+
+    settings: JSON types; whatever the values depend on. Parts of other settings, and damaged ones, count as none.
+    """
+
+    def __init__(self, file: str | os.PathLike, settings: dict[str, Any]):
+        self._file = Path(file)
+        self._settings = settings | {"format_version": HEATMAP_FORMAT_VERSION}
+
+    def _names(self) -> list[Path]:
+        return sorted(self._file.parent.glob(f"{self._file.name}.part[0-9]*"))
+
+    def read(self) -> list[dict[str, torch.Tensor]]:
+        """What earlier processes finished: `done` bool `[M·B]` and the values there, one dict each."""
+        found = []
+        for name in self._names():
+            try:
+                part = torch.load(name, weights_only=True)
+                if part.pop("settings") == self._settings:
+                    found.append(part)
+            except Exception:  # A damaged zip or pickle raises whatever the damage happens to hit.
+                continue
+        return found
+
+    def write(self, rank: int, part: dict[str, torch.Tensor]) -> None:
+        """Replace the part of one process."""
+        with replacing(self._file.with_name(f"{self._file.name}.part{rank}")) as temporary:
+            torch.save(part | {"settings": self._settings}, temporary)
+
+    def remove(self) -> None:
+        """Delete all parts, once the map itself is safe."""
+        for name in self._names():
+            name.unlink(missing_ok=True)
