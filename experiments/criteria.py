@@ -1,4 +1,4 @@
-"""Every criterion for paths, evaluated at the points of any path: what `rank_criteria.py` and `factorial.py` share.
+"""Every criterion for paths, evaluated at the points of any path, as `experiments/rank_criteria.py` ranks them.
 
 Points are log SNRs `[N + 1, 2]`, fine first. What a criterion reads there comes from maps that are exact (Gaussian
 images) or measured on a grid (a network); both are of one kind here, `Maps`.

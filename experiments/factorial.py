@@ -23,76 +23,39 @@ Writes OUTPUT.csv (a row per value; a `trained` run that is started again goes o
 on), OUTPUT.md and OUTPUT.png.
 """
 
-import csv
 import itertools
 import json
 import math
-import statistics
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(FilePath(__file__).resolve().parent.parent))
 
 import cli
-from checkpoint import LoadedModel, load_model
+from checkpoint import load_model
 from cli import CheckpointSettings, DataSettings, HardwareSettings
-from data import to_uint8
-from diffusion.sampler import image_seeds, sample_seeds, scale_shapes
+from combinations import OFFSETS, SHIFTS, SPACINGS, all_combinations, shifted_diagonal, trained_paths
 from evaluation.metrics import SlicedWasserstein
 from evaluation.results_table import write_csv
 from figures.scores import plot_factorial
 from images.representation import OVERCOMPLETE
-from paths.path import Path, timestep_grid
+from paths.path import timestep_grid
 from planning.map_file import load_heatmap
-from planning.map_paths import heatmap_path, kl_refined
-from runtime.device import autocast, resolve_precision, select_device
+from planning.map_paths import heatmap_path
+from runtime.device import resolve_precision, select_device
 from runtime.reports import markdown_table, print_report
 from runtime.safe_write import replacing
-from runtime.settings import REQUIRED, Settings, option, parse_command
+from runtime.settings import REQUIRED, option, parse_command
 from scheduler import DDIMScheduler
+from study import COLUMNS, SCHEDULES, CallsSettings, GaussianSettings, means, noisiest_timestep, read_csv, score
 from truth.gaussian import Spectrum, exact_heatmap
 from truth.linear_sampler import ddim_output, w2_squared
 from truth.optimal_points import optimal_points
-
-SPACINGS = ("uniform t", "uniform λ", "published", "optimal")
-OFFSETS = ("diagonal", "published", "coarse ahead by 1", "coarse behind by 1", "optimal 2-D")
-SHIFTS = {"coarse ahead by 1": 1.0, "coarse behind by 1": -1.0}
-SCHEDULES = {"cosine_clipped": "cosine_clipped", "cosine from λ = -10": "cosine"}
-NEARLY_ZERO_TERMINAL_LOG_SNR = -10.0
-COLUMNS = ("schedule", "model", "spacing", "offset", "nfe", "seed", "value", "detail")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudySettings(Settings):
-    """Where a study writes."""
-
-    output: str = option(REQUIRED, "name of the files without suffix")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CallsSettings(StudySettings):
-    """How many network calls the paths have."""
-
-    nfe: tuple[int, ...] = option((6, 10, 18, 36), parse=cli.positive_int, nargs="+")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GaussianSettings(CallsSettings):
-    """A study of Gaussian images."""
-
-    spectrum: str | None = option(None, "variances of real images (a power law)", metavar="FILE")
-    resolution: int = option(64, "of the power law", parse=cli.positive_int)
-
-    def variances(self) -> Spectrum:
-        """Those of the images, of three channels if they follow the power law; raises what `Spectrum.load` raises."""
-        return Spectrum.load(self.spectrum) if self.spectrum else Spectrum.power_law(self.resolution)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,38 +79,11 @@ def parse_args() -> tuple[str, CallsSettings]:
     return parse_command(commands, __doc__)
 
 
-def combine(spacing: np.ndarray, curve: np.ndarray) -> np.ndarray:
-    """The points `[N + 1, 2]` of a curve `[M, 2]` in the plane of log SNRs at which their mean is spacing `[N + 1]`."""
-    along = curve.mean(1)
-    return np.stack([np.interp(spacing, along, column) for column in curve.T], axis=1)
-
-
-def shifted_diagonal(first: float, last: float, shift: float) -> np.ndarray:
-    """The curve λ_32 = λ_64 + shift between the ends (first, first) and (last, last), within which both scales stay."""
-    u = np.linspace(first, last, 1001)
-    points = np.stack([u - shift / 2, u + shift / 2], axis=1).clip(first, last)
-    points[0], points[-1] = first, last
-    return points
-
-
-def all_combinations(spacings: dict[str, np.ndarray], curves: dict[str, np.ndarray]) -> Iterator[tuple[str, str, Any]]:
-    """Every spacing with every offset; the optimal pair is a path of its own, `curves["optimal 2-D"]`."""
-    for spacing in SPACINGS:
-        for offset in OFFSETS:
-            whole = spacing == "optimal" and offset == "optimal 2-D"
-            yield spacing, offset, curves[offset] if whole else combine(spacings[spacing], curves[offset])
-
-
 def optimum(spectrum: Spectrum, nfe: int, first: float, last: float, **kind: bool) -> np.ndarray:
     """The points of least W2² from log SNR first to clean; those beyond `last`, the schedule's end, are put there."""
     points = optimal_points(spectrum, nfe, "w2", first, math.inf, **kind)[0].numpy().clip(max=last)
     points[-1] = last
     return points
-
-
-def noisiest_timestep(scheduler: DDIMScheduler) -> int:
-    """The last timestep whose log SNR is at least `NEARLY_ZERO_TERMINAL_LOG_SNR`: 999 where the schedule ends above."""
-    return int(np.flatnonzero(scheduler.log_snr.numpy() >= NEARLY_ZERO_TERMINAL_LOG_SNR)[-1])
 
 
 def gaussian_rows(settings: GaussianSettings) -> list[dict[str, Any]]:
@@ -182,39 +118,6 @@ def gaussian_rows(settings: GaussianSettings) -> list[dict[str, Any]]:
             progress.update()
     progress.close()
     return rows
-
-
-def to_path(points: np.ndarray, log_snr: np.ndarray, kind: str) -> Path:
-    """The path through the timesteps nearest to points in log SNR; equal ones are moved apart towards noise."""
-    nearest = np.abs(log_snr - points[..., None]).argmin(-1)  # [N+1, 2]
-    nearest[-1] = 0
-    for k in range(len(nearest) - 2, -1, -1):
-        nearest[k] = np.maximum(nearest[k], nearest[k + 1])
-        if (nearest[k] == nearest[k + 1]).all():
-            nearest[k] += 1
-    return Path(nearest.tolist(), kind, {})
-
-
-def trained_paths(heatmap: dict, log_snr: np.ndarray, nfe: int) -> Iterator[tuple[str, str, str, Path]]:
-    """(model, spacing, offset, path) of every combination for a network."""
-    t_grid = heatmap["t_grid"].tolist()
-    first, last = log_snr[t_grid[0]], log_snr[0]
-    published = log_snr[np.array(heatmap_path(heatmap, "dp_total", nfe)[0].points)]
-    diagonal, plane = (
-        log_snr[np.array(kl_refined(heatmap, log_snr, nfe, 1.0, diagonal=d).path.points)] for d in (True, False)
-    )
-    spacings = {
-        "uniform t": log_snr[np.rint(np.linspace(t_grid[0], 0, nfe + 1)).astype(int)],
-        "uniform λ": np.linspace(first, last, nfe + 1),
-        "published": published.mean(1),
-        "optimal": diagonal[:, 0],
-    }
-    curves = {"diagonal": shifted_diagonal(first, last, 0.0), "published": published, "optimal 2-D": plane}
-    curves |= {offset: shifted_diagonal(first, last, shift) for offset, shift in SHIFTS.items()}
-    for spacing, offset, points in all_combinations(spacings, curves):
-        yield "LIFT", spacing, offset, to_path(points, log_snr, f"{spacing}, {offset}")
-    for spacing in SPACINGS:
-        yield "baseline", spacing, "", to_path(spacings[spacing][:, None], log_snr, spacing)
 
 
 def trained_rows(settings: TrainedSettings) -> list[dict[str, Any]]:
@@ -284,43 +187,6 @@ def check_settings(file: FilePath, settings: dict[str, Any]) -> None:
         return
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-
-
-def score(
-    loaded: LoadedModel,
-    path: Path,
-    seed: int,
-    num_images: int,
-    batch_size: int,
-    precision: str,
-    metric: SlicedWasserstein,
-    device: torch.device,
-) -> float:
-    """Sliced Wasserstein distance (x1000, mean over levels) of images along a path."""
-    shapes = scale_shapes(loaded.model.num_scales, loaded.config["channels"], loaded.config["resolution"])
-    seeds = image_seeds(seed, num_images)
-    batches = sample_seeds(loaded.model.denoise, loaded.scheduler, path, seeds, shapes, batch_size, device)
-    with autocast(device, precision):
-        pixels = torch.cat([to_uint8(samples.images[0]).cpu() for _, samples in batches])
-    return statistics.mean(metric.distance(pixels).values())
-
-
-def read_csv(file: FilePath) -> list[dict[str, str]]:
-    """The rows of an earlier run."""
-    with open(file, newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
-
-
-def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over seeds of every combination, in the order of the rows."""
-    groups: dict[tuple, list[float]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[c] for c in COLUMNS[:5]), []).append(float(row["value"]))
-    return [
-        dict(zip(COLUMNS[:5], key, strict=True))
-        | {"value": statistics.mean(v), "sd": statistics.stdev(v) if len(v) > 1 else None, "n": len(v)}
-        for key, v in groups.items()
-    ]
 
 
 def report(rows: list[dict[str, Any]], title: str) -> str:

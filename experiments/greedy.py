@@ -22,13 +22,13 @@ from cli import CheckpointSettings, DataSettings, HardwareSettings
 from data import to_uint8
 from diffusion.sampler import SeededNoise, image_seeds, sample_greedy, scale_shapes
 from evaluation.metrics import SlicedWasserstein
-from factorial import score
 from images.representation import OVERCOMPLETE
 from paths.families import diagonal
 from paths.path import Path as SamplingPath
 from runtime.device import autocast, select_device
 from runtime.reports import markdown_table, print_report
 from runtime.settings import REQUIRED, option, parse_settings
+from study import score
 
 SPACINGS = ("uniform_t", "uniform_log_snr")
 

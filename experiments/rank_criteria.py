@@ -9,7 +9,8 @@
 cascades, fine first), and the optimum of every criterion in turn; distances are W2² and KL of the exact output of DDIM
 (KL of the images before the last step's noise is gone, at t = 0), and KL of the frozen-drift chain. On `cosine_clipped`
 as published, and on `cosine` from the last timestep above λ = -10, where the start is nearly right.
-`trained`: over the paths that `factorial.py trained` scored, on the maps of a network; the distance is the score.
+`trained`: over the paths that `experiments/factorial.py trained` scored, on the maps of a network; the distance is the
+score.
 
 For every criterion: Spearman's ρ within each number of steps, averaged over them (fewer calls are always worse, which
 no criterion needs to know), and the regret, the distance of the path it likes best over the least distance of all
@@ -32,8 +33,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(FilePath(__file__).resolve().parent.parent))
 
 import cli
+from combinations import trained_paths
 from criteria import KL_WEIGHTS, evaluate, gaussian_reader, measured_reader, sizes
-from factorial import SCHEDULES, GaussianSettings, StudySettings, means, noisiest_timestep, read_csv, trained_paths
 from figures.costs import plot_criteria
 from paths.families import cascade, diagonal, fine_first, lead, log_snr_shift
 from paths.path import Path, timestep_grid
@@ -43,6 +44,7 @@ from planning.map_paths import heatmap_path, kl_refined
 from runtime.reports import markdown_table, print_report
 from runtime.settings import REQUIRED, option, parse_command
 from scheduler import DDIMScheduler
+from study import SCHEDULES, GaussianSettings, StudySettings, means, noisiest_timestep, read_csv
 from truth.gaussian import Spectrum, exact_heatmap
 from truth.linear_sampler import chain_kl, ddim_output, kl, w2_squared
 
@@ -70,7 +72,7 @@ class ScoresSettings(StudySettings):
     """A study of scores that were measured."""
 
     heatmap: str = option(REQUIRED, "of the network, with --maps all")
-    scores: str = option(REQUIRED, "the CSV file of factorial.py trained")
+    scores: str = option(REQUIRED, "the CSV file of experiments/factorial.py trained")
 
 
 def parse_args() -> tuple[str, StudySettings]:
@@ -157,7 +159,7 @@ def trained_candidates(heatmap: dict, scores: list[dict[str, Any]]) -> list[Cand
                 costs = evaluate(log_snr[np.array(path.points)], read, size)
                 found.setdefault(path.points, Candidate(offset, nfe, costs, {"SWD": values[combination]}))
     if not found:
-        raise ValueError("There is no score of a LIFT path; pass the CSV file of factorial.py trained.")
+        raise ValueError("There is no score of a LIFT path; pass the CSV file of experiments/factorial.py trained.")
     return list(found.values())
 
 

@@ -25,10 +25,10 @@ sys.path.insert(0, str(FilePath(__file__).resolve().parent.parent))
 
 import cli
 from evaluation.results_table import write_csv
-from factorial import GaussianSettings
 from images.representation import REPRESENTATIONS
 from runtime.reports import markdown_table, print_report
 from runtime.settings import option, parse_command
+from study import GaussianSettings
 from truth.gaussian import Spectrum
 from truth.linear_sampler import ddim_output, w2_squared
 from truth.optimal_points import optimal_points
