@@ -41,8 +41,6 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
-from bench_heatmap import seconds_of
-from bench_train import describe_machine, matmul_peak, turns
 from checkpoint import build_model, load_model
 from cli import CheckpointSettings, DataSettings, HardwareSettings
 from data import to_uint8
@@ -58,6 +56,7 @@ from diffusion.sampler import (
 from evaluation import inception
 from evaluation.inception import RESIZES, extract, load_inception
 from evaluation.metrics import SlicedWasserstein, frechet_distance
+from machine import describe_machine, matmul_peak, seconds_of, turns
 from paths.families import diagonal
 from paths.path import Path as SamplingPath
 from runtime.device import AUTOCAST_DTYPES, autocast, has_fast_bf16, memory_format, select_device

@@ -19,8 +19,6 @@ Prints a report in Markdown.
 import functools
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +30,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
-from bench_settings import synchronize
-from bench_train import describe_machine
 from checkpoint import LoadedModel, load_model
 from cli import CheckpointSettings, DataSettings, HardwareSettings
 from data import coarse as two_by_two_mean
 from data import to_float
+from machine import describe_machine, seconds_of
 from paths.path import timestep_grid
 from planning.error_map import BLOCKS, draw_noise_and_probes, error_map
 from runtime.device import autocast, resolve_precision, select_device
@@ -86,15 +83,6 @@ def plain_map(loaded: LoadedModel, x_64: torch.Tensor, timesteps: np.ndarray) ->
                             norms[2 * out + scale, k, i, j] = column.flatten(1).square().sum(1).cpu()
     errors = norms.mean(1).std(-1) / len(x_64) ** 0.5  # [4, n, n]
     return dict(zip(BLOCKS, errors, strict=True))
-
-
-def seconds_of(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """How long a call takes until the device has finished it, and what it returns."""
-    synchronize(device)
-    start = time.perf_counter()
-    result = run()
-    synchronize(device)
-    return time.perf_counter() - start, result
 
 
 def images_factors(errors: dict[str, torch.Tensor], plain: dict[str, torch.Tensor]) -> dict[str, float]:

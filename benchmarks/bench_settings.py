@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
 from cli import HardwareSettings
+from machine import WARM_UP_STEPS, synchronize
 from model import LIFTDualTimestepModel
 from planning.regimes import TimestepPairs, resolve_regime
 from runtime.device import autocast, select_device
@@ -34,7 +35,6 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channel
 # Fused means what PyTorch chooses, which falls back to math where no fused kernel fits.
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
 BACKENDS = {"math": [SDPBackend.MATH], "fused": FUSED}
-WARM_UP_STEPS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +51,6 @@ class CombinationSettings(HardwareSettings):
 def parse_args() -> CombinationSettings:
     """The settings of this benchmark, from its flags."""
     return parse_settings(CombinationSettings, __doc__, leave_out=("precision",))
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class Contestant:

@@ -20,8 +20,6 @@ import copy
 import gc
 import itertools
 import math
-import os
-import platform
 import re
 import statistics
 import sys
@@ -31,7 +29,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -50,10 +47,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cli
 import training.trainer
 from baseline_model import BaselineModel
-from bench_settings import WARM_UP_STEPS, synchronize
 from checkpoint import MODEL_CLASSES, build_model
 from cli import HardwareSettings
 from data import ImageSet, coarse, to_float
+from machine import WARM_UP_STEPS, describe_machine, diffusers, matmul_peak, synchronize, turns
 from model import ATTENTION_MIN_CHANNELS, NUM_GROUPS
 from planning.regimes import TimestepPairs, resolve_regime
 from runtime.device import AUTOCAST_DTYPES, choose_kernels, resolve_precision, select_device
@@ -64,17 +61,10 @@ from scheduler import DDIMScheduler
 from training.objective import diffusion_loss, draw_batch
 from training.settings import TrainingSettings
 
-try:
-    import diffusers
-except ImportError:
-    diffusers = None
-
 EPOCH_IMAGES = 13_700  # As many as the cat faces.
 COMPARED_TO_DIFFUSERS = ("baseline", "dual")
-PEAK_SECONDS = 0.1
 # A GPU runs behind the host, which waits for it at the end of a turn only, as training does at a row of its log.
 STEPS_PER_TURN = {"cpu": 1, "cuda": 10}
-CPU_FEATURES = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
 # Functions of training.trainer, and what their time is called.
 PARTS = {
     "draw": "noise",
@@ -250,14 +240,6 @@ class DiffusersBaseline(nn.Module):
         return self.unet(x_64, t).sample
 
 
-def turns(max_turns: int, max_seconds: float) -> Iterator[None]:
-    """At most so many turns, of which all but the first begin within the seconds."""
-    end = time.perf_counter() + max_seconds
-    for turn in range(max_turns):
-        if turn == 0 or time.perf_counter() < end:
-            yield
-
-
 def race(
     contestants: dict[str, Plain | Ours], max_turns: int, max_seconds: float, device: torch.device
 ) -> dict[str, float]:
@@ -355,22 +337,6 @@ def idle_share(intervals: list[tuple[float, float]]) -> float:
     return 1 - busy / (end - first)
 
 
-def matmul_peak(dtype: torch.dtype, device: torch.device) -> tuple[float, int]:
-    """FLOP/s of the fastest square matrix product, and its size; a size that takes PEAK_SECONDS is the last."""
-    best, size, seconds = (0.0, 0), 512, 0.0
-    while seconds < PEAK_SECONDS and size <= 16384:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        for _ in range(6):  # The first is slower, and never the best.
-            synchronize(device)
-            start = time.perf_counter()
-            torch.mm(a, b)
-            synchronize(device)
-            seconds = time.perf_counter() - start
-            best = max(best, (2 * size**3 / seconds, size))
-        size *= 2
-    return best
-
-
 def training_settings(
     model_type: str, batch_size: int, settings: TrainingBenchSettings, folder: str
 ) -> TrainingSettings:
@@ -404,21 +370,6 @@ def measure(model_type: str, batch_size: int, settings: TrainingBenchSettings, i
     label = {"model": model_type, "batch": batch_size}
     notes = [f"{name}: {note}" for name, trainer in trainers.items() for note in trainer.trainer.notes]
     return Result(label, measured, time_parts(ours, *limits), *profile(ours), notes)
-
-
-def describe_machine(device: torch.device) -> str:
-    """Processor, GPU and versions, in one line."""
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE) or [platform.machine()]
-    if hasattr(torch.cpu, "get_capabilities"):
-        features = [name for name in CPU_FEATURES if torch.cpu.get_capabilities().get(name)]
-    else:
-        features = [torch.backends.cpu.get_cpu_capability()]
-    parts = [names[0], *features, f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads"]
-    if device.type == "cuda":
-        parts += [torch.cuda.get_device_name(device), f"CUDA {torch.version.cuda}"]
-    parts += [f"torch {torch.__version__}"] + [f"diffusers {diffusers.__version__}"] * (diffusers is not None)
-    return ", ".join([*parts, date.today().isoformat()])
 
 
 def network_rows(results: list[Result]) -> list[dict[str, Any]]:
