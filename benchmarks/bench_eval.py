@@ -54,8 +54,9 @@ from diffusion.sampler import (
     scale_shapes,
 )
 from evaluation import inception
+from evaluation.feature_metrics import frechet_distance
 from evaluation.inception import RESIZES, extract, load_inception
-from evaluation.metrics import SlicedWasserstein, frechet_distance
+from evaluation.pixel_metrics import SlicedWasserstein
 from machine import describe_machine, matmul_peak, seconds_of, turns
 from paths.families import diagonal
 from paths.path import Path as SamplingPath

@@ -15,8 +15,8 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from data import ImageSet, load_images
+from evaluation.feature_metrics import FeatureMoments
 from evaluation.inception import Inception, stream
-from evaluation.metrics import FeatureMoments
 from runtime.safe_write import replacing
 
 FETCH_AGAIN = "fetch it again or make it with `pytorch-fid --save-stats`"

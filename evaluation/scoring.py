@@ -16,21 +16,19 @@ from tqdm import tqdm
 from checkpoint import LoadedModel
 from data import ImageSet, distinct_images, to_uint8
 from diffusion.sampler import Denoiser, coarse_feed, sample_seeds, scale_shapes
-from evaluation.inception import Features, Inception
-from evaluation.metrics import (
+from evaluation.feature_metrics import (
     MANIFOLD_K,
     MIN_EXTRAPOLATED_FEATURES,
     SCORE_SPLITS,
     FeatureMoments,
-    NearestNeighbours,
-    SlicedWasserstein,
     fid_infinity,
     frechet_distance,
     inception_score,
     kernel_distance,
     precision_recall,
-    swd_levels,
 )
+from evaluation.inception import Features, Inception
+from evaluation.pixel_metrics import NearestNeighbours, SlicedWasserstein, swd_levels
 from evaluation.reference_set import ReferenceSet
 from evaluation.results_table import METRIC_VALUES
 from paths.path import Path

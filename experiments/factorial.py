@@ -40,7 +40,7 @@ import cli
 from checkpoint import load_model
 from cli import CheckpointSettings, DataSettings, HardwareSettings
 from combinations import OFFSETS, SHIFTS, SPACINGS, all_combinations, shifted_diagonal, trained_paths
-from evaluation.metrics import SlicedWasserstein
+from evaluation.pixel_metrics import SlicedWasserstein
 from evaluation.results_table import write_csv
 from figures.scores import plot_factorial
 from images.representation import OVERCOMPLETE

@@ -21,7 +21,7 @@ from checkpoint import load_model
 from cli import CheckpointSettings, DataSettings, HardwareSettings
 from data import to_uint8
 from diffusion.sampler import SeededNoise, image_seeds, sample_greedy, scale_shapes
-from evaluation.metrics import SlicedWasserstein
+from evaluation.pixel_metrics import SlicedWasserstein
 from images.representation import OVERCOMPLETE
 from paths.families import diagonal
 from paths.path import Path as SamplingPath

@@ -13,7 +13,7 @@ import cli
 from checkpoint import LoadedModel
 from data import to_uint8
 from diffusion.sampler import image_seeds, sample_seeds, scale_shapes
-from evaluation.metrics import SlicedWasserstein
+from evaluation.pixel_metrics import SlicedWasserstein
 from paths.path import Path
 from runtime.device import autocast
 from runtime.settings import REQUIRED, Settings, option

@@ -34,8 +34,9 @@ from conftest import MEASURED, SCORED, list_files, run_stage
 from data import fingerprint_array, load_images, split_holdout
 from evaluation import jobs as jobs_module
 from evaluation import scoring
+from evaluation.feature_metrics import fid_infinity, inception_score, kernel_distance, precision_recall
 from evaluation.inception import Features
-from evaluation.metrics import fid_infinity, inception_score, kernel_distance, precision_recall, sliced_wasserstein
+from evaluation.pixel_metrics import sliced_wasserstein
 from evaluation.results_table import METRIC_VALUES, RESULT_FIELDS, VALUE_FIELDS, read_rows
 from paths import families
 from paths.schedule_file import save_schedule

@@ -8,8 +8,8 @@ import pytest
 import torch
 from cleanfid.resize import build_resizer, make_resizer
 
+from evaluation.feature_metrics import inception_score, kernel_distance, precision_recall
 from evaluation.inception import RESIZES, Features, extract, load_inception, network_input, stream
-from evaluation.metrics import inception_score, kernel_distance, precision_recall
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 

@@ -30,8 +30,9 @@ from data import (
     to_float,
 )
 from diffusion.sampler import image_seeds
+from evaluation.feature_metrics import kernel_distance
 from evaluation.inception import Features
-from evaluation.metrics import NearestNeighbours, kernel_distance
+from evaluation.pixel_metrics import NearestNeighbours
 from evaluation.reference_set import ReferenceSet, from_images
 from evaluation.scoring import Generated, Scorer, generate
 from paths.families import diagonal

@@ -22,7 +22,7 @@ import train_lift
 from combinations import OFFSETS, SPACINGS, trained_paths
 from conftest import run_stage
 from data import load_images, read_png
-from evaluation.metrics import sliced_wasserstein
+from evaluation.pixel_metrics import sliced_wasserstein
 from evaluation.results_table import write_csv
 from paths.path import timestep_grid
 from paths.schedule_file import save_schedule
