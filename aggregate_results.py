@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import run_stage
-from evaluation.result_layout import layout_tables, render_markdown, write_tables
+from evaluation.result_layout import layout_tables
 from evaluation.results_table import METRICS, aggregate, read_rows, write_csv
+from evaluation.table_text import render_markdown, write_tables
 from runtime.settings import Settings, option, parse_settings
 
 
