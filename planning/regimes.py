@@ -136,24 +136,30 @@ def _parse_widths(text: str) -> tuple[float, float]:
     raise ValueError(text)
 
 
-def resolve_regime(text: str | None, model_type: str) -> dict[str, Any]:
-    """What the config of a run says of its regime, from its `--t_pairs` or None: `t_pairs` and `t_pairs_points`.
-
-    A path is named by its fingerprint and kept point by point, since its file may change. Raises ValueError for a
-    regime that is none, a model that cannot be trained with it, a schedule of other than two scales, and what
-    `load_schedule` raises.
-    """
-    default = default_regime(model_type)
-    text = default if text is None else text
+def check_regime(text: str | None, model_type: str) -> None:
+    """Raise ValueError for a `--t_pairs` that is no regime, or that a type of model cannot be trained with."""
     if text is None:
-        return {"t_pairs": None, "t_pairs_points": None}
+        return
     regime = parse_regime(text)
-    if default == "same" and regime.name != "same":
+    if default_regime(model_type) == "same" and regime.name != "same":
         raise ValueError(f"a model with one shared timestep cannot be trained with --t_pairs {text}; leave it out.")
     if regime.name == "follow" and model_type != "dual":
         raise ValueError(
             f"--t_pairs {text} plans by the errors of both scales; a '{model_type}' model has one, so use band."
         )
+
+
+def resolve_regime(text: str | None, model_type: str) -> dict[str, Any]:
+    """What the config of a run says of its regime, from its `--t_pairs` or None: `t_pairs` and `t_pairs_points`.
+
+    A path is named by its fingerprint and kept point by point, since its file may change. Raises what `check_regime`
+    raises, ValueError for a schedule of other than two scales, and what `load_schedule` raises.
+    """
+    check_regime(text, model_type)
+    text = default_regime(model_type) if text is None else text
+    if text is None:
+        return {"t_pairs": None, "t_pairs_points": None}
+    regime = parse_regime(text)
     if "path" not in (regime.name, regime.around):
         return {"t_pairs": str(regime), "t_pairs_points": None}
     path = load_schedule(regime.parameter)

@@ -462,7 +462,7 @@ def test_an_earlier_run_goes_on_and_a_run_of_another_regime_does_not(stage, refu
 
 def test_models_without_a_choice_refuse_one(refused, tiny, cache, tmp_path):
     flags = [*tiny(tmp_path), "--cache_dir", cache, "--model"]
-    refused(train_lift, *flags, "shared_t", "--t_pairs", "band:1", says=["one shared timestep", "band:1"])
+    refused(train_lift, *flags, "shared_t", "--t_pairs", "band:1", says=["one shared timestep", "band:1"], status=2)
     refused(train_lift, *flags, "single_t", "--loss_weights", "1,2", says=["fine scale alone"], status=2)
     refused(train_lift, *flags, "dual", "--loss_weights", "1", says=["a loss for each scale"], status=2)
     refused(train_lift, *flags, "dual", "--t_pairs", "band:x", says=["no regime"], status=2)
