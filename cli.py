@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from data import RESIZE_FILTERS, ImageSet, load_images, split_holdout
+from data import BACKGROUND, RESIZE_FILTERS, ImageSet, load_images, split_holdout
+from images.reading import parse_colour
 from runtime.device import PRECISIONS
 from runtime.settings import REQUIRED, Settings, option
 
@@ -50,6 +51,15 @@ def seed(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"'{text}' is not 0 or a positive integer")
     return int(text)
+
+
+def colour(text: str) -> str:
+    """Keep the text of a colour, such as white or #808080."""
+    try:
+        parse_colour(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no colour such as white or #808080") from error
+    return text
 
 
 def unit_interval(text: str) -> float:
@@ -124,6 +134,14 @@ class TrainingDataSettings(DataSettings):
     dataset: str = option("huggan/AFHQv2", "hub id, folder, or synthetic", recorded=True)
     resolution: int = option(64, "side of the fine image", parse=positive_int, recorded=True)
     resize_filter: str = option("bilinear", choices=tuple(RESIZE_FILTERS), recorded=True)
+    background: str = option(
+        BACKGROUND,
+        "colour under transparent parts, by name or as #rrggbb",
+        parse=colour,
+        metavar="COLOUR",
+        recorded=True,
+        absent=BACKGROUND,
+    )
     holdout: int | None = option(
         None, "images kept out of training, evenly over the set (none)", parse=positive_int, metavar="N", recorded=True
     )
@@ -189,6 +207,7 @@ def _load_image_parts(settings: DataSettings, defaults: dict, inherited: dict) -
         resize_filter=defaults["resize_filter"],
         skip_bad_images=settings.skip_bad_images or defaults["skip_bad_images"],
         num_workers=settings.num_workers,
+        background=defaults.get("background", BACKGROUND),
     )
     holdout = settings.holdout or inherited.get("holdout")
     return (images, None) if holdout is None else split_holdout(images, holdout)

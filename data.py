@@ -5,13 +5,13 @@ the cache folder. `TwoScaleBatches` serves shuffled batches from memory, on the 
 """
 
 import hashlib
-import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -20,26 +20,25 @@ from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
+from images.reading import UnreadableImageError, WrongSizeError, parse_colour, read_image, reads_as_ever
+from images.sources import Source, open_source
 from images.synthetic import synthetic_images
 from runtime.safe_write import replacing
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 RESIZE_FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
     "box": Image.Resampling.BOX,
 }
-# What Pillow raises for a file that is damaged, no image, or suspiciously large.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 DECODE_CHUNK = 512
 SYNTHETIC_DEFAULT_IMAGES = 4096
 # Figures that generate_with_path_30.py draws into the folder of its images.
 SAMPLE_FIGURES = frozenset({"grid.png", "trajectory.png"})
-
-
-class WrongSizeError(ValueError):
-    """An image is not of the size it is to have."""
+# Raised when images are read otherwise than before, so that the cache is looked at again.
+READING = 2
+# As pages show it; what is drawn in black on nothing would vanish on black.
+BACKGROUND = "white"
 
 
 @dataclass(frozen=True)
@@ -82,78 +81,12 @@ def fingerprint_array(pixels: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Undecoded images: how many, what identifies them, how to read one and what to call it in a message."""
-
-    count: int
-    key: str
-    read: Callable[[int], Image.Image]
-    describe: Callable[[int], str]
-
-
-def _folder_source(folder: Path, files: Sequence[Path]) -> _Source:
-    listing = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return _Source(
-        count=len(files),
-        key=json.dumps(listing),
-        read=lambda i: Image.open(files[i]),
-        describe=lambda i: str(files[i]),
-    )
-
-
-def _dataset_source(dataset: str) -> _Source:
-    # Imported here because a machine that trains on the built-in images or a folder does not need it.
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(dataset, split="train")
-    except Exception as error:  # The library raises a dozen types of its own and its dependencies' for one cause.
-        reason = str(error).strip().split("\n")[0]
-        raise RuntimeError(
-            f"Dataset '{dataset}' could not be loaded ({type(error).__name__}: {reason}); check the name and the "
-            "network, or pass --dataset FOLDER with your own images or --dataset synthetic."
-        ) from error
-    image_columns = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
-    if not image_columns:
-        raise ValueError(f"Dataset '{dataset}' has no image column; its columns are {', '.join(rows.column_names)}.")
-    column = "image" if "image" in image_columns else image_columns[0]
-    rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-
-    def read(i: int) -> Image.Image:
-        entry = rows[i][column]
-        if entry is None:
-            raise ValueError("the row is empty")
-        return Image.open(io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"])
-
-    return _Source(
-        count=len(rows),
-        key=f"{rows._fingerprint}/{column}",
-        read=read,
-        describe=lambda i: f"image {i} of dataset '{dataset}'",
-    )
-
-
-def _open_source(dataset: str, leave_out: frozenset[str] = frozenset()) -> _Source:
-    folder = Path(dataset)
-    if folder.is_dir():
-        root = folder / "train" if (folder / "train").is_dir() else folder
-        files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.name not in leave_out)
-        if files:
-            return _folder_source(folder, files)
-    elif folder.exists() or dataset.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"--dataset {dataset} is not a folder; give a folder, a hub id or 'synthetic'.")
-    return _dataset_source(dataset)
-
-
-def _decode(image: Image.Image, resolution: int, resize_filter: str | None) -> tuple[np.ndarray, bool]:
+def _decode(
+    content: bytes, resolution: int, resize_filter: str | None, background: tuple[int, int, int]
+) -> tuple[np.ndarray, bool]:
     """Resize the shorter side, crop the centre, rounding as torchvision does: uint8 `[3, R, R]`, and if it is grey."""
-    if resize_filter is None and image.size != (resolution, resolution):
-        raise WrongSizeError(f"is {image.size[0]}x{image.size[1]} and not {resolution}x{resolution}")
-    if image.mode.startswith("I;16"):
-        # Pillow would clip 16 bits at 255 instead of scaling them.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    grey = image.mode in ("1", "L")
+    image = read_image(content, (resolution, resolution) if resize_filter is None else None, background)
+    grey = image.mode == "L"
     image = image.convert("RGB")
     size = tuple(resolution * side // min(image.size) for side in image.size)
     if image.size != size:
@@ -164,15 +97,22 @@ def _decode(image: Image.Image, resolution: int, resize_filter: str | None) -> t
 
 
 def _decode_all(
-    source: _Source, count: int, resolution: int, resize_filter: str | None, skip_bad_images: bool, num_workers: int
+    source: Source,
+    count: int,
+    resolution: int,
+    resize_filter: str | None,
+    background: tuple[int, int, int],
+    skip_bad_images: bool,
+    num_workers: int,
 ) -> np.ndarray:
     """Every readable image of the source, uint8 `[N, C, R, R]`; grey if all of them are."""
 
     def attempt(i: int) -> tuple[np.ndarray, bool] | Exception:
         try:
-            return _decode(source.read(i), resolution, resize_filter)
-        except UNREADABLE as error:
-            return error
+            return _decode(source.read(i), resolution, resize_filter, background)
+        except (UnreadableImageError, WrongSizeError) as error:
+            # Its frames hold the image.
+            return error.with_traceback(None)
 
     pixels = np.empty((count, 3, resolution, resolution), np.uint8)
     kept, all_grey = 0, True
@@ -200,6 +140,33 @@ def _decode_all(
     return pixels[:kept, :1] if all_grey else pixels[:kept]
 
 
+def _all_read_as_ever(source: Source, count: int, num_workers: int) -> bool:
+    """Whether an array that an earlier version decoded is what this one would decode."""
+
+    def look(i: int) -> bool:
+        try:
+            return reads_as_ever(source.read(i))
+        except UnreadableImageError:
+            return True
+
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        return all(pool.map(look, range(count)))
+
+
+def _write_cache(pixels_file: Path, pixels: np.ndarray, info_file: Path, info: dict) -> None:
+    try:
+        with replacing(pixels_file) as temporary, open(temporary, "wb") as stream:
+            # To a file of its own NumPy would say how much it wrote, but not why no more.
+            np.save(SimpleNamespace(write=stream.write), pixels)
+        with replacing(info_file) as temporary:
+            temporary.write_text(json.dumps(info))
+    except OSError as error:
+        raise OSError(
+            f"The decoded images could not be written to {pixels_file}, which takes {pixels.nbytes:,} bytes "
+            f"({error.strerror or error}); make room there or pass another --cache_dir."
+        ) from error
+
+
 def _synthetic_pixels(count: int, resolution: int) -> np.ndarray:
     starts = range(0, count, DECODE_CHUNK)
     return np.concatenate(
@@ -218,54 +185,67 @@ def load_images(
     resize_filter: str | None = "bilinear",
     skip_bad_images: bool = False,
     num_workers: int = 4,
+    background: str = BACKGROUND,
 ) -> ImageSet:
     """Load a data set at one resolution, decoding it once and keeping the pixels in `cache_dir`.
 
-    dataset: a hub id, a folder that `datasets.load_dataset` opens, a folder of images (its `train` folder if
-        it has one), or `synthetic` (endless; 4096 images unless `limit` says otherwise).
+    dataset: a hub id or a folder that `datasets` opens, either with `:CONFIG` if it has several; a folder or a zip
+        archive of images (only its part `train` if it has parts); or `synthetic` (endless; 4096 images unless `limit`
+        says otherwise).
     resolution: side of the fine image, a multiple of 16.
     limit: the first so many images only, of which unreadable ones that are skipped are not made up for.
     resize_filter: one of RESIZE_FILTERS, or None for images that are to be of that size already, beside which
         SAMPLE_FIGURES may lie.
+    background: the colour under what is transparent, by name or as #rrggbb.
     A set of grey images stays grey; everything else becomes RGB. Shorter side to `resolution`, then a centre crop.
 
     Raises ValueError for a bad resolution, an unreadable image (unless skipped), one of another size where none is to
     be resized, or fewer images than `limit`, FileNotFoundError for a missing folder, RuntimeError for a data set that
-    cannot be loaded.
+    cannot be loaded, OSError if the cache cannot be written or the system has no more files to give.
     """
     if resolution < 16 or resolution % 16:
         raise ValueError(f"--resolution {resolution} must be a positive multiple of 16, such as 32 or 64.")
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit} must be at least 1.")
+    colour = parse_colour(background)
     synthetic = dataset == "synthetic"
     if synthetic:
         count = limit or SYNTHETIC_DEFAULT_IMAGES
         # Two images of each class, so that a change of the drawing code is not answered from the cache.
         key = f"synthetic-{hashlib.sha256(synthetic_images(6)).hexdigest()}"
     else:
-        source = _open_source(dataset, SAMPLE_FIGURES if resize_filter is None else frozenset())
+        source = open_source(dataset, SAMPLE_FIGURES if resize_filter is None else frozenset())
         if limit is not None and limit > source.count:
             raise ValueError(f"--limit {limit} asks for more images than the {source.count} of '{dataset}'.")
         count, key = limit or source.count, source.key
     label = f"{key}|{resolution}|{resize_filter}|{count}|{skip_bad_images}"
-    stem = Path(cache_dir) / f"{Path(dataset).name}_{resolution}_{hashlib.sha256(label.encode()).hexdigest()[:12]}"
+    if colour != parse_colour(BACKGROUND) and not synthetic:
+        label += f"|{colour}"
+    # A colon parts a file from its streams in some file systems.
+    stem = (
+        Path(cache_dir)
+        / f"{Path(dataset).name.replace(':', '-')}_{resolution}_{hashlib.sha256(label.encode()).hexdigest()[:12]}"
+    )
     # The name of a data set may hold a dot, so that with_suffix would cut off the rest and its hash.
     pixels_file, info_file = Path(f"{stem}.npy"), Path(f"{stem}.json")
     stem.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{stem}.lock"):
-        if not (pixels_file.exists() and info_file.exists()):
+        info = json.loads(info_file.read_text()) if pixels_file.exists() and info_file.exists() else None
+        if info is not None and not synthetic and info.get("reading") != READING:
+            info = info | {"reading": READING} if _all_read_as_ever(source, count, num_workers) else None
+            if info is not None:
+                with replacing(info_file) as temporary:
+                    temporary.write_text(json.dumps(info))
+        if info is None:
             if synthetic:
                 pixels = _synthetic_pixels(count, resolution)
             else:
-                pixels = _decode_all(source, count, resolution, resize_filter, skip_bad_images, num_workers)
+                pixels = _decode_all(source, count, resolution, resize_filter, colour, skip_bad_images, num_workers)
             if len(pixels) == 0:
                 raise ValueError(f"Dataset '{dataset}' holds no readable image.")
-            with replacing(pixels_file) as temporary:
-                np.save(temporary, pixels)
-            with replacing(info_file) as temporary:
-                info = {"dataset": dataset, "fingerprint": fingerprint_array(pixels), "resolution": resolution}
-                temporary.write_text(json.dumps(info | {"resize_filter": resize_filter}))
-        info = json.loads(info_file.read_text())
+            info = {"dataset": dataset, "fingerprint": fingerprint_array(pixels), "resolution": resolution}
+            info |= {"resize_filter": resize_filter} | ({} if synthetic else {"reading": READING})
+            _write_cache(pixels_file, pixels, info_file, info)
     return ImageSet(np.load(pixels_file, mmap_mode="r"), dataset, info["fingerprint"])
 
 

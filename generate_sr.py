@@ -24,7 +24,7 @@ from tqdm import tqdm
 import cli
 from checkpoint import load_model
 from cli import CheckpointSettings, CompileSettings, DataSettings, HardwareSettings
-from data import coarse, fingerprint_array, save_png, to_float, to_uint8
+from data import BACKGROUND, coarse, fingerprint_array, save_png, to_float, to_uint8
 from diffusion.sampler import compile_denoiser
 from diffusion.super_resolution import (
     Quality,
@@ -152,7 +152,8 @@ class Upscaler:
 def enlarge(upscaler: Upscaler, source: Path, folder: Path) -> None:
     """A PNG of twice the size for every image of a folder, unless it is there already."""
     settings, config = upscaler.settings, upscaler.loaded.config
-    images = read_folder(source, config["resolution"] // 2, config["channels"])
+    background = config.get("background", BACKGROUND)
+    images = read_folder(source, config["resolution"] // 2, config["channels"], background)
     if folder.resolve() == source.resolve():
         raise ValueError(f"--output {folder} is the folder of the input, which would be overwritten; pass another.")
     if settings.num_images:

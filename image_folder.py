@@ -1,45 +1,59 @@
 """Folders of images: what a stage is given in one, and what it writes into another with the settings it was made by."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from data import IMAGE_SUFFIXES, UNREADABLE
+from data import BACKGROUND
+from images.reading import (
+    UnreadableImageError,
+    WrongSizeError,
+    image_suffixes,
+    is_hidden,
+    parse_colour,
+    read_bytes,
+    read_image,
+    report_left_out,
+)
 from runtime.safe_write import replacing
 
 SETTINGS_FILE = "settings.json"
 
 
-def read_folder(folder: Path, size: int, channels: int) -> dict[str, torch.Tensor]:
+def read_folder(folder: Path, size: int, channels: int, background: str = BACKGROUND) -> dict[str, torch.Tensor]:
     """The images of a folder by name without suffix, in order, uint8 `[C, size, size]`; of its subfolders, none.
 
-    Colour becomes grey and grey becomes colour where the model wants it. Raises FileNotFoundError for a missing folder,
-    ValueError for one without images, an image that is unreadable, of another size or of 16 bits, and for two images
+    Colour becomes grey and grey becomes colour where the model wants it, and what is transparent shows the background.
+    Hidden files and files that are no images are left out. Raises FileNotFoundError for a missing folder, ValueError
+    for one without images, an image that is unreadable, of another size or of more than 16 bits, and for two images
     whose names differ in the suffix alone.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"--input {folder} is not a folder; name one of {size}x{size} images.")
     images: dict[str, torch.Tensor] = {}
-    for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES):
+    left_out: Counter[str] = Counter()
+    for file in sorted(folder.iterdir()):
+        if file.is_dir() or is_hidden(file.name) or file.suffix.lower() not in image_suffixes():
+            folder_or_suffix = "folders" if file.is_dir() else file.suffix.lower() or "no suffix"
+            left_out["hidden" if is_hidden(file.name) else folder_or_suffix] += 1
+            continue
         if file.stem in images:
             raise ValueError(f"{file} has the name of another image but for its suffix; rename it.")
         try:
-            with Image.open(file) as image:
-                if image.size != (size, size):
-                    raise ValueError(f"it is {image.width}x{image.height} and not {size}x{size}")
-                if image.mode.startswith(("I", "F")):
-                    raise ValueError("it has more than 8 bits per value")
-                pixels = np.array(image.convert("RGB" if channels == 3 else "L"))
-        except UNREADABLE as error:
+            image = read_image(read_bytes(file), (size, size), parse_colour(background))
+        except (UnreadableImageError, WrongSizeError) as error:
+            reason = f"it {error}" if isinstance(error, WrongSizeError) else error
             raise ValueError(
-                f"{file} cannot be used ({error}); this model takes 8-bit images of {size}x{size} pixels."
+                f"{file} cannot be used ({reason}); this model takes 8-bit images of {size}x{size} pixels."
             ) from error
+        pixels = np.array(image.convert("RGB" if channels == 3 else "L"))
         images[file.stem] = torch.from_numpy(pixels).view(size, size, channels).permute(2, 0, 1)
+    report_left_out(folder, left_out)
     if not images:
         raise ValueError(f"--input {folder} holds no image; name a folder of {size}x{size} images.")
     return images

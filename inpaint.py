@@ -4,7 +4,8 @@
     python inpaint.py --checkpoint FILE --ema --input my_images --mask mask.png --repeats 4 --output painted
     python inpaint.py --checkpoint FILE --ema --mask left --mask_scale coarse --path_type dp_total --heatmap FILE
 
-White of a mask is known and black is painted, with the line at mid-grey. A mask of the fine size says which fine pixels
+White of a mask is known and black is painted, with the line at mid-grey; what is transparent is the opposite of what is
+drawn. A mask of the fine size says which fine pixels
 are known; a coarse one is known then where all four of its fine ones are. A mask of the coarse size says which coarse
 pixels are known, and the fine image may be anything with these 2x2 means: a local super-resolution.
 
@@ -28,13 +29,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import cli
 from checkpoint import LoadedModel, load_model
 from cli import CheckpointSettings, CompileSettings, DataSettings, HardwareSettings
-from data import UNREADABLE, coarse, fingerprint_array, read_png, save_png, to_float, to_uint8
+from data import BACKGROUND, coarse, fingerprint_array, read_png, save_png, to_float, to_uint8
 from diffusion.sampler import (
     Denoiser,
     Images,
@@ -50,6 +50,7 @@ from evaluation.given_images import evaluation_images
 from figures.images import plot_samples
 from figures.style import WEIGHTS_TITLES
 from image_folder import claim_images, evenly, read_folder
+from images.reading import UnreadableImageError, WrongSizeError, read_bytes, read_mask
 from images.representation import RESIDUAL, upsample_nearest
 from paths.path import Path as SamplingPath
 from planning.choice import OnePathSettings, path_of_settings
@@ -111,7 +112,7 @@ def parse_args() -> InpaintingSettings:
 def load_mask(mask: str, scale: str, resolution: int) -> torch.Tensor:
     """What is known, bool `[n, n]`: a mask by name, for the fine or the coarse scale, or that of an image file.
 
-    Raises FileNotFoundError for neither, ValueError for a file that is no 8-bit image of either size.
+    Raises FileNotFoundError for neither, ValueError for a file that is no image of either size.
     """
     half = resolution // 2
     if mask in MASKS:
@@ -119,15 +120,11 @@ def load_mask(mask: str, scale: str, resolution: int) -> torch.Tensor:
     if not Path(mask).is_file():
         raise FileNotFoundError(f"--mask {mask} is neither a file nor one of {', '.join(MASKS)}; name one of these.")
     try:
-        with Image.open(mask) as image:
-            if image.size not in ((resolution,) * 2, (half,) * 2):
-                raise ValueError(f"it is {image.width}x{image.height}")
-            if image.mode.startswith(("I", "F")):
-                raise ValueError("it has more than 8 bits per value")
-            return torch.from_numpy(np.array(image.convert("L")) > 127)
-    except UNREADABLE as error:
+        return torch.from_numpy(read_mask(read_bytes(Path(mask)), ((resolution,) * 2, (half,) * 2)) > 127)
+    except (UnreadableImageError, WrongSizeError) as error:
+        reason = f"it {error}" if isinstance(error, WrongSizeError) else error
         raise ValueError(
-            f"--mask {mask} cannot be used ({error}); this model takes an 8-bit image of {resolution}x{resolution} "
+            f"--mask {mask} cannot be used ({reason}); this model takes an 8-bit image of {resolution}x{resolution} "
             f"pixels, or of {half}x{half} for the coarse scale."
         ) from error
 
@@ -287,7 +284,8 @@ def read_images(settings: InpaintingSettings, loaded: LoadedModel) -> dict[str, 
         pixels = evaluation_images(settings, loaded, settings.checkpoint, on, settings.num_images)
         few = evenly(settings.num_images or min(FIGURE_IMAGES, len(pixels)), len(pixels), "the data set")
         return {f"{k:04d}": image for k, image in enumerate(pixels[few])}
-    images = read_folder(Path(settings.input), config["resolution"], config["channels"])
+    background = config.get("background", BACKGROUND)
+    images = read_folder(Path(settings.input), config["resolution"], config["channels"], background)
     names = list(images)
     return {names[k]: images[names[k]] for k in evenly(settings.num_images or len(names), len(names), settings.input)}
 

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 import cli
 from checkpoint import FILE_STEMS, MODEL_CLASSES, LoadedModel, find_checkpoints, load_model
 from cli import CompileSettings
-from data import ImageSet
+from data import BACKGROUND, ImageSet
 from diffusion.sampler import COARSE_FEEDS, Denoiser, coarse_feed, compile_denoiser, image_seeds, scale_shapes
 from evaluation.inception import NUM_FEATURES, RESIZES, Inception, load_inception
 from evaluation.reference_set import ReferenceSet, from_images, load_reference
@@ -291,7 +291,12 @@ class Evaluation:
                 )
             return from_images(held_out, place)
         return load_reference(
-            place, config["resolution"], config["channels"], self.settings.cache_dir, self.settings.num_workers
+            place,
+            config["resolution"],
+            config["channels"],
+            self.settings.cache_dir,
+            self.settings.num_workers,
+            config.get("background", BACKGROUND),
         )
 
     def _new_scorer(self, reference: ReferenceSet, training: ImageSet) -> Scorer:

@@ -14,7 +14,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from data import ImageSet, load_images
+from data import BACKGROUND, ImageSet, load_images
 from evaluation.feature_metrics import FeatureMoments
 from evaluation.inception import Inception, stream
 from runtime.safe_write import replacing
@@ -152,6 +152,7 @@ def load_reference(
     channels: int,
     cache_dir: str | os.PathLike = "cache",
     num_workers: int = 4,
+    background: str = BACKGROUND,
 ) -> ReferenceSet:
     """The reference at `place`: a folder of images, or a statistics file as pytorch-fid, EDM and LIFT write them.
 
@@ -160,6 +161,7 @@ def load_reference(
             holds `mu` [D] and `sigma` [D, D], and possibly the number of images `n`.
         channels: of the model's images, 1 for grey and 3 for colour, which those of a folder must have.
         cache_dir: folder of the decoded images.
+        background: the colour under what is transparent in the images of a folder.
 
     Raises:
         FileNotFoundError: there is nothing at `place`.
@@ -173,7 +175,9 @@ def load_reference(
         return ReferenceSet(name, digest[:16], statistics=(mean, cov), statistics_count=count)
     if not Path(place).is_dir():
         raise FileNotFoundError(f"There is no reference {place}: pass a folder of images or an .npz statistics file.")
-    images = load_images(name, resolution, cache_dir, resize_filter=None, num_workers=num_workers)
+    images = load_images(
+        name, resolution, cache_dir, resize_filter=None, num_workers=num_workers, background=background
+    )
     if images.channels != channels:
         kinds = {1: "grey", 3: "in colour"}
         raise ValueError(

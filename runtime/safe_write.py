@@ -1,10 +1,17 @@
 """Writing files so that a crash leaves the old file or the new one, never a part of either."""
 
+import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# What a file system answers that knows no fsync (of a folder: CIFS, vboxsf, some of FUSE); the data are on their way.
+CANNOT_SYNC = frozenset(
+    {errno.EINVAL, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+)
 
 
 def versions(file: str | os.PathLike) -> list[Path]:
@@ -16,6 +23,14 @@ def versions(file: str | os.PathLike) -> list[Path]:
         if number.isdigit():
             older[int(number)] = candidate
     return [file] * file.exists() + [older[number] for number in sorted(older)]
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
 
 
 @contextmanager
@@ -34,7 +49,7 @@ def replacing(file: str | os.PathLike, keep: int | None = None) -> Iterator[Path
     try:
         yield temporary
         with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
+            _sync(stream.fileno())
         if keep is not None:
             kept = versions(file)[: keep - 1]
             for number, version in reversed(list(enumerate(kept, start=1))):
@@ -44,11 +59,12 @@ def replacing(file: str | os.PathLike, keep: int | None = None) -> Iterator[Path
             for version in versions(file)[keep:]:
                 version.unlink()
         # The new name is not on the disk before its folder is.
-        folder = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with contextlib.suppress(PermissionError):  # A folder may be written to, but not listed.
+            folder = os.open(file.parent, os.O_RDONLY)
+            try:
+                _sync(folder)
+            finally:
+                os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,0 +1,223 @@
+"""Where images come from: a folder, zip archives, or whatever the library `datasets` opens."""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from images.reading import (
+    Archives,
+    Member,
+    UnreadableImageError,
+    find_images,
+    find_members,
+    is_split,
+    read_bytes,
+    read_image,
+    report_left_out,
+)
+
+# Files by which `datasets` knows what it saved to a folder.
+SAVED = ("state.json", "dataset_dict.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Undecoded images: how many, what identifies them, how to read one and what to call it in a message."""
+
+    count: int
+    key: str
+    read: Callable[[int], bytes]
+    describe: Callable[[int], str]
+
+
+def _image_files(folder: Path, leave_out: frozenset[str]) -> list[Path] | list[Member]:
+    """The images of a folder, or if it has none those of its zip archives; only the part `train` if there are parts."""
+    found = find_images(folder)
+    left_out = found.left_out
+    files = [file for file in found.files if file.name not in leave_out]
+    if files:
+        left_out[".zip"] += len(found.archives)
+        places = [file.relative_to(folder).parts for file in files]
+        chosen = _training_part(places, left_out)
+        report_left_out(folder, +left_out)
+        return [file for file, keep in zip(files, chosen, strict=True) if keep]
+    members = _members(found.archives, left_out)
+    if members:
+        report_left_out(folder, +left_out)
+    return members
+
+
+def _members(archives: Sequence[Path], left_out: Counter[str]) -> list[Member]:
+    """The images of zip archives; only their part `train` if they have parts or are some."""
+    members = []
+    for archive in archives:
+        inside, others = find_members(archive)
+        members += inside
+        left_out.update(others)
+    places = [(member.archive.stem, *PurePosixPath(member.name).parts) for member in members]
+    # What was packed is most often one folder, or one archive.
+    shared = next((k for k, names in enumerate(zip(*places, strict=False)) if len(set(names)) > 1), 0)
+    chosen = _training_part([place[shared:] for place in places], left_out)
+    return [member for member, keep in zip(members, chosen, strict=True) if keep]
+
+
+def _training_part(places: Sequence[tuple[str, ...]], left_out: Counter[str]) -> list[bool]:
+    tops = {place[0] for place in places if len(place) > 1}
+    if not is_split(tops):
+        return [True] * len(places)
+    chosen = [len(place) > 1 and place[0] == "train" for place in places]
+    if not all(chosen):
+        left_out["outside of its part 'train'"] += len(chosen) - sum(chosen)
+    return chosen
+
+
+def _listed(folder: Path, file: Path | Member) -> tuple:
+    if isinstance(file, Member):
+        return (os.path.relpath(file.archive, folder), file.name, file.size, file.checksum)
+    try:
+        status = file.stat()
+    except OSError:
+        status = file.lstat()
+    return (str(file.relative_to(folder)), status.st_size, status.st_mtime_ns)
+
+
+def _folder_source(folder: Path, files: Sequence[Path] | Sequence[Member]) -> Source:
+    archives = Archives()
+
+    def read(i: int) -> bytes:
+        file = files[i]
+        return archives.read(file.archive, file.name) if isinstance(file, Member) else read_bytes(file)
+
+    return Source(
+        count=len(files),
+        key=json.dumps([_listed(folder, file) for file in files]),
+        read=read,
+        describe=lambda i: str(files[i]),
+    )
+
+
+def _load_rows(dataset: str, name: str, config: str | None) -> Any:
+    # Imported here because a machine that trains on the built-in images or a folder does not need it.
+    import datasets
+
+    try:
+        if not is_saved(Path(name)):
+            return datasets.load_dataset(name, *([config] if config else []), split="train")
+        rows = datasets.load_from_disk(name)
+    except Exception as error:  # The library raises a dozen types of its own and its dependencies' for one cause.
+        # Both messages, of a name that lacks and of one that is none, end with a list.
+        configs = re.search(r"(?:configs|Available): \[([^\]]*)\]", str(error))
+        if configs:
+            names = configs[1].replace("'", "")
+            raise ValueError(
+                f"Dataset '{name}' has the configs {names}; name one of them, as in --dataset "
+                f"{name}:{names.split(', ')[0]}."
+            ) from error
+        reason = str(error).strip().split("\n")[0]
+        raise RuntimeError(
+            f"Dataset '{dataset}' could not be loaded ({type(error).__name__}: {reason}); check the name and the "
+            "network, or pass --dataset FOLDER with your own images or --dataset synthetic."
+        ) from error
+    if isinstance(rows, dict):
+        if "train" not in rows:
+            raise ValueError(f"Dataset '{dataset}' has no part 'train' but {', '.join(rows)}; name the folder of one.")
+        rows = rows["train"]
+    return rows
+
+
+def _is_bytes(kind: Any) -> bool:
+    """Whether a column holds bytes, alone or as `{bytes, path}`."""
+    inner = kind.get("bytes") if isinstance(kind, dict) else kind
+    return getattr(inner, "dtype", None) in ("binary", "large_binary")
+
+
+def _image_column(rows: Any, dataset: str, declared: list[str]) -> str:
+    """The column `image`, or else the first that holds images: those that say so before those of bytes."""
+    columns = declared or [name for name, kind in rows.features.items() if _is_bytes(kind)]
+    if len(columns) > 1 and not declared and "image" not in columns:
+        columns = [name for name in columns if _is_image(rows[0][name])] or columns
+    if columns:
+        return "image" if "image" in columns else columns[0]
+    lists = [name for name, kind in rows.features.items() if hasattr(kind, "feature") or isinstance(kind, list)]
+    if lists:
+        raise ValueError(
+            f"Dataset '{dataset}' has no image column, but lists in {' and '.join(lists)}; write one image per row."
+        )
+    raise ValueError(f"Dataset '{dataset}' has no image column; its columns are {', '.join(rows.column_names)}.")
+
+
+def _is_image(entry: Any) -> bool:
+    try:
+        read_image((entry["bytes"] if isinstance(entry, dict) else entry) or b"")
+    except UnreadableImageError:
+        return False
+    return True
+
+
+def _dataset_source(dataset: str, name: str, config: str | None) -> Source:
+    import datasets
+
+    rows = _load_rows(dataset, name, config)
+    declared = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    column = _image_column(rows, dataset, declared)
+    rows = rows.select_columns([column])
+    if declared:
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    archives = Archives()
+
+    def read(i: int) -> bytes:
+        entry = rows[i][column]
+        entry = entry if isinstance(entry, dict) else {"bytes": entry}
+        if entry.get("bytes") is not None:
+            return entry["bytes"]
+        place = entry.get("path")
+        if place is None:
+            raise UnreadableImageError("the row is empty")
+        # The library names a file in an archive so: zip://a/1.png::/home/me/pictures.zip.
+        inside = re.fullmatch(r"zip://(.*)::([^:].*)", place)
+        if inside:
+            return archives.read(Path(inside[2]), inside[1])
+        return read_bytes(Path(place) if Path(place).exists() else Path(name) / place)
+
+    return Source(
+        count=len(rows),
+        key=f"{rows._fingerprint}/{column}",
+        read=read,
+        describe=lambda i: f"image {i} of dataset '{dataset}'",
+    )
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` wrote a folder with save_to_disk."""
+    return any((folder / name).is_file() for name in SAVED)
+
+
+def open_source(dataset: str, leave_out: frozenset[str] = frozenset()) -> Source:
+    """The images of a folder, a zip archive, or a data set with or without `:CONFIG`, less files of certain names.
+
+    Raises ValueError for a data set without images or for a config that it lacks, FileNotFoundError for a missing
+    folder, and RuntimeError for a data set that cannot be loaded.
+    """
+    name, config = dataset, None
+    if ":" in dataset and not Path(dataset).exists():
+        name, _, config = dataset.rpartition(":")
+    folder = Path(name)
+    if folder.is_dir():
+        files = [] if config or is_saved(folder) else _image_files(folder, leave_out)
+        if files:
+            return _folder_source(folder, files)
+    elif config is None and folder.suffix.lower() == ".zip" and folder.is_file():
+        left_out: Counter[str] = Counter()
+        members = _members([folder], left_out)
+        report_left_out(folder, left_out)
+        if not members:
+            raise ValueError(f"The archive {folder} holds no image.")
+        return _folder_source(folder.parent, members)
+    elif folder.exists() or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"--dataset {dataset} is not a folder; give a folder, a hub id or 'synthetic'.")
+    return _dataset_source(dataset, name, config)
