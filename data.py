@@ -111,8 +111,8 @@ def _decode_all(
         try:
             return _decode(source.read(i), resolution, resize_filter, background)
         except (UnreadableImageError, WrongSizeError) as error:
-            # Its frames hold the image.
-            return error.with_traceback(None)
+            # A new one, because the frames of what was raised hold the image.
+            return type(error)(str(error))
 
     pixels = np.empty((count, 3, resolution, resolution), np.uint8)
     kept, all_grey = 0, True
@@ -221,11 +221,9 @@ def load_images(
     label = f"{key}|{resolution}|{resize_filter}|{count}|{skip_bad_images}"
     if colour != parse_colour(BACKGROUND) and not synthetic:
         label += f"|{colour}"
-    # A colon parts a file from its streams in some file systems.
-    stem = (
-        Path(cache_dir)
-        / f"{Path(dataset).name.replace(':', '-')}_{resolution}_{hashlib.sha256(label.encode()).hexdigest()[:12]}"
-    )
+    # The colon before a config would part a file from its streams in some file systems.
+    name = Path(dataset).name if Path(dataset).exists() else Path(dataset).name.replace(":", "-")
+    stem = Path(cache_dir) / f"{name}_{resolution}_{hashlib.sha256(label.encode()).hexdigest()[:12]}"
     # The name of a data set may hold a dot, so that with_suffix would cut off the rest and its hash.
     pixels_file, info_file = Path(f"{stem}.npy"), Path(f"{stem}.json")
     stem.parent.mkdir(parents=True, exist_ok=True)

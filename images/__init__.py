@@ -1,1 +1,1 @@
-"""What an image is to LIFT: its two scales, and the built-in set of drawn animals."""
+"""What an image is to LIFT: the file that it is read from, its two scales, and the built-in set of drawn animals."""

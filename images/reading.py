@@ -95,17 +95,17 @@ def find_images(folder: Path) -> Found:
                 found.left_out["hidden"] += 1
             elif entry.is_dir(follow_symlinks=False):
                 walk(file)
-            elif entry.is_symlink() and file.is_dir():
+            elif entry.is_symlink() and os.path.isdir(file):
                 links.append(file)
             elif file.suffix.lower() in image_suffixes():
                 # A pipe or a socket would never end.
-                if file.is_file() or not file.exists():
+                if os.path.isfile(file) or not os.path.exists(file):
                     found.files.append(file)
                 else:
                     found.left_out["no files"] += 1
-            elif file.suffix.lower() == ".zip" and file.is_file():
+            elif file.suffix.lower() == ".zip" and os.path.isfile(file):
                 found.archives.append(file)
-            elif not file.exists():
+            elif not os.path.exists(file):
                 found.left_out["broken links"] += 1
             else:
                 found.left_out[file.suffix.lower() or "no suffix"] += 1
@@ -188,15 +188,17 @@ class Archives:
 
 
 @functools.cache
-def _say_once(text: str) -> None:
-    print(text, file=sys.stderr)
+def note(text: str) -> None:
+    """Say something on stderr, once per run and by its first process."""
+    if os.environ.get("RANK", "0") in ("", "0"):
+        print(f"note: {text}", file=sys.stderr)
 
 
 def report_left_out(place: str | os.PathLike, left_out: Counter[str]) -> None:
-    """One line on stderr with how many files of `place` are left out and why; once per run, by its first process."""
-    if left_out and os.environ.get("RANK", "0") in ("", "0"):
+    """One line with how many files of `place` are left out and why."""
+    if left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
-        _say_once(f"note: {left_out.total()} of the files of '{place}' are left out: {reasons}")
+        note(f"{left_out.total()} of the files of '{place}' are left out: {reasons}")
 
 
 def parse_colour(text: str) -> tuple[int, int, int]:
@@ -216,7 +218,7 @@ def read_bytes(file: Path) -> bytes:
             raise OSError(
                 f"{file} could not be opened ({error.strerror}); raise the limit (ulimit -n) or lower --num_workers."
             ) from error
-        if file.is_symlink() and not file.exists():
+        if file.is_symlink() and not os.path.exists(file):
             raise UnreadableImageError(f"it is a link to {os.readlink(file)}, which is not there") from error
         raise UnreadableImageError(error.strerror or str(error)) from error
 

@@ -16,13 +16,14 @@ from images.reading import (
     find_images,
     find_members,
     is_split,
+    note,
     read_bytes,
     read_image,
     report_left_out,
 )
 
-# Files by which `datasets` knows what it saved to a folder.
-SAVED = ("state.json", "dataset_dict.json")
+# Files by which `datasets` knows what it saved to a folder, all of one line.
+SAVED = (("state.json", "dataset_info.json"), ("dataset_dict.json",))
 
 
 @dataclass(frozen=True)
@@ -43,23 +44,32 @@ def _image_files(folder: Path, leave_out: frozenset[str]) -> list[Path] | list[M
     if files:
         left_out[".zip"] += len(found.archives)
         places = [file.relative_to(folder).parts for file in files]
+        tops = {place[0] for place in places if len(place) > 1}
+        if (folder / "train").is_dir() and "train" not in tops and is_split(tops | {"train"}):
+            return []  # What there is to train on lies in there in another form.
         chosen = _training_part(places, left_out)
+        if "train" in tops and not is_split(tops):
+            others = ", ".join(sorted(tops - {"train"})[:3])
+            note(f"'{folder / 'train'}' is read as one folder among others ({others}); name it if it alone is meant")
         report_left_out(folder, +left_out)
         return [file for file, keep in zip(files, chosen, strict=True) if keep]
-    members = _members(found.archives, left_out)
+    members = _members(folder, found.archives, left_out)
     if members:
         report_left_out(folder, +left_out)
     return members
 
 
-def _members(archives: Sequence[Path], left_out: Counter[str]) -> list[Member]:
+def _members(folder: Path, archives: Sequence[Path], left_out: Counter[str]) -> list[Member]:
     """The images of zip archives; only their part `train` if they have parts or are some."""
     members = []
     for archive in archives:
         inside, others = find_members(archive)
         members += inside
         left_out.update(others)
-    places = [(member.archive.stem, *PurePosixPath(member.name).parts) for member in members]
+    places = [
+        (*member.archive.relative_to(folder).with_suffix("").parts, *PurePosixPath(member.name).parts)
+        for member in members
+    ]
     # What was packed is most often one folder, or one archive.
     shared = next((k for k, names in enumerate(zip(*places, strict=False)) if len(set(names)) > 1), 0)
     chosen = _training_part([place[shared:] for place in places], left_out)
@@ -194,7 +204,7 @@ def _dataset_source(dataset: str, name: str, config: str | None) -> Source:
 
 def is_saved(folder: Path) -> bool:
     """Whether `datasets` wrote a folder with save_to_disk."""
-    return any((folder / name).is_file() for name in SAVED)
+    return any(all((folder / name).is_file() for name in names) for names in SAVED)
 
 
 def open_source(dataset: str, leave_out: frozenset[str] = frozenset()) -> Source:
@@ -213,7 +223,7 @@ def open_source(dataset: str, leave_out: frozenset[str] = frozenset()) -> Source
             return _folder_source(folder, files)
     elif config is None and folder.suffix.lower() == ".zip" and folder.is_file():
         left_out: Counter[str] = Counter()
-        members = _members([folder], left_out)
+        members = _members(folder.parent, [folder], left_out)
         report_left_out(folder, left_out)
         if not members:
             raise ValueError(f"The archive {folder} holds no image.")

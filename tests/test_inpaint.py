@@ -96,13 +96,28 @@ def test_a_mask_file_says_its_scale_by_its_size(tmp_path, size, mode):
     np.testing.assert_array_equal(load_mask(str(tmp_path / "mask.png"), "fine", 8), levels > 127)
 
 
+@pytest.mark.parametrize("level", [255, 0])
+@pytest.mark.parametrize("size", [8, 4])
+def test_a_mask_may_be_drawn_on_transparency_turned_or_deep(tmp_path, size, level):
+    drawn = mask_of(size)
+    pixels = np.zeros((size, size, 4), np.uint8)
+    pixels[drawn] = (level, level, level, 255)
+    Image.fromarray(pixels).save(tmp_path / "drawn.png")
+    known = drawn if level else ~np.asarray(drawn)
+    np.testing.assert_array_equal(load_mask(str(tmp_path / "drawn.png"), "fine", 8), known)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.asarray(drawn).astype(np.uint16) * 65535).save(tmp_path / "deep.png", exif=exif)
+    np.testing.assert_array_equal(load_mask(str(tmp_path / "deep.png"), "fine", 8), np.rot90(drawn, -1))
+
+
 def test_masks_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="hole is neither a file nor one of center, left, random, none"):
         load_mask("hole", "fine", 8)
     Image.new("L", (8, 4)).save(tmp_path / "wide.png")
-    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "deep.png", "TIFF")
     (tmp_path / "text.png").write_text("no picture")
-    for name, reason in {"wide": "it is 8x4", "deep": "more than 8 bits", "text": "cannot identify"}.items():
+    for name, reason in {"wide": "it is 8x4", "deep": "more than 16 bits", "text": "cannot identify"}.items():
         with pytest.raises(ValueError, match=rf"{name}.png cannot be used \(.*{reason}.*8x8 pixels, or of 4x4"):
             load_mask(str(tmp_path / f"{name}.png"), "fine", 8)
 

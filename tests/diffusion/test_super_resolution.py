@@ -526,14 +526,18 @@ def test_grey_and_colour_become_what_the_model_takes(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     images = image_folder.read_folder(tmp_path, 8, 3)
     assert list(images) == ["colour", "grey"]
-    np.testing.assert_array_equal(images["colour"], colour[..., :3].transpose(2, 0, 1))
+    alpha = colour[..., 3:] / 255
+    on_white = np.rint(colour[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+    np.testing.assert_array_equal(images["colour"], on_white.transpose(2, 0, 1))
+    on_black = image_folder.read_folder(tmp_path, 8, 3, "black")["colour"]
+    np.testing.assert_array_equal(on_black, np.rint(colour[..., :3] * alpha).transpose(2, 0, 1))
     np.testing.assert_array_equal(images["grey"], np.stack([grey] * 3))
     np.testing.assert_array_equal(image_folder.read_folder(tmp_path, 8, 1)["grey"], grey[None])
     assert image_folder.read_folder(tmp_path, 8, 1)["colour"].shape == (1, 8, 8)
 
 
-def write_sixteen_bits(folder):
-    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(folder / "deep.png")
+def write_floats(folder):
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(folder / "deep.tif")
 
 
 def write_twins(folder):
@@ -548,7 +552,7 @@ def write_twins(folder):
         (lambda folder: folder.rmdir(), ("small is not a folder", "8x8")),
         (lambda folder: write_images(folder, pixels_of(1, 16)), ("a.png", "16x16 and not 8x8")),
         (lambda folder: (folder / "a.png").write_bytes(b"no picture"), ("a.png", "cannot be used")),
-        (write_sixteen_bits, ("deep.png", "more than 8 bits")),
+        (write_floats, ("deep.tif", "more than 16 bits")),
         (write_twins, ("a.png", "another image", "rename")),
     ],
 )
