@@ -99,7 +99,7 @@ def find_images(folder: Path) -> Found:
                 links.append(file)
             elif file.suffix.lower() in image_suffixes():
                 # A pipe or a socket would never end.
-                if os.path.isfile(file) or not os.path.exists(file):
+                if entry.is_file(follow_symlinks=False) or os.path.isfile(file) or not os.path.exists(file):
                     found.files.append(file)
                 else:
                     found.left_out["no files"] += 1

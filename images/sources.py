@@ -149,7 +149,7 @@ def _is_bytes(kind: Any) -> bool:
 def _image_column(rows: Any, dataset: str, declared: list[str]) -> str:
     """The column `image`, or else the first that holds images: those that say so before those of bytes."""
     columns = declared or [name for name, kind in rows.features.items() if _is_bytes(kind)]
-    if len(columns) > 1 and not declared and "image" not in columns:
+    if len(columns) > 1 and not declared and "image" not in columns and len(rows):
         columns = [name for name in columns if _is_image(rows[0][name])] or columns
     if columns:
         return "image" if "image" in columns else columns[0]

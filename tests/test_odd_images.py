@@ -318,6 +318,12 @@ def test_a_folder_may_have_a_colon_in_its_name(tmp_path, cache):
     assert any(file.name.startswith("a:b_16_") for file in cache.iterdir())
 
 
+@pytest.mark.parametrize("name", ["n" * 250, "é" * 125])
+def test_a_folder_may_have_a_long_name(tmp_path, cache, name):
+    put(tmp_path / name / f"{'x' * 246}.png", png(pixels(1)))
+    equal(load(tmp_path / name, cache), pixels(1))
+
+
 # Limits of the system
 
 
