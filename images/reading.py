@@ -215,8 +215,9 @@ def read_bytes(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         if error.errno in EXHAUSTED:
+            way_out = "close programs" if error.errno == errno.ENOMEM else "raise the limit (ulimit -n)"
             raise OSError(
-                f"{file} could not be opened ({error.strerror}); raise the limit (ulimit -n) or lower --num_workers."
+                f"{file} could not be opened ({error.strerror}); {way_out} or lower --num_workers."
             ) from error
         if file.is_symlink() and not os.path.exists(file):
             raise UnreadableImageError(f"it is a link to {os.readlink(file)}, which is not there") from error
