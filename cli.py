@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -188,9 +189,20 @@ def load_image_parts(settings: DataSettings, config: dict | None = None) -> tupl
 
     A limit and a count of images held out belong to the data set they were given with: with a `dataset` those of the
     config hold where it names the images of the training, at another place or not, and no others.
+
+    Raises ValueError too if the place that the config names holds other images by now than were trained on.
     """
-    if config is None or settings.dataset is None:
-        return _load_image_parts(settings, config or asdict(settings), inherited=config or {})
+    if config is None:
+        return _load_image_parts(settings, asdict(settings), inherited={})
+    if settings.dataset is None:
+        parts = _load_image_parts(settings, config, inherited=config)
+        changed = parts[0].fingerprint != config.get("data_fingerprint", parts[0].fingerprint)
+        if changed and settings.limit is None and settings.holdout is None:
+            raise ValueError(
+                f"The images of '{config['dataset']}' are no longer those of the training, so that none are known to "
+                "be held out; bring them back, or pass what is there now as --dataset."
+            )
+        return parts
     with contextlib.suppress(ValueError):  # Other images may be too few for these counts.
         parts = _load_image_parts(settings, config, inherited=config)
         if parts[0].fingerprint == config.get("data_fingerprint"):
@@ -216,12 +228,21 @@ def _load_image_parts(settings: DataSettings, defaults: dict, inherited: dict) -
 def run_stage(main: Callable[[], None]) -> None:
     """Run a stage; bad input ends it with one sentence on stderr and status 1, an interrupt with 130.
 
+    Letters that a terminal cannot show become question marks, and a reader that closes its pipe ends the stage quietly.
     With LIFT_DEBUG set in the environment the traceback is shown instead.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        # Python would complain when it flushes on the way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except torch.OutOfMemoryError as error:
         if os.environ.get("LIFT_DEBUG"):
             raise

@@ -22,7 +22,7 @@ import cli
 from checkpoint import LoadedModel, load_model
 from cli import CheckpointSettings, CompileSettings, HardwareSettings
 from data import read_png, save_png, to_uint8
-from diffusion.sampler import coarse_feed, compile_denoiser, image_seeds, sample_seeds, scale_shapes
+from diffusion.sampler import check_finite, coarse_feed, compile_denoiser, image_seeds, sample_seeds, scale_shapes
 from figures.images import plot_trajectory, save_image_grid
 from image_folder import claim, write_settings
 from paths.path import Path as SamplingPath
@@ -134,6 +134,7 @@ def main() -> None:
     with autocast(device, settings.precision), tqdm(total=len(missing), unit="img", desc=name) as bar:
         for chosen, samples in run(missing):
             nfe = samples.nfe
+            check_finite(samples.images[0], [f"of seed {seed}" for seed in chosen])
             for seed, pixels in zip(chosen, to_uint8(samples.images[0]).cpu(), strict=True):
                 save_png(pixels, png_file(folder, seed))
             bar.update(len(chosen))

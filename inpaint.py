@@ -40,6 +40,7 @@ from diffusion.sampler import (
     Images,
     Samples,
     SeededNoise,
+    check_finite,
     coarse_feed,
     compile_denoiser,
     sample,
@@ -266,12 +267,7 @@ def inpaint(
         draw = functools.partial(SeededNoise(seeds[start : start + batch_size]).draw, device=device)
         given = images[start : start + batch_size].to(device)
         samples = repaint(denoise, scheduler, path, given, masks, draw, **options)
-        finite = samples.images[0].isfinite().flatten(1).all(1)  # [B]
-        if not finite.all():
-            raise ValueError(
-                f"The network makes image {start + finite.tolist().index(False)} NaN or infinite; use another "
-                "checkpoint, or --precision fp32."
-            )
+        check_finite(samples.images[0], range(start, start + len(given)))
         yield samples
 
 

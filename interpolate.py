@@ -24,7 +24,7 @@ import cli
 from checkpoint import load_model
 from cli import CheckpointSettings, HardwareSettings
 from data import coarse, read_png, save_png, to_uint8
-from diffusion.sampler import Denoiser, Images, Samples, SeededNoise, coarse_feed, sample, scale_shapes
+from diffusion.sampler import Denoiser, Images, Samples, SeededNoise, check_finite, coarse_feed, sample, scale_shapes
 from figures.images import image_grid, save_image_grid
 from figures.style import even_columns
 from image_folder import claim_images
@@ -175,6 +175,7 @@ def main() -> None:
                 loaded.model.denoise, loaded.scheduler, path, settings.seeds, shares[rows], shapes, settings.at, device,
                 settings.end, feed,
             )  # fmt: skip
+            check_finite(samples.images[0], [names[k] for k in rows])
             for k, pixels in zip(rows, to_uint8(samples.images[0]).cpu(), strict=True):
                 file = folder / f"{names[k]}.png"
                 if not file.exists():

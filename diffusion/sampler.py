@@ -35,6 +35,16 @@ class Samples(NamedTuple):
     nfe: int
 
 
+def check_finite(images: torch.Tensor, names: Sequence[object]) -> None:
+    """Raise ValueError, with its name, for the first of some images `[B, C, H, W]` that is NaN or infinite anywhere."""
+    finite = images.isfinite().flatten(1).all(1)  # [B]
+    if not finite.all():
+        raise ValueError(
+            f"The network makes image {names[finite.tolist().index(False)]} NaN or infinite; use another checkpoint, "
+            "or --precision fp32."
+        )
+
+
 class GreedySamples(NamedTuple):
     """What `sample_greedy` returns."""
 

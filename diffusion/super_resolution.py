@@ -19,7 +19,7 @@ from PIL import Image
 
 import data
 from data import fingerprint_array, to_float, to_uint8
-from diffusion.sampler import IMAGES_PER_SEED, Denoiser, Images, SeededNoise, image_seeds, sample
+from diffusion.sampler import IMAGES_PER_SEED, Denoiser, Images, SeededNoise, check_finite, image_seeds, sample
 from images.representation import upsample_nearest
 from paths.path import Path
 from scheduler import DDIMScheduler
@@ -98,12 +98,7 @@ def super_resolve(
             return k, (xs[0], given)
 
         (fine, _), nfe = sample(denoise, scheduler, path, (draw(shape), given), eta, restore, draw=draw)
-        finite = fine.isfinite().flatten(1).all(1)  # [B]
-        if not finite.all():
-            raise ValueError(
-                f"The network makes image {start + finite.tolist().index(False)} NaN or infinite; use another "
-                "checkpoint, or --precision fp32."
-            )
+        check_finite(fine, range(start, start + len(fine)))
         yield Upscaled(fine, nfe)
 
 

@@ -22,6 +22,7 @@ import eval_fid_batch
 import export
 import generate_sr
 import generate_with_path_30
+import interpolate
 import make_figures
 import plan_path
 import report
@@ -862,6 +863,48 @@ def test_help_and_unknown_flags(stage, refused, module):
     # The commands of the docstring come as they are written.
     assert module.__doc__.strip().splitlines()[0] in output
     refused(module, "--no_such_flag", says=(), status=2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_make_no_images(refused, run, tmp_path, value):
+    content = read_checkpoint(run.lift)
+    content["model_state"] = {
+        name: torch.full_like(weights, value) if weights.is_floating_point() else weights
+        for name, weights in content["model_state"].items()
+    }
+    save_checkpoint(tmp_path / "broken.pth", content)
+    flags = ["--checkpoint", tmp_path / "broken.pth", "--num_steps", 2, *HARDWARE]
+    says = ["NaN or infinite", "another checkpoint"]
+    ended = run_stage(generate_with_path_30, *flags, "--num_images", 3, "--output", tmp_path / "samples")
+    assert ended.status == 1 and all(part in ended.message for part in [*says, "seed 42000000"])
+    assert not list((tmp_path / "samples").glob("[0-9]*.png"))
+    ended = run_stage(interpolate, *flags, "--seeds", 1, 2, "--frames", 3, "--output", tmp_path / "frames")
+    assert ended.status == 1 and all(part in ended.message for part in [*says, "frame_000"])
+    assert not list((tmp_path / "frames").glob("frame_*.png"))
+
+
+def stage_process(*words, **options):
+    """A stage in a process of its own, whose output is bytes."""
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, **options)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
+def test_a_terminal_of_few_letters_loses_letters_and_no_results(table, tmp_path, encoding):
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    flags = ["--input", table, "--output", tmp_path / "t"]
+    process = stage_process("aggregate_results.py", *flags, env=environment)
+    said = process.communicate()[0].decode(encoding)
+    assert process.returncode == 0 and "| epoch |" in said
+    assert "±" in (tmp_path / "t.md").read_text(encoding="utf-8")
+
+
+def test_a_reader_that_leaves_ends_a_stage_quietly(table, tmp_path):
+    process = stage_process(
+        "aggregate_results.py", "--input", table, "--output", tmp_path / "t", stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 128 + 13
+    assert (tmp_path / "t.md").exists()
 
 
 # Shell scripts

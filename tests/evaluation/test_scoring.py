@@ -430,7 +430,29 @@ def test_counts_belong_to_the_data_set_they_were_given_with(tmp_path):
     for count in (1, 6):
         others = str(save_images(tmp_path / f"others{count}", [(16, 16)] * count, seed=100))
         assert parts(config, dataset=others) == (count, None)
+    del config["data_fingerprint"]
     assert parts(config | {"holdout": None}) == (5, None)
     # Checkpoints of before there were held-out images say nothing of them.
     del config["holdout"]
     assert parts(config) == (5, None) and parts(config, holdout=1) == (4, 1)
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "other pixels"])
+def test_a_folder_that_has_changed_is_no_longer_the_training_set(tmp_path, change):
+    folder = save_images(tmp_path / "images", [(16, 16)] * 8)
+    images = load_images(str(folder), resolution=16, cache_dir=tmp_path / "cache")
+    config = {"dataset": str(folder), "resolution": 16, "resize_filter": "bilinear", "skip_bad_images": False}
+    config |= {"holdout": 3, "data_fingerprint": split_holdout(images, 3)[0].fingerprint}
+    settings = DataSettings(num_workers=1, cache_dir=tmp_path / "cache")
+    assert len(cli.load_image_parts(settings, config)[1]) == 3
+    files = sorted(folder.iterdir())
+    if change == "removed":
+        files[0].unlink()
+    else:
+        other = save_images(tmp_path / "other", [(16, 16)], seed=99)
+        shutil.copy(next(other.iterdir()), files[0] if change == "other pixels" else folder / "00.png")
+    with pytest.raises(ValueError, match="no longer those of the training"):
+        cli.load_image_parts(settings, config)
+    # What is there now may be named, and held-out images of it are asked for anew.
+    images, held_out = cli.load_image_parts(settings.but(dataset=str(folder), holdout=2), config)
+    assert len(held_out) == 2
