@@ -26,7 +26,7 @@ from figures.maps import plot_heatmap, plot_heatmap_pair, plot_maps
 from paths.optimal import check_steps
 from paths.path import leads, path_from_cells
 from planning.choice import StepSettings
-from planning.heatmap import PATH_SETTINGS, MapSettings, compute, dp_names, path_fields
+from planning.heatmap import PATH_SETTINGS, MapSettings, beside_figure, compute, dp_names, path_fields
 from planning.map_file import load_heatmap, save_heatmap
 from runtime.distributed import PATIENCE, Processes
 from runtime.settings import option, parse_settings
@@ -100,7 +100,8 @@ def main() -> None:
     settings = parse_args()
     processes = Processes("cpu" if settings.plot_only else settings.device, PATIENCE)
     if settings.plot_only:
-        content, file = load_heatmap(settings.output), Path(settings.output)
+        file = beside_figure(settings.output)
+        content = load_heatmap(file)
     else:
         content, file = compute(settings, processes, (settings.num_steps, settings.max_jump))
     processes.close()

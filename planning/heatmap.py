@@ -48,7 +48,9 @@ class GridSettings(DataSettings, HardwareSettings):
 class MapSettings(CheckpointSettings, GridSettings):
     """What is measured of which checkpoint, and where it is kept."""
 
-    output: str | None = option(None, "the heatmap file (results/heatmap_30_[{model}_]{epoch}ep[_ema].pth)")
+    output: str | None = option(
+        None, "the heatmap file, or the PNG beside it (results/heatmap_30_[{model}_]{epoch}ep[_ema].pth)"
+    )
     num_images: int = option(16, "images averaged over", parse=cli.positive_int)
     maps: str = option("all", "blocks need 2K backward passes, mse none", choices=MAPS)
     of: str = option("eps", "differentiate the noise predicted, or the image", choices=DIFFERENTIATED)
@@ -82,6 +84,12 @@ def heatmap_file(folder: str, epoch: int, weights: str, grid: int = 30, model_ty
     """
     model = "" if model_type == "dual" else f"{model_type}_"
     return Path(folder) / f"heatmap_{grid}_{model}{epoch}ep{'_ema' if weights == 'ema' else ''}.pth"
+
+
+def beside_figure(output: str | Path) -> Path:
+    """The file of a map that is to be written as `output`: of a PNG, the name of its figure, the .pth beside it."""
+    file = Path(output)
+    return file.with_suffix(".pth") if file.suffix.lower() == ".png" else file
 
 
 def compute_missing(
@@ -168,9 +176,8 @@ def compute(
             f"timestep {settings.start}, where a map has no log SNR; pass a --start below it, such as "
             f"{settings.start - 1}."
         )
-    file = Path(
-        settings.output or heatmap_file("results", loaded.config["epoch"], loaded.weights, settings.grid, model_type)
-    )
+    usual = heatmap_file("results", loaded.config["epoch"], loaded.weights, settings.grid, model_type)
+    file = beside_figure(settings.output or usual)
     images = cli.load_training_images(settings, loaded.config)
     if images.channels != loaded.config["channels"]:
         raise ValueError(

@@ -98,6 +98,18 @@ def test_figures_of_a_heatmap_are_drawn_again(stage, run, tmp_path):
     assert after.keys() == {"map.pth", "map.png", "map_maps.png"} and after["map.pth"] == before["map.pth"]
 
 
+def test_a_figure_given_as_output_does_not_replace_its_map(stage, run, tmp_path):
+    ended = stage(compute_heatmap_30, *run.heatmap_flags(tmp_path / "heatmap.png"))
+    assert list_files(tmp_path).keys() >= {"heatmap.png", "heatmap.pth", "heatmap_maps.png"}
+    assert f"heatmap {tmp_path / 'heatmap.pth'}" in ended.output
+    with Image.open(tmp_path / "heatmap.png") as figure:
+        assert figure.format == "PNG"
+    assert load_heatmap(tmp_path / "heatmap.pth")["fingerprint"] == load_heatmap(run.heatmap)["fingerprint"]
+    before = list_files(tmp_path)["heatmap.pth"]
+    stage(compute_heatmap_30, "--plot_only", "--output", tmp_path / "heatmap.png", *STEPS)
+    assert list_files(tmp_path)["heatmap.pth"] == before
+
+
 def test_a_heatmap_is_kept_or_replaced(stage, refused, run, tmp_path, drawn):
     file = tmp_path / "map.pth"
     shutil.copy(run.heatmap, file)
