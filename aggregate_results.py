@@ -1,6 +1,7 @@
 """Mean and standard deviation over seeds of every result, and the tables of the published study made of them.
 
     python aggregate_results.py --input results/fid_results.csv --output results/fid_table
+    python aggregate_results.py --run NAME NAME                     # of several runs in one table
     python aggregate_results.py --input host_a/fid_results.csv host_b/fid_results.csv --metric fid kid
 
 Writes {output}.csv (one line per checkpoint, path and setting) and the tables as {output}.md, {output}.tex and
@@ -14,6 +15,7 @@ from cli import run_stage
 from evaluation.result_layout import layout_tables
 from evaluation.results_table import METRICS, aggregate, read_rows, write_csv
 from evaluation.table_text import render_markdown, write_tables
+from runtime.runs import SCORES_FILE, places, run_name
 from runtime.settings import Settings, option, parse_settings
 
 
@@ -21,9 +23,22 @@ from runtime.settings import Settings, option, parse_settings
 class TableSettings(Settings):
     """Which results, and where the tables go."""
 
-    input: tuple[str, ...] = option(("results/fid_results.csv",), "results tables", nargs="+")
-    output: str = option("results/fid_table", "file name without suffix")
+    run: tuple[str, ...] | None = option(None, "the results of these runs", parse=run_name, metavar="NAME", nargs="+")
+    input: tuple[str, ...] | None = option(None, "results tables (results/fid_results.csv)", nargs="+")
+    output: str | None = option(
+        None, "file name without suffix (results/fid_table, of one run with a name in its results)"
+    )
     metric: tuple[str, ...] = option(METRICS, "only these", choices=METRICS, nargs="+", shown="all that were measured")
+
+    def check(self) -> None:
+        super().check()
+        if self.run is not None and self.input is not None:
+            raise ValueError("--run and --input exclude each other; leave one of them out")
+        runs = self.run or (None,)
+        if self.input is None:
+            self._derive(input=tuple(str(places(run).results / SCORES_FILE) for run in runs))
+        if self.output is None:
+            self._derive(output=str(places(runs[0] if len(runs) == 1 else None).results / "fid_table"))
 
 
 def parse_args() -> TableSettings:

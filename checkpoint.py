@@ -22,6 +22,7 @@ from torch import nn
 from baseline_model import BaselineModel
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
 from runtime.device import memory_format
+from runtime.runs import hint_at_runs, places, results_of
 from runtime.safe_write import replacing, versions
 from scheduler import DDIMScheduler
 
@@ -79,16 +80,42 @@ def find_checkpoints(
 
     Raises ValueError if there is none, or none of an epoch that is asked for.
     """
-    pattern = re.compile(rf"{re.escape(FILE_STEMS[model_type])}_(\d+)ep\.pth")
-    found = {int(match[1]): file for file in Path(folder).glob("*.pth") if (match := pattern.fullmatch(file.name))}
+    found = _snapshots(folder, model_type)
     wanted = sorted(found) if epochs is None else epochs
     missing = [epoch for epoch in wanted if epoch not in found]
     if missing or not wanted:
         raise ValueError(
             f"{folder} has no {FILE_STEMS[model_type]} checkpoint{f' of epoch {missing[0]}' if missing else ''}; train "
-            "it or pass another --checkpoint_dir."
+            f"it, or name where it is by --checkpoint_dir or --run{hint_at_runs()}."
         )
     return {epoch: found[epoch] for epoch in wanted}
+
+
+def _snapshots(folder: str | os.PathLike, model_type: str) -> dict[int, Path]:
+    pattern = re.compile(rf"{re.escape(FILE_STEMS[model_type])}_(\d+)ep\.pth")
+    matches = ((pattern.fullmatch(file.name), file) for file in Path(folder).glob("*.pth"))
+    return {int(match[1]): file for match, file in matches if match}
+
+
+def checkpoint_of_run(run: str, model_type: str | None = None, epoch: int | None = None) -> Path:
+    """The snapshot of a run, by its name, of the epoch, or the last; of its only type of model unless one is named.
+
+    Raises ValueError if there is none such, or several types.
+    """
+    folder, types = places(run).checkpoints, [model_type] if model_type else types_in_run(run)
+    if len(types) > 1:
+        raise ValueError(f"{folder} has models of several types; pass --model_type {' or '.join(types)}.")
+    found = find_checkpoints(folder, types[0], None if epoch is None else [epoch])
+    return found[max(found)]
+
+
+def types_in_run(run: str) -> list[str]:
+    """The types of model that a run, by its name, has checkpoints of. Raises ValueError if there are none."""
+    folder = places(run).checkpoints
+    there = [name for name in MODEL_CLASSES if _snapshots(folder, name)]
+    if not there:
+        raise ValueError(f"{folder} has no checkpoint; train the run, or pass another --run{hint_at_runs()}.")
+    return there
 
 
 def bytes_of(content: Any) -> int:
@@ -155,6 +182,15 @@ def read_checkpoint(file: str | os.PathLike, device: torch.device | str = "cpu")
     return content
 
 
+def peek(file: str | os.PathLike) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors, which stay on the disk and unverified; nothing if it is damaged."""
+    try:
+        content = torch.load(file, mmap=True, weights_only=True)
+        return content if {"config", "epoch"} <= content.keys() else {}
+    except Exception:  # A damaged zip or pickle raises whatever the damage happens to hit.
+        return {}
+
+
 def read_resume_file(file: str | os.PathLike) -> tuple[dict[str, Any], Path, list[Path]]:
     """The newest whole version of a resume file: its content, its name, and the newer versions that are damaged.
 
@@ -185,12 +221,18 @@ def weights_fingerprint(state: dict[str, torch.Tensor]) -> str:
 
 
 class LoadedModel(NamedTuple):
-    """A checkpoint ready for use: frozen model, its schedule, its config, the fingerprint of its weights."""
+    """A checkpoint ready for use: frozen model, its schedule, its config, the fingerprint of its weights, its file."""
 
     model: nn.Module
     scheduler: DDIMScheduler
     config: dict[str, Any]
     fingerprint: str
+    file: Path
+
+    @property
+    def results(self) -> Path:
+        """The folder for what is made with it."""
+        return results_of(self.file, self.config)
 
     @property
     def weights(self) -> str:
@@ -223,4 +265,4 @@ def load_model(file: str | os.PathLike, ema: bool = False, device: torch.device 
     except (KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"Checkpoint {file} does not fit the model its config describes; it is damaged.") from error
     model = model.to(device, memory_format=memory_format(torch.device(device))).eval().requires_grad_(False)
-    return LoadedModel(model, scheduler, config, weights_fingerprint(state))
+    return LoadedModel(model, scheduler, config, weights_fingerprint(state), Path(file))

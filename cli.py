@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import MODEL_CLASSES, checkpoint_of_run
 from data import BACKGROUND, RESIZE_FILTERS, ImageSet, load_images, split_holdout
 from images.reading import parse_colour
 from runtime.device import PRECISIONS
-from runtime.settings import REQUIRED, Settings, option
+from runtime.runs import hint_at_runs, run_name
+from runtime.settings import Settings, option
 
 
 def hidden_dims(text: str) -> tuple[int, ...]:
@@ -150,10 +152,34 @@ class TrainingDataSettings(DataSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings(Settings):
-    """Which trained model."""
+    """Which trained model: a file, or the checkpoint of a run.
 
-    checkpoint: str = option(REQUIRED, "a checkpoint of training")
+    `checkpoint` has its value once the object is made. Raises ValueError for neither, for both, and for a run without
+    such a checkpoint.
+    """
+
+    checkpoint: str | None = option(None, "a checkpoint of training")
+    run: str | None = option(None, "run whose checkpoint it is", parse=run_name, metavar="NAME")
+    epoch: int | None = option(None, "of --run (the last)", parse=positive_int)
+    model_type: str | None = option(None, "of --run, if it has several", choices=tuple(MODEL_CLASSES))
     ema: bool = option(False, "use the EMA weights")
+
+    @property
+    def needs_checkpoint(self) -> bool:
+        """Whether nothing can be done without a model."""
+        return True
+
+    def check(self) -> None:
+        super().check()
+        if self.run is None:
+            if self.epoch is not None or self.model_type is not None:
+                raise ValueError("--epoch and --model_type choose a checkpoint of --run; name that too")
+            if self.checkpoint is None and self.needs_checkpoint:
+                raise ValueError(f"--checkpoint FILE or --run NAME is required{hint_at_runs()}")
+            return
+        if self.checkpoint is not None:
+            raise ValueError("--checkpoint and --run exclude each other; leave one of them out")
+        self._derive(checkpoint=str(checkpoint_of_run(self.run, self.model_type, self.epoch)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
     python compute_cross_jacobian.py --device 0                             # every epoch found, raw and EMA weights
     python compute_cross_jacobian.py --epochs 400 2000 --weights ema --coupling_images 256
+    python compute_cross_jacobian.py --run NAME
     python compute_cross_jacobian.py --checkpoint_dir checkpoints/a --heatmap_dir results/a --output_dir results/a
     torchrun --standalone --nproc_per_node=4 compute_cross_jacobian.py      # missing heatmaps on four GPUs
 
@@ -44,6 +45,7 @@ from planning.map_file import load_heatmap
 from planning.map_paths import heatmap_path, representation_of
 from runtime.device import autocast
 from runtime.distributed import PATIENCE, Processes
+from runtime.runs import places, run_name
 from runtime.settings import Settings, option, parse_settings
 
 DP_TYPES = {"dp_64": "DP-64", "dp_total": "DP-Total"}
@@ -86,10 +88,18 @@ class OwnPathSettings(Settings):
 class CrossJacobianSettings(CouplingSettings, OwnPathSettings, MissingMapSettings):
     """Which models, and where the results go."""
 
-    checkpoint_dir: str = option("checkpoints", "folder of lift_dual_timestep_{epoch}ep.pth")
+    run: str | None = option(None, "run whose checkpoints these are", parse=run_name, metavar="NAME")
+    checkpoint_dir: str | None = option(None, "folder of lift_dual_timestep_{epoch}ep.pth (that of the run)")
     epochs: tuple[int, ...] | None = option(None, "(all found)", parse=cli.positive_int, nargs="+")
     weights: tuple[str, ...] = option(("raw", "ema"), choices=tuple(WEIGHTS_TITLES), nargs="+")
-    output_dir: str = option("results")
+    output_dir: str | None = option(None, "folder (the results of the run)")
+
+    def check(self) -> None:
+        super().check()
+        of_run = places(self.run)
+        for name, folder in {"checkpoint_dir": of_run.checkpoints, "output_dir": of_run.results}.items():
+            if getattr(self, name) is None:
+                self._derive(**{name: str(folder)})
 
 
 def parse_args() -> CrossJacobianSettings:
@@ -101,7 +111,7 @@ def heatmap_of(
     settings: CrossJacobianSettings, loaded: LoadedModel, checkpoint: Path, processes: Processes
 ) -> dict[str, Any]:
     """The heatmap of a model, computed if there is none; refused if it is of other weights or another derivative."""
-    file = heatmap_file(settings.heatmap_dir, loaded.config["epoch"], loaded.weights, settings.grid)
+    file = heatmap_file(settings.heatmap_dir or loaded.results, loaded.config["epoch"], loaded.weights, settings.grid)
     if processes.any(not file.exists())[0]:
         # A heatmap that is made here has no settings of its own, and takes those of the published paths.
         usual = StepSettings()
@@ -329,7 +339,7 @@ def main() -> None:
         of_epoch[weights] = heatmap
         if not torch.equal(heatmap["log_snr_grid"], next(iter(of_epoch.values()))["log_snr_grid"]):
             raise ValueError(
-                f"The heatmaps of epoch {epoch} in {settings.heatmap_dir} are on different grids; compute one of them "
+                f"The heatmaps of epoch {epoch} are on different grids; compute one of them "
                 "again (compute_heatmap_30.py --force), or pass one kind of --weights."
             )
         published[epoch] = comparable_ratios(heatmap, settings.dataset or loaded.config["dataset"])

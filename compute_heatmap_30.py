@@ -6,11 +6,13 @@
     python compute_heatmap_30.py --checkpoint FILE --maps mse                  # all that KL paths need
     python compute_heatmap_30.py --checkpoint FILE --maps mse --seen_only      # of a model trained around a path
     torchrun --standalone --nproc_per_node=4 compute_heatmap_30.py --checkpoint FILE
+    python compute_heatmap_30.py --run NAME --ema                             # of the last checkpoint of a run
     python compute_heatmap_30.py --plot_only --output results/heatmap_30_400ep_ema.pth
 
-Writes results/heatmap_30_{epoch}ep[_ema].pth and two figures beside it: the published errors with their optimal
-paths (.png), and the maps themselves, Jacobian blocks and denoising errors (_maps.png). Images are those the
-checkpoint was trained on. A run that is stopped and started again goes on from its .part files.
+Writes results/heatmap_30_{epoch}ep[_ema].pth (of a run with a name: in results/NAME) and two figures beside it: the
+published errors with their optimal paths (.png), and the maps themselves, Jacobian blocks and denoising errors
+(_maps.png). Images are those the checkpoint was trained on. A computation that is stopped and started again goes on
+from its .part files.
 
 Models that predict the fine scale alone (single_t, no_t) have maps of that scale, and DP-64 is the only path found on
 them; theirs are results/heatmap_30_{model}_{epoch}ep[_ema].pth. A baseline has one clock and only its denoising errors,
@@ -26,7 +28,7 @@ from figures.maps import plot_heatmap, plot_heatmap_pair, plot_maps
 from paths.optimal import check_steps
 from paths.path import leads, path_from_cells
 from planning.choice import StepSettings
-from planning.heatmap import PATH_SETTINGS, MapSettings, beside_figure, compute, dp_names, path_fields
+from planning.heatmap import PATH_SETTINGS, MapSettings, beside_figure, compute, dp_names, map_of, path_fields
 from planning.map_file import load_heatmap, save_heatmap
 from runtime.distributed import PATIENCE, Processes
 from runtime.settings import option, parse_settings
@@ -36,13 +38,11 @@ from runtime.settings import option, parse_settings
 class HeatmapSettings(MapSettings, StepSettings):
     """A map, and the published paths that are found and drawn on it."""
 
-    checkpoint: str | None = option(None, "a checkpoint of training (required unless --plot_only)")
-    plot_only: bool = option(False, "draw the figures of an existing --output")
+    plot_only: bool = option(False, "draw the figures of an existing --output, or of the model's")
 
-    def check(self) -> None:
-        super().check()
-        if not (self.output if self.plot_only else self.checkpoint):
-            raise ValueError("--plot_only needs --output" if self.plot_only else "--checkpoint is required")
+    @property
+    def needs_checkpoint(self) -> bool:
+        return not (self.plot_only and self.output)
 
 
 def parse_args() -> HeatmapSettings:
@@ -100,7 +100,7 @@ def main() -> None:
     settings = parse_args()
     processes = Processes("cpu" if settings.plot_only else settings.device, PATIENCE)
     if settings.plot_only:
-        file = beside_figure(settings.output)
+        file = beside_figure(settings.output) if settings.output else map_of(settings)
         content = load_heatmap(file)
     else:
         content, file = compute(settings, processes, (settings.num_steps, settings.max_jump))

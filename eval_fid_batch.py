@@ -3,15 +3,17 @@
     python eval_fid_batch.py --model_type baseline --device 0                      # every epoch, FID
     python eval_fid_batch.py --model_type lift --path_type diagonal dp_64 dp_total --epochs 400 --ema
     python eval_fid_batch.py --weights raw ema --num_steps 6 10 18 36 --multi-seed --metrics fid fid_infinity kid is pr
+    python eval_fid_batch.py --run NAME --ema                                      # all that a run has
     python eval_fid_batch.py --metrics swd nn --num_images 1000 --seeds 42 43 44   # needs no Inception weights
     python eval_fid_batch.py --model_type lift --path_type cascade:2,6 cascade:best shift:1 lead:2 heuristic:0.8
     python eval_fid_batch.py --model_type single_t no_t --path_type diagonal dp_64 --coarse_from x0 noisy
     torchrun --standalone --nproc_per_node=4 eval_fid_batch.py --epochs 400        # every job on four GPUs
 
-Every checkpoint in --checkpoint_dir x weights x path type x number of steps x seed is one job, for models that predict
-the fine image alone (single_t, no_t) also x --coarse_from; its rows, one per metric, are appended to
-results/fid_results.csv. A job whose rows exist is skipped unless --force, and one that another process is at is left to
-it, so the same command may run on many GPUs and hosts at once. The dp and kl paths and cascade:best need the heatmap of
+Every checkpoint in --checkpoint_dir, or of --run or --checkpoint, x weights x path type x number of steps x seed is one
+job, for models that predict the fine image alone (single_t, no_t) also x --coarse_from; its rows, one per metric, are
+appended to results/fid_results.csv, or of a run with a name to results/NAME/fid_results.csv. A job whose rows exist is
+skipped unless --force, and one that another process is at is left to it, so the same command may run on many GPUs and
+hosts at once. The dp and kl paths and cascade:best need the heatmap of
 the same weights, which is used as it is and computed when it is missing. A job that fails does not keep the others from
 running. --list_jobs prints the jobs as single commands.
 """
@@ -43,14 +45,16 @@ def parse_args() -> StageSettings:
     return parse_settings(StageSettings, __doc__, allow_abbrev=False)
 
 
-def job_command(job: Job) -> str:
+def job_command(job: Job, settings: StageSettings) -> str:
     """The command that runs one job with every other flag as given."""
     kept = [word for word in sys.argv if word not in ("--list_jobs", "--multi-seed")]
-    name, epoch = re.fullmatch(r"(.+)_(\d+)ep", job.checkpoint.stem).groups()
-    model_type = next(key for key, stem in FILE_STEMS.items() if stem == name)
-    chosen = {
-        "--model_type": model_type,
-        "--epochs": epoch,
+    if settings.checkpoint is not None:
+        where = {"--checkpoint": job.checkpoint}
+    else:
+        name, epoch = re.fullmatch(r"(.+)_(\d+)ep", job.checkpoint.stem).groups()
+        where = {"--model_type": next(key for key, stem in FILE_STEMS.items() if stem == name), "--epochs": epoch}
+        where |= {"--run": job.checkpoint.parent.name} if settings.run else {}
+    chosen = where | {
         "--weights": job.weights,
         "--path_type": job.path_type,
         "--num_steps": job.num_steps,
@@ -66,9 +70,10 @@ def main() -> None:
     settings = parse_args()
     jobs = find_jobs(settings)
     if settings.list_jobs:
-        print("\n".join(job_command(job) for job in jobs))
+        print("\n".join(job_command(job, settings) for job in jobs))
         return
-    read_rows(settings.output)  # A table that cannot be added to is refused before anything is computed.
+    for table in {job.output for job in jobs}:
+        read_rows(table)  # One that cannot be added to is refused before anything is computed.
     processes = Processes(settings.device, PATIENCE)
     evaluation = Evaluation(settings, processes)
     failures: dict[str, Exception] = {}

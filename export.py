@@ -2,6 +2,7 @@
 
     python export.py checkpoints/lift_dual_timestep_400ep.pth --ema exports/lift_400ep_ema
     python export.py checkpoints/baseline_400ep.pth exports/baseline_400ep --force
+    python export.py --run NAME --ema exports/name
     hf upload NAME/lift exports/lift_400ep_ema
 
 Writes model.safetensors, config.json (everything needed to sample, and how the model was trained) and README.md (the
@@ -15,9 +16,10 @@ from typing import Any
 
 import cli
 from checkpoint import LoadedModel, load_model
+from cli import CheckpointSettings
 from networks.model_card import model_card
 from networks.pretrained import CONFIG_FILE, MODEL_KEYS, OPTIONAL_MODEL_KEYS, read_config, write_pretrained
-from runtime.settings import REQUIRED, Settings, option, parse_settings
+from runtime.settings import REQUIRED, option, parse_settings
 
 # Other entries of a checkpoint's config may hold places on the machine that trained.
 TRAINING_KEYS = (
@@ -29,12 +31,13 @@ HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportSettings(Settings):
+class ExportSettings(CheckpointSettings):
     """What is exported, and where to."""
 
-    checkpoint: str = option(REQUIRED, "a checkpoint that training wrote", flag="checkpoint", metavar="CHECKPOINT")
+    checkpoint: str | None = option(
+        None, "a checkpoint that training wrote", flag="checkpoint", metavar="CHECKPOINT", nargs="?"
+    )
     output: str = option(REQUIRED, "folder", flag="output", metavar="OUT")
-    ema: bool = option(False, "export the EMA weights")
     force: bool = option(False, "replace the export that OUT holds")
 
 

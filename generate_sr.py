@@ -85,10 +85,13 @@ class SuperResolutionSettings(CheckpointSettings, FinePathSettings, DataSettings
     seed: int = option(42, "the noise of an image depends on this and its pixels", parse=cli.seed)
     eta: float = option(0.0, "0 DDIM to 1 ancestral", parse=cli.unit_interval)
     no_consistency: bool = option(False, "with --input: keep what the network returns")
-    output: str | None = option(None, "folder (results/super_resolution/{checkpoint}_{weights}_{steps}[_{input}])")
+    output: str | None = option(
+        None, "folder (super_resolution/{checkpoint}_{weights}_{steps}[_{input}] in the run's results)"
+    )
     force: bool = option(False, "replace what --output holds of other settings")
 
     def check(self) -> None:
+        super().check()
         if self.input is not None and self.on is not None:
             raise ValueError("--input and --on exclude each other; leave one of them out")
         if self.no_consistency and self.input is None:
@@ -270,11 +273,12 @@ def main() -> None:
     settings = parse_args()
     upscaler = Upscaler(settings)
     name = f"{Path(settings.checkpoint).stem}_{upscaler.loaded.weights}_{settings.num_steps}"
+    results = upscaler.loaded.results / "super_resolution"
     if settings.input is None:
-        measure(upscaler, Path(settings.output or f"results/super_resolution/{name}"))
+        measure(upscaler, Path(settings.output or results / name))
     else:
         source = Path(settings.input)
-        enlarge(upscaler, source, Path(settings.output or f"results/super_resolution/{name}_{source.resolve().name}"))
+        enlarge(upscaler, source, Path(settings.output or results / f"{name}_{source.resolve().name}"))
 
 
 if __name__ == "__main__":

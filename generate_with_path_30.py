@@ -41,7 +41,9 @@ class SamplingSettings(CheckpointSettings, OnePathSettings, SolverSettings, Comp
     num_images: int = option(64, parse=cli.positive_int)
     batch_size: int = option(64, "images per network call", parse=cli.positive_int)
     seed: int = option(42, "image k has seed 1000000 * SEED + k", parse=cli.seed)
-    output: str | None = option(None, "folder (results/samples/{checkpoint}_{weights}_{path}_{calls}[_{coarse_from}])")
+    output: str | None = option(
+        None, "folder (samples/{checkpoint}_{weights}_{path}_{calls}[_{coarse_from}] in the run's results)"
+    )
     force: bool = option(False, "replace the images of other settings that --output holds")
     trajectory: bool = option(False, "also draw both scales along the path")
 
@@ -95,7 +97,7 @@ def main() -> None:
     path, kind = path_of_settings(settings, loaded)
     feed = coarse_feed(loaded.model, settings.coarse_from)
     name = "_".join([Path(settings.checkpoint).stem, weights, kind, str(path.nfe), *([feed] if feed else [])])
-    folder = Path(settings.output or f"results/samples/{name}")
+    folder = Path(settings.output or loaded.results / "samples" / name)
     seeds = image_seeds(settings.seed, settings.num_images)
     prepare_output(folder, path, loaded, settings, device)
 

@@ -95,10 +95,11 @@ class InpaintingSettings(CheckpointSettings, OnePathSettings, DataSettings, Comp
     eta: float = option(1.0, "0 DDIM to 1 ancestral, as published", parse=cli.unit_interval)
     jump_length: int = option(3, "points that a jump goes back", parse=cli.positive_int)
     jump_repeats: int = option(5, "passes over each stretch; 1 is no jump", parse=cli.positive_int)
-    output: str | None = option(None, "folder (one named after all of these in results/inpainting)")
+    output: str | None = option(None, "folder (one named after all of these in inpainting of the run's results)")
     force: bool = option(False, "replace the images of other settings that --output holds")
 
     def check(self) -> None:
+        super().check()
         if self.input is not None and self.on is not None:
             raise ValueError("--input and --on exclude each other; leave one of them out")
         if self.mask_scale and self.mask not in MASKS:
@@ -318,7 +319,7 @@ def main() -> None:
     name = f"{Path(settings.checkpoint).stem}_{weights}_{kind}_{path.nfe}_{Path(settings.mask).stem}"
     words = (settings.mask_scale, feed, Path(settings.input).resolve().name if settings.input else None)
     name += "".join(f"_{word}" for word in words if word)
-    folder = Path(settings.output or f"results/inpainting/{name}")
+    folder = Path(settings.output or loaded.results / "inpainting" / name)
     if settings.input and folder.resolve() == Path(settings.input).resolve():
         raise ValueError(f"--output {folder} is the folder of the input; pass another.")
 

@@ -51,10 +51,11 @@ class InterpolationSettings(CheckpointSettings, OnePathSettings, EndSettings, Ha
     at: int = option(0, "point of the path whose states are interpolated", parse=int, metavar="K", shown="0: the noise")
     batch_size: int = option(64, "images per network call, at least 3", parse=cli.positive_int)
     gif: bool = option(False, "also write an animation")
-    output: str | None = option(None, "folder (one named after all of these in results/interpolation)")
+    output: str | None = option(None, "folder (one named after all of these in interpolation of the run's results)")
     force: bool = option(False, "replace the frames of other settings that --output holds")
 
     def check(self) -> None:
+        super().check()
         if self.frames < 2 or self.batch_size < 3:
             raise ValueError(
                 "--frames must be at least 2, the two ends, and --batch_size 3, both ends and a frame between"
@@ -149,7 +150,8 @@ def main() -> None:
     check_point(settings.at, path)
     first, last = settings.seeds
     name = f"{Path(settings.checkpoint).stem}_{weights}_{kind}_{path.nfe}_{first}_{last}{f'_{feed}' if feed else ''}"
-    folder = Path(settings.output or f"results/interpolation/{name}{f'_at{settings.at}' if settings.at else ''}")
+    name += f"_at{settings.at}" if settings.at else ""
+    folder = Path(settings.output or loaded.results / "interpolation" / name)
 
     said = {
         "weights_fingerprint": loaded.fingerprint,

@@ -181,6 +181,9 @@ def draw_paths_epochs(settings: PathsOfEpochsSettings) -> None:
         values = sorted({str(content[name]) for content in contents})
         if len(values) > 1:
             raise ValueError(f"These heatmaps hold paths of {name} {' and '.join(values)}; draw one figure for each.")
+    runs = sorted({content["run"] for content in contents if content.get("run")})
+    if len(runs) > 1:
+        raise ValueError(f"These heatmaps are of the runs {' and '.join(runs)}; draw one figure for each.")
     for file, content in zip(settings.inputs, contents, strict=True):
         key = content["epoch"], content["weights"]
         if key in panels:

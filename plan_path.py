@@ -1,16 +1,17 @@
 """From an error map to a schedule: the best path for each number of calls, what others cost, and how sure that is.
 
     python plan_path.py --heatmap results/heatmap_30_400ep_ema.pth
+    python plan_path.py --run NAME --ema                             # on the map of a run's last checkpoint
     python plan_path.py --heatmap FILE --nfe 6 8 10 18 36 --kl_weight 1 --output results/plan_400ep_ema
     python plan_path.py --heatmap FILE --criterion dp_total --nfe 18
     python plan_path.py --heatmap FILE --start 950 --end 20          # from less noise, and not counting the last of it
 
 Prints, for each number of steps, the cost of the optimum, of the best diagonal, of the best cascade and of hand-made
-families, their excess over the optimum, how the optimum leads, and where the best cascade waits. With --criterion kl
-and a model that was trained around a path, there are only those that keep to where it was trained. Writes into --output
-(results/plan_[{model}_]{epoch}ep_{weights}): schedule_{optimal,diagonal,cascade}_{N}.json, which the --schedule of
-generate_with_path_30.py replays, costs.csv, cost.png (cost against calls), paths.png, and density.png (the cells that
-the optimum visits when images are resampled).
+families, their excess over the optimum, how the optimum leads, where the best cascade waits, and the timesteps and log
+SNR of what is written. With --criterion kl and a model that was trained around a path, there are only those that keep
+to where it was trained. Writes into --output (plan_[{model}_]{epoch}ep_{weights}[_{criterion}] beside the heatmap):
+schedule_{optimal,diagonal,cascade}_{N}.json, which the --schedule of generate_with_path_30.py replays, costs.csv,
+cost.png (cost against calls), paths.png, and density.png (the cells that the optimum visits when images are resampled).
 """
 
 from dataclasses import dataclass
@@ -19,31 +20,48 @@ from pathlib import Path as FilePath
 import numpy as np
 
 import cli
+from cli import CheckpointSettings
 from evaluation.results_table import write_csv
 from figures.costs import plot_cost_against_nfe
 from figures.maps import plot_path_density
 from figures.paths import plot_path_comparison
+from image_folder import SETTINGS_FILE, claim, write_settings
 from paths.bootstrap import bootstrap_paths
 from paths.path import Path, leads
-from paths.schedule_file import save_schedule
-from planning.map_file import load_heatmap
+from paths.schedule_file import load_schedule, save_schedule
+from planning.heatmap import map_of
+from planning.map_file import load_heatmap, map_fingerprint
 from planning.plan import PlanCriterionSettings, Planner
-from runtime.settings import REQUIRED, option, parse_settings
+from runtime.settings import option, parse_settings
 
 DENSITY_NFE = 18  # The number of steps nearest to it is resampled.
 # Families that are written as schedules, and what their files are called.
 SCHEDULES = {"optimal": "optimal", "optimal diagonal": "diagonal", "best cascade": "cascade"}
+RANKING = (
+    "That is not the quality of images: with exact denoisers such costs ranked paths by rank correlations of 0.19 to "
+    "0.99, with a small trained network by -0.58 to 0.47 (docs/results.md, section 2)."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanSettings(PlanCriterionSettings):
+class PlanSettings(CheckpointSettings, PlanCriterionSettings):
     """A plan on a heatmap, and where it is written."""
 
-    heatmap: str = option(REQUIRED, "file of compute_heatmap_30.py")
+    heatmap: str | None = option(None, "file of compute_heatmap_30.py (that of --checkpoint or --run)")
     nfe: tuple[int, ...] = option((6, 8, 10, 18, 36), "network calls", parse=cli.positive_int, nargs="+")
     bootstrap: int = option(200, "replicates of the images; 0 leaves them out", parse=cli.seed)
     seed: int = option(0, "of the replicates", parse=cli.seed)
-    output: str | None = option(None, "folder (results/plan_[{model}_]{epoch}ep_{weights})")
+    output: str | None = option(None, "folder (plan_[{model}_]{epoch}ep_{weights}[_{criterion}] beside the heatmap)")
+    force: bool = option(False, "replace the plan on another map, or by another criterion, that --output holds")
+
+    @property
+    def needs_checkpoint(self) -> bool:
+        return self.heatmap is None
+
+    def check(self) -> None:
+        super().check()
+        if self.heatmap is not None and self.checkpoint is not None:
+            raise ValueError("--heatmap names the map; leave --checkpoint and --run out")
 
 
 def parse_args() -> PlanSettings:
@@ -69,14 +87,49 @@ def describe_lead(path: Path, log_snr: np.ndarray, image_lead: float) -> str:
     )
 
 
+def describe_points(path: Path, log_snr: np.ndarray) -> str:
+    """Timesteps and log SNR of every point, scale by scale, as Python lists."""
+    lines = []
+    for name, timesteps in zip(("64", "32"), zip(*path.points, strict=True), strict=False):
+        lines.append(f"    t_{name} = {list(timesteps)}")
+        lines.append(f"    λ_{name} = [{', '.join(f'{log_snr[t]:.2f}' for t in timesteps)}]")
+    return "\n".join(lines)
+
+
+def prepare_output(folder: FilePath, planner: Planner, settings: PlanSettings) -> None:
+    """Make a folder that of this plan; raises ValueError, unless forced, if it holds another, which is then removed."""
+    said = {
+        "weights_fingerprint": planner.heatmap["fingerprint"],
+        "map_fingerprint": map_fingerprint(planner.heatmap),
+        "criterion": planner.criterion,
+        "nfe": sorted(set(settings.nfe)),
+        "bootstrap": settings.bootstrap,
+        "seed": settings.seed,
+    }
+    claim(folder, said, settings.force, ("schedule_*.json", "costs.csv", "*.png"))
+    for file in folder.glob("schedule_*.json") if not (folder / SETTINGS_FILE).exists() else ():
+        # Of a version that kept no settings, or not of a plan.
+        made = load_schedule(file).provenance
+        if not settings.force and [made["model_fingerprint"], made["criterion"]] != [
+            said["weights_fingerprint"],
+            said["criterion"],
+        ]:
+            raise ValueError(
+                f"{file} is of another plan ({made['criterion']}); pass --force to replace it, or another --output."
+            )
+    write_settings(folder, said)
+
+
 def main() -> None:
     """Plan, print, write, draw."""
     settings = parse_args()
-    heatmap = load_heatmap(settings.heatmap)
+    file = FilePath(settings.heatmap or map_of(settings))
+    heatmap = load_heatmap(file)
     planner = Planner(heatmap, settings)
     label = f"epoch {heatmap['epoch']}, {heatmap['weights']} weights"
     model = f"{heatmap['model_type']}_" if heatmap.get("model_type", "dual") != "dual" else ""
-    folder = FilePath(settings.output or f"results/plan_{model}{heatmap['epoch']}ep_{heatmap['weights']}")
+    name = f"plan_{model}{heatmap['epoch']}ep_{heatmap['weights']}{planner.variant}"
+    folder = FilePath(settings.output or file.parent / name)
     plans = {nfe: planner.families(nfe) for nfe in sorted(set(settings.nfe))}
     if settings.bootstrap:  # Before anything is written, because too few images or replicates are refused.
         resampled = min(plans, key=lambda n: abs(n - DENSITY_NFE))
@@ -84,8 +137,8 @@ def main() -> None:
         grid_cells, grid_cost = solve(*maps.mean(-1))
         result = bootstrap_paths(maps, solve, settings.bootstrap, settings.seed)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"criterion: {planner.criterion}")
+    prepare_output(folder, planner, settings)
+    print(f"criterion: {planner.criterion}\noptimal: the path of {planner.meaning}. {RANKING}")
     if not planner.is_kl:
         print(
             f"the optimum moves at most {settings.max_jump} cells per step; hand-made paths need not, and may cost less"
@@ -102,9 +155,11 @@ def main() -> None:
         for family, path, cost in families:
             if family not in SCHEDULES:
                 continue
+            schedule = folder / f"schedule_{SCHEDULES[family]}_{nfe}.json"
+            print(f"  {schedule}\n{describe_points(path, planner.log_snr)}")
             save_schedule(
                 path,
-                folder / f"schedule_{SCHEDULES[family]}_{nfe}.json",
+                schedule,
                 planner.log_snr,
                 solver={"name": "ddim", "eta": 0.0, "end": "clean"},
                 criterion=planner.criterion,

@@ -1,6 +1,7 @@
 """Make one page of all that was measured: scores, curves, error maps, paths, samples, settings, and every row.
 
     python report.py --results results/fid_results.csv --folder results --output results/report.html
+    python report.py --run NAME
 
 The page holds its pictures and needs neither a network nor other files. It takes from --folder what is there: error
 maps (heatmap_*ep*.png beside their .pth), paths_*.png, samples_*ep_*.png and samples/*/grid.png. Every number in its
@@ -13,6 +14,7 @@ from pathlib import Path
 from cli import positive_int, run_stage
 from evaluation.report_content import gather
 from figures.page import LARGE_PAGE_MB, render
+from runtime.runs import SCORES_FILE, places, run_name
 from runtime.safe_write import replacing
 from runtime.settings import Settings, option, parse_settings
 
@@ -21,11 +23,18 @@ from runtime.settings import Settings, option, parse_settings
 class ReportSettings(Settings):
     """What the page is made of."""
 
-    results: str = option("results/fid_results.csv", "results table")
-    folder: str = option("results", "where heatmaps, figures and samples lie")
-    output: str = option("results/report.html")
+    run: str | None = option(None, "run whose results the page shows", parse=run_name, metavar="NAME")
+    results: str | None = option(None, "results table (results/fid_results.csv, of a run with a name in its results)")
+    folder: str | None = option(None, "where heatmaps, figures and samples lie (results, or those of the run)")
+    output: str | None = option(None, "(report.html there)")
     title: str = option("LIFT: results")
     nfe: int | None = option(None, "network calls of the headline tables (those with most results)", parse=positive_int)
+
+    def check(self) -> None:
+        super().check()
+        results = places(self.run).results
+        usual = {"results": results / SCORES_FILE, "folder": results, "output": results / "report.html"}
+        self._derive(**{name: str(place) for name, place in usual.items() if getattr(self, name) is None})
 
 
 def parse_args() -> ReportSettings:

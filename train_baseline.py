@@ -7,15 +7,24 @@
 Writes checkpoints/baseline_{epoch}ep.pth and logs/baseline/. --resume continues a stopped run.
 """
 
+from functools import partial
+
 from cli import run_stage
 from runtime.settings import parse_settings
+from training.resume import stored_settings
 from training.run import train
 from training.settings import TWO_SCALE_SETTINGS, TrainingSettings
 
 
 def parse_args() -> TrainingSettings:
     """The settings of this stage, from its flags."""
-    return parse_settings(TrainingSettings, __doc__, leave_out=TWO_SCALE_SETTINGS, model_type="baseline")
+    return parse_settings(
+        TrainingSettings,
+        __doc__,
+        leave_out=TWO_SCALE_SETTINGS,
+        stored=partial(stored_settings, model_types=("baseline",)),
+        model_type="baseline",
+    )
 
 
 def main() -> None:

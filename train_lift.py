@@ -9,11 +9,15 @@ name in logs/. --resume continues a stopped run.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from cli import run_stage
 from runtime.settings import option, parse_settings
+from training.resume import stored_settings
 from training.run import train
 from training.settings import TrainingSettings
+
+MODEL_TYPES = ("dual", "shared_t", "single_t", "no_t")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +27,7 @@ class LIFTSettings(TrainingSettings):
     model_type: str = option(
         "dual",
         "dual: fine and coarse timestep; shared_t: one clock; single_t: fine timestep only; no_t: none",
-        choices=("dual", "shared_t", "single_t", "no_t"),
+        choices=MODEL_TYPES,
         flag="--model",
         recorded=True,
     )
@@ -31,7 +35,7 @@ class LIFTSettings(TrainingSettings):
 
 def parse_args() -> LIFTSettings:
     """The settings of this stage, from its flags."""
-    return parse_settings(LIFTSettings, __doc__)
+    return parse_settings(LIFTSettings, __doc__, stored=partial(stored_settings, model_types=MODEL_TYPES))
 
 
 def main() -> None:

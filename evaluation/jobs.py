@@ -19,7 +19,16 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 import cli
-from checkpoint import FILE_STEMS, MODEL_CLASSES, LoadedModel, find_checkpoints, load_model
+from checkpoint import (
+    FILE_STEMS,
+    MODEL_CLASSES,
+    LoadedModel,
+    find_checkpoints,
+    load_model,
+    peek,
+    read_checkpoint,
+    types_in_run,
+)
 from cli import CompileSettings
 from data import BACKGROUND, ImageSet
 from diffusion.sampler import COARSE_FEEDS, Denoiser, coarse_feed, compile_denoiser, image_seeds, scale_shapes
@@ -36,6 +45,7 @@ from planning.path_types import parse_path_type
 from planning.regimes import default_regime, off_regime_note
 from runtime.device import resolve_compile, resolve_precision
 from runtime.distributed import Processes
+from runtime.runs import CHECKPOINTS, RESULTS, SCORES_FILE, places, results_of, run_name
 from runtime.settings import Settings, option
 
 PUBLISHED_SEEDS = (42, 43, 44, 45, 46)
@@ -61,8 +71,15 @@ class MetricSettings(Settings):
 class EvaluationSettings(MetricSettings, MissingMapSettings, SeveralPathsSettings, SolverSettings, CompileSettings):
     """Which checkpoints are sampled, how, and how they are scored."""
 
-    checkpoint_dir: str = option("checkpoints", "folder of {model}_{epoch}ep.pth files")
-    model_type: tuple[str, ...] = option(("baseline", "lift"), choices=(*FILE_STEMS, *MODEL_ALIASES), nargs="+")
+    run: tuple[str, ...] | None = option(None, "score what these runs have", parse=run_name, metavar="NAME", nargs="+")
+    checkpoint: tuple[str, ...] | None = option(None, "score these files", metavar="FILE", nargs="+")
+    checkpoint_dir: str | None = option(None, "folder of {model}_{epoch}ep.pth files (checkpoints)")
+    model_type: tuple[str, ...] | None = option(
+        None,
+        "types of model in these folders (baseline lift; of a run, all it has)",
+        choices=(*FILE_STEMS, *MODEL_ALIASES),
+        nargs="+",
+    )
     epochs: tuple[int, ...] | None = option(None, "epochs to score (all found)", parse=cli.positive_int, nargs="+")
     coarse_from: tuple[str, ...] = option(
         ("x0",),
@@ -78,8 +95,17 @@ class EvaluationSettings(MetricSettings, MissingMapSettings, SeveralPathsSetting
     )
     num_images: int | None = option(None, "images per job (as many as the reference)", parse=cli.positive_int)
     batch_size: int = option(64, "images per network call", parse=cli.positive_int)
-    output: str = option("results/fid_results.csv")
+    output: str | None = option(
+        None, "results table (results/fid_results.csv; of a run with a name, that in its results)"
+    )
     force: bool = option(False, "score again what has been scored")
+
+    def check(self) -> None:
+        super().check()
+        if sum(place is not None for place in (self.run, self.checkpoint, self.checkpoint_dir)) > 1:
+            raise ValueError("--run, --checkpoint and --checkpoint_dir exclude each other; name one of them")
+        if self.checkpoint is not None and (self.model_type or self.epochs):
+            raise ValueError("--model_type and --epochs choose from a folder; leave them out beside --checkpoint")
 
 
 class Job(NamedTuple):
@@ -91,6 +117,7 @@ class Job(NamedTuple):
     coarse_from: str | None  # None for models that predict what they read
     num_steps: int
     seed: int
+    output: Path  # the table that its rows go to
 
     def __str__(self) -> str:
         feed = f"coarse from {self.coarse_from} " if self.coarse_from else ""
@@ -104,13 +131,12 @@ def find_jobs(settings: EvaluationSettings) -> list[Job]:
     """
     jobs = []
     refused: dict[tuple[str, str], str] = {}
-    for name in dict.fromkeys(MODEL_ALIASES.get(name, name) for name in settings.model_type):
-        found = find_checkpoints(settings.checkpoint_dir, name, settings.epochs)
+    for name, files in _found(settings):
         reasons = {path_type: why_not(name, path_type) for path_type in settings.path_type}
         refused |= {(name, path_type): reason for path_type, reason in reasons.items() if reason}
         jobs += [
-            Job(file, weights, path_type, feed, num_steps, seed)
-            for file in found.values()
+            Job(file, weights, path_type, feed, num_steps, seed, output)
+            for file, output in files
             for weights in settings.weights
             for path_type in settings.path_type
             if not reasons[path_type]
@@ -129,6 +155,30 @@ def find_jobs(settings: EvaluationSettings) -> list[Job]:
         if job.path_type.startswith("dp"):
             check_steps(settings.grid, job.num_steps, settings.max_jump)
     return list(dict.fromkeys(jobs))
+
+
+def _found(settings: EvaluationSettings) -> list[tuple[str, list[tuple[Path, Path]]]]:
+    """Checkpoints by type of model, each with the table that its rows go to."""
+    if settings.checkpoint is not None:
+        # Of a file that is no checkpoint, reading says why.
+        said = {Path(file): (peek(file) or read_checkpoint(file))["config"] for file in settings.checkpoint}
+        tables = {file: settings.output or results_of(file, config) / SCORES_FILE for file, config in said.items()}
+        types = {file: config["model_type"] for file, config in said.items()}
+        return [
+            (name, [(f, Path(tables[f])) for f in types if types[f] == name]) for name in dict.fromkeys(types.values())
+        ]
+    named = [MODEL_ALIASES.get(name, name) for name in settings.model_type or ()]
+    if settings.run is None:
+        folders = {Path(settings.checkpoint_dir or CHECKPOINTS): named or ["baseline", "dual"]}
+    else:
+        folders = {places(run).checkpoints: named or types_in_run(run) for run in settings.run}
+    found = []
+    for folder, types in folders.items():
+        results = RESULTS if settings.run is None else places(folder.name).results
+        output = Path(settings.output or results / SCORES_FILE)
+        for name in dict.fromkeys(types):
+            found.append((name, [(file, output) for file in find_checkpoints(folder, name, settings.epochs).values()]))
+    return found
 
 
 def steps_of(path_type: str, settings: EvaluationSettings) -> tuple[int, ...]:
@@ -164,7 +214,7 @@ class Evaluation:
         """Keep other processes away from a job, until the end or the death of this one; yields whether that is so."""
         words = (job.checkpoint.resolve(), job.weights, job.path_type, job.coarse_from, job.num_steps, job.seed)
         name = " ".join(str(word) for word in words if word is not None)
-        file = Path(f"{self.settings.output}.jobs") / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"
+        file = Path(f"{job.output}.jobs") / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"
         lock = FileLock(file)
         claimed = True
         if self.processes.is_main:
@@ -200,7 +250,7 @@ class Evaluation:
             "path_type": job.path_type,
         }
         keys = {metric: key | more for metric, more in scorer.settings.items()}
-        missing = {m: k for m, k in keys.items() if chosen.force or not has_row(chosen.output, k)}
+        missing = {m: k for m, k in keys.items() if chosen.force or not has_row(job.output, k)}
         # What the first process finds in the table counts for all, as the others may see it as it was before.
         wanted = [bool(missing), bool(set(missing) & set(FEATURE_METRICS))]
         any_missing, any_features = self.processes.any(*(self.processes.is_main and one for one in wanted))
@@ -243,7 +293,7 @@ class Evaluation:
                 "checkpoint": job.checkpoint.name,
                 "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             }
-            append_row(chosen.output, row)
+            append_row(job.output, row)
             said = (f"{VALUE_NAMES.get(name, name)} {value:.5g}" for name, value in values.items())
             print(f"{job}: {', '.join(said)}")
 
@@ -321,7 +371,9 @@ class Evaluation:
     def _path(self, job: Job, loaded: LoadedModel) -> SamplingPath:
         """The path of a job, on a heatmap that is computed if there is none."""
         config, weights, settings = loaded.config, loaded.weights, self.settings
-        heatmap = heatmap_file(settings.heatmap_dir, config["epoch"], weights, settings.grid, config["model_type"])
+        heatmap = heatmap_file(
+            settings.heatmap_dir or loaded.results, config["epoch"], weights, settings.grid, config["model_type"]
+        )
         check_followed(job.path_type, loaded)
         if parse_path_type(job.path_type).needs_heatmap and self.processes.any(not heatmap.exists())[0]:
             self._say(f"{job}: computing {heatmap} first")

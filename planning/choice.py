@@ -13,7 +13,7 @@ from paths.families import cascade, diagonal, heuristic, lead, log_snr_shift
 from paths.path import SPACINGS, Path
 from paths.schedule_file import load_schedule
 from planning.error_map import CHAIN_RULE_FACTORS, NORMALISATIONS
-from planning.heatmap import heatmap_file
+from planning.heatmap import find_map
 from planning.map_file import load_heatmap
 from planning.map_paths import NO_CASCADE, heatmap_path, kl_cascade, kl_refined
 from planning.path_types import PATH_FAMILIES, PATH_TYPES, PathType, parse_path_type, path_type
@@ -80,7 +80,7 @@ class OnePathSettings(StepSettings):
 
     path_type: str = option("diagonal", _TYPES, parse=path_type, metavar="TYPE")
     schedule: str | None = option(None, "follow the path of this schedule file instead of --path_type")
-    heatmap: str | None = option(None, "for dp, kl and cascade:best (results/heatmap_30_[{model}_]{epoch}ep[_ema].pth)")
+    heatmap: str | None = option(None, "for dp, kl and cascade:best (that of the checkpoint in the run's results)")
     coarse_from: str = option(
         "x0",
         "coarse image that a model reads and does not predict: of its clean or of its noisy fine image",
@@ -132,7 +132,7 @@ def path_of_settings(settings: OnePathSettings, loaded: LoadedModel) -> tuple[Pa
     Prints a warning if it leads far from what the model was trained on. Raises what `choose_path` raises.
     """
     config = loaded.config
-    file = heatmap_file("results", config["epoch"], loaded.weights, model_type=config["model_type"])
+    file = find_map(loaded.file, config, config["epoch"], loaded.weights)
     path_type = settings.path_type if settings.schedule is None else f"schedule:{settings.schedule}"
     path = choose_path(settings, path_type, settings.num_steps, loaded, settings.heatmap or file)
     note = off_regime_note(path, config, loaded.scheduler, coarse_feed(loaded.model, settings.coarse_from))

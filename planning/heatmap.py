@@ -6,17 +6,20 @@ published paths on it once they have been found.
 
 import dataclasses
 import functools
+import re
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
 
 import cli
-from checkpoint import LoadedModel, load_model
+from checkpoint import LoadedModel, load_model, peek, read_checkpoint
 from cli import CheckpointSettings, DataSettings, HardwareSettings
 from data import ImageSet, to_float
 from paths.optimal import check_steps, find_optimal_paths_all_steps
@@ -27,6 +30,7 @@ from planning.map_paths import path_errors, seen_cells
 from planning.regimes import seen_range
 from runtime.device import autocast, resolve_precision
 from runtime.distributed import Processes
+from runtime.runs import results_of
 from runtime.settings import option
 
 # A shared_t model has two scales and one timestep, which is neither a plane nor one scale.
@@ -49,7 +53,7 @@ class MapSettings(CheckpointSettings, GridSettings):
     """What is measured of which checkpoint, and where it is kept."""
 
     output: str | None = option(
-        None, "the heatmap file, or the PNG beside it (results/heatmap_30_[{model}_]{epoch}ep[_ema].pth)"
+        None, "the heatmap file, or the PNG beside it (heatmap_30_[{model}_]{epoch}ep[_ema].pth in the run's results)"
     )
     num_images: int = option(16, "images averaged over", parse=cli.positive_int)
     maps: str = option("all", "blocks need 2K backward passes, mse none", choices=MAPS)
@@ -64,6 +68,7 @@ class MapSettings(CheckpointSettings, GridSettings):
     force: bool = option(False, "replace an existing heatmap made with other settings")
 
     def check(self) -> None:
+        super().check()
         if self.seen_only and self.coarse is not None:
             raise ValueError("--coarse interpolates over all pairs of timesteps; leave it out beside --seen_only")
 
@@ -73,17 +78,36 @@ class MissingMapSettings(GridSettings):
     """Where a stage that needs heatmaps finds them, and how `compute_missing` makes one."""
 
     group = "heatmaps, computed when they are missing"
-    heatmap_dir: str = option("results", "folder of heatmap_30_{epoch}ep[_ema].pth")
+    heatmap_dir: str | None = option(None, "folder of heatmap_30_{epoch}ep[_ema].pth (the results of the run)")
     heatmap_images: int = option(16, "images averaged over", parse=cli.positive_int)
 
 
-def heatmap_file(folder: str, epoch: int, weights: str, grid: int = 30, model_type: str = "dual") -> Path:
+def heatmap_file(folder: str | Path, epoch: int, weights: str, grid: int = 30, model_type: str = "dual") -> Path:
     """`{folder}/heatmap_{grid}_{epoch}ep.pth`, with `_ema` before the suffix for EMA weights.
 
     Types of models other than dual are named: `heatmap_30_single_t_400ep.pth`.
     """
     model = "" if model_type == "dual" else f"{model_type}_"
     return Path(folder) / f"heatmap_{grid}_{model}{epoch}ep{'_ema' if weights == 'ema' else ''}.pth"
+
+
+def find_map(checkpoint: str | Path, config: Mapping[str, Any], epoch: int, weights: str) -> Path:
+    """The file of the map that was made of a checkpoint: of 30 lines or, if that is not there, the only other one.
+
+    config: of the checkpoint. Where there is no map, or several, the name is that of 30 lines.
+    """
+    folder, model_type = results_of(checkpoint, config), config["model_type"]
+    usual = heatmap_file(folder, epoch, weights, model_type=model_type)
+    others = sorted(folder.glob(usual.name.replace("_30_", "_[0-9]*_", 1)))
+    others = [file for file in others if re.fullmatch(usual.name.replace("_30_", r"_\d+_", 1), file.name)]
+    return others[0] if len(others) == 1 else usual
+
+
+def map_of(settings: CheckpointSettings) -> Path:
+    """The file of the map that was made of the checkpoint of settings, which is not loaded for it."""
+    # Of a file that is no checkpoint, reading says why.
+    said = peek(settings.checkpoint) or read_checkpoint(settings.checkpoint)
+    return find_map(settings.checkpoint, said["config"], said["epoch"], "ema" if settings.ema else "raw")
 
 
 def beside_figure(output: str | Path) -> Path:
@@ -176,7 +200,7 @@ def compute(
             f"timestep {settings.start}, where a map has no log SNR; pass a --start below it, such as "
             f"{settings.start - 1}."
         )
-    usual = heatmap_file("results", loaded.config["epoch"], loaded.weights, settings.grid, model_type)
+    usual = heatmap_file(loaded.results, loaded.config["epoch"], loaded.weights, settings.grid, model_type)
     file = beside_figure(settings.output or usual)
     images = cli.load_training_images(settings, loaded.config)
     if images.channels != loaded.config["channels"]:
@@ -279,6 +303,7 @@ def measure(
     content |= {"used_precision": precision, "num_train_timesteps": num_timesteps}
     # It follows from the fingerprint, so that maps from before it was told are kept.
     content["model_type"] = loaded.config["model_type"]
+    content["run"] = loaded.config.get("run")
     # The file calls these K and batch, as published.
     del content["num_probes"], content["num_images"]
     if processes.is_main:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from checkpoint import weights_fingerprint
 from runtime.safe_write import replacing
 
 HEATMAP_FORMAT_VERSION = 2  # 2 has denoising errors per image, and says what was measured.
@@ -39,6 +40,13 @@ def load_heatmap(file: str | os.PathLike) -> dict[str, Any]:
             "(compute_heatmap_30.py --force)."
         )
     return content
+
+
+def map_fingerprint(content: dict[str, Any]) -> str:
+    """16 hex digits of what was measured: the same maps of the same images, whatever else the file says."""
+    blocks = {f"jacobian {name}": values for name, values in content.get("jacobian", {}).items()}
+    errors = {name: content[name] for name in ("t_grid", "mse_64", "mse_32") if name in content}
+    return weights_fingerprint(blocks | errors)
 
 
 class PartFiles:

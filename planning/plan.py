@@ -46,6 +46,7 @@ class PlanCriterionSettings(CriterionSettings):
     end: int = option(0, "timestep at which the cost ends, for kl", parse=cli.seed)
 
     def check(self) -> None:
+        super().check()
         if self.criterion != "kl" and (self.start is not None or self.end):
             raise ValueError("--start and --end go with --criterion kl")
 
@@ -95,6 +96,23 @@ class Planner:
             return f"kl, weight {chosen.kl_weight:g}, t = {self.start} to {chosen.end}"
         rule = f"{chosen.normalisation} normalisation, max_jump {chosen.max_jump}"
         return f"{chosen.criterion}, factor {chosen.factor}, {rule}"
+
+    @property
+    def meaning(self) -> str:
+        """What the optimum is optimal for, in words."""
+        if not self.is_kl:
+            what = {"dp_64": "the fine prediction", "dp_total": "both predictions"}[self.settings.criterion]
+            return f"least published cost: how strongly {what} of this network depends on the noise"
+        return "least denoising error, of this network on the images of this map, that the steps hold fixed"
+
+    @property
+    def variant(self) -> str:
+        """The criterion as a part of a file name; empty for the usual one."""
+        chosen, usual = self.settings, PlanCriterionSettings()
+        used = ("kl_weight", "start", "end") if self.is_kl else ("factor", "normalisation", "max_jump")
+        values = {name: getattr(chosen, name) for name in ("criterion", *used)}
+        words = [f"{name}-{value}" for name, value in values.items() if value != getattr(usual, name)]
+        return "".join(f"_{word.removeprefix('criterion-')}" for word in words)
 
     def cost(self, path: Path) -> float:
         """The criterion on any path of two scales."""

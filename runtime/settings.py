@@ -97,8 +97,11 @@ class Settings:
     def recorded(self) -> dict[str, Any]:
         """The settings that a checkpoint keeps, in plain types: tuples become lists."""
         chosen = (field.name for field in dataclasses.fields(self) if field.metadata["option"].recorded)
-        values = {name: getattr(self, name) for name in chosen}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return _plain({name: getattr(self, name) for name in chosen})
+
+    def given(self) -> dict[str, Any]:
+        """All settings without what followed from others, in plain types: what makes the same settings again."""
+        return _plain({field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | self._derived)
 
     @classmethod
     def absent(cls) -> dict[str, Any]:
@@ -109,6 +112,10 @@ class Settings:
     def __str__(self) -> str:
         """One line per setting, `  name = value`, in the order of the alphabet."""
         return lines_of(dataclasses.asdict(self))
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def lines_of(values: Mapping[str, Any]) -> str:
@@ -162,13 +169,21 @@ def parse_settings(
     argv: Sequence[str] | None = None,  # of the command line if None
     leave_out: Sequence[str] = (),  # settings without a flag
     allow_abbrev: bool = True,
+    stored: Callable[[dict[str, Any]], dict[str, Any]] | None = None,  # from values to those of flags not given
     **fixed: Any,  # settings without a flag, and their values
 ) -> S:
-    """The settings that the flags of a command give; a usage error ends it with one sentence and status 2."""
+    """The settings that the flags of a command give; a usage error ends it with one sentence and status 2.
+
+    Raises what `stored` raises.
+    """
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=allow_abbrev)
     _add_flags(parser, cls, {*fixed, *leave_out})
-    return _from_flags(parser, cls, vars(parser.parse_args(argv)), fixed)
+    values = vars(parser.parse_args(argv))
+    if stored is not None:
+        parser.set_defaults(**stored(values | fixed))
+        values = vars(parser.parse_args(argv))
+    return _from_flags(parser, cls, values, fixed)
 
 
 def parse_command(

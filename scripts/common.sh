@@ -47,6 +47,9 @@ wait_for() {
     done
 }
 
+# Whose results these are: a name for the run of both models gives it folders of its own.
+RUN=${RUN:-}                           # such as afhq_improved; empty: the published places
+
 # Data and training; the defaults are those of the Python scripts.
 DATASET=${DATASET:-huggan/AFHQv2}
 RESOLUTION=${RESOLUTION:-64}
@@ -88,9 +91,9 @@ EVAL_ARGS=${EVAL_ARGS:-}               # further flags of eval_fid_batch.py, suc
 PARALLEL=${PARALLEL:-}                 # scoring jobs at a time; empty: one per visible GPU, or one process for all
 
 # Places and hardware.
-CHECKPOINT_DIR=${CHECKPOINT_DIR:-checkpoints}
-RESULTS_DIR=${RESULTS_DIR:-results}
-LOG_DIR=${LOG_DIR:-logs}
+CHECKPOINT_DIR=${CHECKPOINT_DIR:-checkpoints${RUN:+/$RUN}}
+RESULTS_DIR=${RESULTS_DIR:-results${RUN:+/$RUN}}
+LOG_DIR=${LOG_DIR:-${RUN:+checkpoints/$RUN/}logs}
 CACHE_DIR=${CACHE_DIR:-cache}
 NUM_WORKERS=${NUM_WORKERS:-4}
 DEVICE=${DEVICE:-}                     # 0, cuda:1 or cpu; empty: the first GPU if there is one
@@ -102,6 +105,7 @@ hardware_flags=(--precision "$PRECISION" --num_workers "$NUM_WORKERS" --cache_di
 training_flags=(--dataset "$DATASET" --resolution "$RESOLUTION" --hidden_dims "$HIDDEN_DIMS" --epochs "$EPOCHS")
 training_flags+=(--batch_size "$BATCH_SIZE" --lr "$LR" --ema_decay "$EMA_DECAY" --save_every "$SAVE_EVERY")
 training_flags+=(--seed "$SEED" --output_dir "$CHECKPOINT_DIR" --log_dir "$LOG_DIR" "${hardware_flags[@]}")
+[[ -z $RUN ]] || training_flags+=(--run "$RUN")
 [[ -z $LIMIT ]] || training_flags+=(--limit "$LIMIT")
 criterion_flags=(--max_jump "$MAX_JUMP" --factor "$FACTOR" --normalisation "$NORMALISATION" --kl_weight "$KL_WEIGHT")
 path_flags=(--num_steps "$NUM_STEPS" "${criterion_flags[@]}")

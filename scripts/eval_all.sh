@@ -86,8 +86,10 @@ for weights in $WEIGHTS; do
     # shellcheck disable=SC2086
     if need_map $PATHS; then
         map=$(heatmap_name "$epoch" "$weights")
-        python plan_path.py --heatmap "$map" --output "$RESULTS_DIR/plan_$name" "${criterion_flags[@]}"
-        figures+=("$(basename "$map" .pth).png" "$(basename "$map" .pth)_maps.png" "plan_$name/*.png")
+        flags=(--heatmap "$map" "${criterion_flags[@]}")
+        [[ $FORCE == 0 ]] || flags+=(--force)
+        python plan_path.py "${flags[@]}"
+        figures+=("$(basename "$map" .pth).png" "$(basename "$map" .pth)_maps.png" "plan_$name*/*.png")
     fi
 done
 

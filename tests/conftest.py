@@ -112,7 +112,7 @@ def assert_same(one, other):
 
 def assert_same_run(folder, reference):
     """Same resume file, but for how it was come by, log and samples."""
-    ours, theirs = (read_checkpoint(place / LAST) | {"execution": {}} for place in (folder, reference))
+    ours, theirs = (read_checkpoint(place / LAST) | {"execution": {}, "settings": {}} for place in (folder, reference))
     assert_same(ours, theirs)
     for name in ("metrics.jsonl", "samples_4ep_fine.png", "samples_4ep_coarse.png"):
         assert (folder / LOG / name).read_bytes() == (reference / LOG / name).read_bytes()

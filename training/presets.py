@@ -34,6 +34,13 @@ def preset_values(preset: str, model_type: str, representation: str) -> dict[str
     return values | {"loss_weights": weights, "t_pairs": pairs}
 
 
+def preset_of(config: dict[str, Any]) -> str:
+    """The preset of a checkpoint's config: the one it names or, of those before there were names, the one it fits."""
+    named = config.get("preset")
+    fits = (name for name, values in PRESETS.items() if values["prediction_type"] == config.get("prediction_type"))
+    return named or next(fits, "published")
+
+
 def balanced_weights(representation: str) -> tuple[float, float]:
     """Weights of the losses of the fine and the coarse scale by their shares of all dimensions, of sum 1."""
     fine = REPRESENTATIONS[representation].fine_share

@@ -20,6 +20,7 @@ from runtime.safe_write import remove_temporaries, versions
 from runtime.settings import lines_of
 from training.memory import out_of_memory_message, peak_memory, training_memory
 from training.objective import LOSS_NAMES
+from training.resume import placed
 from training.run_log import RunLog
 from training.settings import TrainingSettings
 from training.stop import StopRequest
@@ -29,7 +30,7 @@ MIN_EPSILON_SNR = 1e-6  # Below it, the error of a noise prediction is amplified
 
 
 def describe(trainer: Trainer, images: ImageSet) -> str:
-    """What a run is, in one line, and what there is to know about it, in one line each."""
+    """What a run is and where it writes, in a line each, and what there is to know about it, in one line each."""
     parameters = sum(p.numel() for p in trainer.parameters)
     execution = trainer.execution
     details = [str(trainer.device), trainer.config["precision"]]
@@ -47,7 +48,8 @@ def describe(trainer: Trainer, images: ImageSet) -> str:
         f"{trainer.settings.resolution}x{trainer.settings.resolution}, {len(trainer.batches)} steps per epoch, "
         f"{', '.join(details)}"
     )
-    return "\n".join([line, *notes])
+    where = f"run {trainer.settings.run}: checkpoints in {trainer.last_file.parent}, logs in {trainer.log_dir}"
+    return "\n".join([line, where, *notes])
 
 
 def describe_dry_run(trainer: Trainer) -> str:
@@ -74,15 +76,19 @@ def train(settings: TrainingSettings) -> None:
     with StopRequest() as stop:
         processes = Processes(settings.device)
         choose_kernels(processes.device, settings.deterministic)
+        settings, notes = placed(settings)
         images = cli.load_training_images(settings)
         try:
             if settings.dry_run:
                 trainer = Trainer(settings, images, processes)
+                trainer.notes += notes
                 if processes.is_main:
                     print(describe(trainer, images), describe_dry_run(trainer), sep="\n")
             else:
                 with locked(settings) if processes.is_main else nullcontext():
-                    _run(Trainer(settings, images, processes), images, stop)
+                    trainer = Trainer(settings, images, processes)
+                    trainer.notes += notes
+                    _run(trainer, images, stop)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -131,7 +137,8 @@ def _run(trainer: Trainer, images: ImageSet, stop: StopRequest) -> None:
     with ExitStack() as stack:
         log = None
         if is_main:
-            log = RunLog(trainer.log_dir, trainer.step, trainer.identity, settings.wandb, trainer.unwritten_rows)
+            said = trainer.identity | {"run": settings.run}
+            log = RunLog(trainer.log_dir, trainer.step, said, settings.wandb, trainer.unwritten_rows)
             stack.callback(log.close)
             print(describe(trainer, images))
         bar = stack.enter_context(progress_bar(trainer, total_steps))

@@ -14,6 +14,7 @@ from checkpoint import MODEL_CLASSES
 from cli import CompileSettings, HardwareSettings, TrainingDataSettings
 from images.representation import REPRESENTATIONS
 from planning.regimes import check_regime, default_regime, parse_regime
+from runtime.runs import derived_name, is_same, resume_folder, run_name
 from runtime.settings import REQUIRED, Settings, option
 from scheduler import PREDICTION_TYPES, SCHEDULE_NAMES
 from training.presets import PRESETS, balanced_weights, preset_help, preset_values
@@ -44,16 +45,30 @@ class RunSettings(Settings):
     keep_last: int = option(2, "resume files kept, newest first", parse=cli.positive_int, metavar="K")
     max_bad_steps: int = option(20, "non-finite steps in a row that end a run", parse=cli.positive_int)
     log_every: int = option(50, "steps between rows of metrics.jsonl", parse=cli.positive_int)
-    output_dir: str = option("checkpoints", "checkpoints go here")
-    log_dir: str = option("logs", "metrics, TensorBoard and sample grids go to a folder here")
+    run: str | None = option(
+        None,
+        "name of this run: checkpoints and logs go to checkpoints/NAME, what is made with them to results/NAME (of "
+        "model, preset, resolution, data set and seed)",
+        parse=run_name,
+        metavar="NAME",
+        recorded=True,
+        absent=None,
+    )
+    output_dir: str | None = option(
+        None, "checkpoints go here (the folder of the run; what the published code can train: checkpoints)"
+    )
+    log_dir: str | None = option(
+        None, "metrics, TensorBoard and sample grids go to a folder here (logs in --output_dir, or beside checkpoints)"
+    )
     wandb: bool = option(False, "log to Weights & Biases too, if it is installed")
     dry_run: bool = option(False, "print what would be run and the memory it would take, and end")
     resume: str | None = option(
         None,
-        "continue from the _last.pth in --output_dir; with auto, start afresh if there is none",
-        choices=("required", "auto"),
+        "continue from the _last.pth of the run, or from that in the folder DIR with the settings it was trained with; "
+        "with auto, start afresh if there is none",
         nargs="?",
         const="required",
+        metavar="DIR",
     )
 
 
@@ -68,7 +83,13 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
 
     group = "training"
     model_type: str = option(REQUIRED, choices=tuple(MODEL_CLASSES), recorded=True)
-    preset: str = option("published", f"what the flags that are not given are: {preset_help()}", choices=tuple(PRESETS))
+    preset: str = option(
+        "published",
+        f"what the flags that are not given are: {preset_help()}",
+        choices=tuple(PRESETS),
+        recorded=True,
+        absent=None,
+    )
     epochs: int = option(2000, "passes over the data", parse=cli.positive_int, recorded=True)
     batch_size: int = option(64, "images per step, over all processes", parse=cli.positive_int, recorded=True)
     lr: float = option(1e-4, "AdamW learning rate", parse=cli.positive_float, shown="1e-4", recorded=True)
@@ -132,6 +153,12 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
     seed: int = option(42, "initial weights, order, noise, timesteps", parse=cli.seed, recorded=True)
 
     def check(self) -> None:
+        super().check()
+        if self.resume not in (None, "required", "auto"):
+            folder = resume_folder(self.resume)
+            if self.output_dir is not None and not is_same(self.output_dir, folder):
+                raise ValueError(f"--resume {self.resume} names the folder of the run; leave --output_dir out.")
+            self._derive(output_dir=str(folder), resume="required")
         predictions = MODEL_CLASSES[self.model_type].num_predictions
         preset = preset_values(self.preset, self.model_type, self.representation)
         self._derive(**{name: value for name, value in preset.items() if getattr(self, name) is None})
@@ -151,6 +178,19 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         if self.cuda_graphs and self.accumulate > 1:
             # A graph replayed for the second part would write over the gradients of the first.
             raise ValueError("--cuda_graphs and --accumulate exclude each other; leave one of them out.")
+        if self.run is None:
+            named = self.model_type, self.representation, self.preset, self.resolution, self.dataset, self.seed
+            self._derive(run=derived_name(*named))
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the name of the run was given."""
+        return "run" not in self._derived
+
+    @property
+    def is_published_kind(self) -> bool:
+        """Whether the published code trains such a model, for which it has a place."""
+        return self.preset == "published" and self.representation == "overcomplete"
 
     @property
     def follows(self) -> bool:

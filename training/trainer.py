@@ -47,7 +47,9 @@ TIMESTEP_BINS = 10
 GRID_IMAGES = 32
 GRID_STEPS = 18
 # What may differ between a run and its resumption; everything else in the config must be the same.
-FREE_KEYS = frozenset({"epochs", "dataset"})  # The data themselves are compared by their fingerprint.
+FREE_KEYS = frozenset(
+    {"epochs", "dataset", "run", "preset"}
+)  # Data are compared by fingerprint, presets by what they set.
 
 
 class Trainer:
@@ -333,6 +335,7 @@ class Trainer:
             "bad_steps": self.bad_steps,
             "unwritten_rows": self.unwritten_rows,
             "execution": self.execution,
+            "settings": self.settings.given(),
         }
         save_checkpoint(self.last_file, self.snapshot() | rest, self.settings.keep_last)
 
