@@ -148,9 +148,10 @@ def main() -> None:
         best = families[0]
         print(f"\n{nfe} calls: {describe_lead(best.path, planner.log_snr, planner.representation.image_lead)}")
         for family, path, cost in families:
-            excess = cost / best.cost - 1
+            # Of a cost below nothing there is no share.
+            excess = cost / best.cost - 1 if best.cost > 0 else None
             said = f"  {describe_cascade(path)}" if family == "best cascade" else ""
-            print(f"  {family:24s} cost {cost:12.6g}  excess {excess:8.2%}{said}")
+            print(f"  {family:24s} cost {cost:12.6g}  excess {'-' if excess is None else f'{excess:.2%}':>8}{said}")
             rows.append({"nfe": nfe, "family": family, "cost": cost, "excess": excess, "path": path.fingerprint()})
         for family, path, cost in families:
             if family not in SCHEDULES:

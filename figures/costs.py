@@ -25,10 +25,12 @@ def plot_cost_against_nfe(
     ylabel: str = "cost of the path",
     optimum: str | None = None,  # the family drawn thick
 ) -> None:
-    """Draw the cost of paths against the network evaluations they take, on logarithmic axes, one curve per family.
+    """Draw the cost of paths against the network evaluations they take, one curve per family.
 
-    Every NFE that occurs has a tick, and a number where there is room. Raises ValueError if there is no curve or an
-    empty one, for an NFE or a cost that is not positive and finite, and for an optimum that is not among the curves.
+    Axes are logarithmic, that of costs only if all are positive: where a network's errors fall with the noise of the
+    other scale, a path may cost less than nothing. Every NFE that occurs has a tick, and a number where there is room.
+    Raises ValueError if there is no curve or an empty one, for an NFE that is not positive, a cost that is not finite,
+    and for an optimum that is not among the curves.
     """
     save_figure(_cost_against_nfe_figure(curves, title, ylabel, optimum), file)
 
@@ -66,14 +68,18 @@ def _cost_against_nfe_figure(
     for k, (name, curve) in enumerate(curves.items()):
         nfes = sorted(curve)
         check_positive(f"an NFE of {name}", nfes)
-        costs = check_positive(f"a cost of {name}", [curve[nfe] for nfe in nfes])
+        costs = [curve[nfe] for nfe in nfes]
+        bad = [cost for cost in costs if not math.isfinite(cost)]
+        if bad:
+            raise ValueError(f"a cost of {name} is {bad[0]:g}; leave that path out")
         # Dozens of markers would hide the curve.
         marked = [m for m, nfe in enumerate(nfes) if len(nfes) <= 12 or nfe in labelled]
         look = (
             {"linewidth": 3, "markersize": 8, "zorder": 3} if name == optimum else {"linewidth": 1.4, "markersize": 5}
         )
         axes.plot(nfes, costs, label=name, markevery=marked, **look, **curve_style(k))
-    log_axis(axes)
+    if min(cost for curve in curves.values() for cost in curve.values()) > 0:
+        log_axis(axes)
     axes.set_xlabel(NFE_LABEL)
     axes.set_ylabel(ylabel)
     axes.grid(True)

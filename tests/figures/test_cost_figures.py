@@ -61,6 +61,14 @@ def test_costs_are_drawn_against_nfe_with_the_optimum_thick():
     assert sorted([*labels, *axes.get_xticks(minor=True)]) == list(range(6, 59))
 
 
+def test_costs_below_nothing_are_drawn_on_an_even_axis():
+    figure = figures.costs._cost_against_nfe_figure({"a": {4: -2.0, 8: 3.0}, "b": {4: 1.0}}, "title", "cost", "a")
+    (axes,) = figure.axes
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "linear")
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [(4, -2), (8, 3)])
+    assert axes.get_ylim()[0] < -2 and axes.get_ylim()[1] > 3
+
+
 def test_costs_that_cannot_be_drawn_are_refused(tmp_path):
     file = tmp_path / "figure.png"
     with pytest.raises(ValueError, match="no cost to draw"):
