@@ -238,8 +238,9 @@ def compute(
             different = [name for name, value in said.items() if content.get(name) != value]
             different += [name for name in ("seen_only",) if name in content.keys() - said.keys()]
             if different:
+                run = f" (it is of the run {content['run']})" if content.get("run") else ""
                 raise ValueError(
-                    f"{file} exists with another {', '.join(different)}; pass --force or another --output."
+                    f"{file} exists with another {', '.join(different)}{run}; pass --force or another --output."
                 )
             if processes.is_main:
                 print(f"the map of {file} has these settings and is kept")

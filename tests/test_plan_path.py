@@ -235,7 +235,7 @@ def test_the_interval_is_that_of_the_resampled_images(plan):
     assert float(cost) == pytest.approx(kl_path(*maps, 4, 1.0, bands=True)[1], rel=0.02)
     figures = {"cost.png", "paths.png", "density.png"}
     schedules = {f"schedule_{name}_{nfe}.json" for name in SCHEDULES.values() for nfe in (2, 4)}
-    assert list_files(folder).keys() == {"costs.csv", *figures, *schedules}
+    assert list_files(folder).keys() == {"settings.json", "costs.csv", *figures, *schedules}
 
 
 @pytest.mark.parametrize("criterion", ["dp_64", "dp_total"])
@@ -245,7 +245,7 @@ def test_published_criteria(stage, heatmap, tmp_path, criterion):
     output = stage(plan_path, *flags).output
     assert f"criterion: {criterion}, factor B, published normalisation, max_jump 5\n" in output
     assert "at most 5 cells per step" in output and "a replicate visits 100% of" in output
-    names = {"costs.csv", "cost.png", "paths.png", "density.png", "schedule_optimal_4.json"}
+    names = {"settings.json", "costs.csv", "cost.png", "paths.png", "density.png", "schedule_optimal_4.json"}
     assert list_files(folder).keys() == names
     costs = {family: row for (_, family), row in read_costs(folder).items()}
     assert not {"optimal diagonal", "best cascade", "published DP-64"} & costs.keys()
@@ -328,12 +328,13 @@ def test_one_call_leaves_no_choice(stage, heatmap, tmp_path):
 
 
 def test_the_default_folder_tells_model_epoch_and_weights(stage, heatmap, tmp_path):
-    output = stage(plan_path, "--heatmap", heatmap, "--nfe", 1, "--bootstrap", 0).output
+    save_heatmap("results/map.pth", load_heatmap(heatmap))
+    output = stage(plan_path, "--heatmap", "results/map.pth", "--nfe", 1, "--bootstrap", 0).output
     assert "schedules and figures in results/plan_7ep_ema\n" in output
     assert (tmp_path / "results/plan_7ep_ema/schedule_optimal_1.json").exists()
-    save_heatmap(tmp_path / "other.pth", load_heatmap(heatmap) | {"model_type": "single_t"})
-    output = stage(plan_path, "--heatmap", tmp_path / "other.pth", "--nfe", 1, "--bootstrap", 0).output
-    assert "schedules and figures in results/plan_single_t_7ep_ema\n" in output
+    save_heatmap(tmp_path / "a/other.pth", load_heatmap(heatmap) | {"model_type": "single_t"})
+    output = stage(plan_path, "--heatmap", tmp_path / "a/other.pth", "--nfe", 1, "--bootstrap", 0).output
+    assert f"schedules and figures in {tmp_path}/a/plan_single_t_7ep_ema\n" in output
 
 
 def without(*prefixes):
