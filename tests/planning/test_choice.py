@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from pathlib import Path as FilePath
 
 import numpy as np
 import pytest
@@ -226,7 +227,8 @@ def test_band_cost_of_these_tests_is_that_of_one_step_by_hand():
 
 def loaded(model_type="dual"):
     """A model as far as a path needs one."""
-    return LoadedModel(MODEL_CLASSES[model_type], SCHEDULER, {"model_type": model_type, "weights": "raw"}, "f" * 16)
+    config = {"model_type": model_type, "weights": "raw"}
+    return LoadedModel(MODEL_CLASSES[model_type], SCHEDULER, config, "f" * 16, FilePath("x.pth"))
 
 
 def chosen(text, model_type="dual", num_steps=8, spacing="uniform_t"):
