@@ -89,6 +89,11 @@ def list_files(folder: Path) -> dict[str, tuple[str, int]]:
     }
 
 
+def results_of(model_type: str) -> Path:
+    """Where results of tiny runs go, which have no name and are not in the published places."""
+    return Path(f"results/{model_type}-published-16px-synthetic-seed42")
+
+
 def read_log(folder, name="metrics.jsonl"):
     return [json.loads(line) for line in (folder / LOG / name).read_text().splitlines()]
 

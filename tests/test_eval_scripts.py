@@ -68,8 +68,7 @@ def test_everything_is_evaluated_with_the_defaults_of_the_stages(models):
     assert figures.keys() == {"scores", "samples", "paths"}
     assert len(figures["samples"]["inputs"]) == len(figures["paths"]["inputs"]) == len(generated) == 6
     [plan] = calls_of(commands, plan_path)
-    places = {"output": "results/plan_1000ep_raw"}
-    assert plan == defaults(plan_path, "--heatmap", "results/heatmap_30_1000ep.pth") | places
+    assert plan == defaults(plan_path, "--heatmap", "results/heatmap_30_1000ep.pth")
     assert calls_of(commands, aggregate_results) == [defaults(aggregate_results)]
     assert calls_of(commands, report) == [defaults(report)]
     # Maps first, then all scores in one call, and what shows them last.
@@ -90,7 +89,7 @@ def test_flags_of_eval_all_reach_every_stage(models):
     for call in calls_of(commands, generate_with_path_30):
         assert call["ema"] and call["force"] and call["heatmap"] == "results/heatmap_30_9ep_ema.pth"
     [plan] = calls_of(commands, plan_path)
-    assert plan["heatmap"] == "results/heatmap_30_9ep_ema.pth" and plan["output"] == "results/plan_9ep_ema"
+    assert plan["heatmap"] == "results/heatmap_30_9ep_ema.pth" and plan["force"]
 
 
 # A figure of scores needs a number of steps that was scored.
@@ -111,8 +110,8 @@ def test_both_kinds_of_weights_and_several_numbers_of_steps(models, figured, nfe
         (ema, path_type) for ema in (False, True) for path_type in ("diagonal", "diagonal", "kl")
     ]
     assert {call["num_steps"] for call in generated} == {int(figured)}
-    plans = [call["output"] for call in calls_of(commands, plan_path)]
-    assert plans == ["results/plan_9ep_raw", "results/plan_9ep_ema"]
+    plans = [call["heatmap"] for call in calls_of(commands, plan_path)]
+    assert plans == ["results/heatmap_30_9ep.pth", "results/heatmap_30_9ep_ema.pth"]
     figures = calls_of(commands, make_figures)
     assert Counter(call["figure"] for call in figures) == {"scores": 1, "samples": 2, "paths": 2}
     [scores] = [call for call in figures if call["figure"] == "scores"]

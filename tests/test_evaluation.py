@@ -30,7 +30,7 @@ import generate_with_path_30
 import train_lift
 from checkpoint import build_model, load_model, read_checkpoint, save_checkpoint
 from children import FORKS
-from conftest import MEASURED, SCORED, list_files, run_stage
+from conftest import MEASURED, SCORED, list_files, results_of, run_stage
 from data import fingerprint_array, load_images, split_holdout
 from evaluation import jobs as jobs_module
 from evaluation import scoring
@@ -377,7 +377,7 @@ def test_ablations_have_a_row_for_every_feed_and_path(stage, run, others, tmp_pa
         words = ["--checkpoint", others / "single_t_2ep.pth", "--path_type", path_type, "--coarse_from", feed]
         words += ["--heatmap", tmp_path / "maps/heatmap_4_single_t_2ep.pth", "--num_images", 12, "--num_steps", 4]
         stage(generate_with_path_30, *words, "--device", "cpu", "--precision", "fp32")
-        folder = tmp_path / f"results/samples/single_t_2ep_raw_{path_type}_4_{feed}"
+        folder = results_of("dual") / f"samples/single_t_2ep_raw_{path_type}_4_{feed}"
         expected = sliced_wasserstein(run.images(), images_in(folder))[16]
         assert float(row["swd"]) == pytest.approx(expected, abs=1e-3)
     said = f"single_t_2ep.pth raw dp_64 coarse from noisy 4 steps seed 42: swd level 16 px {float(rows[3]['swd']):.5g}"

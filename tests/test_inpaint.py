@@ -10,7 +10,7 @@ from PIL import Image
 import inpaint
 import train_lift
 from checkpoint import load_model
-from conftest import HARDWARE, STEPS
+from conftest import HARDWARE, STEPS, results_of
 from data import coarse, load_images, read_png, save_png, split_holdout, to_float, to_uint8
 from diffusion.sampler import COARSE_FEEDS, coarse_feed, sample_seeds, scale_shapes
 from diffusion.super_resolution import make_consistent, noise_seeds, super_resolution_path, super_resolve
@@ -471,7 +471,7 @@ def test_a_folder_is_painted_below_a_coarse_mask(stage, refused, run, tmp_path):
     )
     flags = flags_of(run.lift, run, "--input", "mine", "--mask", "mask.png", "--schedule", "path.json", "--ema")
     ended = stage(inpaint, *flags)
-    folder = tmp_path / "results/inpainting/lift_dual_timestep_2ep_ema_hand-made_3_mask_mine"
+    folder = results_of("dual") / "inpainting/lift_dual_timestep_2ep_ema_hand-made_3_mask_mine"
     assert "3 new with 5 network calls each" in ended.output and "path hand-made" in ended.output
     made = torch.stack([read_png(folder / f"{name}_42.png") for name in "abc"])
     apart = (coarse(made.double()) - coarse(pixels.double())).abs()

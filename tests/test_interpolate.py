@@ -9,7 +9,7 @@ from PIL import Image
 
 import generate_with_path_30
 import interpolate
-from conftest import HARDWARE, STEPS
+from conftest import HARDWARE, STEPS, results_of
 from data import coarse, read_png
 from diffusion.sampler import COARSE_FEEDS, coarse_feed, sample, sample_seeds, scale_shapes
 from interpolate import slerp
@@ -201,7 +201,7 @@ def test_the_first_and_last_frames_are_images_of_the_stage_that_generates(stage,
     stage(generate_with_path_30, *flags)
     expected = [read_png(tmp_path / f"images/00004200000{k}.png") for k in range(2)]
     stage(interpolate, *flags_of(checkpoint, "--frames", 2, "--at", 2))
-    [folder] = (tmp_path / "results/interpolation").iterdir()
+    [folder] = (results_of("dual" if model == "lift" else model) / "interpolation").iterdir()
     assert folder.name == f"{checkpoint.stem}_raw_diagonal_4_42000000_42000001_at2"
     assert all(torch.equal(one, other) for one, other in zip(frames_in(folder), expected, strict=True))
 

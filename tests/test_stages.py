@@ -29,7 +29,7 @@ import report
 import train_baseline
 import train_lift
 from checkpoint import build_model, load_model, read_checkpoint, save_checkpoint
-from conftest import HARDWARE, MEASURED, ROOT, STEPS, assert_same, list_files, run_stage
+from conftest import HARDWARE, MEASURED, ROOT, STEPS, assert_same, list_files, results_of, run_stage
 from data import load_images
 from evaluation.results_table import append_row, read_rows
 from paths.families import diagonal
@@ -140,9 +140,9 @@ def test_default_names_tell_epoch_and_weights(stage, run, tmp_path, drawn):
     flags = run.heatmap_flags("unused")
     place = flags.index("--output")
     stage(compute_heatmap_30, *flags[:place], *flags[place + 2 :], "--ema")
-    assert load_heatmap(tmp_path / "results/heatmap_4_2ep_ema.pth")["weights"] == "ema"
+    assert load_heatmap(results_of("dual") / "heatmap_4_2ep_ema.pth")["weights"] == "ema"
     stage(generate_with_path_30, "--checkpoint", run.baseline, "--num_images", 1, *STEPS, *HARDWARE)
-    assert (tmp_path / f"results/samples/baseline_2ep_raw_diagonal_4/{FIRST_SEED:012d}.png").exists()
+    assert (results_of("baseline") / f"samples/baseline_2ep_raw_diagonal_4/{FIRST_SEED:012d}.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_a_heatmap_of_the_fine_prediction_alone(stage, run, untrained, tmp_path,
     place = flags.index("--output")
     flags = [*flags[:place], *flags[place + 2 :], "--checkpoint", untrained(model_type)]
     stage(compute_heatmap_30, *flags)
-    file = tmp_path / f"results/heatmap_4_{model_type}_2ep.pth"
+    file = results_of("dual") / f"heatmap_4_{model_type}_2ep.pth"  # Its config is the dual model's.
     content = load_heatmap(file)
     assert content["model_type"] == model_type and content["jacobian"].keys() == {"HH", "HL"}
     assert not [name for name in content if "_32" in name and name not in ("num_pixels_32", "num_dims_32")]
@@ -466,7 +466,7 @@ def test_two_processes_compute_one_heatmap(run, tmp_path):
 
 def test_plot_only_needs_a_whole_heatmap(refused, run, tmp_path):
     file = tmp_path / "map.pth"
-    refused(compute_heatmap_30, "--plot_only", says=("--output",), status=2)
+    refused(compute_heatmap_30, "--plot_only", says=("--checkpoint FILE or --run NAME",), status=2)
     refused(compute_heatmap_30, "--output", file, says=("--checkpoint",), status=2)
     refused(compute_heatmap_30, "--plot_only", "--output", file, says=(file, "does not exist"))
     file.write_bytes(run.heatmap.read_bytes()[:-100])
@@ -594,11 +594,12 @@ def test_default_folders_tell_the_parameters_of_a_path_and_the_feed(stage, refus
     torch.save(content, "no_t_2ep.pth")
     ablation = ["--checkpoint", "no_t_2ep.pth", *flags]
     made = stage(generate_with_path_30, "--checkpoint", run.lift, *flags).output
-    plan = Path("results/samples/lift_dual_timestep_2ep_raw_lead_2_4/schedule.json")
+    samples = results_of("dual") / "samples"
+    plan = samples / "lift_dual_timestep_2ep_raw_lead_2_4/schedule.json"
     stage(generate_with_path_30, *ablation, "--path_type", f"schedule:{plan}", "--num_steps", 9)
     for feed in ("x0", "noisy"):
         stage(generate_with_path_30, *ablation, "--coarse_from", feed, "--trajectory")
-    folders = {path.name: path for path in Path("results/samples").iterdir()}
+    folders = {path.name: path for path in samples.iterdir()}
     lift, no_t = "lift_dual_timestep_2ep_raw", "no_t_2ep_raw"
     kinds = ("cascade_2_1", "cascade_best", "shift_-1.5", "lead_2", "heuristic_0.8", "diagonal")
     names = {f"{lift}_{kind}_4" for kind in kinds} | {f"{no_t}_diagonal_4_{feed}" for feed in ("x0", "noisy")}
@@ -976,8 +977,18 @@ def parsed(command):
     return module, {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
+# What scripts name, although the stages would find it.
+SAID = dict.fromkeys((train_baseline, train_lift), {"output_dir": "checkpoints", "log_dir": "logs"})
+SAID[eval_fid_batch] = {
+    "model_type": ["baseline", "lift"],
+    "checkpoint_dir": "checkpoints",
+    "heatmap_dir": "results",
+    "output": "results/fid_results.csv",
+}
+
+
 def defaults(module, *required):
-    return parsed([f"{module.__name__}.py", *required])[1]
+    return parsed([f"{module.__name__}.py", *required])[1] | SAID.get(module, {})
 
 
 def test_scripts_train_with_the_defaults_of_the_stages(checkout):

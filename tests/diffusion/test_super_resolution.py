@@ -14,7 +14,7 @@ import generate_sr
 import image_folder
 import train_lift
 from checkpoint import load_model
-from conftest import HARDWARE, STEPS
+from conftest import HARDWARE, STEPS, results_of
 from data import coarse, load_images, read_png, save_png, split_holdout, to_float, to_uint8
 from diffusion import super_resolution
 from diffusion.sampler import IMAGES_PER_SEED, image_seeds
@@ -446,7 +446,7 @@ def test_images_of_training_come_with_a_note(stage, run, tmp_path):
 
 
 def scores_of_default(folder):
-    return scores_of(folder / "results/super_resolution/lift_dual_timestep_2ep_ema_4")
+    return scores_of(folder / results_of("dual") / "super_resolution/lift_dual_timestep_2ep_ema_4")
 
 
 def test_another_data_set_may_be_measured(stage, run, tmp_path):
@@ -474,7 +474,8 @@ def test_a_folder_is_enlarged(stage, run, held_out, tmp_path):
     deviation = float(expected["lift consistent"]["mean_deviation"])
     assert mean_deviation(made, given).max().item() == pytest.approx(deviation, abs=1e-4)
     stage(generate_sr, *flags, "--no_consistency", "--batch_size", 3)
-    raw = [read_png(tmp_path / f"results/super_resolution/lift_dual_timestep_1ep_raw_4_small/{n}.png") for n in "abcd"]
+    folder = tmp_path / results_of("dual") / "super_resolution/lift_dual_timestep_1ep_raw_4_small"
+    raw = [read_png(folder / f"{n}.png") for n in "abcd"]
     assert image_quality(torch.stack(raw), originals).psnr.mean().item() == pytest.approx(
         float(expected["lift"]["psnr"]), abs=1e-4
     )

@@ -24,7 +24,7 @@ def test_without_a_preset_a_run_is_as_published(trainer):
     config = trainer().config
     assert (config["prediction_type"], config["beta_schedule"]) == ("epsilon", "cosine_clipped")
     assert (config["t_pairs"], config["loss_weights"]) == ("independent", [1.0, 1.0])
-    assert config["representation"] == "overcomplete" and "preset" not in config
+    assert config["representation"] == "overcomplete" and config["preset"] == "published"
 
 
 def test_an_improved_run(trainer):
