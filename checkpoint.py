@@ -21,7 +21,9 @@ from torch import nn
 
 from baseline_model import BaselineModel
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
+from networks.ema import USUAL_RAMPUP, ema_note
 from runtime.device import memory_format
+from runtime.reports import say_once
 from runtime.runs import hint_at_runs, places, results_of
 from runtime.safe_write import replacing, versions
 from scheduler import DDIMScheduler
@@ -243,9 +245,10 @@ class LoadedModel(NamedTuple):
 def load_model(file: str | os.PathLike, ema: bool = False, device: torch.device | str = "cpu") -> LoadedModel:
     """The model a checkpoint describes, frozen, in eval mode on `device`, with raw or EMA weights.
 
-    Its config also holds `epoch`, `step` and `weights`, and `regime_state` where a regime has one. Raises what
-    `read_checkpoint` raises, and ValueError if `ema` is asked of a file without EMA weights or if the weights do not
-    fit the model of the config.
+    Its config also holds `epoch`, `step` and `weights`, and `regime_state` where a regime has one. Prints a warning,
+    once per file, if EMA weights are largely the initial ones (`networks.ema.ema_note`). Raises what `read_checkpoint`
+    raises, and ValueError if `ema` is asked of a file without EMA weights or if the weights do not fit the model of the
+    config.
     """
     content = read_checkpoint(file)
     state = content["ema_state" if ema else "model_state"]
@@ -264,5 +267,10 @@ def load_model(file: str | os.PathLike, ema: bool = False, device: torch.device 
         scheduler = build_scheduler(config)
     except (KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"Checkpoint {file} does not fit the model its config describes; it is damaged.") from error
+    if ema and (note := ema_note(config, config["step"])):
+        say_once(
+            f"warning: {file}: {note}; use the raw weights, train longer, or train with --ema_rampup_ratio "
+            f"{USUAL_RAMPUP}"
+        )
     model = model.to(device, memory_format=memory_format(torch.device(device))).eval().requires_grad_(False)
     return LoadedModel(model, scheduler, config, weights_fingerprint(state), Path(file))

@@ -24,8 +24,8 @@ from runtime.settings import REQUIRED, option, parse_settings
 # Other entries of a checkpoint's config may hold places on the machine that trained.
 TRAINING_KEYS = (
     "limit", "holdout", "resize_filter", "background", "skip_bad_images", "flip", "data_fingerprint", "epochs",
-    "batch_size", "lr", "lr_schedule", "weight_decay", "grad_clip", "ema_decay", "t_pairs", "loss_weights",
-    "min_snr_gamma", "seed", "precision", "epoch", "step", "weights",
+    "batch_size", "lr", "lr_schedule", "weight_decay", "grad_clip", "ema_decay", "ema_rampup_ratio", "t_pairs",
+    "loss_weights", "min_snr_gamma", "seed", "precision", "epoch", "step", "weights",
 )  # fmt: skip
 HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 

@@ -7,7 +7,6 @@ import errno
 import functools
 import io
 import os
-import sys
 import threading
 import zipfile
 from collections import Counter
@@ -17,6 +16,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
+
+from runtime.reports import say_once
 
 ORIENTATION = 0x0112  # The number of this tag in EXIF.
 TURNS = {
@@ -187,18 +188,11 @@ class Archives:
                 raise UnreadableImageError(str(error) or type(error).__name__) from error
 
 
-@functools.cache
-def note(text: str) -> None:
-    """Say something on stderr, once per run and by its first process."""
-    if os.environ.get("RANK", "0") in ("", "0"):
-        print(f"note: {text}", file=sys.stderr)
-
-
 def report_left_out(place: str | os.PathLike, left_out: Counter[str]) -> None:
     """One line with how many files of `place` are left out and why."""
     if left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
-        note(f"{left_out.total()} of the files of '{place}' are left out: {reasons}")
+        say_once(f"note: {left_out.total()} of the files of '{place}' are left out: {reasons}")
 
 
 def parse_colour(text: str) -> tuple[int, int, int]:

@@ -16,11 +16,11 @@ from images.reading import (
     find_images,
     find_members,
     is_split,
-    note,
     read_bytes,
     read_image,
     report_left_out,
 )
+from runtime.reports import say_once
 
 # Files by which `datasets` knows what it saved to a folder, all of one line.
 SAVED = (("state.json", "dataset_info.json"), ("dataset_dict.json",))
@@ -50,7 +50,10 @@ def _image_files(folder: Path, leave_out: frozenset[str]) -> list[Path] | list[M
         chosen = _training_part(places, left_out)
         if "train" in tops and not is_split(tops):
             others = ", ".join(sorted(tops - {"train"})[:3])
-            note(f"'{folder / 'train'}' is read as one folder among others ({others}); name it if it alone is meant")
+            say_once(
+                f"note: '{folder / 'train'}' is read as one folder among others ({others}); name it if it alone is "
+                "meant"
+            )
         report_left_out(folder, +left_out)
         return [file for file, keep in zip(files, chosen, strict=True) if keep]
     members = _members(folder, found.archives, left_out)

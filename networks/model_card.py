@@ -125,7 +125,7 @@ def _training_section(config: dict[str, Any]) -> str:
     ]  # fmt: skip
     said = config | {
         "made": "drawn by LIFT at" if config.get("dataset") == "synthetic" else "resized and cropped at the centre to",
-        "ema": f"decay {config['ema_decay']:g} per step" if config.get("ema_decay") else "none",
+        "ema": _ema(config),
         "weighed": ", ".join(f"{weight:g}" for weight in config.get("loss_weights") or ()),
         "flip": "yes" if config.get("flip") else "no",
         "weights": {"raw": "raw", "ema": "EMA"}.get(config.get("weights")),
@@ -140,6 +140,13 @@ def _training_section(config: dict[str, Any]) -> str:
     if not lines:
         return "How these weights were trained is not recorded."
     return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _ema(config: dict[str, Any]) -> str:
+    if not config.get("ema_decay"):
+        return "none"
+    ratio = config.get("ema_rampup_ratio")
+    return f"decay {config['ema_decay']:g} per step" + (f", half-life at most {ratio:g} of the steps" if ratio else "")
 
 
 def model_card(config: dict[str, Any], num_parameters: int) -> str:

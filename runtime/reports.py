@@ -1,10 +1,19 @@
-"""Reports of benchmarks and studies: Markdown tables, printed, and written as a whole."""
+"""What is reported to people: lines on stderr, said once, and Markdown tables of benchmarks and studies."""
 
+import functools
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from runtime.safe_write import replacing
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Print a line, such as `note: ...`, on stderr, once per run and by its first process."""
+    if os.environ.get("RANK", "0") in ("", "0"):
+        print(line, file=sys.stderr)
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:

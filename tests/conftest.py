@@ -26,6 +26,7 @@ import train_lift
 from checkpoint import read_checkpoint
 from data import load_images
 from runtime.distributed import Processes
+from runtime.reports import say_once
 from runtime.settings import parse_settings
 from training.settings import TrainingSettings
 from training.trainer import Trainer
@@ -66,6 +67,7 @@ def run_stage(module, *flags) -> Ended:
     """Run `module` as a script with these flags, in this process, with its output captured."""
     out, err = io.StringIO(), io.StringIO()
     command = [f"{module.__name__}.py", *map(str, flags)]
+    say_once.cache_clear()
     with mock.patch.object(sys, "argv", command), mock.patch.dict(os.environ):
         os.environ.pop("LIFT_DEBUG", None)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -17,7 +17,9 @@ from checkpoint import (
     save_checkpoint,
     weights_fingerprint,
 )
+from conftest import ROOT
 from runtime.device import select_device
+from runtime.reports import say_once
 from runtime.safe_write import replacing
 
 
@@ -107,6 +109,34 @@ def test_raw_and_ema_have_fingerprints_of_their_own(file):
     raw, ema = load_model(file), load_model(file, ema=True)
     assert raw.fingerprint != ema.fingerprint
     assert load_model(file).fingerprint == raw.fingerprint and len(raw.fingerprint) == 16
+
+
+@pytest.mark.parametrize(("decay", "ratio", "share"), [(0.99, None, "30%"), (0.9, None, ""), (0.9999, 0.05, "")])
+def test_ema_weights_of_a_short_run_come_with_a_warning(tmp_path, capsys, monkeypatch, decay, ratio, share):
+    files = [tmp_path / "a.pth", tmp_path / "b.pth"]
+    more = {} if ratio is None else {"ema_rampup_ratio": ratio}
+    for file in files:
+        save_checkpoint(file, content(ema_decay=decay, **more))
+    load_model(files[0])
+    assert capsys.readouterr().err == ""
+    for file in (*files, files[0]):
+        load_model(file, ema=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (2 if share else 0)  # Once for each file.
+    for file, line in zip(files, lines, strict=False):
+        assert line.startswith(f"warning: {file}: the EMA weights still hold {share} of the initial weights after 120 ")
+        assert "--ema_rampup_ratio 0.05" in line and "raw weights" in line
+    say_once.cache_clear()
+    monkeypatch.setenv("RANK", "1")
+    load_model(files[0], ema=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_ema_weights_are_read_in_one_place():
+    # So that no stage samples, maps or scores them without that warning.
+    files = [file for pattern in ("*.py", "*/*.py") for file in ROOT.glob(pattern) if file.parent.name != "tests"]
+    assert len(files) > 50
+    assert {file.name for file in files if "ema_state" in file.read_text()} == {"checkpoint.py", "trainer.py"}
 
 
 def test_a_fingerprint_follows_names_and_values_alone():

@@ -16,8 +16,8 @@ ROOT_MODULES = {
 # Room by room, from the bottom: those right below it. It may import what these may, too.
 BELOW = {
     "runtime": (),
-    "images": (),
-    "networks": ("images", "runtime"),
+    "images": ("runtime",),
+    "networks": ("images",),
     "paths": ("runtime",),
     "networks and process": ("networks",),
     "diffusion": ("networks and process", "paths"),

@@ -4,18 +4,21 @@ from typing import Any
 
 from checkpoint import MODEL_CLASSES
 from images.representation import REPRESENTATIONS
+from networks.ema import USUAL_RAMPUP
 
 PRESETS: dict[str, dict[str, Any]] = {
     "published": {
         "prediction_type": "epsilon",
         "beta_schedule": "cosine_clipped",
         "loss_weights": (1.0, 1.0),
+        "ema_rampup_ratio": 0.0,
         "t_pairs": {"overcomplete": "independent", "residual": "independent"},
     },
     "improved": {
         "prediction_type": "v",
         "beta_schedule": "cosine",
         "loss_weights": "auto",
+        "ema_rampup_ratio": USUAL_RAMPUP,
         "t_pairs": {"overcomplete": "band:diagonal,1", "residual": "band:image,1"},
     },
 }
@@ -54,6 +57,7 @@ def preset_help() -> str:
         weights, pairs = preset["loss_weights"], preset["t_pairs"]
         weights = weights if isinstance(weights, str) else ",".join(f"{weight:g}" for weight in weights)
         pairs = " or ".join(f"{regime} ({kind})" for kind, regime in pairs.items())
-        flags = f"--prediction_type {preset['prediction_type']} --beta_schedule {preset['beta_schedule']}"
+        names = ("prediction_type", "beta_schedule", "ema_rampup_ratio")
+        flags = " ".join(f"--{name} {preset[name] or 0}" for name in names)
         texts.append(f"{name}: {flags} --loss_weights {weights}, for dual models --t_pairs {pairs}")
     return "; ".join(texts)

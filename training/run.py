@@ -14,6 +14,7 @@ from tqdm import tqdm
 import cli
 from checkpoint import FILE_STEMS
 from data import ImageSet
+from networks.ema import USUAL_RAMPUP, ema_note
 from runtime.device import choose_kernels, is_out_of_memory
 from runtime.distributed import Processes
 from runtime.safe_write import remove_temporaries, versions
@@ -43,6 +44,8 @@ def describe(trainer: Trainer, images: ImageSet) -> str:
             f"warning: at t=999 schedule '{trainer.settings.beta_schedule}' has so little signal that a noise "
             "prediction says nothing of the image there; --prediction_type v does."
         )
+    if trainer.ema is not None and (note := ema_note(trainer.config, trainer.settings.epochs * len(trainer.batches))):
+        notes.append(f"warning: {note}; pass --ema_rampup_ratio {USUAL_RAMPUP}, or a lower --ema_decay.")
     line = (
         f"{trainer.model_type}: {parameters:,} parameters, {len(images)} images of '{images.name}' at "
         f"{trainer.settings.resolution}x{trainer.settings.resolution}, {len(trainer.batches)} steps per epoch, "

@@ -13,6 +13,7 @@ import cli
 from checkpoint import MODEL_CLASSES
 from cli import CompileSettings, HardwareSettings, TrainingDataSettings
 from images.representation import REPRESENTATIONS
+from networks.ema import USUAL_RAMPUP
 from planning.regimes import check_regime, default_regime, parse_regime
 from runtime.runs import derived_name, is_same, resume_folder, run_name
 from runtime.settings import REQUIRED, Settings, option
@@ -97,6 +98,15 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
     weight_decay: float = option(0.01, "AdamW weight decay", parse=cli.unit_interval, recorded=True)
     grad_clip: float = option(1.0, "largest gradient norm", parse=cli.positive_float, recorded=True)
     ema_decay: float = option(0.9999, "EMA decay per step; 0 keeps no EMA", parse=cli.unit_interval, recorded=True)
+    ema_rampup_ratio: float | None = option(
+        None,
+        f"half-life of the EMA as a share of the steps so far, at most; {USUAL_RAMPUP} is usual, 0 leaves it to "
+        "--ema_decay (that of the preset)",
+        parse=cli.unit_interval,
+        metavar="RATIO",
+        recorded=True,
+        absent=0.0,
+    )
     hidden_dims: tuple[int, ...] = option(
         (64, 128, 256, 512), "channels per level", parse=cli.hidden_dims, recorded=True
     )

@@ -23,6 +23,7 @@ from checkpoint import FILE_STEMS, build_model, build_scheduler, checkpoint_file
 from data import ImageSet, TwoScaleBatches, to_float, to_uint8
 from diffusion.sampler import coarse_feed, image_seeds, sample_seeds, scale_shapes
 from figures.images import save_image_grid
+from networks.ema import ema_decay_after
 from paths.families import diagonal, log_snr_shift
 from paths.schedule_file import save_schedule
 from planning.regimes import TimestepPairs, parse_regime, resolve_regime
@@ -117,7 +118,6 @@ class Trainer:
         self.parameters = list(self.model.parameters())
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if settings.ema_decay > 0 else None
         self.ema_parameters = [] if self.ema is None else list(self.ema.parameters())
-        self.update_ema = get_ema_multi_avg_fn(settings.ema_decay)
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
@@ -240,7 +240,8 @@ class Trainer:
 
     def _average(self) -> None:
         if self.ema is not None:
-            self.update_ema(self.ema_parameters, self.parameters, self.step)
+            decay = ema_decay_after(self.step, self.settings.ema_decay, self.settings.ema_rampup_ratio)
+            get_ema_multi_avg_fn(decay)(self.ema_parameters, self.parameters, self.step)
 
     def train_step(self, x_64: torch.Tensor, x_32: torch.Tensor) -> dict[str, torch.Tensor]:
         """One optimizer and EMA step on all images of the step; returns the mean losses and the gradient norm.

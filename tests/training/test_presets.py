@@ -4,6 +4,7 @@ import torch
 import train_baseline
 import train_lift
 from checkpoint import checkpoint_file, read_checkpoint, save_checkpoint
+from conftest import LAST, RUN, assert_same
 from training.presets import PRESETS, balanced_weights, preset_help
 from training.settings import TrainingSettings
 
@@ -25,20 +26,24 @@ def test_without_a_preset_a_run_is_as_published(trainer):
     assert (config["prediction_type"], config["beta_schedule"]) == ("epsilon", "cosine_clipped")
     assert (config["t_pairs"], config["loss_weights"]) == ("independent", [1.0, 1.0])
     assert config["representation"] == "overcomplete" and config["preset"] == "published"
+    assert config["ema_rampup_ratio"] == 0
 
 
 def test_an_improved_run(trainer):
     run = trainer("--preset", "improved")
     assert (run.scheduler.prediction_type, run.scheduler.beta_schedule) == ("v", "cosine")
+    assert run.config["ema_rampup_ratio"] == 0.05
     assert run.config["t_pairs"] == "band:diagonal,1" and run.config["loss_weights"] == pytest.approx([0.8, 0.2])
 
 
 def test_flags_win_over_a_preset(trainer):
     flags = ("--t_pairs", "same", "--loss_weights", "1,3", "--prediction_type", "epsilon", "--beta_schedule", "linear")
+    flags += ("--ema_rampup_ratio", "0")
     for order in (("--preset", "improved", *flags), (*flags, "--preset", "improved")):
         config = trainer(*order).config
         assert (config["prediction_type"], config["beta_schedule"]) == ("epsilon", "linear")
         assert (config["t_pairs"], config["loss_weights"]) == ("same", [1.0, 3.0])
+        assert config["ema_rampup_ratio"] == 0
 
 
 def test_improved_models_of_other_types(stage, tiny, cache, tmp_path):
@@ -70,7 +75,8 @@ def test_a_preset_is_what_it_sets(stage, refused, tiny, cache, tmp_path):
     last = checkpoint_file(tmp_path / "checkpoints", "dual", "last")
     refused(train_lift, *flags, "--resume", says=["resume with the same value"])
     spelt = ["--prediction_type", "v", "--beta_schedule", "cosine", "--loss_weights", "0.8,0.2"]
-    stage(train_lift, *flags, "--resume", *spelt, "--t_pairs", "band:diagonal,1", "--epochs", 3)
+    spelt += ["--ema_rampup_ratio", 0.05, "--t_pairs", "band:diagonal,1"]
+    stage(train_lift, *flags, "--resume", *spelt, "--epochs", 3)
     assert read_checkpoint(last)["epoch"] == 3
 
 
@@ -86,6 +92,31 @@ def test_runs_from_before_there_were_representations_go_on_over_complete(stage, 
     assert read_checkpoint(last)["config"]["representation"] == "overcomplete"
 
 
+def test_runs_from_before_there_was_a_ramp_up_go_on_without(stage, refused, tiny, cache, tmp_path, straight):
+    flags = [*tiny(tmp_path), "--cache_dir", cache, *RUN]
+    stage(train_lift, *flags)
+    content = read_checkpoint(tmp_path / LAST)
+    del content["config"]["ema_rampup_ratio"]
+    save_checkpoint(tmp_path / LAST, content)
+    flags += ["--resume", "--epochs", 4]
+    refused(train_lift, *flags, "--ema_rampup_ratio", 0.05, says=["ema_rampup_ratio = 0.0, not 0.05", "same value"])
+    stage(train_lift, *flags)
+    assert_same(*(read_checkpoint(place / LAST)["ema_state"] for place in (tmp_path, straight())))
+
+
+def test_a_run_too_short_for_its_ema_is_pointed_out(stage, tiny, cache, tmp_path):
+    flags = [*tiny(tmp_path), "--cache_dir", cache, "--dry_run"]  # Six steps.
+    for more, said in (
+        ((), "warning: the EMA weights still hold 100% of the initial weights after 6 steps at decay 0.9999"),
+        (("--ema_decay", 0.9), "hold 53% of the initial weights after 6 steps"),
+        (("--ema_decay", 0.6), None),
+        (("--ema_decay", 0), None),
+        (("--preset", "improved"), None),
+    ):
+        output = stage(train_lift, *flags, *more).output
+        assert ("EMA weights" in output) == (said is not None) and (said or "") in output
+
+
 @pytest.mark.parametrize("model", ["single_t", "no_t"])
 def test_a_model_of_one_prediction_has_no_residual_image(refused, tiny, cache, tmp_path, model):
     flags = [*tiny(tmp_path), "--cache_dir", cache, "--model", model, "--representation", "residual"]
@@ -98,8 +129,8 @@ def test_help_says_what_presets_set(stage, script):
     # Lines are broken within words that hold a hyphen.
     assert preset_help().replace(" ", "") in words.replace(" ", "")
     for preset in PRESETS.values():
-        for name in ("prediction_type", "beta_schedule"):
-            assert f"--{name} {preset[name]}" in preset_help()
+        for name in ("prediction_type", "beta_schedule", "ema_rampup_ratio"):
+            assert f"--{name} {preset[name] or 0}" in preset_help()
 
 
 def test_a_preset_counts_anew_in_a_copy():

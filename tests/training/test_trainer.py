@@ -225,6 +225,24 @@ def test_ema_is_the_recursion_computed_by_hand(trainer):
     assert distance > 1 and not any(p.requires_grad for p in run.ema.parameters())
 
 
+def test_ema_that_ramps_up_is_a_weighted_sum_of_the_weights_of_all_steps(trainer):
+    run = trainer("--ema_decay", "0.8", "--ema_rampup_ratio", "0.4", "--lr", "0.01")
+    batches = [batch for epoch in range(4) for batch in run.batches.epoch(epoch)]
+    trajectory = [parameters_of(run.model)]
+    for batch in batches:
+        run.train_step(*batch)
+        trajectory.append(parameters_of(run.model))
+    # Half-lives in steps: 0.4, 0.8, ..., until they reach the one of the decay. The first step forgets the start.
+    longest = math.log(0.5) / math.log(0.8)
+    decays = [0.0] + [0.5 ** (1 / min(longest, 0.4 * done)) for done in range(1, len(batches))]
+    assert len(set(decays)) == 9 and len(batches) == 12
+    weights = [0.0] + [(1 - d) * math.prod(decays[n + 1 :]) for n, d in enumerate(decays)]
+    assert sum(weights) == pytest.approx(1)
+    for k, ema in enumerate(parameters_of(run.ema)):
+        expected = sum(weight * each[k] for weight, each in zip(weights, trajectory, strict=True))
+        torch.testing.assert_close(ema, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_first_step_is_that_of_adamw(trainer):
     run = trainer("--lr", "0.01", "--weight_decay", "0.3", "--grad_clip", "1e9")
     before = parameters_of(run.model)
@@ -282,7 +300,7 @@ def test_training_lowers_the_loss_of_a_set_that_is_learnt_quickly(trainer):
 # Runs
 
 
-@pytest.mark.parametrize("flags", [(), ("--flip",)])
+@pytest.mark.parametrize("flags", [(), ("--flip",), ("--ema_rampup_ratio", 0.3)])
 def test_two_epochs_and_two_more_are_four_epochs(stage, tiny, cache, tmp_path, straight, flags):
     common = [*tiny(tmp_path), "--cache_dir", cache, *RUN, *flags]
     stage(train_lift, *common, "--epochs", 2)
