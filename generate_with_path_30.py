@@ -28,6 +28,7 @@ from image_folder import claim, write_settings
 from paths.path import Path as SamplingPath
 from paths.schedule_file import save_schedule
 from planning.choice import OnePathSettings, SolverSettings, path_of_settings
+from planning.replay import made_for
 from runtime.device import autocast, resolve_compile, resolve_precision, select_device
 from runtime.settings import option, parse_settings
 
@@ -76,9 +77,8 @@ def prepare_output(
         solver={"name": "ddim", "eta": settings.eta, "end": settings.end},
         criterion=path.provenance.get("criterion"),
         cost=path.provenance.get("cost"),
-        model_fingerprint=loaded.fingerprint,
-        data_fingerprint=loaded.config["data_fingerprint"],
         beta_schedule=loaded.config["beta_schedule"],
+        **made_for(path, loaded),
     )
 
 

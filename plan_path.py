@@ -14,6 +14,7 @@ schedule_{optimal,diagonal,cascade}_{N}.json, which the --schedule of generate_w
 cost.png (cost against calls), paths.png, and density.png (the cells that the optimum visits when images are resampled).
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
@@ -168,6 +169,11 @@ def main() -> None:
                 model_fingerprint=heatmap["fingerprint"],
                 data_fingerprint=heatmap["data_fingerprint"],
                 beta_schedule=heatmap["beta_schedule"],
+                representation=planner.representation.name,
+                resolution=math.isqrt(heatmap["num_pixels_64"]),
+                weights=heatmap["weights"],
+                epoch=heatmap["epoch"],
+                run=heatmap.get("run"),
             )
     write_csv(folder / "costs.csv", rows)
 

@@ -23,6 +23,8 @@ SCHEDULE_DETAILS = (
     "data_fingerprint",
     "beta_schedule",
 )
+# The same, of which files of earlier versions say nothing: None.
+FURTHER_DETAILS = ("num_train_timesteps", "representation", "resolution", "weights", "epoch", "run")
 
 
 def save_schedule(
@@ -35,6 +37,11 @@ def save_schedule(
     model_fingerprint: str | None = None,
     data_fingerprint: str | None = None,
     beta_schedule: str | None = None,
+    representation: str | None = None,  # of the two scales
+    resolution: int | None = None,  # side of the fine image
+    weights: str | None = None,  # raw or ema
+    epoch: int | None = None,
+    run: str | None = None,  # name of the training
 ) -> None:
     """Write a path as a schedule file: JSON with the points as timesteps and as log SNR, and the solver.
 
@@ -55,6 +62,7 @@ def save_schedule(
         )
     if np.isnan(table).any() or np.isposinf(table).any():
         raise ValueError(f"log_snr holds NaN or +inf, so the schedule for {file} cannot be written; check the table")
+    details = SCHEDULE_DETAILS + FURTHER_DETAILS
     content = {
         "format_version": SCHEDULE_FORMAT_VERSION,
         "kind": path.kind,
@@ -69,7 +77,13 @@ def save_schedule(
         "model_fingerprint": model_fingerprint,
         "data_fingerprint": data_fingerprint,
         "beta_schedule": beta_schedule,
-        "provenance": {key: value for key, value in path.provenance.items() if key not in SCHEDULE_DETAILS},
+        "num_train_timesteps": len(table),
+        "representation": representation,
+        "resolution": resolution,
+        "weights": weights,
+        "epoch": epoch,
+        "run": run,
+        "provenance": {key: value for key, value in path.provenance.items() if key not in details},
     }
     try:
         text = json.dumps(content, allow_nan=False)
@@ -84,11 +98,11 @@ def save_schedule(
 def load_schedule(file: str | os.PathLike) -> Path:
     """Read a schedule file; the path can be replayed without the model or the map that made it.
 
-    The provenance of the path holds what the path was saved with, plus log_snr, solver, criterion, cost,
-    path_fingerprint, model_fingerprint, data_fingerprint and beta_schedule from the file.
+    The provenance of the path holds what the path was saved with, plus SCHEDULE_DETAILS and FURTHER_DETAILS from the
+    file. `planning.replay` makes it a path of another model.
 
     Raises FileNotFoundError if there is no such file, and ValueError if it is not JSON, not a schedule, of a
-    later format version, or if its points are invalid or not those it was written with.
+    later format version, or if its points are invalid or not those it was written with, by fingerprint and log SNR.
     """
     file = FilePath(file)
     if not file.is_file():
@@ -111,7 +125,8 @@ def load_schedule(file: str | os.PathLike) -> Path:
         raise ValueError(f"{file} is not a complete schedule file: it lacks {', '.join(missing)}; save it again")
     try:
         path = Path(content["points"], content["kind"], content["provenance"])
-        path = Path(path.points, path.kind, path.provenance | {key: content[key] for key in SCHEDULE_DETAILS})
+        details = {key: content.get(key) for key in SCHEDULE_DETAILS + FURTHER_DETAILS}
+        path = Path(path.points, path.kind, path.provenance | details)
     except ValueError as error:
         raise ValueError(f"schedule file {file} holds no valid path: {error}") from error
     stated = (content["nfe"], content["num_scales"], content["path_fingerprint"])
@@ -120,4 +135,28 @@ def load_schedule(file: str | os.PathLike) -> Path:
             f"schedule file {file} was changed after it was saved: its points do not match its nfe, "
             "num_scales and path_fingerprint; save it again"
         )
+    if not _has_log_snr(path):
+        raise ValueError(
+            f"schedule file {file} was changed after it was saved: its log_snr is not one number for every timestep, "
+            "higher at lower ones; save it again"
+        )
     return path
+
+
+def log_snr_of(path: Path) -> np.ndarray:
+    """Log SNR of every point of a loaded path as its file says it, float64 `[N + 1, scales]`; null is -inf."""
+    rows = [[-np.inf if value is None else value for value in point] for point in path.provenance["log_snr"]]
+    return np.array(rows, dtype=np.float64)
+
+
+def _has_log_snr(path: Path) -> bool:
+    """Whether a loaded path has one log SNR for each timestep, falling with it."""
+    try:
+        log_snr = log_snr_of(path)
+    except (TypeError, ValueError):
+        return False
+    if log_snr.shape != np.shape(path.points):
+        return False
+    _, first, place = np.unique(path.points, return_index=True, return_inverse=True)
+    values = log_snr.ravel()
+    return bool((values[first][place.ravel()] == values).all() and (values[first][1:] < values[first][:-1]).all())

@@ -18,6 +18,7 @@ from planning.map_file import load_heatmap
 from planning.map_paths import NO_CASCADE, heatmap_path, kl_cascade, kl_refined
 from planning.path_types import PATH_FAMILIES, PATH_TYPES, PathType, parse_path_type, path_type
 from planning.regimes import off_regime_note, seen_range
+from planning.replay import replay_for
 from runtime.settings import Settings, option
 
 # Their scales share one timestep.
@@ -160,13 +161,14 @@ def choose_path(
 ) -> Path:
     """The path of a type for a loaded model.
 
-    Raises ValueError if the model cannot follow such a path (`check_followed`), if the heatmap was computed with other
-    weights, and what the path functions and the files raise.
+    A schedule is followed as `planning.replay` says, which prints what need not suit the model. Raises ValueError if
+    the model cannot follow such a path (`check_followed`), if the heatmap was computed with other weights, and what the
+    path functions and the files raise.
     """
     kind = parse_path_type(path_type)
     check_followed(path_type, loaded)
     if kind.name == "schedule":
-        return load_schedule(kind.parameters[0])
+        return replay_for(kind.parameters[0], loaded)
     if kind.needs_heatmap:
         return _optimal_path(settings, kind, num_steps, loaded, heatmap)
     log_snr = loaded.scheduler.log_snr.numpy()

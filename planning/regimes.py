@@ -24,7 +24,7 @@ Shapes: T training timesteps, B pairs, M places on a path.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -149,11 +149,12 @@ def check_regime(text: str | None, model_type: str) -> None:
         )
 
 
-def resolve_regime(text: str | None, model_type: str) -> dict[str, Any]:
+def resolve_regime(text: str | None, model_type: str, read: Callable[[str], Path] = load_schedule) -> dict[str, Any]:
     """What the config of a run says of its regime, from its `--t_pairs` or None: `t_pairs` and `t_pairs_points`.
 
-    A path is named by its fingerprint and kept point by point, since its file may change. Raises what `check_regime`
-    raises, ValueError for a schedule of other than two scales, and what `load_schedule` raises.
+    A path is named by its fingerprint and kept point by point, since its file may change. read: from a schedule file to
+    the path in the process of the run. Raises what `check_regime` raises, ValueError for a schedule of other than two
+    scales, and what `read` raises.
     """
     check_regime(text, model_type)
     text = default_regime(model_type) if text is None else text
@@ -162,7 +163,7 @@ def resolve_regime(text: str | None, model_type: str) -> dict[str, Any]:
     regime = parse_regime(text)
     if "path" not in (regime.name, regime.around):
         return {"t_pairs": str(regime), "t_pairs_points": None}
-    path = load_schedule(regime.parameter)
+    path = read(regime.parameter)
     if path.num_scales != 2:
         raise ValueError(
             f"schedule file {regime.parameter} moves {path.num_scales} scale(s); --t_pairs needs one of two."

@@ -82,6 +82,8 @@ def stored_settings(values: dict[str, Any], model_types: Sequence[str]) -> dict[
     config = saved["config"]
     # Files from before there were settings in them do not say where their logs are.
     settings = saved.get("settings") or config | {"preset": preset_of(config), "run": config.get("run")}
+    # What there was no choice of then is not what the preset says of it now.
+    settings = {name: value for name, value in TrainingSettings.absent().items() if name not in config} | settings
     if settings.get("log_dir") == str(logs_beside(settings.get("output_dir", CHECKPOINTS))):
         settings = settings | {"log_dir": None}  # They move with the checkpoints.
     return {name: value for name, value in settings.items() if name in known}

@@ -6,6 +6,7 @@ would see. docs/training.md says what is promised and where the time goes.
 """
 
 import copy
+import functools
 import math
 import sys
 from contextlib import nullcontext
@@ -19,7 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from checkpoint import FILE_STEMS, build_model, build_scheduler, checkpoint_file, save_checkpoint
+from checkpoint import (
+    FILE_STEMS,
+    build_model,
+    build_scheduler,
+    checkpoint_file,
+    save_checkpoint,
+    weights_fingerprint,
+)
 from data import ImageSet, TwoScaleBatches, to_float, to_uint8
 from diffusion.sampler import coarse_feed, image_seeds, sample_seeds, scale_shapes
 from figures.images import save_image_grid
@@ -28,6 +36,7 @@ from paths.families import diagonal, log_snr_shift
 from paths.schedule_file import save_schedule
 from planning.regimes import TimestepPairs, parse_regime, resolve_regime
 from planning.replanning import replan
+from planning.replay import replay
 from runtime.device import (
     autocast,
     compile_or_not,
@@ -73,7 +82,9 @@ class Trainer:
             "num_train_timesteps": 1000,
             "precision": resolve_precision(self.device, settings.precision),
         }
-        self.config |= resolve_regime(settings.t_pairs, settings.model_type) | self._replanning(images)
+        self.scheduler = build_scheduler(self.config)
+        read = functools.partial(replay, scheduler=self.scheduler, resolution=settings.resolution)
+        self.config |= resolve_regime(settings.t_pairs, settings.model_type, read) | self._replanning(images)
         self.compile = resolve_compile(self.device, settings.compile)
         if settings.cuda_graphs and not (self.compile and self.device.type == "cuda"):
             raise ValueError(f"--cuda_graphs needs a compiled network on a GPU, not {self.device}; leave it out.")
@@ -98,7 +109,7 @@ class Trainer:
             saved, self.damaged, self.notes = earlier
             if settings.precision == "auto":
                 self.config["precision"] = saved["config"]["precision"]
-        self.scheduler = build_scheduler(self.config).to(self.device)
+        self.scheduler = self.scheduler.to(self.device)
         self.pairs = TimestepPairs(self.config, self.scheduler)
         self.batches = TwoScaleBatches(images, settings.batch_size, settings.seed, self.device, settings.flip)
         if settings.batch_size % (processes.count * settings.accumulate):
@@ -369,10 +380,22 @@ class Trainer:
         self.pairs = self.pairs.moved_to(torch.from_numpy(curve))
         if not self.processes.is_main:
             return
-        file, schedule = self.log_dir / f"path_{self.epoch}ep.json", self.config["beta_schedule"]
-        solver = {"name": "ddim", "eta": 0.0, "end": "clean"}
+        file = self.log_dir / f"path_{self.epoch}ep.json"
         try:
-            save_schedule(path, file, self.scheduler.log_snr.cpu().numpy(), solver, "kl", beta_schedule=schedule)
+            save_schedule(
+                path,
+                file,
+                self.scheduler.log_snr.cpu().numpy(),
+                solver={"name": "ddim", "eta": 0.0, "end": "clean"},
+                criterion="kl",
+                model_fingerprint=weights_fingerprint(model.state_dict()),
+                weights="raw" if self.ema is None else "ema",
+                epoch=self.epoch,
+                **{
+                    key: self.config.get(key)
+                    for key in ("data_fingerprint", "beta_schedule", "representation", "resolution", "run")
+                },
+            )
         except OSError as error:
             tqdm.write(f"warning: {file} could not be written ({error})", file=sys.stderr)
 

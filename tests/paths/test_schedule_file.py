@@ -6,7 +6,7 @@ import pytest
 
 from paths.families import diagonal
 from paths.path import path_from_cells, timestep_grid
-from paths.schedule_file import load_schedule, save_schedule
+from paths.schedule_file import FURTHER_DETAILS, load_schedule, save_schedule
 from scheduler import DDIMScheduler
 
 SOLVER = {"name": "ddim", "eta": 0.0, "end": "clean"}
@@ -36,7 +36,8 @@ def test_schedule_round_trip(saved):
         "model_fingerprint": "aaaa",
         "data_fingerprint": "bbbb",
         "beta_schedule": "cosine_clipped",
-    }
+        "num_train_timesteps": 1000,
+    } | dict.fromkeys(("representation", "resolution", "weights", "epoch", "run"))
     content = json.loads(file.read_text())
     assert content["format_version"] == 1 and (content["nfe"], content["num_scales"]) == (2, 2)
     assert content["provenance"] == {"max_jump": 24, "factor": "B"}
@@ -119,6 +120,16 @@ def test_binary_and_absurd_schedule(saved, content):
         ({"kind": 7}, "kind"),
         ({"provenance": []}, "provenance"),
         ({"cost": float("nan")}, "finite JSON types"),
+        ({"log_snr": None}, "log_snr"),
+        ({"log_snr": []}, "log_snr"),
+        ({"log_snr": [[-5.7, -5.7], [-5.7, -4.0], [9.2]]}, "log_snr"),
+        ({"log_snr": [[-5.7, -5.7], [-5.7, "high"], [9.2, 9.2]]}, "log_snr"),
+        ({"log_snr": [[-5.7, -5.7], [-5.7, -6.0], [9.2, 9.2]]}, "changed after it was saved: its log_snr"),  # It falls.
+        (
+            {"log_snr": [[-5.7, -5.7], [-5.6, -4.0], [9.2, 9.2]]},
+            "changed after it was saved: its log_snr",
+        ),  # Twice 999.
+        ({"log_snr": [[None, None], [None, None], [9.2, 9.2]]}, "changed after it was saved: its log_snr"),
     ],
 )
 def test_damaged_schedule(saved, change, message):
@@ -128,6 +139,18 @@ def test_damaged_schedule(saved, change, message):
         load_schedule(file)
 
 
+def test_what_earlier_versions_did_not_say_is_none(saved):
+    file, path, _ = saved
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in content.items() if key not in FURTHER_DETAILS}))
+    loaded = load_schedule(file)
+    assert loaded.points == path.points and {loaded.provenance[key] for key in FURTHER_DETAILS} == {None}
+    made_for = {"representation": "residual", "resolution": 32, "weights": "ema", "epoch": 7, "run": "my run"}
+    save_schedule(loaded, file, DDIMScheduler(1200).log_snr.numpy(), SOLVER, **made_for)
+    loaded = load_schedule(file)
+    assert {key: loaded.provenance[key] for key in FURTHER_DETAILS} == made_for | {"num_train_timesteps": 1200}
+
+
 def test_json_that_is_no_schedule(saved):
     file = saved[0]
     content = json.loads(file.read_text())
@@ -135,7 +158,7 @@ def test_json_that_is_no_schedule(saved):
         file.write_text(json.dumps(other))
         with pytest.raises(ValueError, match="schedule.json is not a schedule file"):
             load_schedule(file)
-    for key in content.keys() - {"format_version"}:
+    for key in content.keys() - {"format_version", *FURTHER_DETAILS}:
         file.write_text(json.dumps({k: v for k, v in content.items() if k != key}))
         with pytest.raises(ValueError, match=f"schedule.json is not a complete schedule file: it lacks {key}"):
             load_schedule(file)
