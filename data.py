@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from images.reading import UnreadableImageError, WrongSizeError, parse_colour, read_image, reads_as_ever
-from images.sources import Source, open_source
+from images.sources import Classes, Source, open_source
 from images.synthetic import synthetic_images
 from runtime.safe_write import replacing
 
@@ -43,11 +43,15 @@ BACKGROUND = "white"
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Decoded images: `pixels` uint8 `[N, C, R, R]`, `name` as given, `fingerprint` of the pixels themselves."""
+    """Decoded images: `pixels` uint8 `[N, C, R, R]`, `name` as given, `fingerprint` of the pixels themselves.
+
+    `classes` are the ways in which the data set divides them, whether all classes are left in this part of it or not.
+    """
 
     pixels: np.ndarray
     name: str
     fingerprint: str
+    classes: tuple[Classes, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -246,7 +250,8 @@ def load_images(
             info = {"dataset": dataset, "fingerprint": fingerprint_array(pixels), "resolution": resolution}
             info |= {"resize_filter": resize_filter} | ({} if synthetic else {"reading": READING})
             _write_cache(pixels_file, pixels, info_file, info)
-    return ImageSet(np.load(pixels_file, mmap_mode="r"), dataset, info["fingerprint"])
+    classes = () if synthetic else source.classes(count)
+    return ImageSet(np.load(pixels_file, mmap_mode="r"), dataset, info["fingerprint"], classes)
 
 
 def first_of_equals(pixels: np.ndarray) -> np.ndarray:
@@ -284,7 +289,7 @@ def split_holdout(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
             f"--holdout {count} leaves none of the images of '{images.name}', which repeats them; hold out fewer."
         )
     parts = (images.pixels[to_train_on], images.pixels[held_out])
-    training, rest = (ImageSet(pixels, images.name, fingerprint_array(pixels)) for pixels in parts)
+    training, rest = (ImageSet(pixels, images.name, fingerprint_array(pixels), images.classes) for pixels in parts)
     return training, rest
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from images.reading import (
     Archives,
@@ -26,14 +26,31 @@ from runtime.reports import say_once
 SAVED = (("state.json", "dataset_info.json"), ("dataset_dict.json",))
 
 
+# Columns of numbers or text that say what an image shows, in any case of letters.
+LABEL_COLUMNS = frozenset({"label", "labels", "class"})
+# Folders of a thousand images each, as the tools of StyleGAN, FFHQ and EDM write them.
+SHARD = re.compile(r"\d{5}")
+
+
+class Classes(NamedTuple):
+    """Classes that images are divided into: by what, such as "folder", and their names in order."""
+
+    by: str
+    names: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Source:
-    """Undecoded images: how many, what identifies them, how to read one and what to call it in a message."""
+    """Undecoded images: how many, what identifies them, how to read one and what to call it in a message.
+
+    `classes` gives the ways in which the first so many images are divided into classes, of which there are two or more.
+    """
 
     count: int
     key: str
     read: Callable[[int], bytes]
     describe: Callable[[int], str]
+    classes: Callable[[int], tuple[Classes, ...]]
 
 
 def _image_files(folder: Path, leave_out: frozenset[str]) -> list[Path] | list[Member]:
@@ -43,7 +60,7 @@ def _image_files(folder: Path, leave_out: frozenset[str]) -> list[Path] | list[M
     files = [file for file in found.files if file.name not in leave_out]
     if files:
         left_out[".zip"] += len(found.archives)
-        places = [file.relative_to(folder).parts for file in files]
+        places = [_place(folder, file) for file in files]
         tops = {place[0] for place in places if len(place) > 1}
         if (folder / "train").is_dir() and "train" not in tops and is_split(tops | {"train"}):
             return []  # What there is to train on lies in there in another form.
@@ -69,14 +86,34 @@ def _members(folder: Path, archives: Sequence[Path], left_out: Counter[str]) -> 
         inside, others = find_members(archive)
         members += inside
         left_out.update(others)
-    places = [
-        (*member.archive.relative_to(folder).with_suffix("").parts, *PurePosixPath(member.name).parts)
-        for member in members
-    ]
     # What was packed is most often one folder, or one archive.
-    shared = next((k for k, names in enumerate(zip(*places, strict=False)) if len(set(names)) > 1), 0)
-    chosen = _training_part([place[shared:] for place in places], left_out)
+    chosen = _training_part(_unshared([_place(folder, member) for member in members]), left_out)
     return [member for member, keep in zip(members, chosen, strict=True) if keep]
+
+
+def _place(folder: Path, file: Path | Member) -> tuple[str, ...]:
+    """Folders on the way to an image, an archive being one, and its name."""
+    if isinstance(file, Member):
+        return (*file.archive.relative_to(folder).with_suffix("").parts, *PurePosixPath(file.name).parts)
+    return file.relative_to(folder).parts
+
+
+def _unshared(places: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Places without the folders that all of them begin with."""
+    shared = next((k for k, names in enumerate(zip(*places, strict=False)) if len(set(names)) > 1), 0)
+    return [place[shared:] for place in places]
+
+
+def _folder_classes(places: Sequence[tuple[str, ...]]) -> Callable[[int], tuple[Classes, ...]]:
+    """Classes by folder, if every image lies in one of several."""
+    places = _unshared(places)
+    tops = [place[0] for place in places]
+    divided = all(len(place) > 1 for place in places) and not all(map(SHARD.fullmatch, tops))
+    return lambda count: _told_apart("folder", sorted(set(tops[:count])) if divided else ())
+
+
+def _told_apart(by: str, names: Sequence[str]) -> tuple[Classes, ...]:
+    return (Classes(by, tuple(names)),) if len(names) > 1 else ()
 
 
 def _training_part(places: Sequence[tuple[str, ...]], left_out: Counter[str]) -> list[bool]:
@@ -111,6 +148,7 @@ def _folder_source(folder: Path, files: Sequence[Path] | Sequence[Member]) -> So
         key=json.dumps([_listed(folder, file) for file in files]),
         read=read,
         describe=lambda i: str(files[i]),
+        classes=_folder_classes([_place(folder, file) for file in files]),
     )
 
 
@@ -172,12 +210,40 @@ def _is_image(entry: Any) -> bool:
     return True
 
 
+def _column_classes(rows: Any) -> Callable[[int], tuple[Classes, ...]]:
+    """Classes by every column that says to be of classes, or is called so and holds numbers or text."""
+    labels = {name: kind for name, kind in rows.features.items() if _is_label(name, kind)}
+    if not labels:
+        return lambda count: ()
+    columns = rows.select_columns(list(labels)).with_format("arrow")
+
+    def classes(count: int) -> tuple[Classes, ...]:
+        found: tuple[Classes, ...] = ()
+        for name, kind in labels.items():
+            # Unlabelled rows have -1 or nothing.
+            values = sorted(set(columns[:count].column(name).unique().to_pylist()) - {None})
+            if hasattr(kind, "names"):
+                values = [kind.names[value] for value in values if 0 <= value < len(kind.names)]
+            found += _told_apart(f"column '{name}'", [str(value) for value in values])
+        return found
+
+    return classes
+
+
+def _is_label(name: str, kind: Any) -> bool:
+    if hasattr(kind, "names"):
+        return True
+    return name.lower() in LABEL_COLUMNS and bool(
+        re.match(r"u?int|(large_)?string|bool", str(getattr(kind, "dtype", "")))
+    )
+
+
 def _dataset_source(dataset: str, name: str, config: str | None) -> Source:
     import datasets
 
     rows = _load_rows(dataset, name, config)
     declared = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
-    column = _image_column(rows, dataset, declared)
+    column, classes = _image_column(rows, dataset, declared), _column_classes(rows)
     rows = rows.select_columns([column])
     if declared:
         rows = rows.cast_column(column, datasets.Image(decode=False))
@@ -202,6 +268,7 @@ def _dataset_source(dataset: str, name: str, config: str | None) -> Source:
         key=f"{rows._fingerprint}/{column}",
         read=read,
         describe=lambda i: f"image {i} of dataset '{dataset}'",
+        classes=classes,
     )
 
 

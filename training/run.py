@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -14,6 +15,7 @@ from tqdm import tqdm
 import cli
 from checkpoint import FILE_STEMS
 from data import ImageSet
+from images.sources import Classes
 from networks.ema import USUAL_RAMPUP, ema_note
 from runtime.device import choose_kernels, is_out_of_memory
 from runtime.distributed import Processes
@@ -27,6 +29,7 @@ from training.settings import TrainingSettings
 from training.stop import StopRequest
 from training.trainer import Trainer
 
+SHOWN_CLASSES = 3
 MIN_EPSILON_SNR = 1e-6  # Below it, the error of a noise prediction is amplified a thousand times and more.
 
 
@@ -44,6 +47,7 @@ def describe(trainer: Trainer, images: ImageSet) -> str:
             f"warning: at t=999 schedule '{trainer.settings.beta_schedule}' has so little signal that a noise "
             "prediction says nothing of the image there; --prediction_type v does."
         )
+    notes += classes_note(images)
     if trainer.ema is not None and (note := ema_note(trainer.config, trainer.settings.epochs * len(trainer.batches))):
         notes.append(f"warning: {note}; pass --ema_rampup_ratio {USUAL_RAMPUP}, or a lower --ema_decay.")
     line = (
@@ -53,6 +57,18 @@ def describe(trainer: Trainer, images: ImageSet) -> str:
     )
     where = f"run {trainer.settings.run}: checkpoints in {trainer.last_file.parent}, logs in {trainer.log_dir}"
     return "\n".join([line, where, *notes])
+
+
+def classes_note(images: ImageSet) -> list[str]:
+    """The line that says that labels are not used, if the data set has any."""
+
+    def words(classes: Classes) -> str:
+        shown = [textwrap.shorten(name, 30, placeholder="...") for name in classes.names[:SHOWN_CLASSES]]
+        more = ", ..." * (len(classes.names) > SHOWN_CLASSES)
+        return f"{len(classes.names):,} classes by {classes.by} ({', '.join(shown)}{more})"
+
+    found = " and ".join(map(words, images.classes))
+    return [f"note: the images have {found}; the model is trained without them (unconditionally)"] if found else []
 
 
 def describe_dry_run(trainer: Trainer) -> str:
