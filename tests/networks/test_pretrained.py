@@ -55,6 +55,7 @@ def config(model_type="dual", **changes):
         "weight_decay": 0.01,
         "grad_clip": 1.0,
         "ema_decay": 0.9999,
+        "ema_rampup_ratio": 0.05,
         "seed": 42,
         "precision": "bf16",
     } | changes
@@ -507,7 +508,7 @@ def test_the_card_says_how_the_model_was_trained(exported):
         "pairs of timesteps": "band:2",
         "weights of the losses, fine and coarse": "1, 0.25",
         "min-SNR weights of the timesteps": "gamma 5",
-        "EMA": "decay 0.9999 per step",
+        "EMA": "decay 0.9999 per step, half-life at most 0.05 of the steps",
         "precision": "bf16",
         "seed": "42",
         "weights in this folder": "EMA",

@@ -104,6 +104,19 @@ def test_runs_from_before_there_was_a_ramp_up_go_on_without(stage, refused, tiny
     assert_same(*(read_checkpoint(place / LAST)["ema_state"] for place in (tmp_path, straight())))
 
 
+def test_improved_runs_from_before_are_resumed_by_their_folder_as_they_were(stage, tiny, cache, tmp_path):
+    stage(train_lift, *tiny(tmp_path), "--cache_dir", cache, "--preset", "improved", "--ema_rampup_ratio", 0)
+    content = read_checkpoint(tmp_path / LAST)
+    del content["settings"]
+    for name in ("ema_rampup_ratio", "preset", "run"):
+        del content["config"][name]
+    save_checkpoint(tmp_path / LAST, content)
+    more = ["--log_dir", tmp_path / "logs", "--cache_dir", cache, "--precision", "fp32"]
+    stage(train_lift, "--resume", tmp_path / "checkpoints", "--epochs", 3, *more)
+    config = read_checkpoint(tmp_path / LAST)["config"]
+    assert (config["preset"], config["ema_rampup_ratio"], config["epochs"]) == ("improved", 0, 3)
+
+
 def test_a_run_too_short_for_its_ema_is_pointed_out(stage, tiny, cache, tmp_path):
     flags = [*tiny(tmp_path), "--cache_dir", cache, "--dry_run"]  # Six steps.
     for more, said in (
