@@ -107,6 +107,11 @@ class DDIMScheduler:
         self.snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         self.log_snr = self.snr.log()
 
+    @property
+    def process(self) -> str:
+        """What it is called in rows of results: variance preserving, and its noise schedule."""
+        return f"vp {self.beta_schedule}"
+
     def to(self, device: torch.device | str) -> "DDIMScheduler":
         """A copy whose tables live on `device`, so that indexing with timesteps there moves no data."""
         moved = copy.copy(self)

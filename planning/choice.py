@@ -55,6 +55,11 @@ class SolverSettings(EndSettings):
     group = "path"
     eta: float = option(0.0, "0 DDIM to 1 ancestral", parse=cli.unit_interval)
 
+    @property
+    def solver(self) -> str:
+        """What it is called in rows of results."""
+        return f"ddim eta {self.eta:g} {self.end}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PathSettings(CriterionSettings):

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import FILE_STEMS, checkpoint_file, peek, read_resume_file
+from planning.presets import preset_of
 from runtime.runs import CHECKPOINTS, LOGS, derived_name, hint_at_runs, logs_beside, places, resume_folder
 from runtime.safe_write import versions
-from training.presets import preset_of
 from training.run_log import METRICS_FILE, SETTINGS_FILE
 from training.settings import TrainingSettings
 

@@ -14,11 +14,11 @@ from checkpoint import MODEL_CLASSES
 from cli import CompileSettings, HardwareSettings, TrainingDataSettings
 from images.representation import REPRESENTATIONS
 from networks.ema import USUAL_RAMPUP
+from planning.presets import PRESETS, balanced_weights, preset_help, preset_values
 from planning.regimes import check_regime, default_regime, parse_regime
 from runtime.runs import derived_name, is_same, resume_folder, run_name
 from runtime.settings import REQUIRED, Settings, option
 from scheduler import PREDICTION_TYPES, SCHEDULE_NAMES
-from training.presets import PRESETS, balanced_weights, preset_help, preset_values
 
 REPLAN_EVERY, REPLAN_IMAGES = 10, 16  # Epochs and images, unless told otherwise.
 # What only models of two scales have; the stage of the baseline has no flags for them.

@@ -5,7 +5,7 @@ import train_baseline
 import train_lift
 from checkpoint import checkpoint_file, read_checkpoint, save_checkpoint
 from conftest import LAST, RUN, assert_same
-from training.presets import PRESETS, balanced_weights, preset_help
+from planning.presets import PRESETS, balanced_weights, preset_help
 from training.settings import TrainingSettings
 
 PAIRS = {"overcomplete": "band:diagonal,1", "residual": "band:image,1"}

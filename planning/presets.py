@@ -44,6 +44,21 @@ def preset_of(config: dict[str, Any]) -> str:
     return named or next(fits, "published")
 
 
+def loss_weights_of(config: dict[str, Any]) -> tuple[float, ...]:
+    """The weights of the losses by a checkpoint's config; all alike where it is from before there was a choice."""
+    return tuple(config.get("loss_weights", [1.0] * MODEL_CLASSES[config["model_type"]].num_predictions))
+
+
+def fits_preset(preset: str, config: dict[str, Any]) -> bool:
+    """Whether a checkpoint's config has all that a preset sets, pairs of timesteps aside."""
+    representation = config.get("representation", "overcomplete")
+    values = preset_values(preset, config["model_type"], representation)
+    if values["loss_weights"] == "auto":
+        values["loss_weights"] = balanced_weights(representation)
+    said = config | {"loss_weights": loss_weights_of(config)}
+    return all(said.get(name) == value for name, value in values.items() if name != "t_pairs")
+
+
 def balanced_weights(representation: str) -> tuple[float, float]:
     """Weights of the losses of the fine and the coarse scale by their shares of all dimensions, of sum 1."""
     fine = REPRESENTATIONS[representation].fine_share
