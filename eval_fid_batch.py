@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import cli
 from checkpoint import FILE_STEMS
 from evaluation.jobs import Evaluation, EvaluationSettings, Job, find_jobs
-from evaluation.results_table import read_rows
+from evaluation.results_table import check_table
 from runtime.device import is_out_of_memory
 from runtime.distributed import PATIENCE, Processes
 from runtime.settings import option, parse_settings
@@ -73,7 +73,7 @@ def main() -> None:
         print("\n".join(job_command(job, settings) for job in jobs))
         return
     for table in {job.output for job in jobs}:
-        read_rows(table)  # One that cannot be added to is refused before anything is computed.
+        check_table(table)  # One that cannot be added to is refused before anything is computed.
     processes = Processes(settings.device, PATIENCE)
     evaluation = Evaluation(settings, processes)
     failures: dict[str, Exception] = {}

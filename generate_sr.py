@@ -40,7 +40,7 @@ from diffusion.super_resolution import (
     upscale_all,
 )
 from evaluation.given_images import evaluation_images
-from evaluation.results_table import csv_line
+from evaluation.table_file import csv_line
 from figures.images import plot_super_resolution
 from figures.style import WEIGHTS_TITLES
 from image_folder import claim, claim_images, evenly, read_folder, write_settings

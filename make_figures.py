@@ -21,8 +21,8 @@ import torch
 
 from cli import checked, named, positive_int, run_stage
 from data import read_png
-from evaluation.result_layout import series_of
-from evaluation.results_table import GROUP_FIELDS, VALUE_FIELDS, aggregate, read_rows
+from evaluation.results_table import VALUE_FIELDS, read_rows
+from evaluation.series import named_results
 from figures.images import plot_samples
 from figures.losses import plot_losses
 from figures.paths import plot_path_and_samples, plot_path_comparison, plot_paths_across_epochs, plot_timestep_pairs
@@ -227,22 +227,12 @@ def draw_overview(settings: OverviewSettings) -> None:
 
 
 def draw_scores(settings: ScoresSettings) -> None:
-    """Mean and deviation over seeds; of several evaluations of one point of a curve, the last one written counts."""
+    """Mean and deviation over seeds, one curve for each series and kind of weights."""
     wanted = {name: str(value) for name in ("num_images", "nfe") if (value := getattr(settings, name)) is not None}
     rows = [row for file in settings.inputs for row in read_rows(file)]
-    rows = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-
-    def point(row: dict[str, str]) -> tuple[str, ...]:
-        return (*series_of(row), *(row[name] for name in ("metric", "weights", "epoch")))
-
-    def group(row: dict[str, str]) -> tuple[str, ...]:
-        return tuple(row[name] for name in GROUP_FIELDS)
-
-    last = {point(row): group(row) for row in rows}
-    rows = [row for row in rows if group(row) == last[point(row)]]
-    results = sorted(aggregate(rows), key=lambda result: series_of(result).rank)
-    # A curve is a series, which the figure knows by two of its fields.
-    named_rows = [result | {"model_type": series_of(result).title, "path_type": ""} for result in results]
+    results = named_results(row for row in rows if all(row[name] == value for name, value in wanted.items()))
+    results = sorted(results, key=lambda result: result["series"].rank)
+    named_rows = [result | {"name": result["series"].title} for result in results]
     plot_scores(named_rows, settings.metric, settings.output, settings.title)
 
 
@@ -255,13 +245,13 @@ def draw_against_nfe(settings: AgainstCallsSettings) -> None:
         rows = [row for row in read_rows(file) if settings.path_type is None or row["path_type"] in settings.path_type]
         if regimes is not None:
             rows = [r for r in rows if default_regime(r["model_type"]) != "independent" or r["regime"] in regimes]
-        results = [result for result in aggregate(rows) if result[f"{settings.metric}_mean"] is not None]
+        results = [result for result in named_results(rows) if result[f"{settings.metric}_mean"] is not None]
         if not results:
             raise ValueError(
                 f"{file} holds no {settings.metric} of what is asked for; score it with eval_fid_batch.py."
             )
-        for result in sorted(results, key=lambda result: series_of(result).rank):
-            series = series_of(result)
+        for result in sorted(results, key=lambda result: result["series"].rank):
+            series = result["series"]
             title = series._replace(regime="").title if settings.hide_regime else series.title
             points = panels.setdefault(name, {}).setdefault(title, {})
             if int(result["nfe"]) in points:

@@ -36,6 +36,7 @@ from evaluation.inception import NUM_FEATURES, RESIZES, Inception, load_inceptio
 from evaluation.reference_set import ReferenceSet, from_images, load_reference
 from evaluation.results_table import METRICS, append_row, has_row
 from evaluation.scoring import FEATURE_METRICS, Scorer, generate
+from evaluation.training_columns import describe_training
 from paths.optimal import check_steps
 from paths.path import Path as SamplingPath
 from paths.schedule_file import load_schedule
@@ -234,6 +235,8 @@ class Evaluation:
         loaded, denoise, dataset = self._model(job)
         path = self._path(job, loaded)
         scorer = self._scorer
+        is_training_set = loaded.config.get("data_fingerprint") in (None, scorer.training.fingerprint)
+        trained = describe_training(loaded, len(scorer.training) if is_training_set else None)
         solver = "" if (chosen.eta, chosen.end) == (0.0, "clean") else f"-eta{chosen.eta!r}-{chosen.end}"
         # Images depend on where the network's coarse image comes from as they do on the solver.
         solver += f"-{job.coarse_from}" if job.coarse_from else ""
@@ -246,8 +249,9 @@ class Evaluation:
             "num_images": scorer.num_images,
             "reference_fingerprint": scorer.reference.fingerprint,
             "precision": resolve_precision(self.device, chosen.precision),
-            # Two types of path may have the same points, and each gets its column of the table.
+            # Two types of path may have the same points and two runs the same weights, but each has its column.
             "path_type": job.path_type,
+            "run": trained["run"],
         }
         keys = {metric: key | more for metric, more in scorer.settings.items()}
         missing = {m: k for m, k in keys.items() if chosen.force or not has_row(job.output, k)}
@@ -289,6 +293,8 @@ class Evaluation:
                 "coarse_from": job.coarse_from,
                 "regime": loaded.config.get("t_pairs") or default_regime(loaded.config["model_type"]),
                 "representation": loaded.scheduler.representation.name if loaded.model.num_scales > 1 else "",
+                "solver": chosen.solver,
+                **trained,
                 "seconds": round(sampling_seconds + time.perf_counter() - start, 1),
                 "checkpoint": job.checkpoint.name,
                 "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

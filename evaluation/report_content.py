@@ -14,17 +14,15 @@ from evaluation.result_layout import (
     SETTING_FIELDS,
     VALUE_LAYOUTS,
     WEIGHTS_TITLES,
-    series_of,
 )
 from evaluation.results_table import (
-    GROUP_FIELDS,
     RESULT_FIELDS,
     VALUE_FIELDS,
-    aggregate,
     natural_order,
     read_numbered_rows,
-    without_repetitions,
 )
+from evaluation.series import Result, Row, Series, named_results, parameters_note
+from evaluation.training_columns import TRAINING_FIELDS
 from figures.page import Content, FactTable, Group, Number, Picture, ScoreTable, embed
 from figures.scores import METRIC_TITLES, plot_scores_against_epoch, plot_scores_against_nfe
 from paths.schedule_file import load_schedule
@@ -32,15 +30,10 @@ from planning.map_file import load_heatmap
 
 # Scores that differ in one of these share no section; NFE is an axis of its own here.
 COMPARABLE = tuple(field for field in SETTING_FIELDS if field != "nfe")
-# Models that differ in one of these were trained apart, each to its own last epoch.
-TRAINING_FIELDS = ("model_type", "regime", "representation", "weights")
 DEFAULT_NFE = 18  # --num_steps of every stage
 # The levels of the sliced Wasserstein distance are in the tables, and real images have no curve.
 CURVE_FIELDS = tuple(field for field in VALUE_LAYOUTS if not field.startswith("swd_") and field != "nn_distance_real")
 GRID_ENLARGED = 3  # Pixels of the page per pixel of a grid, at most.
-
-Result = dict[str, Any]  # from aggregate, with "rows"
-Row = dict[str, Any]  # of read_numbered_rows, with "line"
 
 # A reader who comes from a number looks for what was measured first.
 _FIRST_FIELDS = ("model_type", "path_type", "weights", "epoch", "nfe", "seed", "metric", *VALUE_FIELDS)
@@ -58,14 +51,6 @@ def read_table(file: Path) -> list[Row]:
     if not rows:
         raise ValueError(f"{file} holds no result; evaluate a checkpoint first with eval_fid_batch.py.")
     return [row | {"line": number} for number, row in rows.items()]
-
-
-def aggregate_with_rows(rows: Sequence[Row]) -> list[Result]:
-    """`aggregate` over seeds, each result with `rows`, what it was made of."""
-    made_of: dict[tuple[str, ...], list[Row]] = {}
-    for row in without_repetitions(rows):
-        made_of.setdefault(_values(row, GROUP_FIELDS), []).append(row)
-    return [result | {"rows": made_of[_values(result, GROUP_FIELDS)]} for result in aggregate(rows)]
 
 
 def _values(row: Row | Result, fields: Iterable[str]) -> tuple[str, ...]:
@@ -115,28 +100,29 @@ def headline_table(results: Sequence[Result], nfe: str) -> ScoreTable:
     A row is one checkpoint along one path.
     """
     results = [result for result in results if result["nfe"] == nfe]
-    last: dict[tuple[str, ...], int] = {}
+    # Each model was trained to a last epoch of its own.
+    last: dict[tuple[Series, str], int] = {}
     for result in results:
-        key = _values(result, TRAINING_FIELDS)
+        key = result["series"].model, result["weights"]
         last[key] = max(int(result["epoch"]), last.get(key, 0))
-    results = [result for result in results if int(result["epoch"]) == last[_values(result, TRAINING_FIELDS)]]
+    results = [r for r in results if int(r["epoch"]) == last[r["series"].model, r["weights"]]]
     one_epoch = len({result["epoch"] for result in results}) == 1
     fields = [f for f in VALUE_LAYOUTS if any(result[f"{f}_mean"] is not None for result in results)]
     blocks = []
     for (weights,), block in reversed(_grouped(results, ("weights",)).items()):
-        by_row = _grouped(block, ("model_type", "path_type", "epoch", "checkpoint_fingerprint", "path_fingerprint"))
-        members = sorted(by_row.values(), key=lambda row: series_of(row[0]).rank)
+        by_row: dict[Series, list[Result]] = {}
+        for result in sorted(block, key=lambda result: result["series"].rank):
+            by_row.setdefault(result["series"], []).append(result)
         columns = []
         for field in fields:
-            column = [next((r for r in row if r[f"{field}_mean"] is not None), None) for row in members]
+            column = [next((r for r in row if r[f"{field}_mean"] is not None), None) for row in by_row.values()]
             best = _best_of(field, column)
             columns.append([r and _number(field, r)._replace(is_best=k in best) for k, r in enumerate(column)])
-        names = _distinct_names([row[0] for row in members])
-        labels = [[name, *([] if one_epoch else [row[0]["epoch"]])] for name, row in zip(names, members, strict=True)]
+        labels = [[series.title, *([] if one_epoch else [row[0]["epoch"]])] for series, row in by_row.items()]
         rows = [(label, list(numbers)) for label, numbers in zip(labels, zip(*columns, strict=True), strict=True)]
         blocks.append((_capitalised(WEIGHTS_TITLES[weights]), rows))
     when = f"epoch {results[0]['epoch']}" if one_epoch else "last epoch measured"
-    caption = f"{nfe} network calls, {when}. {_described(results[0])}."
+    caption = " ".join([f"{nfe} network calls, {when}. {_described(results[0])}.", parameters_note(results)]).strip()
     columns = [_column_title(field) for field in fields]
     return ScoreTable(caption, ["Model and path", *([] if one_epoch else ["Epoch"])], columns, blocks)
 
@@ -144,19 +130,6 @@ def headline_table(results: Sequence[Result], nfe: str) -> ScoreTable:
 def _column_title(field: str) -> str:
     arrow = {"lower": "\u00a0↓", "higher": "\u00a0↑", None: ""}[VALUE_LAYOUTS[field].better]
     return _capitalised(METRIC_TITLES[field]) + arrow
-
-
-def _distinct_names(results: Sequence[Result]) -> list[str]:
-    # Titles, with fingerprints where several checkpoints or paths have the same one.
-    names = []
-    for result in results:
-        same = [other for other in results if series_of(other) == series_of(result)]
-        parts = [series_of(result).title]
-        for field, what in (("checkpoint_fingerprint", "checkpoint"), ("path_fingerprint", "path")):
-            if len({other[field] for other in same}) > 1:
-                parts.append(f"{what} {result[field]}")
-        names.append(", ".join(parts))
-    return names
 
 
 def _described(result: Result) -> str:
@@ -185,21 +158,13 @@ def warnings_of(result: Result) -> list[str]:
 
 
 def curve_points(results: Iterable[Result], field: str, axis: str) -> dict[str, dict[str, dict[int, Result]]]:
-    """Results by weights (raw first), model and path, and `axis` ("epoch" or "nfe").
-
-    Of several checkpoints or paths at one point the last one written counts.
-    """
+    """Results by weights (raw first), series, and `axis` ("epoch" or "nfe")."""
     panels: dict[str, dict[str, dict[int, Result]]] = {}
-    ordered = sorted(results, key=lambda r: (r["weights"] == "ema", series_of(r).rank, int(r[axis]), _last_line(r)))
-    for result in ordered:
+    for result in sorted(results, key=lambda r: (r["weights"] == "ema", r["series"].rank, int(r[axis]))):
         if result[f"{field}_mean"] is not None:
-            points = panels.setdefault(result["weights"], {}).setdefault(series_of(result).title, {})
+            points = panels.setdefault(result["weights"], {}).setdefault(result["series"].title, {})
             points[int(result[axis])] = result
     return panels
-
-
-def _last_line(result: Result) -> int:
-    return max(row["line"] for row in result["rows"])
 
 
 def draw_curves(results: Sequence[Result], nfe: str) -> list[tuple[Picture, ScoreTable]]:
@@ -236,9 +201,6 @@ def _curve(field: str, axis: str, chosen: Sequence[Result], fixed: str) -> tuple
     label = f"{name}, {int(chosen[0]['num_images']):,} images"
     what = {"epoch": "the epoch", "nfe": "network calls (NFE)"}[axis]
     caption = f"{name} against {what}, {fixed}: mean and band of ± one standard deviation over seeds."
-    drawn = sum(len(points) for curves in panels.values() for points in curves.values())
-    if drawn < len(chosen):
-        caption += " Of several checkpoints or paths at one point, the last one written is drawn."
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "curve.png"
         plot(scores, file, ylabel=label)
@@ -393,7 +355,11 @@ def _samples_caption(folder: Path, scored: set[str]) -> str:
 def fact_tables(rows: Sequence[Row]) -> list[FactTable]:
     """Checkpoints, references, paths and features, as they occur in the rows."""
 
+    trained = {field: field for field in TRAINING_FIELDS}
+
     def table(caption: str, **fields: str) -> FactTable:
+        # Rows of earlier versions say nothing of the training.
+        fields = {name: title for name, title in fields.items() if name not in trained or any(r[name] for r in rows)}
         groups = _grouped(rows, fields)
         members = [(list(key), [row["line"] for row in group]) for key, group in groups.items()]
         return FactTable(caption, [name.replace("_", " ") for name in fields.values()], members)
@@ -409,8 +375,16 @@ def fact_tables(rows: Sequence[Row]) -> list[FactTable]:
             checkpoint="File",
             checkpoint_fingerprint="Fingerprint",
             precision="Precision",
+            **trained,
         ),
-        table("Paths", path_type="Path", coarse_from="Coarse image", nfe="NFE", path_fingerprint="Fingerprint"),
+        table(
+            "Paths",
+            path_type="Path",
+            coarse_from="Coarse image",
+            solver="Solver",
+            nfe="NFE",
+            path_fingerprint="Fingerprint",
+        ),
         table(
             "References",
             dataset="Data set",
@@ -438,7 +412,7 @@ def gather(results: Path, folder: Path, title: str, nfe: int | None = None) -> C
     if not folder.is_dir():
         raise FileNotFoundError(f"Folder {folder} does not exist; pass the one with the figures as --folder.")
     groups = []
-    comparable = _grouped(aggregate_with_rows(rows), COMPARABLE)
+    comparable = _grouped(named_results(rows), COMPARABLE)
     if nfe is not None and all(row["nfe"] != str(nfe) for row in rows):
         raise ValueError(f"{results} has no result of {nfe} network calls; pass another --nfe.")
     for members in comparable.values():

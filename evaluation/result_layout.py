@@ -1,7 +1,7 @@
 """Tables of the results, in the layout of the published study.
 
 Only what is comparable shares a table: one data set, number of images, NFE, metric and reference. A column or row is
-of one model, type of path, coarse feed and training regime. Published numbers stand in square brackets beside measured
+of one series, and a cell of one checkpoint and one path. Published numbers stand in square brackets beside measured
 ones of the same kind, and nowhere else.
 """
 
@@ -11,25 +11,13 @@ import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from evaluation.results_table import ERROR_BAR_FIELDS, VALUE_FIELDS, aggregate, natural_order, without_repetitions
+from evaluation.results_table import ERROR_BAR_FIELDS, VALUE_FIELDS, natural_order
+from evaluation.series import Result, Row, Series, named_results, parameters_note
 from evaluation.table_text import Cell, Table
 from figures.scores import METRIC_TITLES
-from planning.regimes import default_regime
 
-# What the published table calls a model type and a path type, and those beyond it in its manner.
-COLUMN_TITLES = {
-    ("baseline", "diagonal"): "Baseline",
-    ("dual", "diagonal"): "LIFT diagonal",
-    ("dual", "dp_64"): "LIFT DP-64",
-    ("dual", "dp_total"): "LIFT DP-Total",
-    ("baseline", "kl_diagonal"): "Baseline KL diagonal",
-    ("dual", "kl_diagonal"): "LIFT KL diagonal",
-    ("dual", "kl"): "LIFT KL",
-}
-# What the path types are called beside the name of another model.
-PATH_TITLES = {path: title.removeprefix("LIFT ") for (model, path), title in COLUMN_TITLES.items() if model == "dual"}
 WEIGHTS_TITLES = {"raw": "raw weights", "ema": "EMA weights"}
 ABLATIONS = ("single_t", "no_t")
 
@@ -86,41 +74,15 @@ PUBLISHED_SETTING = {
     "reference_images": "15803",
 }
 
-Result = Mapping[str, Any]  # from aggregate
-Row = Mapping[str, Any]  # from read_rows
-
-
-class Series(NamedTuple):
-    """What the scores of a column have in common."""
-
-    model_type: str
-    path_type: str
-    coarse_from: str = ""  # x0 or noisy for models that read a coarse image they do not predict
-    regime: str = ""  # empty where it is the one that the model has unless told otherwise
-    representation: str = ""  # empty where it is over-complete, or of one scale
-
-    @property
-    def title(self) -> str:
-        """As in `LIFT DP-64`, `single_t DP-64, x0`, `LIFT diagonal, shift:2` and `LIFT KL, residual`."""
-        model_and_path = self.model_type, PATH_TITLES.get(self.path_type, self.path_type)
-        name = COLUMN_TITLES.get(self[:2], " ".join(filter(None, model_and_path)))
-        return ", ".join(filter(None, (name, self.coarse_from, self.regime, self.representation)))
-
-    @property
-    def rank(self) -> tuple:
-        """Sort key: the published columns in their order, then the others."""
-        known = list(COLUMN_TITLES)
-        return (known.index(self[:2]) if self[:2] in known else len(known), *self)
-
-
-def series_of(row: Row | Result) -> Series:
-    """The series of a row of the results table, or of `aggregate`."""
-    regime = row["regime"]
-    usual = default_regime(row["model_type"])
-    representation = row["representation"].replace("overcomplete", "")
-    return Series(
-        row["model_type"], row["path_type"], row["coarse_from"], "" if regime == usual else regime, representation
-    )
+# What its training must agree with, where it is recorded.
+PUBLISHED_TRAINING = {
+    "preset": "published",
+    "lr": "0.0001",
+    "batch_size": "64",
+    "hidden_dims": "[64,128,256,512]",
+    "min_snr_gamma": "none",
+    "flip": "no",
+}
 
 
 class Published(NamedTuple):
@@ -154,16 +116,15 @@ def layout_tables(rows: Iterable[Row]) -> list[Table]:
     """Every table that rows of `read_rows` fill, value by value in the order of VALUE_FIELDS.
 
     For each value and comparable setting: mean ± standard deviation over seeds by epoch, for raw and for EMA weights;
-    the best epoch of each model, path and kind of weights; that of the ablations; and the improvement of other paths
+    the best epoch of each series and kind of weights; that of the ablations; and the improvement of other paths
     over the diagonal, paired by seed. Then the value against NFE where more than one was measured. Error bars of
     single evaluations (ERROR_BAR_FIELDS) have no tables.
 
     Raises ValueError when there is no row.
     """
-    rows = without_repetitions(rows)
-    if not rows:
+    results = named_results(rows)
+    if not results:
         raise ValueError("There is no result to lay out: evaluate a checkpoint first.")
-    results = aggregate(rows)
     published = read_published()
     tables = []
     for field in (field for field in VALUE_FIELDS if field not in ERROR_BAR_FIELDS):
@@ -177,14 +138,14 @@ def layout_tables(rows: Iterable[Row]) -> list[Table]:
             ablations = [result for result in setting if result["model_type"] in ABLATIONS]
             if ablations:
                 tables.append(_ablation_table(field, ablations, published))
-            tables += _improvement_tables(field, setting[0], rows)
+            tables += _improvement_tables(field, setting)
         for setting in _groups(measured, [name for name in SETTING_FIELDS if name != "nfe"]):
             tables += _nfe_tables(field, setting)
     return tables
 
 
-def _groups(results: Iterable[Row], fields: Sequence[str]) -> list[list[Row]]:
-    groups: dict[tuple[str, ...], list[Row]] = {}
+def _groups(results: Iterable[Result], fields: Sequence[str]) -> list[list[Result]]:
+    groups: dict[tuple[str, ...], list[Result]] = {}
     for result in results:
         groups.setdefault(tuple(result[name] for name in fields), []).append(result)
     return [groups[key] for key in sorted(groups, key=lambda key: [natural_order(text) for text in key])]
@@ -212,8 +173,10 @@ def _goodness(field: str, result: Result) -> float:
 
 
 def _is_published_kind(field: str, result: Result) -> bool:
-    usual = not (series_of(result).regime or series_of(result).representation)
-    return field == "fid" and usual and all(result[name] == value for name, value in PUBLISHED_SETTING.items())
+    usual = not (result["series"].regime or result["series"].representation)
+    trained = all(result[name] in ("", value) for name, value in PUBLISHED_TRAINING.items())
+    alike = all(result[name] == value for name, value in PUBLISHED_SETTING.items())
+    return field == "fid" and usual and trained and alike
 
 
 def _published_text(field: str, published: Sequence[Published], result: Result) -> str:
@@ -236,13 +199,13 @@ def _mean_note(field: str) -> str:
     return f"Mean ± standard deviation over seeds (number of seeds).{said}"
 
 
-def _note(field: str, setting: Row, said: str, rows: Iterable[Iterable[Cell]]) -> str:
-    text = "".join(cell.text for row in rows for cell in row)
+def _note(field: str, results: Sequence[Result], said: str, rows: Iterable[Iterable[Cell]]) -> str:
+    setting, text = results[0], "".join(cell.text for row in rows for cell in row)
     images = f"{int(setting['reference_images']):,} images, " if setting["reference_images"] else ""
     sentences = [
         said,
         "Square brackets: published." if "[" in text else "",
-        "A semicolon separates several checkpoints or paths of one name." if ";" in text else "",
+        parameters_note(results),
         f"Features {setting['metric_features']}, resize {setting['resize']}, reference {setting['reference']} "
         f"({images}{setting['reference_fingerprint']}), {setting['precision']}.",
     ]
@@ -264,15 +227,15 @@ class _Entry(NamedTuple):
 def _grid(entries: Iterable[_Entry]) -> tuple[tuple[str, ...], tuple[tuple[Cell, ...], ...]]:
     # Titles of the series, and a row per labels that begins with them; the best of several series of it is marked.
     entries = list(entries)
-    by_row: dict[tuple[str, ...], dict[Series, list[_Entry]]] = {}
+    by_row: dict[tuple[str, ...], dict[Series, _Entry]] = {}
     for entry in entries:
-        by_row.setdefault(entry.labels, {}).setdefault(entry.series, []).append(entry)
+        by_row.setdefault(entry.labels, {})[entry.series] = entry
     series = _ordered(entry.series for entry in entries)
     rows = []
     for labels in sorted(by_row, key=lambda labels: [natural_order(text) for text in labels]):
         row = by_row[labels]
-        winners = _winners({name: max(entry.goodness for entry in row[name]) for name in row})
-        cells = [Cell("; ".join(entry.text for entry in row.get(name, [])), name in winners) for name in series]
+        winners = _winners({name: entry.goodness for name, entry in row.items()})
+        cells = [Cell(row[name].text if name in row else "", name in winners) for name in series]
         rows.append((*map(Cell, labels), *cells))
     return tuple(one.title for one in series), tuple(rows)
 
@@ -285,14 +248,14 @@ def _winners(goodness: Mapping[Hashable, float]) -> set[Hashable]:
 
 def _mean_entry(field: str, result: Result, label_fields: Sequence[str], beside: str = "") -> _Entry:
     labels = tuple(result[name] for name in label_fields)
-    return _Entry(labels, series_of(result), _value_text(field, result) + beside, _goodness(field, result))
+    return _Entry(labels, result["series"], _value_text(field, result) + beside, _goodness(field, result))
 
 
 def _epoch_table(field: str, results: Sequence[Result], published: Sequence[Published]) -> Table:
     entries = [_mean_entry(field, r, ("epoch",), _published_text(field, published, r)) for r in results]
     titles, rows = _grid(entries)
     title = _title(field, WEIGHTS_TITLES[results[0]["weights"]], results[0])
-    return Table(title, _note(field, results[0], _mean_note(field), rows), ("epoch", *titles), 1, rows)
+    return Table(title, _note(field, results, _mean_note(field), rows), ("epoch", *titles), 1, rows)
 
 
 def _nfe_tables(field: str, results: Sequence[Result]) -> list[Table]:
@@ -303,27 +266,32 @@ def _nfe_tables(field: str, results: Sequence[Result]) -> list[Table]:
     titles, rows = _grid(_mean_entry(field, result, ("epoch", "weights", "nfe")) for result in chosen)
     title = _title(field, "against NFE", chosen[0], with_nfe=False)
     columns = ("epoch", "weights", "NFE", *titles)
-    return [Table(title, _note(field, chosen[0], _mean_note(field), rows), columns, 3, rows)]
+    return [Table(title, _note(field, chosen, _mean_note(field), rows), columns, 3, rows)]
 
 
 def _best_table(field: str, what: str, results: Sequence[Result], said: str, beside: Callable[[Result], str]) -> Table:
     # Of equal epochs the first, so that more training has to pay.
-    groups = _groups(results, ("weights", "model_type", "path_type", "coarse_from", "regime", "representation"))
-    best = [max(group, key=lambda result: _goodness(field, result)) for group in groups]
-    best.sort(key=lambda result: (series_of(result).rank, result["weights"] == "ema"))
+    groups: dict[tuple[str, Series], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result["weights"], result["series"]), []).append(result)
+    best = [max(group, key=lambda result: _goodness(field, result)) for group in groups.values()]
+    best.sort(key=lambda result: (result["series"].rank, result["weights"] == "ema"))
     winners = _winners({k: _goodness(field, result) for k, result in enumerate(best)})
+    # Epochs say how much was trained where all are of as many images.
+    counted = len({result["images_seen"] for result in best}) > 1
     rows = tuple(
         (
-            Cell(series_of(result).title),
+            Cell(result["series"].title),
             Cell(result["weights"]),
             Cell(result["epoch"]),
+            *([Cell(f"{int(result['images_seen']):,}" if result["images_seen"] else "")] if counted else []),
             Cell(_value_text(field, result) + beside(result), k in winners),
         )
         for k, result in enumerate(best)
     )
-    note = _note(field, best[0], f"The best epoch of each. {_mean_note(field)}{said}", rows)
-    columns = ("model and path", "weights", "best epoch", METRIC_TITLES[field])
-    return Table(_title(field, what, best[0]), note, columns, 3, rows)
+    note = _note(field, best, f"The best epoch of each. {_mean_note(field)}{said}", rows)
+    labels = ("model and path", "weights", "best epoch", *(["images seen"] if counted else []))
+    return Table(_title(field, what, best[0]), note, (*labels, METRIC_TITLES[field]), len(labels), rows)
 
 
 def _ablation_table(field: str, results: Sequence[Result], published: Sequence[Published]) -> Table:
@@ -371,29 +339,40 @@ def _improvement_text(field: str, gain: Improvement) -> str:
     return f"{_spread(field, gain.mean, gain.sd)} ({', '.join([*percent, seeds])})"
 
 
-def _improvement_tables(field: str, setting: Result, rows: Sequence[Row]) -> list[Table]:
-    # Rows rather than results, since only they know which values share a seed.
-    comparable = [row for row in rows if row[field] and all(row[name] == setting[name] for name in SETTING_FIELDS)]
-    better, entries = VALUE_LAYOUTS[field].better, []
-    for checkpoint in _groups(comparable, ("model_type", "epoch", "weights", "checkpoint_fingerprint")):
-        paths = [
-            (series_of(path[0]), {row["seed"]: float(row[field]) for row in path})
-            for path in _groups(checkpoint, ("path_type", "coarse_from", "path_fingerprint"))
-        ]
-        labels = checkpoint[0]["epoch"], checkpoint[0]["weights"]
-        for series, values in paths:
-            for other, base in paths:
-                # Of two coarse feeds, each has a diagonal of its own.
-                if series.path_type != "diagonal" and other == series._replace(path_type="diagonal"):
-                    gain = improvement(base, values, better)
-                    entries.append(_Entry(labels, series, _improvement_text(field, gain), gain.mean))
+def _improvement_tables(field: str, results: Sequence[Result]) -> list[Table]:
+    entries, compared = [], []
+    for checkpoint in _groups(results, ("weights", "epoch", "checkpoint_fingerprint")):
+        diagonals = [result for result in checkpoint if result["path_type"] == "diagonal"]
+        for result in checkpoint:
+            if result["path_type"] == "diagonal":
+                continue
+            same = [base for base in diagonals if _is_diagonal_of(result, base)]
+            for base in same:
+                series = result["series"]
+                if len(same) > 1:
+                    over = f"over path {base['path_fingerprint']}"
+                    series = series._replace(sampling=(*series.sampling, over))
+                gain = improvement(_by_seed(field, base), _by_seed(field, result), VALUE_LAYOUTS[field].better)
+                labels = result["epoch"], result["weights"]
+                entries.append(_Entry(labels, series, _improvement_text(field, gain), gain.mean))
+                compared.append(result)
     if not entries:
         return []
     titles, cells = _grid(entries)
-    difference = "Diagonal minus path" if better == "lower" else "Path minus diagonal"
+    difference = "Diagonal minus path" if VALUE_LAYOUTS[field].better == "lower" else "Path minus diagonal"
     said = (
         f"{difference}, positive where the path is better: mean ± standard deviation of the differences seed by seed "
         f"(per cent of the diagonal, number of seeds). The best is bold."
     )
-    title = _title(field, "improvement over the diagonal", setting)
-    return [Table(title, _note(field, setting, said, cells), ("epoch", "weights", *titles), 2, cells)]
+    title = _title(field, "improvement over the diagonal", results[0])
+    return [Table(title, _note(field, compared, said, cells), ("epoch", "weights", *titles), 2, cells)]
+
+
+def _is_diagonal_of(result: Result, base: Result) -> bool:
+    # Of two coarse feeds or solvers, each has a diagonal of its own.
+    same = result["coarse_from"] == base["coarse_from"] and result["solver"] == base["solver"]
+    return same and result["series"].model == base["series"].model
+
+
+def _by_seed(field: str, result: Result) -> dict[str, float]:
+    return {row["seed"]: float(row[field]) for row in result["rows"] if row[field]}

@@ -2,23 +2,33 @@
 
 Many jobs on many hosts share one file. A row is one line and ends in its date, so a line that a crash cut
 short is recognised, skipped with a warning and never joined with the next one. A whole line with nonsense in it was
-edited by hand and is refused, since skipping it would change means unnoticed.
+edited by hand and is refused, since skipping it would change means unnoticed. Columns that a table of an earlier
+version lacks have defaults.
 """
 
-import csv
-import io
 import math
 import os
 import re
 import statistics
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from checkpoint import MODEL_CLASSES
+from evaluation.table_file import (
+    Line,
+    TableFormat,
+    append_line,
+    check_appendable,
+    csv_line,
+    is_date,
+    is_rewritten_date,
+    read_lines,
+)
+from evaluation.training_columns import TRAINING_COLUMNS, TRAINING_FIELDS, number_text
+from planning.regimes import default_regime
 from runtime.safe_write import replacing
 
 # What makes two evaluations the same.
@@ -45,6 +55,8 @@ DESCRIPTION_FIELDS = (
     "coarse_from",  # x0 or noisy, for models that read a coarse image they do not predict; else empty
     "regime",  # timestep pairs of training (--t_pairs); empty for a model of one scale
     "representation",  # of the scales (--representation); empty for a model of one
+    "solver",  # how a step of the path is taken, and where the last one lands
+    *TRAINING_FIELDS,  # all empty in rows of versions that did not say
 )
 
 # What each metric measures; the first value is the one it is known by.
@@ -69,7 +81,6 @@ GROUP_FIELDS = (*DESCRIPTION_FIELDS, *(field for field in RESULT_KEY if field !=
 # Error bars of one evaluation, so that over seeds only their mean says something.
 ERROR_BAR_FIELDS = ("kid_sd", "inception_score_sd")
 
-_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 _INTEGER = re.compile(r"0|[1-9][0-9]{0,17}")
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
@@ -86,28 +97,16 @@ def append_row(file: str | os.PathLike, row: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: `row` has an unknown field or a value that its column cannot hold, such as a missing key field,
-            a NaN or a line break; or `file` has another header. The file stays as it is.
+            a NaN or a line break; or `file` is no table that rows can be appended to. The file stays as it is.
     """
     file = Path(file)
-    line = _format_row(row)
+    values = _format_row(row)
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
-        if not file.exists() or file.stat().st_size == 0:
-            with replacing(file) as temporary:
-                temporary.write_bytes((csv_line(RESULT_FIELDS) + line).encode())
-            return
-        with open(file, "rb") as stream:
-            _check_header(file, stream.readline().decode(errors="replace"))
-            stream.seek(-1, os.SEEK_END)
-            # A line cut short by a crash is closed, so that the new row does not become its end.
-            before = "" if stream.read(1) == b"\n" else "\n"
-        with open(file, "ab") as stream:
-            stream.write((before + line).encode())
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_line(file, FORMAT, values)
 
 
-def _format_row(row: Mapping[str, Any]) -> str:
+def _format_row(row: Mapping[str, Any]) -> list[str]:
     unknown = [field for field in row if field not in RESULT_FIELDS]
     if unknown:
         raise ValueError(f"A result has no field {unknown[0]!r}: the fields are {', '.join(RESULT_FIELDS)}.")
@@ -118,14 +117,7 @@ def _format_row(row: Mapping[str, Any]) -> str:
     fault = _find_fault(texts)
     if fault is not None:
         raise ValueError(f"A result cannot be written to the table: its {fault[0]} {fault[1]}.")
-    return csv_line(texts.values())
-
-
-def csv_line(values: Iterable[Any]) -> str:
-    """One line of a CSV file, line break included."""
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerow(values)
-    return buffer.getvalue()
+    return list(texts.values())
 
 
 def _whole_number(least: int) -> Callable[[str], bool]:
@@ -136,21 +128,16 @@ def _is_number(text: str) -> bool:
     return _NUMBER.fullmatch(text) is not None and math.isfinite(float(text))
 
 
-def _is_date(text: str) -> bool:
-    try:
-        datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
-    except ValueError:
-        return False
-    return _DATE.fullmatch(text) is not None
-
-
 _POSITIVE = (_whole_number(1), "a positive integer")
 _COUNT = (_whole_number(0), "0 or a positive integer")
 _TEXT = (lambda text: text.strip() != "", "a name")
 _EMPTY_OR_NUMBER = (lambda text: text == "" or _is_number(text), "empty or a finite number")
 
-# What a column may hold; dataset, reference, model_type, path_type, coarse_from, regime,
-# representation and checkpoint are free text.
+_EMPTY_OR_COUNT = (lambda text: text == "" or _COUNT[0](text), "empty, 0 or a positive integer")
+_NUMBERS_OF_TRAINING = tuple(name for name, kind in TRAINING_COLUMNS.items() if kind.form == "number")
+_TRAINING_CHECKS = {"number": _EMPTY_OR_NUMBER, "count": _EMPTY_OR_COUNT}
+
+# What a column may hold; the others are free text.
 _COLUMN_CHECKS: dict[str, tuple[Callable[[str], bool], str]] = {
     **dict.fromkeys(RESULT_KEY, _TEXT),
     "weights": (("raw", "ema").__contains__, "raw or ema"),
@@ -160,17 +147,25 @@ _COLUMN_CHECKS: dict[str, tuple[Callable[[str], bool], str]] = {
     "metric": (METRICS.__contains__, f"one of {', '.join(METRICS)}"),
     "reference_images": (lambda text: text == "" or _POSITIVE[0](text), "empty or a positive integer"),
     "epoch": _COUNT,
+    **{name: _TRAINING_CHECKS[kind.form] for name, kind in TRAINING_COLUMNS.items() if kind.form in _TRAINING_CHECKS},
     **dict.fromkeys(VALUE_FIELDS, _EMPTY_OR_NUMBER),
     "seconds": (lambda text: text == "" or (_is_number(text) and float(text) >= 0), "empty or a number of at least 0"),
-    "date": (_is_date, "a date such as 2025-01-31T23:59:59Z"),
+    "date": (is_date, "a date such as 2025-01-31T23:59:59Z"),
 }
+
+
+# A fingerprint of digits alone, or with one e among them, after a spreadsheet has taken it for a number.
+_NUMBER_OF_A_FINGERPRINT = re.compile(r"[0-9]([.,][0-9]+)?E\+[0-9]+")
 
 
 def _find_fault(row: Mapping[str, str]) -> tuple[str, str] | None:
     # The column at fault and what is wrong with it.
     for column, (allowed, form) in _COLUMN_CHECKS.items():
-        if not allowed(row[column]):
-            return column, f"{row[column]!r} is not {form}"
+        text = row[column]
+        if column.endswith("_fingerprint") and _NUMBER_OF_A_FINGERPRINT.fullmatch(text):
+            return column, f"{text!r} is not a fingerprint, but the number that a spreadsheet has made of one"
+        if not allowed(text):
+            return column, f"{text!r} is not {form}{_blame(column, text)}"
     own = METRIC_VALUES[row["metric"]]
     for column in VALUE_FIELDS:
         if row[column] and column not in own:
@@ -180,16 +175,41 @@ def _find_fault(row: Mapping[str, str]) -> tuple[str, str] | None:
     return None
 
 
-def _check_header(file: Path, line: str) -> None:
-    if line.rstrip("\r\n") != csv_line(RESULT_FIELDS).rstrip("\n"):
-        present = line.strip().split(",")
-        absent = [field for field in RESULT_FIELDS if field not in present]
-        reason = f"its header begins with {line.strip()[:40]!r}"
-        if 0 < len(absent) < len(RESULT_FIELDS) / 2:  # A table of an earlier version, not some other file.
-            reason = f"it has no column {absent[0]}"
-        raise ValueError(
-            f"{file} is not a results table of this version, {reason}: move it away or choose another --output."
-        )
+def _blame(column: str, text: str) -> str:
+    if column == "date" and is_rewritten_date(text):
+        return ", but one in the form of a spreadsheet"
+    if column in FORMAT.numbers and re.fullmatch(r"[-+]?[0-9.]*,[0-9]+", text):
+        return ", but one with a comma, as spreadsheets write them"
+    return ""
+
+
+def _default_representation(row: Mapping[str, str]) -> str:
+    model = MODEL_CLASSES.get(row["model_type"])
+    return "overcomplete" if model is not None and model.num_scales > 1 else ""
+
+
+def _solver_of_path(row: Mapping[str, str]) -> str:
+    # Which was a part of the path's fingerprint alone.
+    found = re.search(r"-eta([0-9.e-]+)-(clean|t0)", row["path_fingerprint"])
+    return f"ddim eta {float(found[1]):g} {found[2]}" if found else "ddim eta 0 clean"
+
+
+UNKNOWN = "unknown"
+# What rows of earlier versions, which lack these columns, were made with.
+DEFAULTS: dict[str, Callable[[Mapping[str, str]], str]] = {
+    "resize": lambda row: "pytorch-fid" if row["metric"] == "fid" else "none",
+    "precision": lambda row: UNKNOWN,
+    "reference": lambda row: "train",
+    "regime": lambda row: default_regime(row["model_type"]) or "",
+    "representation": _default_representation,
+    "solver": _solver_of_path,
+    **dict.fromkeys(("reference_images", "coarse_from", *TRAINING_FIELDS, *VALUE_FIELDS), lambda row: ""),
+}
+FORMAT = TableFormat(
+    columns=RESULT_FIELDS,
+    required=frozenset(RESULT_FIELDS) - DEFAULTS.keys(),
+    numbers=frozenset(("seconds", *VALUE_FIELDS, *_NUMBERS_OF_TRAINING)),
+)
 
 
 def read_rows(file: str | os.PathLike) -> list[dict[str, str]]:
@@ -206,62 +226,62 @@ def read_numbered_rows(file: str | os.PathLike) -> dict[int, dict[str, str]]:
     VALUE_FIELDS at least one of METRIC_VALUES[metric] is a finite number, those of other metrics are empty. A line that
     a crash cut short, which therefore lacks a whole date at its end, is skipped with a warning that names it.
 
-    Raises ValueError for another header, and for a whole line that is not a result, naming the line and the column.
+    Columns that the header of a row lacks have their DEFAULTS. Raises ValueError for another header, for a file that a
+    spreadsheet made unreadable, and for a whole line that is not a result, naming the line and the column.
     """
     file = Path(file)
-    if not file.exists():
-        return {}
-    lines = file.read_bytes().decode(errors="replace").split("\n")
-    if lines == [""]:
-        return {}
-    _check_header(file, lines[0])
-    rows = {}
-    # Lines are parsed one by one, since the open quote of a damaged one would swallow those that follow.
-    for number, line in enumerate(lines[1:], start=2):
-        if not line.removesuffix("\r"):
-            continue
-        try:
-            values = next(csv.reader([line.removesuffix("\r")]))
-        except csv.Error:
-            values = [""]
-        if _is_torn(values):
-            warnings.warn(f"{file} line {number} is not a whole result and is skipped.", stacklevel=2)
-            continue
-        if len(values) != len(RESULT_FIELDS):
-            raise ValueError(
-                f"{file} line {number} has {len(values)} columns instead of {len(RESULT_FIELDS)}; "
-                f"correct it or delete the line."
-            )
-        row = dict(zip(RESULT_FIELDS, values, strict=True))
-        fault = _find_fault(row)
-        if fault is not None:
-            raise ValueError(f"{file} line {number}, column {fault[0]}: {fault[1]}; correct it or delete the line.")
-        rows[number] = row
-    return rows
+    return {line.number: _checked_row(file, line) for line in read_lines(file, FORMAT)}
 
 
-def _is_torn(values: Sequence[str]) -> bool:
-    # The beginning of a whole line has no more columns than it, and in its last column the beginning of a date.
-    if len(values) < len(RESULT_FIELDS):
-        return not _DATE.fullmatch(values[-1])
-    begins_date = "0000-00-00T00:00:00Z".startswith(re.sub("[0-9]", "0", values[-1]))
-    return len(values) == len(RESULT_FIELDS) and begins_date and not _DATE.fullmatch(values[-1])
+def _checked_row(file: Path, line: Line) -> dict[str, str]:
+    row = {field: line.cells[field] if field in line.cells else DEFAULTS[field](line.cells) for field in RESULT_FIELDS}
+    fault = _find_fault(row)
+    if fault is not None:
+        raise ValueError(f"{file} line {line.number}, column {fault[0]}: {fault[1]}; correct it or delete the line.")
+    # A spreadsheet writes 1e-05 otherwise, which is no other training.
+    rates = {name: number_text(float(row[name])) for name in _NUMBERS_OF_TRAINING if row[name]}
+    return row | rates
+
+
+def check_table(file: str | os.PathLike) -> None:
+    """Raise ValueError for a file that cannot be read as a results table, or that rows cannot be appended to."""
+    if read_rows(file):
+        check_appendable(Path(file), FORMAT)
 
 
 def has_row(file: str | os.PathLike, key: Mapping[str, Any]) -> bool:
     """Whether `file` holds a row that agrees with `key` in every field of RESULT_KEY and in what else it names.
 
-    Raises KeyError when `key` lacks a field of RESULT_KEY or names an unknown one, and ValueError when the
-    file has another header.
+    What a row of an earlier version does not say disagrees with nothing. Raises KeyError when `key` lacks a field of
+    RESULT_KEY or names an unknown one, and ValueError when the file has another header.
     """
-    fields = {*RESULT_KEY, *key}
-    wanted = {field: str(key[field]) for field in fields}
-    return any({field: row[field] for field in fields} == wanted for row in read_rows(file))
+    wanted = {field: str(key[field]) for field in {*RESULT_KEY, *key}}
+    return any(all(row[field] in (text, "", UNKNOWN) for field, text in wanted.items()) for row in read_rows(file))
 
 
-def without_repetitions(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of rows that agree in their key and description, which are forced repetitions, the last one."""
-    return list({tuple(str(row[field]) for field in (*GROUP_FIELDS, "seed")): row for row in rows}.values())
+def evaluations(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row per evaluation: of rows that agree in key and description, which are forced repetitions, the last one.
+
+    What a row does not say of its training, as those of earlier versions, it says as another row of the same weights
+    does, if all of these say the same.
+    """
+    rows = list(rows)
+    said: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        for field in TRAINING_FIELDS:
+            if row[field]:
+                said.setdefault((row["checkpoint_fingerprint"], field), set()).add(row[field])
+    known = {key: min(values) for key, values in said.items() if len(values) == 1}
+    filled = [
+        row | {field: row[field] or known.get((row["checkpoint_fingerprint"], field), "") for field in TRAINING_FIELDS}
+        for row in rows
+    ]
+    return list({(group_of(row), str(row["seed"])): row for row in filled}.values())
+
+
+def group_of(row: Mapping[str, Any], group_by: Sequence[str] = GROUP_FIELDS) -> tuple[str, ...]:
+    """What a row, or a result of `aggregate`, shares with those that are averaged with it."""
+    return tuple(str(row[field]) for field in group_by)
 
 
 def aggregate(
@@ -277,8 +297,8 @@ def aggregate(
     Raises ValueError when a group holds a seed twice, so that it mixes what is not a repetition.
     """
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
-    for row in without_repetitions(rows):
-        groups.setdefault(tuple(str(row[field]) for field in group_by), []).append(row)
+    for row in evaluations(rows):
+        groups.setdefault(group_of(row, group_by), []).append(row)
     results = []
     for group in sorted(groups, key=lambda group: [natural_order(text) for text in group]):
         result: dict[str, Any] = dict(zip(group_by, group, strict=True))

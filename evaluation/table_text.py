@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from evaluation.results_table import csv_line
+from evaluation.table_file import csv_line
 from runtime.safe_write import replacing
 
 

@@ -47,21 +47,20 @@ COMPARABLE = ("dataset", "num_images", "nfe", "metric_features", "resize", "refe
 
 
 def plot_scores(
-    rows: Sequence[Mapping[str, Any]],  # means over seeds, one row per model, path, weights and epoch
+    rows: Sequence[Mapping[str, Any]],  # means over seeds, one row per series, weights and epoch
     metric: str,  # such as "fid"
     file: str | os.PathLike,
     title: str = "",
-    names: Mapping[tuple[str, str], str] | None = None,  # (model_type, path_type) -> name in the legend
 ) -> None:
-    """Draw a metric against the epoch, one colour per model and path, raw weights solid and EMA dashed.
+    """Draw a metric against the epoch, one colour per series, raw weights solid and EMA dashed.
 
-    A row has `model_type`, `path_type`, `weights` ("raw" or "ema"), `epoch`, `{metric}_mean`, and may have
+    A row has `name` (of its series, in the legend), `weights` ("raw" or "ema"), `epoch`, `{metric}_mean`, and may have
     `{metric}_sd` (an error bar unless None), `num_images` and `nfe` (named on the axis); numbers may be text.
-    If all rows are of one epoch, each is a dot with its value, grouped by model and path in the order given,
+    If all rows are of one epoch, each is a dot with its value, grouped by series in the order given,
     raw weights filled and EMA open. Rows whose mean is None are skipped. Raises ValueError if nothing is left
     to draw, if rows differ in one of `COMPARABLE`, and if two rows are the same point of the same curve.
     """
-    save_figure(_scores_figure(rows, metric, title, names or {}), file)
+    save_figure(_scores_figure(rows, metric, title), file)
 
 
 def check_comparable(rows: Sequence[Mapping[str, Any]], but: Sequence[str] = ()) -> None:
@@ -116,17 +115,14 @@ def plot_factorial(
 
 
 @rc_context(STYLE)
-def _scores_figure(
-    rows: Sequence[Mapping[str, Any]], metric: str, title: str, names: Mapping[tuple[str, str], str]
-) -> Figure:
+def _scores_figure(rows: Sequence[Mapping[str, Any]], metric: str, title: str) -> Figure:
     rows = [row for row in rows if row.get(f"{metric}_mean") is not None]
     if not rows:
         raise ValueError(f"no row has a {metric}_mean to draw; evaluate first or name another metric")
     check_comparable(rows)
     series: dict[str, dict[str, dict[int, tuple[float, float]]]] = {}
     for row in rows:
-        key = (row["model_type"], row["path_type"])
-        name = names.get(key, " ".join(filter(None, key)))
+        name = row["name"]
         scores = series.setdefault(name, {}).setdefault(row["weights"], {})
         epoch, deviation = int(row["epoch"]), row.get(f"{metric}_sd")
         if epoch in scores:

@@ -38,10 +38,13 @@ from evaluation.feature_metrics import fid_infinity, inception_score, kernel_dis
 from evaluation.inception import Features
 from evaluation.pixel_metrics import sliced_wasserstein
 from evaluation.results_table import METRIC_VALUES, RESULT_FIELDS, VALUE_FIELDS, read_rows
+from evaluation.table_file import csv_line
+from evaluation.training_columns import TRAINING_FIELDS
 from paths import families
 from paths.schedule_file import save_schedule
 from planning.choice import PathSettings, choose_path
 from planning.map_file import load_heatmap
+from result_rows import EARLIER_HEADERS, table_text
 
 SECONDS = 120  # Far longer than anything here takes, so that a busy machine fails no test.
 JOBS = [(model_type, path_type, seed) for model_type, path_type in MEASURED for seed in ("42", "43")]
@@ -147,7 +150,20 @@ def test_every_job_has_one_row(run, table):
         expected = {"weights": "raw", "nfe": "4", "num_images": "12", "epoch": "2", "dataset": "synthetic"}
         expected |= {"metric": "swd", "metric_features": "swd-7x7-16", "resize": "none", "precision": "fp32"}
         expected |= {"reference": "train", "reference_images": "12", "fid": "", "swd_64": "", "swd_32": ""}
+        # What was trained: `tiny` of conftest, with the flags of `run`.
+        loaded = load_model(checkpoint)
+        expected |= {"solver": "ddim eta 0 clean", "preset": "published", "process": "vp cosine_clipped"}
+        expected |= {"loss_weights": "[1]" if loaded.model.num_scales == 1 else "[1,1]", "prediction": "epsilon"}
+        expected |= {"lr": "0.003", "ema_decay": "0.5", "training_images": "12", "training_data": images.fingerprint}
+        expected |= {"images_seen": str(loaded.config["step"] * loaded.config["batch_size"]), "resolution": "16"}
+        expected |= {
+            "run": loaded.config.get("run") or "",
+            "training_seed": "42",
+            "min_snr_gamma": "none",
+            "flip": "no",
+        }
         assert {name: row[name] for name in expected} == expected
+        assert all(row[name] for name in TRAINING_FIELDS if name != "run")
         assert row["swd"] == row["swd_16"] and float(row["swd"]) > 0
     assert len({row["swd"] for row in rows}) == len(rows)
     assert len({row["path_fingerprint"] for row in rows}) == 3
@@ -174,6 +190,48 @@ def test_scored_jobs_are_skipped_unless_forced(stage, run, table, tmp_path):
     rows = read_rows(file)
     assert len(rows) == 11
     assert [measured(row) for row in rows[9:]] == [measured(rows[k]) for k in (2, 4)]
+
+
+@pytest.mark.parametrize("width", [35, 37, 38])
+def test_jobs_scored_by_an_earlier_version_are_skipped(stage, run, table, tmp_path, width):
+    file = tmp_path / "scores.csv"
+    file.write_text(table_text(EARLIER_HEADERS[width].split(","), read_rows(table)))
+    before = file.read_bytes()
+    ended = stage(eval_fid_batch, *run.eval_flags(file), *SCORED)
+    assert ended.output.count("scored already") == 6 and file.read_bytes() == before
+    stage(eval_fid_batch, *run.eval_flags(file), *SCORED, "--seeds", 43, 44)
+    assert file.read_bytes().startswith(before)
+    # The new seed says of the old ones how they were trained.
+    output = stage(aggregate_results, "--input", file, "--output", tmp_path / "t").output
+    assert "not recorded" not in output and output.count("(3) |") >= 3
+
+
+def test_a_table_that_a_spreadsheet_saved_is_refused_before_anything_is_computed(
+    refused, run, table, tmp_path, no_sampling, monkeypatch
+):
+    monkeypatch.setattr(jobs_module, "load_model", lambda *args: pytest.fail("a model was loaded"))
+    file = tmp_path / "scores.csv"
+    file.write_text(table_text(RESULT_FIELDS, read_rows(table), delimiter=";", lineterminator="\r\n"), newline="")
+    says = (f"{file} was saved by a spreadsheet with semicolons", "save it as CSV", "--output")
+    refused(eval_fid_batch, *lift_flags(run, file, "--seeds", 77), says=says)
+
+
+def test_other_data_than_were_trained_on_are_not_counted(stage, run, tmp_path):
+    stage(eval_fid_batch, *lift_flags(run, tmp_path / "scores.csv", "--dataset", "synthetic", "--limit", 13))
+    [row] = read_rows(tmp_path / "scores.csv")
+    assert row["reference_images"] == "13" and row["training_images"] == ""
+    assert row["training_data"] == load_model(run.lift).config["data_fingerprint"]
+
+
+def test_two_runs_of_equal_weights_have_a_row_each(stage, run, tmp_path):
+    file, content = tmp_path / "scores.csv", read_checkpoint(run.lift)
+    for name in ("first", "second", "second"):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        save_checkpoint(folder / run.lift.name, content | {"config": content["config"] | {"run": name}})
+        ended = stage(eval_fid_batch, *lift_flags(run, file, "--checkpoint_dir", folder))
+    assert "scored already" in ended.output
+    assert [row["run"] for row in read_rows(file)] == ["first", "second"]
 
 
 def test_only_the_metrics_that_are_missing_are_added(stage, run, table, tmp_path, stand_in):
@@ -701,9 +759,9 @@ def test_a_table_edited_into_nonsense_is_refused_before_anything_is_computed(
     fields = {name: RESULT_FIELDS.index(name) for name in ("swd", "seed", "metric", "weights", "fid")}
     file = tmp_path / "scores.csv"
     for column, text in (("swd", "about 3"), ("seed", "4x"), ("metric", "fdi"), ("weights", "EMA"), ("fid", "3.1")):
-        words = lines[4].split(",")
+        [words] = csv.reader([lines[4]])
         words[fields[column]] = text
-        file.write_text("".join([*lines[:4], ",".join(words), *lines[5:]]))
+        file.write_text("".join([*lines[:4], csv_line(words), *lines[5:]]))
         flags = lift_flags(run, file, "--seeds", 77)
         refused(eval_fid_batch, *flags, says=(f"{file} line 5, column {column}: '{text}'", "correct it or delete"))
 

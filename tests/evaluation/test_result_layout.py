@@ -10,16 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import aggregate_results
-from evaluation.result_layout import (
-    COLUMN_TITLES,
-    PUBLISHED_FILE,
-    VALUE_LAYOUTS,
-    improvement,
-    layout_tables,
-    read_published,
-    series_of,
-)
+from evaluation.result_layout import PUBLISHED_FILE, VALUE_LAYOUTS, improvement, layout_tables, read_published
 from evaluation.results_table import ERROR_BAR_FIELDS, METRIC_VALUES, RESULT_FIELDS, VALUE_FIELDS, append_row, read_rows
+from evaluation.series import COLUMN_TITLES, series_of
 from evaluation.table_text import render_markdown
 
 
@@ -131,11 +124,12 @@ def test_what_does_not_compare_shares_no_table(field):
     assert sorted(len(table.columns) for table in epoch_tables) == [2, 3]
 
 
-def test_one_value_has_no_deviation_and_two_paths_of_one_name_share_a_cell():
+def test_one_value_has_no_deviation_and_two_paths_of_one_name_have_a_column_each():
     rows = [make_row(**OURS, fid=1.0), make_row(**OURS, fid=2.0, path_fingerprint="xyz")]
     table = table_of(layout_tables(rows), "raw weights")
-    assert texts(table) == [["200", "1.00 (1); 2.00 (1)"]]
-    assert "semicolon" in table.note and "bracket" not in table.note
+    assert table.columns == ("epoch", "LIFT diagonal, path diagonal", "LIFT diagonal, path xyz")
+    assert texts(table) == [["200", "1.00 (1)", "2.00 (1)"]] and best(table) == [["1.00 (1)"]]
+    assert "bracket" not in table.note
 
 
 def test_a_forced_repetition_counts_once():
@@ -251,7 +245,8 @@ def test_improvements_compare_within_one_checkpoint_and_one_nfe():
     rows.append(make_row(**OURS, checkpoint_fingerprint="c", fid=1, path_type="dp_total"))
     tables = layout_tables(rows)
     eighteen = table_of(tables, "improvement over the diagonal: cats, 20,000 images, NFE 18")
-    assert texts(eighteen) == [["200", "raw", "10.00 (20.0 %, 1); 2.00 (2.2 %, 1)"]]
+    assert eighteen.columns[2:] == ("LIFT DP-Total, checkpoint a", "LIFT DP-Total, checkpoint b")
+    assert texts(eighteen) == [["200", "raw", "10.00 (20.0 %, 1)", "2.00 (2.2 %, 1)"]]
     eight = table_of(tables, "improvement over the diagonal: cats, 20,000 images, NFE 8")
     assert texts(eight) == [["200", "raw", "1.00 (1.4 %, 1)"]]
 
@@ -398,7 +393,7 @@ def test_the_usual_regime_of_a_model_goes_without_saying():
     for model, usual, other in (("dual", "independent", "same"), ("shared_t", "same", ""), ("no_t", "independent", "")):
         assert series_of(make_row(model_type=model, regime=usual)).regime == ""
         assert series_of(make_row(model_type=model, regime=other)).regime == other
-    assert series_of(make_row(model_type="baseline")) == ("baseline", "diagonal", "", "", "")
+    assert series_of(make_row(model_type="baseline")) == ("baseline", "diagonal", "", "", "", (), ())
 
 
 def test_residuals_are_named():

@@ -22,40 +22,13 @@ from evaluation.results_table import (
     VALUE_FIELDS,
     aggregate,
     append_row,
-    csv_line,
     has_row,
     read_rows,
     write_csv,
 )
-
-
-def make_row(**changes):
-    return {
-        "checkpoint_fingerprint": "c0ffee",
-        "weights": "raw",
-        "path_fingerprint": "abc",
-        "nfe": 18,
-        "seed": 42,
-        "num_images": 1000,
-        "metric": "fid",
-        "metric_features": "inception-123",
-        "resize": "pytorch-fid",
-        "reference_fingerprint": "def",
-        "precision": "fp32",
-        "dataset": "cats, small",
-        "reference": "train",
-        "reference_images": 13747,
-        "model_type": "dual",
-        "epoch": 200,
-        "path_type": "diagonal",
-        "coarse_from": "",
-        "regime": "independent",
-        "representation": "overcomplete",
-        "fid": 33.25,
-        "seconds": 1.5,
-        "checkpoint": "lift_dual_timestep_200ep.pth",
-        "date": "2025-01-31T23:59:59Z",
-    } | changes
+from evaluation.table_file import csv_line
+from evaluation.training_columns import TRAINING_COLUMNS, TRAINING_FIELDS
+from result_rows import TRAINING, as_read, make_row
 
 
 def append_many(file, process):
@@ -71,7 +44,7 @@ def test_rows_come_back_as_written(tmp_path):
     append_row(file, make_row(seed=43, dataset='a "quoted", name é', seconds=None, reference_images=None))
     rows = read_rows(file)
     assert [row["seed"] for row in rows] == ["42", "43"]
-    assert rows[0] == {field: str(make_row().get(field, "")) for field in RESULT_FIELDS}
+    assert rows[0] == as_read(make_row())
     assert rows[1]["dataset"] == 'a "quoted", name é' and rows[1]["seconds"] == ""
     with open(file, newline="", encoding="utf-8") as stream:
         assert list(csv.DictReader(stream)) == rows
@@ -79,7 +52,7 @@ def test_rows_come_back_as_written(tmp_path):
 
 def test_eight_processes_lose_and_mix_nothing(tmp_path):
     file = tmp_path / "results.csv"
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     processes = [context.Process(target=append_many, args=(file, k)) for k in range(8)]
     for process in processes:
         process.start()
@@ -158,8 +131,7 @@ def write_table(file, *rows):
 
 
 def as_values(**changes):
-    row = make_row(**changes)
-    return ["" if row.get(field) is None else str(row[field]) for field in RESULT_FIELDS]
+    return list(as_read(make_row(**changes)).values())
 
 
 INTEGERS = ("nfe", "seed", "num_images", "epoch")
@@ -177,7 +149,9 @@ INTEGERS = ("nfe", "seed", "num_images", "epoch")
         *(("weights", text) for text in ("", "EMA", "raw ")),
         *(("metric", text) for text in ("", "FID", "fd")),
         *(("seconds", text) for text in ("soon", "nan", "-1")),
-        *(("date", text) for text in ("yesterday", "31.01.2025", "2025-13-01T00:00:00Z", "2025-01-31 23:59:59")),
+        *(("date", text) for text in ("yesterday", "31.01.2025", "2025-13-01T00:00:00Z", "2025-13-31 23:59:59")),
+        *((column, text) for column in ("lr", "ema_decay") for text in ("fast", "nan", "0,001")),
+        *((column, text) for column in ("batch_size", "images_seen", "parameters") for text in ("64.0", "-1", "many")),
         *((field, "") for field in RESULT_KEY if field.endswith(("fingerprint", "features")) or field == "precision"),
         ("resize", " "),
     ],
@@ -187,6 +161,7 @@ def test_a_row_edited_into_nonsense_is_refused_and_left_alone(tmp_path, column, 
     before = write_table(file, as_values(seed=1), as_values(**{"seed": 2, column: text}), as_values(seed=3))
     with pytest.raises(ValueError) as error:
         read_rows(file)
+    text = text.replace("2025-13-31 23:59:59", "2025-13-31T23:59:59Z")  # The order of which leaves no doubt.
     assert str(error.value).startswith(f"{file} line 3, column {column}: {text!r} is not ")
     assert str(error.value).endswith("; correct it or delete the line.")
     with pytest.raises(ValueError, match="line 3"):
@@ -234,7 +209,8 @@ def test_every_metric_needs_one_of_its_values_and_takes_no_other(tmp_path, metri
     assert read_rows(file) == rows
 
 
-FREE_TEXT = ("dataset", "reference", "model_type", "path_type", "coarse_from", "regime", "representation", "checkpoint")
+FREE_TEXT = {"dataset", "reference", "model_type", "path_type", "coarse_from", "regime", "representation", "solver"}
+FREE_TEXT |= {"checkpoint", *(name for name, column in TRAINING_COLUMNS.items() if column.form == "text")}
 one_line = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), max_size=12)
 cell_text = one_line | st.integers().map(str) | st.floats().map(str) | st.sampled_from(["raw", "ema", *METRICS])
 
@@ -263,7 +239,7 @@ def test_a_corrupted_cell_is_harmless_or_refused_by_name(tmp_path_factory, colum
         else:
             assert rows[1][column] == text
             if column not in FREE_TEXT and column not in VALUE_FIELDS:
-                assert text or column in ("seconds", "reference_images")
+                assert text or column in ("seconds", "reference_images", *TRAINING_FIELDS)
             if column in VALUE_FIELDS and text:
                 assert math.isfinite(float(text)) and column in METRIC_VALUES["fid"]
     assert file.read_bytes() == before
@@ -284,9 +260,16 @@ def test_a_row_cut_anywhere_is_skipped_and_never_refused(tmp_path_factory, datas
         assert [row["seed"] for row in read_rows(file)] == ["1", "3", "3"]
 
 
-# Tables of the version before regimes and coarse feeds were told are foreign too.
-OLD_FIELDS = [field for field in RESULT_FIELDS if field not in ("coarse_from", "regime", "representation")]
-FOREIGN = ["a,b\n1,2\n", "checkpoint_finger", csv_line((*RESULT_FIELDS, "extra")), csv_line(OLD_FIELDS)]
+FOREIGN = {
+    "a,b\n1,2\n": "header begins with 'a,b'",
+    "checkpoint_finger": "header begins with 'checkpoint_finger'",
+    csv_line((*RESULT_FIELDS, "extra")): "has a column 'extra', which is unknown here",
+    csv_line(field for field in RESULT_FIELDS if field != "nfe"): "has no column nfe",
+    csv_line((*RESULT_FIELDS[:-1], "seconds", "date")): "has the column seconds twice",
+    csv_line(
+        ("date", *RESULT_FIELDS[:-1])
+    ): "columns go from date to checkpoint, not from checkpoint_fingerprint to date",
+}
 
 
 @pytest.mark.parametrize("content", FOREIGN)
@@ -296,8 +279,7 @@ def test_foreign_header_is_refused_and_left_alone(tmp_path, content):
     for use in (lambda: append_row(file, make_row()), lambda: read_rows(file)):
         with pytest.raises(ValueError, match="other.csv is not a results table of this version.*move it away") as error:
             use()
-    assert file.read_text() == content
-    assert ("it has no column coarse_from" in str(error.value)) == (content == FOREIGN[-1])
+    assert file.read_text() == content and FOREIGN[content] in str(error.value)
 
 
 def test_empty_file_gets_a_header(tmp_path):
@@ -306,14 +288,6 @@ def test_empty_file_gets_a_header(tmp_path):
     assert read_rows(file) == []
     append_row(file, make_row())
     assert len(read_rows(file)) == 1
-
-
-def test_line_endings_of_a_spreadsheet_are_read(tmp_path):
-    file = tmp_path / "results.csv"
-    append_row(file, make_row())
-    rows = read_rows(file)
-    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
-    assert read_rows(file) == rows
 
 
 @pytest.mark.parametrize(
@@ -385,6 +359,29 @@ def test_aggregate_keeps_apart_what_differs_in_more_than_the_seed():
     row = make_row() | dict.fromkeys(VALUE_FIELDS, "")
     rows = [row, *(row | {field: "other", "seed": 43} for field in GROUP_FIELDS)]
     assert len(aggregate(rows)) == len(rows)
+
+
+def test_a_row_that_does_not_say_how_it_was_trained_is_of_the_training_of_its_weights(tmp_path):
+    file = tmp_path / "results.csv"
+    silent = dict.fromkeys(TRAINING)
+    append_row(file, make_row(seed=1, fid=10.0, **silent))
+    append_row(file, make_row(seed=2, fid=20.0))
+    append_row(file, make_row(seed=1, fid=50.0, checkpoint_fingerprint="beef", **silent))
+    first, second = aggregate(read_rows(file))
+    assert (first["fid_mean"], first["fid_seeds"], first["lr"]) == (50.0, 1, "")
+    assert (second["fid_mean"], second["fid_seeds"], second["lr"]) == (15.0, 2, TRAINING["lr"])
+    # Of two trainings that ended in these weights nobody knows which one it was.
+    append_row(file, make_row(seed=2, fid=20.0, run="second"))
+    silent = [result for result in aggregate(read_rows(file)) if not result["run"]]
+    assert sorted(result["fid_mean"] for result in silent) == [10.0, 50.0]
+
+
+def test_a_row_that_says_nothing_counts_as_done(tmp_path):
+    file = tmp_path / "results.csv"
+    append_row(file, make_row(run=""))
+    assert has_row(file, make_row()) and not has_row(file, make_row(lr="0.5"))
+    append_row(file, make_row(run="other", seed=43))
+    assert not has_row(file, make_row(seed=43))
 
 
 def test_a_forced_repetition_replaces_the_earlier_value(tmp_path):

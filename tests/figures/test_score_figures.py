@@ -33,11 +33,11 @@ BANDS = {
 
 def rows_of(epochs, **extra):
     return [
-        {"model_type": model, "path_type": kind, "weights": weights, "epoch": str(epoch)}
+        {"name": name, "weights": weights, "epoch": str(epoch)}
         | {"fid_mean": 30.0 + k + epoch / 100 + 5 * (weights == "raw"), "fid_sd": 0.3 if weights == "raw" else None}
         | extra
         for epoch in epochs
-        for k, (model, kind) in enumerate((("baseline", "diagonal"), ("dual", "dp_64"), ("dual", "dp_total")))
+        for k, name in enumerate(("Baseline", "LIFT DP-64", "LIFT DP-Total, lr 0.001"))
         for weights in ("raw", "ema")
     ]
 
@@ -68,8 +68,8 @@ def test_page_does_not_depend_on_users_matplotlibrc(tmp_path):
 
 
 LAID_OUT = {
-    "curves": lambda: figures.scores._scores_figure(rows_of([200, 400]), "fid", "title", {}),
-    "dots": lambda: figures.scores._scores_figure(rows_of([400]), "fid", "title", {}),
+    "curves": lambda: figures.scores._scores_figure(rows_of([200, 400]), "fid", "title"),
+    "dots": lambda: figures.scores._scores_figure(rows_of([400]), "fid", "title"),
     "bands": lambda: figures.scores._score_bands_figure(BANDS, "title", "FID, 15,803 images", NFE_LABEL),
     "bands of epochs": lambda: figures.scores._score_bands_figure({"ema": BANDS["ema"]}, "", "FID", "epoch"),
     "factorial": lambda: figures.scores._factorial_figure(FACTORIAL, "title", "FID"),
@@ -87,7 +87,7 @@ def test_nothing_overlaps_or_leaves_the_page(name):
 
 def test_scores_are_drawn_against_the_epoch():
     rows = rows_of([1000, 200, 400])
-    axes = figures.scores._scores_figure(rows, "fid", "title", {("dual", "dp_64"): "LIFT DP-64"}).axes[0]
+    axes = figures.scores._scores_figure(rows, "fid", "title").axes[0]
     assert len(axes.containers) == 6
     for k, container in enumerate(axes.containers):
         line, _, (bars,) = container.lines
@@ -100,16 +100,16 @@ def test_scores_are_drawn_against_the_epoch():
             [0.6] * (3 if series[0]["weights"] == "raw" else 0),
         )
     names = [text.get_text() for text in axes.figure.legends[0].get_texts()]
-    assert names == ["baseline diagonal", "LIFT DP-64", "dual dp_total"]
+    assert names == ["Baseline", "LIFT DP-64", "LIFT DP-Total, lr 0.001"]
 
 
 def test_scores_of_one_epoch_are_labelled_dots():
     rows = rows_of([400], num_images="15803", nfe="18")
-    axes = figures.scores._scores_figure(rows, "fid", "title", {}).axes[0]
+    axes = figures.scores._scores_figure(rows, "fid", "title").axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == [
-        "baseline diagonal",
-        "dual dp_64",
-        "dual dp_total",
+        "Baseline",
+        "LIFT DP-64",
+        "LIFT DP-Total, lr 0.001",
     ]
     values = [text.get_text() for text in axes.texts]
     assert values == ["39.00 ± 0.30", "34.00", "40.00 ± 0.30", "35.00", "41.00 ± 0.30", "36.00"]
@@ -124,11 +124,12 @@ def test_aggregated_results_can_be_drawn(tmp_path):
         blank | {"epoch": epoch, "seed": seed, "num_images": "500", "nfe": "18", "weights": "ema", "fid": fid}
         for epoch, seed, fid in (("200", "1", "30"), ("200", "2", "32"), ("1000", "1", "28"), ("1000", "2", "27"))
     ]
-    axes = figures.scores._scores_figure(aggregate(rows), "fid", "", {}).axes[0]
+    results = [result | {"name": "x"} for result in aggregate(rows)]
+    axes = figures.scores._scores_figure(results, "fid", "").axes[0]
     np.testing.assert_allclose(axes.containers[0].lines[0].get_xydata(), [[200, 31], [1000, 27.5]])
-    plot_scores(aggregate(rows), "fid", tmp_path / "figure.png")
+    plot_scores(results, "fid", tmp_path / "figure.png")
     with pytest.raises(ValueError, match="no row has a swd_mean"):
-        plot_scores(aggregate(rows), "swd", tmp_path / "figure.png")
+        plot_scores(results, "swd", tmp_path / "figure.png")
 
 
 def test_scores_that_do_not_compare_are_refused(tmp_path):
@@ -137,7 +138,7 @@ def test_scores_that_do_not_compare_are_refused(tmp_path):
         plot_scores(rows_of([200], num_images="500") + rows_of([400], num_images="15803"), "fid", file)
     with pytest.raises(ValueError, match="resize clean and pytorch-fid do not compare"):
         plot_scores(rows_of([200], resize="clean") + rows_of([400], resize="pytorch-fid"), "fid", file)
-    with pytest.raises(ValueError, match="baseline diagonal has two values of fid with raw weights at epoch 200"):
+    with pytest.raises(ValueError, match="Baseline has two values of fid with raw weights at epoch 200"):
         plot_scores(rows_of([200, 400]) + rows_of([200]), "fid", file)
     assert not file.exists()
 

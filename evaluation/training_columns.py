@@ -1,0 +1,112 @@
+"""What a row of results says of the training of its model: a column for everything in which trainings may differ.
+
+`describe_training` fills the columns. Tables, figures and the report name those in which the trainings on them differ
+(`series`), so that whatever has a column here is never averaged or ranked over unsaid.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from checkpoint import LoadedModel
+from planning.presets import PRESETS, fits_preset, loss_weights_of
+
+CHANGED = " (changed)"  # Behind the name of a preset, some of whose values were given otherwise.
+
+
+class TrainingColumn(NamedTuple):
+    """One setting of a training."""
+
+    value: Callable[[LoadedModel, int | None], Any]  # of a model and the number of its training images, if known
+    title: str  # in the name of a series; {} is the value
+    form: str = "text"  # or number, or count: a whole number from 0
+    # Other columns that settle it as a rule: where they do, their names are enough.
+    told_by: tuple[str, ...] = ()
+    of_model: bool = False  # Models of different types differ in it by themselves.
+
+
+def _setting(name: str, default: Any = None) -> Callable[[LoadedModel, int | None], Any]:
+    return lambda loaded, num_images: loaded.config.get(name, default)
+
+
+def _preset(config: dict[str, Any]) -> str | None:
+    # Of the config of a run that named none, the one it fits.
+    named, fitting = config.get("preset"), [preset for preset in PRESETS if fits_preset(preset, config)]
+    if named is not None:
+        return named if named in fitting else named + CHANGED
+    return fitting[0] if fitting else None
+
+
+def _lr_schedule(config: dict[str, Any]) -> str | None:
+    # Any but a constant rate depends on how long the run was meant to be.
+    schedule = config.get("lr_schedule")
+    return schedule if schedule in (None, "constant") else f"{schedule} over {config['epochs']} epochs"
+
+
+# In the order in which titles name them.
+TRAINING_COLUMNS = {
+    "run": TrainingColumn(_setting("run"), "run {}"),
+    "preset": TrainingColumn(lambda loaded, num_images: _preset(loaded.config), "{}"),
+    "process": TrainingColumn(lambda loaded, num_images: loaded.scheduler.process, "{}", told_by=("preset",)),
+    "prediction": TrainingColumn(
+        lambda loaded, num_images: loaded.scheduler.prediction_type, "{} prediction", told_by=("preset",)
+    ),
+    "loss_weights": TrainingColumn(
+        lambda loaded, num_images: loss_weights_of(loaded.config),
+        "loss weights {}",
+        told_by=("preset", "model_type", "representation"),
+        of_model=True,
+    ),
+    "min_snr_gamma": TrainingColumn(
+        lambda loaded, num_images: loaded.config.get("min_snr_gamma") or "none", "min-SNR {}"
+    ),
+    "lr": TrainingColumn(_setting("lr"), "lr {}", "number"),
+    "lr_schedule": TrainingColumn(lambda loaded, num_images: _lr_schedule(loaded.config), "lr {}"),
+    "batch_size": TrainingColumn(_setting("batch_size"), "batch size {}", "count"),
+    "weight_decay": TrainingColumn(_setting("weight_decay"), "weight decay {}", "number"),
+    "grad_clip": TrainingColumn(_setting("grad_clip"), "gradient norm {}", "number"),
+    "ema_decay": TrainingColumn(_setting("ema_decay"), "EMA decay {}", "number"),
+    "hidden_dims": TrainingColumn(_setting("hidden_dims"), "widths {}"),
+    "parameters": TrainingColumn(
+        lambda loaded, num_images: sum(weights.numel() for weights in loaded.model.parameters()),
+        "{:,} parameters",
+        "count",
+        told_by=("hidden_dims", "model_type", "representation"),
+        of_model=True,
+    ),
+    "resolution": TrainingColumn(_setting("resolution"), "{} px", "count"),
+    "training_images": TrainingColumn(lambda loaded, num_images: num_images, "{:,} training images", "count"),
+    "training_data": TrainingColumn(_setting("data_fingerprint"), "data {}", told_by=("training_images", "resolution")),
+    "flip": TrainingColumn(_setting("flip"), "flip {}"),
+    "training_precision": TrainingColumn(_setting("precision"), "trained in {}"),
+    "training_seed": TrainingColumn(_setting("seed"), "training seed {}", "count"),
+    "images_seen": TrainingColumn(
+        lambda loaded, num_images: loaded.config["step"] * loaded.config["batch_size"],
+        "{:,} images per epoch",
+        "count",
+        told_by=("training_images", "batch_size"),
+    ),
+}
+TRAINING_FIELDS = tuple(TRAINING_COLUMNS)
+
+
+def describe_training(loaded: LoadedModel, num_images: int | None) -> dict[str, str]:
+    """The columns of a model, as text; what its checkpoint does not say is empty.
+
+    num_images: how many it was trained on; None if the images at hand are not those.
+    """
+    return {name: _text(column.value(loaded, num_images)) for name, column in TRAINING_COLUMNS.items()}
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"  # True and False are translated by spreadsheets.
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_text, value))}]"  # Without brackets, a spreadsheet takes them for one number.
+    return number_text(value) if isinstance(value, float) else str(value)
+
+
+def number_text(value: float) -> str:
+    """A number as columns have it."""
+    return repr(value).removesuffix(".0")

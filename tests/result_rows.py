@@ -1,0 +1,122 @@
+"""Rows of results for tests, and the headers that tables of earlier versions have."""
+
+import csv
+import io
+
+from evaluation.results_table import RESULT_FIELDS
+
+# What a training says of itself; two models of it differ in none of these.
+TRAINING = {
+    "run": "first",
+    "preset": "published",
+    "process": "vp cosine_clipped",
+    "prediction": "epsilon",
+    "loss_weights": "[1,1]",
+    "min_snr_gamma": "none",
+    "lr": "0.0001",
+    "lr_schedule": "constant",
+    "batch_size": "64",
+    "weight_decay": "0.01",
+    "grad_clip": "1",
+    "ema_decay": "0.9999",
+    "hidden_dims": "[64,128,256,512]",
+    "parameters": "58123456",
+    "resolution": "64",
+    "training_images": "1280",
+    "training_data": "feedbeef",
+    "flip": "no",
+    "training_precision": "fp32",
+    "training_seed": "42",
+    "images_seen": "256000",
+}
+# Another value of each.
+OTHER_TRAINING = {
+    "run": "second",
+    "preset": "improved",
+    "process": "vp cosine",
+    "prediction": "v",
+    "loss_weights": "[0.8,0.2]",
+    "min_snr_gamma": "5",
+    "lr": "0.001",
+    "lr_schedule": "cosine over 200 epochs",
+    "batch_size": "32",
+    "weight_decay": "0.1",
+    "grad_clip": "0.5",
+    "ema_decay": "0.999",
+    "hidden_dims": "[32,64]",
+    "parameters": "3586947",
+    "resolution": "32",
+    "training_images": "640",
+    "training_data": "cafe",
+    "flip": "yes",
+    "training_precision": "bf16",
+    "training_seed": "43",
+    "images_seen": "128000",
+}
+
+VALUES = (
+    "fid,fid_infinity,kid,kid_sd,inception_score,inception_score_sd,manifold_precision,manifold_recall,"
+    "swd,swd_64,swd_32,swd_16,nn_distance,nn_distance_real,authenticity"
+)
+_KEY = "checkpoint_fingerprint,weights,path_fingerprint,nfe,seed,num_images"
+_OLDEST = "dataset,model_type,epoch,path_type,metric,fid,swd,swd_64,swd_32,swd_16,seconds,checkpoint,date"
+_LATER_KEY = f"{_KEY},metric,metric_features,resize,reference_fingerprint,precision"
+_LATER = "dataset,reference,reference_images,model_type,epoch,path_type"
+# By the number of their columns.
+EARLIER_HEADERS = {
+    header.count(",") + 1: header
+    for header in (
+        f"{_KEY},metric_features,reference_fingerprint,{_OLDEST}",
+        f"{_KEY},metric_features,reference_fingerprint,precision,{_OLDEST}",
+        f"{_LATER_KEY},{_LATER},{VALUES},seconds,checkpoint,date",
+        f"{_LATER_KEY},{_LATER},coarse_from,regime,{VALUES},seconds,checkpoint,date",
+        f"{_LATER_KEY},{_LATER},coarse_from,regime,representation,{VALUES},seconds,checkpoint,date",
+    )
+}
+
+
+def make_row(**changes):
+    """A row as `append_row` takes it."""
+    return {
+        "checkpoint_fingerprint": "c0ffee",
+        "weights": "raw",
+        "path_fingerprint": "abc",
+        "nfe": 18,
+        "seed": 42,
+        "num_images": 1000,
+        "metric": "fid",
+        "metric_features": "inception-123",
+        "resize": "pytorch-fid",
+        "reference_fingerprint": "def",
+        "precision": "fp32",
+        "dataset": "cats, small",
+        "reference": "train",
+        "reference_images": 13747,
+        "model_type": "dual",
+        "epoch": 200,
+        "path_type": "diagonal",
+        "coarse_from": "",
+        "regime": "independent",
+        "representation": "overcomplete",
+        "solver": "ddim eta 0 clean",
+        "fid": 33.25,
+        "seconds": 1.5,
+        "checkpoint": "lift_dual_timestep_200ep.pth",
+        "date": "2025-01-31T23:59:59Z",
+        **TRAINING,
+        **changes,
+    }
+
+
+def as_read(row):
+    """What `read_rows` makes of a row."""
+    return {field: "" if row.get(field) is None else str(row[field]) for field in RESULT_FIELDS}
+
+
+def table_text(header, rows, **style):
+    """A table of some columns, as text; `style` is that of `csv.writer`."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, **{"lineterminator": "\n"} | style)
+    writer.writerow(header)
+    writer.writerows([[as_read(row)[column] for column in header] for row in rows])
+    return stream.getvalue()
