@@ -40,6 +40,11 @@ class ExportSettings(CheckpointSettings):
     output: str = option(REQUIRED, "folder", flag="output", metavar="OUT")
     force: bool = option(False, "replace the export that OUT holds")
 
+    def check(self) -> None:
+        if self.checkpoint is None and self.run is None:
+            raise ValueError("CHECKPOINT OUT, or --run NAME OUT, is required")
+        super().check()
+
 
 def parse_args() -> ExportSettings:
     """The settings of this stage, from its flags."""

@@ -179,10 +179,14 @@ def parse_settings(
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=allow_abbrev)
     _add_flags(parser, cls, {*fixed, *leave_out})
-    values = vars(parser.parse_args(argv))
+    # An argument that may be missing would take the word of the one behind it, were there a flag between them.
+    options = (field.metadata["option"] for field in dataclasses.fields(cls))
+    optional = any(made.nargs == "?" and made.flag and not made.flag.startswith("-") for made in options)
+    parse = parser.parse_intermixed_args if optional else parser.parse_args
+    values = vars(parse(argv))
     if stored is not None:
         parser.set_defaults(**stored(values | fixed))
-        values = vars(parser.parse_args(argv))
+        values = vars(parse(argv))
     return _from_flags(parser, cls, values, fixed)
 
 
