@@ -1,6 +1,7 @@
 """Images in: decoding against torchvision, the cache, what is refused, and the order of batches."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import datasets
@@ -11,7 +12,18 @@ from PIL import Image
 from torchvision import transforms
 
 import data
-from data import ImageSet, TwoScaleBatches, coarse, fingerprint_array, load_images, to_float, to_uint8
+from data import (
+    ImageSet,
+    TwoScaleBatches,
+    coarse,
+    distinct_images,
+    fingerprint_array,
+    first_of_equals,
+    load_images,
+    split_holdout,
+    to_float,
+    to_uint8,
+)
 from images.synthetic import synthetic_images
 
 CPU = torch.device("cpu")
@@ -324,6 +336,103 @@ def test_coarse_image_is_the_2x2_mean():
     x_64 = torch.rand(2, 3, 8, 8, dtype=torch.float64)
     blocks = x_64.reshape(2, 3, 4, 2, 4, 2).mean(dim=(3, 5))
     torch.testing.assert_close(coarse(x_64), blocks, rtol=0, atol=1e-12)
+
+
+# Held-out images
+
+
+def counted(count, repeated=()):
+    """Images that differ, but for those whose index is in `repeated`, which equal the one whose index is its value."""
+    pixels = np.zeros((count, 1, 16, 16), np.uint8)
+    pixels[:, 0, 0, 0], pixels[:, 0, 0, 1] = np.arange(count) % 256, np.arange(count) // 256
+    for index, of in dict(repeated).items():
+        pixels[index] = pixels[of]
+    return ImageSet(pixels, "counted", fingerprint_array(pixels))
+
+
+def indices(pixels):
+    return (pixels[:, 0, 0, :2].astype(int) @ [1, 256]).tolist()
+
+
+def in_the_middle(count, holdout):
+    """Of so many stretches of equal length the image in whose place, from k to k + 1, the middle of each lies."""
+    middles = [(Fraction(k) + Fraction(1, 2)) * Fraction(count, holdout) for k in range(holdout)]
+    return [next(k for k in range(count) if k <= middle < k + 1) for middle in middles]
+
+
+@pytest.mark.parametrize(
+    ("count", "holdout", "chosen"),
+    [
+        (2, 1, [1]),
+        (3, 1, [1]),
+        (3, 2, [0, 2]),
+        (4, 2, [1, 3]),
+        (9, 3, [1, 4, 7]),
+        (10, 1, [5]),
+        (10, 3, [1, 5, 8]),
+        (10, 4, [1, 3, 6, 8]),
+        (10, 9, [0, 1, 2, 3, 5, 6, 7, 8, 9]),
+        (1000, 4, [125, 375, 625, 875]),
+    ],
+)
+def test_these_images_are_held_out(count, holdout, chosen):
+    assert in_the_middle(count, holdout) == chosen
+    training, held_out = split_holdout(counted(count), holdout)
+    assert indices(held_out.pixels) == chosen
+    assert indices(training.pixels) == [k for k in range(count) if k not in chosen]
+
+
+def test_held_out_images_are_those_in_the_middle_of_equal_stretches_whatever_their_number():
+    for count in range(2, 25):
+        for holdout in range(1, count):
+            training, held_out = split_holdout(counted(count), holdout)
+            chosen = in_the_middle(count, holdout)
+            assert indices(held_out.pixels) == chosen and len(chosen) == holdout
+            assert indices(training.pixels) == sorted(set(range(count)) - set(chosen))
+
+
+@pytest.mark.parametrize(("count", "holdout"), [(2, 1), (10, 9), (300, 7), (300, 150), (299, 298)])
+def test_both_parts_are_sets_of_their_own(count, holdout):
+    images = counted(count)
+    training, held_out = split_holdout(images, holdout)
+    assert indices(held_out.pixels) == in_the_middle(count, holdout) and len(training) == count - holdout
+    for part in (training, held_out):
+        assert part.name == "counted" and part.fingerprint == fingerprint_array(part.pixels)
+    assert len({images.fingerprint, training.fingerprint, held_out.fingerprint}) == 3
+    assert [part.fingerprint for part in split_holdout(images, holdout)] == [training.fingerprint, held_out.fingerprint]
+
+
+def test_a_set_sorted_by_class_has_every_class_in_both_parts():
+    classes = np.repeat(np.arange(3), [20, 50, 30])
+    parts = split_holdout(counted(100), 10)
+    counts = [np.bincount(classes[indices(part.pixels)]).tolist() for part in parts]
+    assert counts == [[18, 45, 27], [2, 5, 3]]
+
+
+def test_repetitions_of_held_out_images_are_in_neither_part():
+    # Of ten images, 1, 5 and 8 are held out; repetitions may come before and after, and among those trained on.
+    training, held_out = split_holdout(counted(10, {3: 1, 5: 0, 9: 2}), 3)
+    assert indices(held_out.pixels) == [1, 0, 8]
+    assert indices(training.pixels) == [2, 4, 6, 7, 2]
+    training, held_out = split_holdout(counted(10, {5: 1}), 3)
+    assert indices(held_out.pixels) == [1, 1, 8] and indices(training.pixels) == [0, 2, 3, 4, 6, 7, 9]
+
+
+@pytest.mark.parametrize("count", [-1, 0, 10, 11])
+def test_a_holdout_must_leave_both_parts(count):
+    with pytest.raises(ValueError, match=f"--holdout {count} must leave images .* 'counted' has 10, so choose 1 to 9"):
+        split_holdout(counted(10), count)
+
+
+def test_a_holdout_must_leave_more_than_repetitions():
+    with pytest.raises(ValueError, match="--holdout 2 leaves none of the images of 'counted', which repeats them"):
+        split_holdout(counted(6, {k: k % 2 for k in range(2, 6)}), 2)
+
+
+def test_repetitions_are_found():
+    images = counted(6, {2: 0, 3: 1, 5: 0})
+    assert first_of_equals(images.pixels).tolist() == [0, 1, 0, 1, 4, 0]
+    assert indices(distinct_images(images.pixels)) == [0, 1, 4]
 
 
 # Batches

@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,16 +18,7 @@ from checkpoint import load_model, read_checkpoint
 from children import FORKS
 from cli import DataSettings
 from conftest import TINY, run_stage
-from data import (
-    ImageSet,
-    distinct_images,
-    fingerprint_array,
-    first_of_equals,
-    load_images,
-    read_png,
-    split_holdout,
-    to_float,
-)
+from data import ImageSet, fingerprint_array, load_images, read_png, split_holdout, to_float
 from diffusion.sampler import image_seeds
 from evaluation.feature_metrics import kernel_distance
 from evaluation.inception import Features
@@ -285,71 +275,6 @@ def test_copies_of_repeated_training_images_are_found(tmp_path):
 
 
 # Held-out images
-
-
-def numbered(count, repeated=()):
-    """Images that differ, but for those whose index is in `repeated`, which equal the one whose index is its value."""
-    pixels = np.zeros((count, 1, 16, 16), np.uint8)
-    pixels[:, 0, 0, 0], pixels[:, 0, 0, 1] = np.arange(count) % 256, np.arange(count) // 256
-    for index, of in dict(repeated).items():
-        pixels[index] = pixels[of]
-    return ImageSet(pixels, "numbered", fingerprint_array(pixels))
-
-
-def indices(images):
-    return (images.pixels[:, 0, 0, :2].astype(int) @ [1, 256]).tolist()
-
-
-@pytest.mark.parametrize(("count", "holdout"), [(2, 1), (10, 1), (10, 3), (10, 9), (300, 7), (300, 150), (299, 298)])
-def test_held_out_images_lie_evenly_and_the_rest_is_trained_on(count, holdout):
-    images = numbered(count)
-    training, held_out = split_holdout(images, holdout)
-    chosen = indices(held_out)
-    assert len(chosen) == holdout and chosen == sorted(set(chosen))
-    assert indices(training) == [k for k in range(count) if k not in chosen]
-    # Each is nearest to the middle of one of so many stretches of equal length, so that neighbours are equally far.
-    middles = (np.arange(holdout) + 0.5) * count / holdout
-    assert (np.abs(np.array(chosen) + 0.5 - middles) <= 0.5).all()
-    assert np.ptp(np.diff(chosen) if holdout > 1 else [0]) <= 1
-    for part in (training, held_out):
-        assert part.name == "numbered" and part.fingerprint == fingerprint_array(part.pixels)
-    assert len({images.fingerprint, training.fingerprint, held_out.fingerprint}) == 3
-    assert [part.fingerprint for part in split_holdout(images, holdout)] == [training.fingerprint, held_out.fingerprint]
-
-
-def test_a_set_sorted_by_class_has_every_class_in_both_parts():
-    classes = np.repeat(np.arange(3), [20, 50, 30])
-    parts = split_holdout(numbered(100), 10)
-    counts = [np.bincount(classes[indices(part)]).tolist() for part in parts]
-    assert counts == [[18, 45, 27], [2, 5, 3]]
-
-
-def test_repetitions_of_held_out_images_are_in_neither_part():
-    # Of ten images, 1, 5 and 8 are held out; repetitions may come before and after, and among those trained on.
-    _, held_out = split_holdout(numbered(10), 3)
-    assert indices(held_out) == [1, 5, 8]
-    training, held_out = split_holdout(numbered(10, {3: 1, 5: 0, 9: 2}), 3)
-    assert indices(held_out) == [1, 0, 8]
-    assert indices(training) == [2, 4, 6, 7, 2]
-    training, held_out = split_holdout(numbered(10, {5: 1}), 3)
-    assert indices(held_out) == [1, 1, 8] and indices(training) == [0, 2, 3, 4, 6, 7, 9]
-
-
-@pytest.mark.parametrize("count", [-1, 0, 10, 11])
-def test_a_holdout_must_leave_both_parts(count):
-    with pytest.raises(ValueError, match=f"--holdout {count} must leave images .* 'numbered' has 10, so choose 1 to 9"):
-        split_holdout(numbered(10), count)
-
-
-def test_a_holdout_must_leave_more_than_repetitions():
-    with pytest.raises(ValueError, match="--holdout 2 leaves none of the images of 'numbered', which repeats them"):
-        split_holdout(numbered(6, {k: k % 2 for k in range(2, 6)}), 2)
-
-
-def test_repetitions_are_found():
-    images = numbered(6, {2: 0, 3: 1, 5: 0})
-    assert first_of_equals(images.pixels).tolist() == [0, 1, 0, 1, 4, 0]
-    assert indices(SimpleNamespace(pixels=distinct_images(images.pixels))) == [0, 1, 4]
 
 
 def save_images(folder, sizes, seed=0):

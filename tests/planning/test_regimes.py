@@ -395,6 +395,93 @@ def test_the_mean_of_a_noisy_image_is_as_far_from_it_wherever_the_path_says():
         assert (off_regime_note(path, config, SCHEDULER, "x0") is not None) == (regime != "shift:5")
 
 
+# After a replan
+
+
+def shifted(by, table=None):
+    """A curve of `follow`: the diagonal with the coarse scale ahead, within the schedule."""
+    table = LOG_SNR if table is None else table
+    return (table + by).clamp(table[-1], table[0])
+
+
+def band_around(curve, width):
+    """Which pairs are in a band around a curve, [T, T], timestep by timestep."""
+    table, seen = LOG_SNR.numpy(), np.zeros((1000, 1000), bool)
+    for t, target in enumerate(curve.tolist()):
+        distance = np.abs(table - target)
+        seen[t] = (distance <= width / 2) | (np.arange(1000) == distance.argmin())
+    return seen
+
+
+def following(epoch=None, before=0.0, now=0.0, **further):
+    """The config of a checkpoint whose path is moved every second epoch; curves by their shift."""
+    config = {"model_type": "dual", "representation": "overcomplete", "epochs": 9, "epoch": epoch, "replan_every": 2}
+    state = {"before_32": shifted(before), "log_snr_32": shifted(now)}
+    return config | resolve_regime("follow:1", "dual") | {"regime_state": state} | further
+
+
+def test_moved_pairs_are_drawn_around_the_new_path_and_remember_the_one_before():
+    first = TimestepPairs(following(regime_state=None), SCHEDULER)
+    curves = [LOG_SNR, shifted(0.5), shifted(3.0)]
+    pairs = first
+    for before, now in itertools.pairwise(curves):
+        pairs = pairs.moved_to(now)
+        state = pairs.state
+        assert torch.equal(state["log_snr_32"], now) and torch.equal(state["before_32"], before)
+        assert state["log_snr_32"].dtype == torch.float64 and pairs.follow_width == 1
+    # A move changes no other object, and the share of the run that is over has no say.
+    for name in ("log_snr_32", "before_32"):
+        torch.testing.assert_close(first.state[name], LOG_SNR, rtol=1e-12, atol=0)
+    t_64, t_32 = pairs.at(0.3).draw(50_000, torch.Generator().manual_seed(5))
+    again = pairs.draw(50_000, torch.Generator().manual_seed(5))
+    assert torch.equal(t_64, again[0]) and torch.equal(t_32, again[1])
+    band = band_around(shifted(3.0), 1)
+    expected = band / band.sum(1, keepdims=True) / 1000
+    assert band[t_64, t_32].all()
+    # t_64 is even, and so is t_32 within the band at each; in tens, so that each is drawn often.
+    assert chisquare(np.bincount(t_64, minlength=1000)).pvalue > 1e-4
+    counts = np.bincount(t_64 // 10 * 100 + t_32 // 10, minlength=10_000)
+    shares = expected.reshape(100, 10, 100, 10).sum((1, 3)).ravel() * 50_000
+    likely = shares > 5
+    assert chisquare(counts[likely], shares[likely] / shares[likely].sum() * counts[likely].sum()).pvalue > 1e-4
+
+
+def test_pairs_that_go_on_from_a_state_are_those_that_were_moved():
+    config = following(before=0.5, now=1.0)
+    resumed, first = TimestepPairs(config, SCHEDULER), TimestepPairs(config | {"regime_state": None}, SCHEDULER)
+    moved = first.moved_to(shifted(0.5)).moved_to(shifted(1.0))
+    assert torch.equal(moved.state["before_32"], shifted(0.5))
+    drawn = [pairs.draw(500, torch.Generator().manual_seed(2)) for pairs in (resumed, moved)]
+    for one, other in zip(*drawn, strict=True):
+        assert torch.equal(one, other)
+    np.testing.assert_array_equal(pair_probabilities(config, LOG_SNR) > 0, band_around(shifted(1.0), 1))
+
+
+# Replanned after epochs 2, 4, ...: at once nothing is trained around the new path, later both count.
+@pytest.mark.parametrize(("epoch", "curves"), [(1, (0, 2)), (2, (0,)), (3, (0, 2)), (4, (0,))])
+def test_a_checkpoint_has_seen_the_band_before_and_once_it_trained_on_the_new_one(epoch, curves):
+    config = following(epoch, before=0.0, now=2.0)
+    seen = np.any([band_around(shifted(by), 1) for by in curves], 0)
+    least, most = seen_range(config, SCHEDULER).numpy()
+    np.testing.assert_array_equal(least, np.where(seen, LOG_SNR, np.inf).min(1))
+    np.testing.assert_array_equal(most, np.where(seen, LOG_SNR, -np.inf).max(1))
+    # The old band ends at a shift of 0.5 and the new one at 2.5, and from there FAR is to be crossed.
+    for by, far in ((0.0, False), (1.8, False), (2.4, len(curves) == 1), (3.8, len(curves) == 1), (4.4, True)):
+        path = log_snr_shift(diagonal(6), by, LOG_SNR.numpy())
+        assert (off_regime_note(path, config, SCHEDULER) is not None) == far, by
+
+
+def test_before_the_first_replan_the_band_is_where_it_began():
+    for representation, by in (("overcomplete", 0.0), ("residual", np.log(4))):
+        config = following(1, representation=representation)
+        pairs = TimestepPairs(config | {"regime_state": None}, SCHEDULER)
+        for state in (None, pairs.state):
+            least, most = seen_range(config | {"regime_state": state}, SCHEDULER).numpy()
+            seen = band_around(shifted(by), 1)
+            np.testing.assert_array_equal(least, np.where(seen, LOG_SNR, np.inf).min(1))
+            np.testing.assert_array_equal(most, np.where(seen, LOG_SNR, -np.inf).max(1))
+
+
 @pytest.mark.parametrize("model_type", ["baseline", "shared_t"])
 def test_models_with_one_clock_are_never_off(model_type):
     scales = 1 if model_type == "baseline" else 2

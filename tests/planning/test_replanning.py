@@ -1,3 +1,4 @@
+import itertools
 import math
 from unittest import mock
 
@@ -7,7 +8,8 @@ import torch
 
 import compute_heatmap_30
 import train_lift
-from checkpoint import checkpoint_file, load_model, read_checkpoint
+import training.trainer
+from checkpoint import checkpoint_file, load_model, read_checkpoint, save_checkpoint
 from children import signalling
 from conftest import HARDWARE, LAST, LOG, RUN, assert_same_run
 from paths.families import cascade, diagonal, log_snr_shift
@@ -22,6 +24,7 @@ from scheduler import DDIMScheduler
 
 SCHEDULER = DDIMScheduler()
 LOG_SNR = SCHEDULER.log_snr.numpy()
+SIZES = {name: getattr(replanning, name) for name in ("NUM_STEPS", "GRID_LINES")}  # Before `small`.
 STEP = np.abs(np.diff(LOG_SNR)).max() / 2  # To the nearest timestep, at most.
 
 
@@ -56,6 +59,43 @@ def test_moving_again_and_again_comes_to_the_plan():
     for _ in range(7):
         curve, path = plan_within(curve, 1, planned, LOG_SNR)
     assert path.points == planned.points
+
+
+def narrowed(curve, width, planned):
+    """`plan_within` timestep by timestep."""
+
+    def within(wanted, t):
+        return min(max(wanted, curve[t] - width / 2), curve[t] + width / 2)
+
+    moved = []
+    for t in range(1000):
+        # The step of the planned path in which t_64 = t lies, and where in it, by log SNR.
+        (a, b), (c, d) = next(step for step in itertools.pairwise(planned.points) if step[0][0] >= t >= step[1][0])
+        share = (LOG_SNR[t] - LOG_SNR[a]) / (LOG_SNR[c] - LOG_SNR[a]) if c < a else 0
+        moved.append(within(LOG_SNR[b] + share * (LOG_SNR[d] - LOG_SNR[b]), t))
+    points = [planned.points[0]]
+    for t_64, t_32 in planned.points[1:-1]:
+        target = within(LOG_SNR[t_32], t_64)
+        points.append((t_64, min(range(1000), key=lambda t: abs(LOG_SNR[t] - target))))
+    points.append(planned.points[-1])
+    return np.array(moved), tuple(point for k, point in enumerate(points) if point not in points[:k])
+
+
+# The second one moves one clock at a time, so that all its points at one t_64 fall together in a narrow band.
+@pytest.mark.parametrize("planned", [log_snr_shift(diagonal(7), 2, LOG_SNR), cascade(9, remaining=20)])
+@pytest.mark.parametrize("width", [0.3, 3.0])
+@pytest.mark.parametrize("by", [0.0, -1.0])
+def test_a_plan_is_what_its_rule_says_timestep_by_timestep(planned, width, by):
+    start = np.clip(LOG_SNR + by, LOG_SNR[-1], LOG_SNR[0])
+    curve, path = plan_within(start, width, planned, LOG_SNR)
+    moved, points = narrowed(start, width, planned)
+    assert path.points == points and (path.kind, path.provenance) == ("follow", {"width": width})
+    # Where one clock stands the path is at several places at once.
+    held = {t for (t, _), (u, _) in itertools.pairwise(planned.points) if t == u}
+    there = [t for t in range(1000) if t not in held]
+    assert len(there) >= 999
+    np.testing.assert_allclose(curve[there], moved[there], rtol=0, atol=1e-9)
+    assert (len(path.points) < len(planned.points)) == bool(held)
 
 
 def test_a_clock_without_a_signal_stays():
@@ -116,6 +156,59 @@ def ideal():
     return Ideal()
 
 
+def watched(module, name, calls):
+    """A function of a module that goes on as it is, with its arguments and result kept in a list."""
+    original = getattr(module, name)
+
+    def call(*args, **options):
+        calls.append((args, options, original(*args, **options)))
+        return calls[-1][2]
+
+    return mock.patch.object(module, name, call)
+
+
+@pytest.mark.parametrize("schedule", ["cosine_clipped", "cosine_zero_terminal"])
+def test_a_replan_measures_its_band_alone_on_lines_even_in_log_snr(schedule, ideal):
+    scheduler = DDIMScheduler(beta_schedule=schedule, prediction_type="v")
+    table = scheduler.log_snr.numpy()
+    start = 999 if schedule == "cosine_clipped" else 998  # The noisiest timestep that has a signal.
+    curve, width = np.minimum(table + 1.0, table[0]), 2.0
+    maps, paths = [], []
+    with watched(replanning, "error_map", maps), watched(replanning, "kl_refined", paths):
+        moved, path = replan(ideal.denoise, scheduler, ideal.images, curve, width, seed=11)
+    [(args, options, _)], [(planned_on, planned_with, refined)] = maps, paths
+    grid = np.array(args[3])
+    # Six lines, and with every further one the same share of log SNR, as near as timesteps come.
+    assert grid.tolist()[0] == start and grid[-1] == 0 and len(grid) == 6
+    expected = np.linspace(table[start], table[0], 6)
+    assert [np.abs(table - value).argmin() for value in expected] == grid.tolist()
+    lines = table[grid]
+    distance = np.abs(lines - curve[grid][:, None])
+    cells = (distance <= width / 2) | (distance == distance.min(1, keepdims=True))
+    np.testing.assert_array_equal(options["cells"].numpy(), cells)
+    assert 6 <= cells.sum() < 36 and options["maps"] == "mse" and options["seed"] == 11
+    # The path is planned within the band too, and moved to as far as the band reaches.
+    least, most = planned_on[0]["seen_32"].numpy()
+    np.testing.assert_allclose([least, most], [curve - 1, curve + 1], rtol=1e-12)
+    assert refined.path.nfe == 4 and planned_on[2:] == (4, 1.0) and not planned_with
+    again = plan_within(curve, width, refined.path, table)
+    np.testing.assert_array_equal(moved, again[0])
+    assert path == again[1] and path.points[0] == (start, start)
+
+
+def test_a_plan_is_as_large_as_the_manual_says(ideal):
+    maps, paths, largest = [], [], []
+
+    def denoise(xs, ts):
+        largest.append(len(xs[0]))
+        return ideal.denoise(xs, ts)
+
+    with mock.patch.multiple(replanning, **SIZES), watched(replanning, "error_map", maps):
+        with watched(replanning, "kl_refined", paths):
+            replan(denoise, SCHEDULER, ideal.images, LOG_SNR, 0.5, seed=0)
+    assert len(maps[0][0][3]) == 60 and paths[0][2].path.nfe == 18 and max(largest) == 64
+
+
 # In a run
 
 FOLLOW = ("--t_pairs", "follow:1", "--replan_every", 1, "--replan_images", 2)
@@ -170,6 +263,32 @@ def test_a_run_draws_from_where_its_band_is(trainer):
     t_64, t_32 = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("t_64", "t_32"))
     assert ((SCHEDULER.log_snr[t_32] - curve[t_64]).abs() <= 0.5 + STEP).all() and (t_64 != t_32).any()
     assert run.model.training
+
+
+def test_a_run_replans_after_so_many_epochs_and_its_checkpoints_hold_the_path_before_too(trainer):
+    run = trainer("--t_pairs", "follow:1", "--replan_every", 2, "--replan_images", 5, "--ema_decay", 0.5)
+    assert len(run.batches) == 3
+    due = [run.step for run.step in range(20) if run.replan_due]
+    assert due == [6, 12, 18]
+    curves, calls = [run.pairs.state["log_snr_32"].numpy()], []
+    with watched(training.trainer, "replan", calls):
+        for run.step in (6, 12):
+            run.replan()
+            save_checkpoint(run.snapshot_file, run.snapshot())
+            config = load_model(run.snapshot_file).config
+            state = config["regime_state"]
+            curves.append(state["log_snr_32"].numpy())
+            np.testing.assert_array_equal(curves[-1], calls[-1][2][0])
+            np.testing.assert_array_equal(state["before_32"], curves[-2])
+            assert (config["epoch"], config["replan_every"]) == (run.step // 3, 2)
+            # Nothing is trained around the new path yet.
+            before = config | {"regime_state": state | {"log_snr_32": state["before_32"]}}
+            assert torch.equal(seen_range(config, SCHEDULER), seen_range(before, SCHEDULER))
+    # Images are those of the run, each once and in order, others each time; weights are the averaged ones.
+    pixels = (run.batches.pixels.float() / 127.5 - 1).tolist()
+    chosen = [[pixels.index(image) for image in args[2].tolist()] for args, _, _ in calls]
+    assert all(len(set(images)) == 5 and images == sorted(images) for images in chosen) and chosen[0] != chosen[1]
+    assert all(args[0].__self__ is run.ema and args[4] == 1 for args, _, _ in calls)
 
 
 @pytest.mark.parametrize("representation", ["overcomplete", "residual"])
