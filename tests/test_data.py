@@ -1,5 +1,6 @@
 """Images in: decoding against torchvision, the cache, what is refused, and the order of batches."""
 
+import hashlib
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -24,6 +25,7 @@ from data import (
     to_float,
     to_uint8,
 )
+from images.sources import open_source
 from images.synthetic import synthetic_images
 
 CPU = torch.device("cpu")
@@ -230,7 +232,7 @@ def damage(folder: Path, how: str) -> Path:
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "text", "empty"])
-def test_a_damaged_image_is_named_or_left_out(tmp_path, cache, how):
+def test_a_damaged_image_is_named_or_left_out(tmp_path, cache, how, capsys):
     folder = make_folder(tmp_path / "pictures")
     file = damage(folder, how)
     with pytest.raises(ValueError) as caught:
@@ -238,6 +240,7 @@ def test_a_damaged_image_is_named_or_left_out(tmp_path, cache, how):
     assert str(file) in str(caught.value) and "--skip_bad_images" in str(caught.value)
     assert [f.suffix for f in cache.iterdir()] == [".lock"]
     kept = load_images(str(folder), 16, cache, skip_bad_images=True).pixels
+    assert f"skipped {file}: " in capsys.readouterr().out
     np.testing.assert_array_equal(kept, [by_torchvision(picture(k), 16) for k in (0, 2)])
 
 
@@ -284,6 +287,26 @@ def test_second_load_decodes_nothing_and_other_settings_do(tmp_path, cache, no_d
         after = load_images(str(folder), **{"resolution": 16} | setting, cache_dir=cache)
         np.testing.assert_array_equal(after.pixels, before.pixels)
         assert after.fingerprint == before.fingerprint
+
+
+def test_a_cache_has_the_name_that_earlier_versions_gave_it(tmp_path, cache):
+    folder = make_folder(tmp_path / "pictures")
+    for flags, settings in (
+        ({}, "bilinear|3|False"),
+        ({"background": "white"}, "bilinear|3|False"),
+        ({"background": "#FFF"}, "bilinear|3|False"),
+        ({"limit": 2, "resize_filter": "box"}, "box|2|False"),
+        ({"skip_bad_images": True}, "bilinear|3|True"),
+        ({"background": "black"}, "bilinear|3|False|(0, 0, 0)"),
+    ):
+        load_images(str(folder), 16, cache, **flags)
+        label = f"{open_source(str(folder)).key}|16|{settings}"
+        assert (cache / f"pictures_16_{hashlib.sha256(label.encode()).hexdigest()[:12]}.npy").exists()
+    assert len(list(cache.glob("*.npy"))) == 4
+    # Painted images have no background, whatever is asked for.
+    for background in ("white", "black"):
+        load_images("synthetic", 16, cache, limit=1, background=background)
+    assert len(list(cache.glob("synthetic*.npy"))) == 1
 
 
 def test_a_changed_file_is_decoded_again(tmp_path, cache):

@@ -235,6 +235,7 @@ def test_denoise_takes_one_image_and_clock_per_scale_and_gives_each_prediction(m
     out = model.denoise((x_64, x_32)[: model.num_scales], (t_64, t_coarse)[: model.num_scales])
     assert isinstance(out, tuple) and len(out) == model.num_predictions == NUM_PREDICTIONS[model_class]
     assert model.num_scales == (1 if model_class is BaselineModel else 2)
+    assert model.channels == 3 and build(model_class, channels=1).channels == 1
     for got, wanted in zip(out, expected, strict=True):
         torch.testing.assert_close(got, wanted)
     if model.num_scales == 2:

@@ -16,6 +16,7 @@ from diffusion.sampler import (
     COARSE_FEEDS,
     IMAGES_PER_SEED,
     SeededNoise,
+    check_finite,
     coarse_feed,
     compile_denoiser,
     image_seeds,
@@ -483,8 +484,24 @@ def test_evaluation_seeds_share_no_image():
     for a, b in zip(ranges, ranges[1:], strict=False):
         assert len(a) == IMAGES_PER_SEED and a[-1] < b[0]
     assert image_seeds(42, 10) == image_seeds(42, 1000)[:10]
+    assert image_seeds(0, 1) == range(1)
+    with pytest.raises(ValueError, match=r"^Seed -1 is negative; choose 0 or a positive integer"):
+        image_seeds(-1, 1)
     with pytest.raises(ValueError, match=r"^1000001 images exceed the 1000000 that one seed provides; use several"):
         image_seeds(0, IMAGES_PER_SEED + 1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [(1, 0, 0, 0), (1, 2, 3, 3), (2, 1, 0, 3)])
+def test_the_first_image_that_is_not_finite_anywhere_is_named(value, at):
+    images = torch.zeros(4, 3, 4, 4)
+    check_finite(images, range(10, 14))
+    images[at] = value
+    with pytest.raises(ValueError, match=f"^The network makes image {10 + at[0]} NaN or infinite; use another"):
+        check_finite(images, range(10, 14))
+    images[3] = value
+    with pytest.raises(ValueError, match=f"makes image {'abcd'[at[0]]} NaN"):
+        check_finite(images, "abcd")
 
 
 def test_no_gradient_is_kept():

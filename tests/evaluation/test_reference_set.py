@@ -77,6 +77,15 @@ def test_moments_and_features_equal_those_of_numpy(network, cache):
     np.testing.assert_allclose(features, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("what", ["moments", "features"])
+def test_images_come_in_batches_of_64_unless_told_otherwise(network, cache, what):
+    images = image_set(130)
+    found = getattr(from_images(images, "train"), what)(network, cache)
+    expected = expected_features(images.pixels)
+    assert network.calls == 3
+    np.testing.assert_allclose(*((found, expected) if what == "features" else (found[0], expected.mean(0))), rtol=1e-6)
+
+
 def test_both_are_computed_once_for_every_set_weights_and_filter(network, cache):
     images = image_set()
     reference = from_images(images, "train")

@@ -1,5 +1,6 @@
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -393,6 +394,59 @@ def test_the_mean_of_a_noisy_image_is_as_far_from_it_wherever_the_path_says():
         config = {"model_type": "single_t"} | resolve_regime(regime, "single_t")
         assert (off_regime_note(path, config, SCHEDULER, "noisy") is not None) == off
         assert (off_regime_note(path, config, SCHEDULER, "x0") is not None) == (regime != "shift:5")
+
+
+# At the very edge of a band
+
+WHOLE = torch.arange(6, -7, -1, dtype=torch.float64)  # Log SNRs, of 13 timesteps, whose distances are exact.
+
+
+def band_of_whole_distances(targets, width):
+    """Which pairs are in a band around the targets of every t_64; of two timesteps as near the cleaner is nearest."""
+    return [[abs(s - target) <= width / 2 or t == nearest(target) for t, s in enumerate(WHOLE)] for target in targets]
+
+
+def nearest(target):
+    return min(range(len(WHOLE)), key=lambda t: (abs(WHOLE[t] - target), t))
+
+
+@pytest.mark.parametrize("width", [0, 1.5, 2, 4, 5.5, 24])
+@pytest.mark.parametrize("shift", [0, 1, -2, 0.5, -1.5, 30])
+def test_the_edge_of_a_band_is_in_it_and_of_two_nearest_the_cleaner(width, shift):
+    config = resolve_regime(f"band:shift:{shift},{width}", "dual")
+    inside = torch.tensor(band_of_whole_distances((WHOLE + shift).clamp(-6, 6).tolist(), width))
+    expected = inside.double() / inside.sum(1, keepdim=True) / 13
+    torch.testing.assert_close(pair_probabilities(config, WHOLE), expected, rtol=1e-12, atol=0)
+    pairs = TimestepPairs(config, SimpleNamespace(log_snr=WHOLE))
+    t_64, t_32 = pairs.draw(4000, torch.Generator().manual_seed(1))
+    # Of so many draws each pair of the band gets some.
+    drawn = torch.zeros(13, 13, dtype=torch.bool)
+    drawn[t_64, t_32] = True
+    assert torch.equal(drawn, inside)
+
+
+@pytest.mark.parametrize("width", [0, 1, 3, 12, 11.5])
+def test_a_band_of_clocks_holds_pairs_exactly_its_width_apart(width):
+    inside = (WHOLE[:, None] - WHOLE).abs() <= width
+    torch.testing.assert_close(pair_probabilities({"t_pairs": f"band:{width}"}, WHOLE) > 0, inside)
+
+
+@pytest.mark.parametrize("shift", [1, 0.5, -2.5])
+def test_a_shift_that_falls_between_two_timesteps_takes_the_cleaner(shift):
+    expected = torch.zeros(13, 13, dtype=torch.float64)
+    for t, value in enumerate(WHOLE.tolist()):
+        expected[t, nearest(value + shift)] += 1 / 26
+        expected[nearest(value - shift), t] += 1 / 26
+    torch.testing.assert_close(pair_probabilities({"t_pairs": f"shift:{shift}"}, WHOLE), expected)
+
+
+def test_a_call_is_far_beyond_its_limit_and_not_at_it():
+    scheduler = SimpleNamespace(log_snr=WHOLE / 4)
+    config = {"model_type": "dual"} | resolve_regime("same", "dual")
+    path = Path(((6, 6), (6, 0), (0, 0)), "hand-made", {})  # λ_64 = 0 and λ_32 = 1.5.
+    assert FAR == WHOLE[0] / 4 and off_regime_note(path, config, scheduler) is None
+    note = off_regime_note(Path(((7, 7), (7, 0), (0, 0)), "hand-made", {}), config, scheduler)
+    assert "1 of the 2 calls" in note and "up to 1.75 at fine and coarse timestep (7, 0)" in note
 
 
 # After a replan

@@ -345,6 +345,35 @@ def test_bad_spectrum_files_are_named(tmp_path):
         Spectrum.load(file)
 
 
-def test_power_law_refuses_odd_sizes():
-    with pytest.raises(ValueError, match="even resolution"):
-        Spectrum.power_law(7)
+@pytest.mark.parametrize("arguments", [(7,), (1,), (0,), (-2,), (8, 0), (8, 1, 2.0, 0.0), (8, 1, 2.0, math.nan)])
+def test_power_law_refuses_what_is_no_image(arguments):
+    with pytest.raises(ValueError, match="even resolution, at least 1 channel and a positive variance"):
+        Spectrum.power_law(*arguments)
+
+
+def test_the_smallest_power_law_has_one_mode_of_each_band():
+    # Of 2x2 pixels every DCT coefficient is a Haar one, and |k| is 0, 1, 1 and √2.
+    spectrum = Spectrum.power_law(2, 1, 2.0, 0.7)
+    power = torch.tensor([1, 1, 1, 1 / 2], dtype=torch.float64) * 0.7 * 4 / 3.5
+    torch.testing.assert_close(torch.cat([spectrum.low, spectrum.high]), power)
+
+
+def test_two_images_are_enough_and_modes_may_have_no_variance():
+    spectrum, found = Spectrum.of_images(data_set(2))
+    half = data_set(2).diff(dim=0).square().sum().item() / 2  # Of both deviations from the mean, divided by 2 - 1.
+    assert (spectrum.low.sum() + spectrum.high.sum()).item() == pytest.approx(half, rel=1e-6)
+    low, high = torch.zeros_like(found.low), torch.zeros_like(found.high)
+    still = GaussianDenoiser(DDIMScheduler(), low, high, mean=found.mean)
+    torch.testing.assert_close(still.draw(2, rng()), found.mean.expand(2, -1, -1, -1))
+    with pytest.raises(ValueError, match="positive finite"):
+        still.spectrum()
+
+
+def test_an_exact_heatmap_counts_the_dimensions_of_its_images():
+    spectrum, scheduler = Spectrum.power_law(8, 2), DDIMScheduler()
+    content = exact_heatmap(spectrum, scheduler, [999, 0], channels=2)
+    counts = [content[f"num_{name}"] for name in ("dims_64", "dims_32", "pixels_64", "pixels_32")]
+    assert counts == [128, 32, 64, 16] and content["representation"] == "overcomplete"
+    assert torch.equal(content["mse_64_low"], 4 * content["mse_32"])
+    with pytest.raises(ValueError, match="128 modes are no images of 3 channels"):
+        exact_heatmap(spectrum, scheduler, [999, 0])

@@ -157,6 +157,8 @@ def test_optimum_says_when_it_is_not_converged(monkeypatch):
         ((3, "w2", -5.0, INF, True, True), "no diagonal"),
         ((2, "w2", -5.0, INF, False, False, [[-5.0, -5.0], [INF, INF]]), "3 points"),
         ((1, "w2", -5.0, INF, False, False, [[-4.0, -5.0], [INF, INF]]), "must go from"),
+        ((2, "w2", -5.0, INF, False, False, [[-5.0, -5.0], [-6.0, 0.0], [INF, INF]]), "never fall"),
+        ((2, "w2", -5.0, INF, False, False, [[-5.0, -5.0], [0.0, INF], [INF, INF]]), "Only the last point"),
         ((2, "w2", -5.0, INF, True, False, [[-5.0, -5.0], [0.0, 1.0], [INF, INF]]), "equal log SNRs"),
     ],
 )
