@@ -203,6 +203,25 @@ def test_what_is_transparent_in_a_mask_is_the_opposite_of_what_is_drawn():
         read_mask(mask_png(rubbish, 0 * alpha), ((8, 8),))
 
 
+@pytest.mark.parametrize(
+    ("drawn", "behind"),
+    # A value and its alpha each: of what covers more than half, whether any is brighter than half.
+    [
+        ([(0, 128), (255, 127)], 255),
+        ([(0, 127), (255, 128)], 0),
+        ([(127, 255), (0, 255)], 255),
+        ([(128, 255), (0, 255)], 0),
+    ],
+)
+def test_half_is_neither_drawn_nor_bright(drawn, behind):
+    levels, alpha = np.zeros((2, 8, 8), np.uint8)
+    (levels[0, 0], alpha[0, 0]), (levels[0, 1], alpha[0, 1]) = drawn
+    found = read_mask(mask_png(levels, alpha), ((8, 8),))
+    assert (found[1:] == behind).all()
+    for k, (value, cover) in enumerate(drawn):
+        assert found[0, k] == round((value * cover + behind * (255 - cover)) / 255)
+
+
 # Folders
 
 
