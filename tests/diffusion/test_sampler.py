@@ -763,6 +763,14 @@ def test_greedy_counts_every_call_of_every_image():
     assert (result.nfe > len(RUNGS) - 1).all()
 
 
+def test_of_moves_as_good_as_each_other_the_fine_one_is_taken():
+    # A prediction that never changes makes no error, wherever it goes.
+    noise = start_noise(PATHS["diagonal"])
+    result = sample_greedy(lambda xs, ts: tuple(map(torch.zeros_like, xs)), DDIMScheduler(), RUNGS, noise)
+    expected = [*((t, 999) for t in RUNGS[:-1]), *((RUNGS[-2], t) for t in RUNGS[1:-1]), (0, 0)]
+    assert [list(map(tuple, points)) for points in result.points.tolist()] == [expected] * 2
+
+
 def test_greedy_with_one_step_is_one_call():
     noise = start_noise(PATHS["diagonal"])
     result = sample_greedy(fading, DDIMScheduler(), (999, 0), noise)

@@ -147,6 +147,15 @@ def test_single_precision_tensors_are_summed_in_double():
     np.testing.assert_allclose(moments.cov, np.cov(features.double().numpy(), rowvar=False), rtol=1e-10)
 
 
+def test_one_feature_has_a_mean_and_two_have_a_covariance():
+    moments = FeatureMoments()
+    moments.update(np.array([[1.0, 5.0]]))
+    np.testing.assert_array_equal(moments.mean, [1, 5])
+    moments.update(np.array([[3.0, 1.0]]))
+    np.testing.assert_array_equal(moments.mean, [2, 3])
+    np.testing.assert_array_equal(moments.cov, [[2, -4], [-4, 8]])
+
+
 def test_moments_refuse_what_has_none():
     moments = FeatureMoments()
     with pytest.raises(ValueError, match="at least one"):
@@ -208,6 +217,7 @@ def test_every_point_of_the_line_is_the_distance_of_its_subset(n, d):
 
 def test_extrapolation_from_few_features_is_refused():
     mean, cov = moments_of(correlated_features(0, 200, 8))
+    assert fid_infinity(correlated_features(1, 100, 8), mean, cov).sizes.tolist()[::14] == [10, 100]
     with pytest.raises(ValueError, match="99 images.*at least 100"):
         fid_infinity(np.zeros((99, 8)), mean, cov)
     with pytest.raises(ValueError, match="7 features.*mean.*8"):
@@ -343,6 +353,18 @@ def test_precision_and_recall_of_a_tight_cluster_far_from_zero():
     real, generated = (1000 + part.astype(np.float32) for part in (spread[:100], spread[100:]))
     exact = [part.astype(np.float64) - 1000 for part in (generated, real)]
     assert precision_recall(generated, real) == pytest.approx(precision_recall(*exact), abs=0.02)
+
+
+def test_the_fewest_images_that_can_be_scored():
+    # One pair on either side.
+    x, y = np.array([[0.0], [1.0]]), np.array([[2.0], [3.0]])
+    kernel = polynomial_kernel(np.concatenate([x, y]), np.concatenate([x, y]))
+    expected = kernel[0, 1] + kernel[2, 3] - 2 * kernel[:2, 2:].mean()
+    assert kernel_distance(x, y) == pytest.approx((expected, 0))
+    # Four images, of which each is within reach of the third nearest other, the farthest.
+    square = np.array([[0.0, 0], [1, 0], [0, 1], [1, 1]])
+    assert precision_recall(square, square + 0.5) == (1, 1) and precision_recall(square, square + 9) == (0, 0)
+    assert inception_score(np.zeros((10, 3)))[0] == pytest.approx(1)
 
 
 # What the three have in common

@@ -223,6 +223,15 @@ def test_statistics_file_is_read(network, cache, tmp_path, save):
     assert network.calls == 0 and not cache.exists()
 
 
+def test_statistics_may_be_of_one_image_and_asymmetric_by_rounding(network, cache, tmp_path):
+    mean, cov = some_statistics()
+    rounded = cov + 1e-6 * np.abs(cov).max() * np.triu(np.ones_like(cov), 1)
+    np.savez(tmp_path / "stats.npz", mu=mean, sigma=rounded, n=1)
+    reference = load_reference(tmp_path / "stats.npz", 64, 3, cache)
+    assert reference.count == 1
+    np.testing.assert_array_equal(reference.moments(network, cache)[1], rounded)
+
+
 def test_statistics_are_named_by_both_arrays(cache, tmp_path):
     mean, cov = some_statistics()
     fingerprints = []
@@ -261,6 +270,8 @@ def test_what_needs_images_is_refused_for_statistics(network, cache, tmp_path):
         ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "damaged or no .npz archive"),
         ({"mu": np.array([None]), "sigma": np.eye(1)}, "damaged or no .npz archive"),
         ({"mu": np.zeros(6), "sigma": np.eye(6), "n": np.arange(3)}, "no number of images"),
+        ({"mu": np.zeros(6), "sigma": np.eye(6), "n": 0}, "no number of images"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1, 0.5], [0.4, 1]])}, "not symmetric"),
     ],
 )
 def test_unfit_statistics_are_refused(cache, tmp_path, arrays, says):

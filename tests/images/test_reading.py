@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from images.reading import (
+    SPLITS,
     Archives,
     UnreadableImageError,
     WrongSizeError,
@@ -276,6 +277,7 @@ def test_what_is_no_file_is_never_waited_for(tmp_path):
         ({"train"}, True),
         ({"train", "test"}, True),
         ({"train", "Val", "test"}, True),
+        (set(SPLITS), True),
         ({"bus", "car", "train"}, False),
         ({"train", "test", "exam"}, False),
         ({"test", "val"}, False),

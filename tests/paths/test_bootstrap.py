@@ -58,6 +58,13 @@ def test_every_path_is_counted_and_two_maps_of_an_image_stay_together():
     assert (bootstrap_paths(maps, solve, replicates=50, seed=2).costs != result.costs).any()
 
 
+def test_two_images_and_two_replicates_are_enough():
+    maps = np.broadcast_to([1.0, 3.0], (1, 2, 2, 2))
+    result = bootstrap_paths(maps, lambda mean: ([(0, 0), (1, 1)], float(mean[0, 0])), replicates=2, seed=1)
+    assert set(result.costs) <= {1.0, 2.0, 3.0} and len(result.costs) == 2
+    np.testing.assert_array_equal(result.density, np.eye(2))
+
+
 @pytest.mark.parametrize("shape", [(2, 5, 5), (2, 5, 4, 4), (2, 5, 5, 1)])
 def test_other_maps_are_refused(shape):
     with pytest.raises(ValueError, match="maps have shape"):

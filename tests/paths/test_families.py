@@ -122,8 +122,9 @@ def test_diagonal_refuses():
         diagonal(18, "uniform_log_snr", log_snr=zero_terminal)
     with pytest.raises(ValueError, match=r"\[999\]"):
         diagonal(18, "uniform_log_snr", log_snr=table[1:])
-    with pytest.raises(ValueError, match="fall strictly"):
-        diagonal(18, "uniform_log_snr", log_snr=table[::-1])
+    for wrong in (table[::-1], np.where(np.arange(1000) == 500, table[499], table), np.where(table > 3, np.inf, table)):
+        with pytest.raises(ValueError, match="fall strictly"):
+            diagonal(18, "uniform_log_snr", log_snr=wrong)
 
 
 # Offsets between the scales
@@ -160,6 +161,16 @@ def test_log_snr_shift_may_start_at_pure_noise():
     assert path.points[0] == (999, 999) and path.points[-1] == (0, 0)
     # No finite log SNR is nearer to pure noise than to the timestep before it.
     assert path.points[1][1] == 998
+
+
+def test_of_two_nearest_timesteps_the_noisier_is_taken():
+    base, line = diagonal(5, num_train_timesteps=6), np.arange(5.0, -1.0, -1.0)
+    assert log_snr_shift(base, 0.5, line).points == ((5, 5), (4, 4), (3, 3), (2, 2), (1, 1), (0, 0))
+    assert log_snr_shift(base, -0.5, line).points == ((5, 5), (4, 5), (3, 4), (2, 3), (1, 2), (0, 0))
+    # Log SNRs 8, 6, 4, 2, 0; even ones from 8 to 0 in three steps are nearest to 6 - 2/3 and 2 + 2/3, in eight all.
+    line = np.arange(8.0, -1.0, -2.0)
+    assert diagonal(2, "uniform_log_snr", 1, np.array([3.0, 2.0, 1.0, 0.0]), 4).points == ((3,), (2,), (0,))
+    assert diagonal(3, "uniform_log_snr", 1, line, 5).points == ((4,), (3,), (1,), (0,))
 
 
 def test_lead_by_hand():

@@ -319,6 +319,29 @@ def test_infeasible_kl_paths_raise():
             kl_path(*problem, 1, weight)
 
 
+def test_the_coarse_lines_may_be_others_and_stand_still_but_never_fall():
+    m64, m32, snr = kl_problem(4, 0)
+    coarse = np.array([0.3, 0.9, 5.0, 5.0])
+    cells, cost = kl_path(m64, m32, snr, 2, snr_32=coarse)
+
+    def by_hand(a, b):
+        return (m64[a] * (snr[b[0]] - snr[a[0]]) + m32[a] * (coarse[b[1]] - coarse[a[1]])) / 2
+
+    costs = {
+        (i, j): by_hand((0, 0), (i, j)) + by_hand((i, j), (3, 3)) for i in range(4) for j in range(4) if 0 < i + j < 6
+    }
+    assert cells == [(0, 0), min(costs, key=costs.get), (3, 3)] and cost == pytest.approx(min(costs.values()))
+    for wrong in (coarse[::-1], coarse[:3], np.array([0.3, 0.9, 5.0, np.inf])):
+        with pytest.raises(ValueError, match=r"snr_32 must be finite, \[4\] like snr, and never fall"):
+            kl_path(m64, m32, snr, 2, snr_32=wrong)
+
+
+def test_a_path_may_move_one_axis_alone():
+    m64, m32, snr = kl_problem(4, 1)
+    for start, end, cells in (((1, 2), (3, 2), [(1, 2), (3, 2)]), ((0, 0), (0, 3), [(0, 0), (0, 3)])):
+        assert kl_path(m64, m32, snr, 1, start=start, end=end)[0] == cells
+
+
 def test_bad_kl_maps_are_named():
     m64, m32, snr = kl_problem(5, 0)
     negative = m32.copy()

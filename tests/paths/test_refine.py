@@ -196,6 +196,20 @@ def test_weights_on_bands_give_better_images_than_weights_on_scales(num_steps):
     assert bands < 1.05 * diagonal_bands
 
 
+def test_candidates_are_spaced_down_to_the_tolerance_and_it_is_among_them():
+    # Lines five timesteps apart: the first spacing is a quarter of that, 1.25, and then halves.
+    log_snr, t_grid = fine_table(41), timestep_grid(9, 41)
+    maps = gaussian_maps(np.exp(log_snr[t_grid]))
+    options = {"weight": 1.0, "bands": True}
+    cells, _ = kl_path(*maps, np.exp(log_snr[t_grid]), 5, **options)
+    tolerances = (1.25, 0.63, 0.625, 0.32, 0.3125)
+    found = [refine_path(cells, t_grid, *maps, log_snr, **options, tolerance=tolerance) for tolerance in tolerances]
+    assert found[0].cost == found[1].cost > found[2].cost == found[3].cost > found[4].cost
+    for k, spacing in ((2, 0.625), (4, 0.3125)):
+        np.testing.assert_array_equal(found[k].points % spacing, 0)
+        assert (found[k].points % (2 * spacing)).any() and found[k].path_cost > found[k].cost
+
+
 def test_as_many_steps_as_timesteps_leave_no_freedom():
     log_snr, t_grid = fine_table(9), timestep_grid(9, 9)
     maps = gaussian_maps(np.exp(log_snr[t_grid]))

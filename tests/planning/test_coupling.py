@@ -192,6 +192,8 @@ def test_impossible_measurements_are_refused():
     for bad in (images[:1], images[0], images.long(), images[..., :3]):
         with pytest.raises(ValueError, match="at least 2 images"):
             measure(bad)
+    # The fewest and the first and last of what is allowed.
+    assert measure(images, (999, 0), batch_size=1)["t_64"].tolist() == [999, 0]
     for t_64, named in (((), "none"), ((1000,), "1000"), ((5, -1), "-1")):
         with pytest.raises(ValueError, match=f"positive SNR in 0 to 999, at least one, but {named}"):
             measure(images, t_64)

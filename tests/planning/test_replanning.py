@@ -328,6 +328,16 @@ def test_a_full_disk_costs_the_file_of_a_path_alone(trainer, capsys):
     assert np.abs(run.pairs.state["log_snr_32"].numpy() - LOG_SNR).max() > 0
 
 
+def test_a_run_replans_on_all_of_its_images_at_most(trainer):
+    for flags, said in (
+        (["--replan_images", 12], (10, 12)),
+        (["--replan_every", 3], (3, 12)),
+        (["--limit", 17], (10, 16)),
+    ):
+        config = trainer("--t_pairs", "follow:1", *flags).config
+        assert (config["replan_every"], config["replan_images"]) == said
+
+
 def test_flags_of_replanning_are_refused_where_they_mean_nothing(refused, tiny, cache, tmp_path):
     flags = [*tiny(tmp_path), "--cache_dir", cache]
     refused(train_lift, *flags, "--replan_every", 2, says=["follow:W"], status=2)
