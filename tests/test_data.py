@@ -212,6 +212,24 @@ def test_limit_must_lie_within_the_data(tmp_path, cache):
         load_images(folder, 16, cache, limit=0)
 
 
+def test_images_that_are_not_to_be_resized_must_have_their_size(tmp_path, cache):
+    for name, size in (("exact", (16, 16)), ("larger", (32, 32)), ("taller", (16, 17))):
+        folder = tmp_path / name
+        folder.mkdir()
+        for k, side in enumerate([(16, 16), size]):
+            picture(k, side).save(folder / f"{k}.png")
+        if name == "exact":
+            expected = [np.asarray(picture(k, size)).transpose(2, 0, 1) for k in (0, 1)]
+            np.testing.assert_array_equal(load_images(str(folder), 16, cache, resize_filter=None).pixels, expected)
+            continue
+        says = rf"1.png is {size[0]}x{size[1]} and not 16x16; .* --dataset, which resiz"
+        # Skipping unreadable images skips none of these, and resizing takes them all.
+        for skip_bad_images in (False, True):
+            with pytest.raises(ValueError, match=says):
+                load_images(str(folder), 16, cache, resize_filter=None, skip_bad_images=skip_bad_images)
+        assert len(load_images(str(folder), 16, cache)) == 2
+
+
 # Damaged images
 
 

@@ -205,6 +205,34 @@ def test_wrong_widths_are_named(model_class, hidden_dims):
 
 
 @pytest.mark.parametrize("model_class", MODELS)
+def test_recomputing_runs_every_block_again_for_the_same_gradients(model_class):
+    model = build(model_class, hidden_dims=(8, 128)).requires_grad_(True)
+    blocks = [module for module in model.modules() if isinstance(module, ResidualBlock | SelfAttention)]
+    # Two levels down and up of two blocks each, three in the middle, and attention at 128 channels.
+    assert model.unet.blocks() == blocks and len(blocks) == 2 * 4 + 3 + 2
+    runs = []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda *_: runs.append(1))
+    xs, ts = inputs(model_class, size=16)
+    found = {}
+    for recompute in (False, True):
+        model.unet.recompute = recompute
+        runs.clear()
+        out = as_tuple(model(*xs, *ts))
+        assert len(runs) == len(blocks)
+        sum(o.square().sum() for o in out).backward()
+        assert len(runs) == (1 + recompute) * len(blocks)
+        found[recompute] = [*out, *(p.grad for p in model.parameters())]
+        model.zero_grad(set_to_none=True)
+    for one, other in zip(*found.values(), strict=True):
+        assert torch.equal(one, other)
+    runs.clear()
+    with torch.no_grad():  # Nothing is kept, and so nothing run again.
+        model(*xs, *ts)
+    assert len(runs) == len(blocks)
+
+
+@pytest.mark.parametrize("model_class", MODELS)
 def test_wrong_image_sizes_are_named(model_class):
     model = build(model_class)
     xs, ts = inputs(model_class, size=40)

@@ -199,6 +199,42 @@ def test_step_to_clean_is_the_clamped_prediction(prediction_type, eta):
     torch.testing.assert_close(got, x0.clamp(-1, 1))
 
 
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("representation", ["overcomplete", "residual"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_clean_scales_are_clamped_as_one_image(prediction_type, representation, clip):
+    scheduler = DDIMScheduler(prediction_type=prediction_type, representation=representation, clip_sample=clip)
+    generator = torch.Generator().manual_seed(4)
+    x0s, noises = (
+        [2 * torch.randn(2, 1, side, side, generator=generator, dtype=torch.float64) for side in (4, 2)]
+        for _ in range(2)
+    )
+
+    def means(x):
+        return x.reshape(2, 1, 2, 2, 2, 2).mean((3, 5))
+
+    def enlarged(x):
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    if representation == "residual":  # Whose blocks sum to zero.
+        x0s[0], noises[0] = (x - enlarged(means(x)) for x in (x0s[0], noises[0]))
+    ts = torch.tensor([400, 20]), torch.tensor([7, 650])
+    xs = [scheduler.add_noise(x0, noise, t) for x0, noise, t in zip(x0s, noises, ts, strict=True)]
+    predictions = [scheduler.target(x0, noise, t) for x0, noise, t in zip(x0s, noises, ts, strict=True)]
+    expected = list(x0s)
+    if clip and representation == "overcomplete":
+        expected = [x0.clamp(-1, 1) for x0 in x0s]
+    elif clip:
+        image = (x0s[0] + enlarged(x0s[1])).clamp(-1, 1)
+        expected = [image - enlarged(means(image)), means(image)]
+    for found, wanted in zip(scheduler.predict_clean(predictions, ts, xs), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    if representation == "overcomplete":
+        # A model may predict the first scale alone.
+        [alone] = scheduler.predict_clean(predictions[:1], ts, xs)
+        torch.testing.assert_close(alone, expected[0], rtol=1e-9, atol=1e-9)
+
+
 def test_clamped_step_derives_the_noise_again():
     scheduler = DDIMScheduler(prediction_type="x0")
     x, _ = images()
@@ -257,6 +293,7 @@ def test_nothing_moves_or_changes_in_place():
         ),
         ({"beta_schedule": "_zero_terminal"}, r"^Unknown beta schedule '_zero_terminal'; choose one of "),
         ({"prediction_type": "eps"}, r"^Unknown prediction type 'eps'; choose one of epsilon, x0, v\.$"),
+        ({"representation": "haar"}, r"^Unknown representation 'haar'; choose one of overcomplete, residual\.$"),
         ({"beta_schedule": "cosine_zero_terminal"}, r"'cosine_zero_terminal' ends at zero SNR.*use .* v or x0\.$"),
     ],
 )

@@ -285,22 +285,6 @@ def save_images(folder, sizes, seed=0):
     return folder
 
 
-def test_images_that_are_not_to_be_resized_must_have_their_size(tmp_path):
-    folder = save_images(tmp_path / "exact", [(16, 16)] * 3)
-    images = load_images(str(folder), 16, tmp_path / "cache", resize_filter=None)
-    assert torch.equal(torch.from_numpy(np.array(images.pixels)), torch.stack(
-        [read_png(file) for file in sorted(folder.iterdir())]
-    ))  # fmt: skip
-    for size in ((32, 32), (16, 17)):
-        folder = save_images(tmp_path / f"{size}", [(16, 16), size])
-        with pytest.raises(ValueError, match=rf"1.png is {size[0]}x{size[1]} and not 16x16; .* --dataset, which resiz"):
-            load_images(str(folder), 16, tmp_path / "cache", resize_filter=None)
-        # Skipping unreadable images skips none of these, and resizing takes them all.
-        with pytest.raises(ValueError, match="1.png is"):
-            load_images(str(folder), 16, tmp_path / "cache", resize_filter=None, skip_bad_images=True)
-        assert len(load_images(str(folder), 16, tmp_path / "cache")) == 2
-
-
 def test_figures_beside_generated_images_are_none_of_them(stage, run, tmp_path):
     stage(generate_with_path_30, *run.generate_flags(tmp_path / "samples", count=3), "--trajectory")
     assert (tmp_path / "samples/grid.png").exists() and (tmp_path / "samples/trajectory.png").exists()
