@@ -87,6 +87,11 @@ def test_synthetic_images_are_those_of_the_generator(cache, monkeypatch):
     np.testing.assert_array_equal(load_images("synthetic", 16, cache).pixels, synthetic_images(5, 16))
 
 
+def test_there_are_4096_synthetic_images_unless_told_otherwise(cache, monkeypatch):
+    monkeypatch.setattr(data, "_synthetic_pixels", lambda count, side: np.zeros((count, 3, side, side), np.uint8))
+    assert [len(load_images("synthetic", 16, cache, limit=limit)) for limit in (None, 1, 5000)] == [4096, 1, 5000]
+
+
 def test_synthetic_chunks_join_to_one_sequence(cache, monkeypatch):
     monkeypatch.setattr(data, "DECODE_CHUNK", 4)
     np.testing.assert_array_equal(load_images("synthetic", 16, cache, limit=10).pixels, synthetic_images(10, 16))

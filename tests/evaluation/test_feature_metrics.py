@@ -249,6 +249,31 @@ def test_kernel_distance_is_computed_in_double_precision():
     assert kernel_distance(torch.from_numpy(x), torch.from_numpy(y)) == kernel_distance(*exact)
 
 
+@pytest.mark.parametrize(
+    ("counts", "pairs", "size"),
+    [
+        ((1001, 1500), 100, 1000),
+        ((1000, 1000), 1, 1000),
+        ((1000, 1200), 100, 1000),
+        ((30, 40), 100, 30),
+        ((7, 7), 1, 7),
+    ],
+)
+def test_subsets_are_a_hundred_pairs_of_up_to_a_thousand_images_and_one_where_they_are_the_sets(
+    monkeypatch, counts, pairs, size
+):
+    asked = []
+
+    def answer(*features, **options):
+        asked.append((*map(len, features), options))
+        return {"kernel_inception_distance_mean": 1.5, "kernel_inception_distance_std": 0.5}
+
+    monkeypatch.setattr("torch_fidelity.metric_kid.kid_features_to_metric", answer)
+    assert kernel_distance(*(np.zeros((count, 3)) for count in counts), seed=9) == (1.5, 0.5)
+    options = {"kid_subsets": pairs, "kid_subset_size": size, "rng_seed": 9, "verbose": False}
+    assert asked == [(*counts, options)]
+
+
 # Two distributions on four points in the plane, of which every expectation is a finite sum.
 POINTS = np.array([[0.0, 0], [2, 0], [0, 2], [2, 3]])
 WEIGHTS = np.array([[0.4, 0.2, 0.3, 0.1], [0.1, 0.4, 0.3, 0.2]])

@@ -205,6 +205,7 @@ def test_distance_equals_one_dimensional_wasserstein_of_every_projection(few_pat
 def test_places_reach_every_pixel_and_directions_are_independent():
     swd = SlicedWasserstein(random_images(0, 40, 64), 40)
     for size, corners in zip(swd.levels, swd._corners, strict=True):
+        assert corners.shape == (40, 128, 2)
         assert corners.min() == 0 and corners.max() == size - 7
         assert corners.double().mean().item() == pytest.approx((size - 7) / 2, rel=0.03)
     for directions in swd._directions:

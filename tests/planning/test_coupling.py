@@ -164,6 +164,17 @@ def test_the_size_of_calls_and_the_order_of_timesteps_do_not_matter(exact):
         torch.testing.assert_close(one[error], other[error].flip(0))
 
 
+def test_calls_have_64_images_unless_told_otherwise():
+    sizes = []
+
+    def denoise(xs, ts):
+        sizes.append((len(xs[0]), len(xs[1]), len(ts[0]), len(ts[1])))
+        return xs
+
+    measure_coupling(denoise, SCHEDULER, torch.zeros(65, 1, 2, 2), [500], progress=False)
+    assert sizes == [(64,) * 4, (1,) * 4] * len(CONDITIONS)
+
+
 def test_who_ignores_the_coarse_image_errs_alike(exact):
     denoiser, images = exact
 
