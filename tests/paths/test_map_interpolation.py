@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from paths.map_interpolation import interpolate_map
+from paths.map_interpolation import interpolate_map, nearest_in_row
 
 KNOWN = np.array([-5.7, -3.0, -2.5, 0.0, 1.5, 4.0, 9.2])
 WANTED = np.linspace(-5.7, 9.2, 61)
@@ -90,6 +90,20 @@ def test_lines_may_miss_the_ends_by_rounding():
     values = random_map()
     beside = WANTED + np.r_[-1e-12, np.zeros(59), 1e-12]
     np.testing.assert_allclose(interpolate_map(values, KNOWN, beside), interpolate_map(values, KNOWN, WANTED))
+
+
+def test_the_nearest_known_cell_of_every_row_is_that_of_brute_force():
+    generator = np.random.default_rng(5)
+    known = generator.random((7, 7)) < 0.3
+    known[np.arange(7), generator.integers(0, 7, 7)] = True
+    expected = [
+        [min(np.flatnonzero(row), key=lambda k: abs(KNOWN[k] - KNOWN[column])) for column in range(7)] for row in known
+    ]
+    np.testing.assert_array_equal(nearest_in_row(known, KNOWN), expected)
+    # Of two as near the noisier, which comes first.
+    np.testing.assert_array_equal(
+        nearest_in_row([[1, 0, 1], [0, 1, 0], [0, 1, 1]], [-1, 0, 1]), [[0, 0, 2], [1] * 3, [1, 1, 2]]
+    )
 
 
 def changed(value, at=(2, 3)):

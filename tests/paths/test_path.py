@@ -52,6 +52,12 @@ def test_path_refuses_bad_points(points, message):
         Path(points, "bad", {})
 
 
+@pytest.mark.parametrize("kind", [None, 7, b"diagonal", ("a",)])
+def test_path_refuses_a_kind_that_is_no_text(kind):
+    with pytest.raises(ValueError, match="the kind of a path must be a string, not"):
+        Path(((1,), (0,)), kind, {})
+
+
 @pytest.mark.parametrize("provenance", [None, [1], {"x": {1, 2}}, {"x": float("nan")}])
 def test_path_refuses_provenance_that_is_not_json(provenance):
     with pytest.raises(ValueError, match="provenance"):

@@ -422,6 +422,8 @@ def test_runs_inside_no_grad_and_under_autocast():
             {"scheduler": DDIMScheduler(beta_schedule="linear_zero_terminal", prediction_type="v")},
             "999 is 0; start",
         ),
+        ({"maps": "none"}, "maps is 'none' but must be one of all, blocks, mse"),
+        ({"of": "v"}, "of is 'v' but must be one of eps, x0"),
         ({"num_predictions": 0}, "num_predictions is 0 but must be 1"),
         ({"num_predictions": 3}, "num_predictions is 3 but must be 1"),
         ({"denoise": lambda xs, ts: xs[0]}, "must return two predictions"),

@@ -572,6 +572,15 @@ def test_a_float16_run_scales_its_loss_and_resumes_with_the_scale(stage, tiny, c
         assert_same(once[key], twice[key])
 
 
+def test_a_run_keeps_the_precision_that_was_chosen_for_it(stage, tiny, cache, tmp_path, straight, monkeypatch):
+    flags = [*tiny(tmp_path), "--cache_dir", cache, *RUN, "--precision", "auto", "--resume", "auto", "--epochs"]
+    expected = straight()
+    for epochs, fastest in ((2, "fp32"), (4, "bf16")):
+        monkeypatch.setattr("training.trainer.resolve_precision", lambda *_, name=fastest: name)
+        stage(train_lift, *flags, epochs)
+    assert_same_run(tmp_path, expected)
+
+
 def test_an_overflow_of_float16_halves_the_scale_and_skips_the_step(trainer):
     run = trainer("--precision", "fp16")
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
