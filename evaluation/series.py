@@ -172,13 +172,13 @@ def _name_solvers_and_paths(results: Sequence[Result]) -> None:
 
 
 def parameters_note(results: Iterable[Result]) -> str:
-    """How many parameters the series of a table have, where they differ, as a sentence."""
-    titles: dict[int, list[str]] = {}
+    """How many parameters the models of a table have, where they differ, as a sentence."""
+    counts: dict[str, set[int]] = {}
     for result in sorted(results, key=lambda result: result["series"].rank):
         if result["parameters"]:
-            names = titles.setdefault(int(result["parameters"]), [])
-            names += [result["series"].title] * (result["series"].title not in names)
-    if len(titles) < 2:
+            name = COLUMN_TITLES.get((result["model_type"], "diagonal"), result["model_type"]).split()[0]
+            counts.setdefault(name, set()).add(int(result["parameters"]))
+    if len(set().union(*counts.values())) < 2:
         return ""
-    counts = (f"{count:,} of {', '.join(names)}" for count, names in titles.items())
-    return f"Parameters: {'; '.join(counts)}."
+    texts = (f"{name} {' or '.join(f'{count:,}' for count in sorted(found))}" for name, found in counts.items())
+    return f"Parameters: {', '.join(texts)}."
