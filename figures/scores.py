@@ -139,20 +139,26 @@ def _scores_figure(rows: Sequence[Mapping[str, Any]], metric: str, title: str) -
     epochs = {int(row["epoch"]) for row in rows}
     if len(epochs) == 1:
         num_dots = sum(len(by_weights) for by_weights in series.values())
-        figure = Figure(figsize=(7.4, 1.5 + 0.32 * num_dots), layout="constrained")
+        series = {textwrap.fill(name, 44): by_weights for name, by_weights in series.items()}
+        # A dot has the height of a line, or of the longest name beside it.
+        num_lines = max(1, *(0.6 * (1 + name.count("\n")) for name in series))
+        figure = Figure(figsize=(7.4, 1.5 + 0.32 * num_lines * num_dots), layout="constrained")
         axes = figure.subplots()
         _draw_score_dots(axes, series)
         axes.set_xlabel(label)
         axes.set_title(f"epoch {epochs.pop()}", loc="left")
     else:
-        figure = Figure(figsize=(7.6, 5.2), layout="constrained")
+        names = [textwrap.fill(name, 80) for name in series]
+        columns = even_columns(len(names), max(1, min(4, 80 // max(map(len, names)))))
+        num_lines = sum(1 + name.count("\n") for name in names) / columns
+        figure = Figure(figsize=(7.6, 5.2 + 0.2 * max(0, num_lines - 3)), layout="constrained")
         axes = figure.subplots()
         _draw_score_curves(axes, series)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(FixedLocator(sorted(epochs), nbins=12))
         axes.set_ylabel(label)
-        handles = [Line2D([], [], label=name, **curve_style(k)) for k, name in enumerate(series)]
-        figure.legend(handles=handles, loc="outside lower center", ncols=even_columns(len(series)))
+        handles = [Line2D([], [], label=name, **curve_style(k)) for k, name in enumerate(names)]
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     handles = [
         Line2D([], [], **{"color": "0.3", "marker": "o", "label": name, **_weights_style(kind)})
         for kind, name in WEIGHTS_TITLES.items()
@@ -209,7 +215,9 @@ def _score_bands_figure(
         raise ValueError("there is no score to draw, or a panel without any; pass at least one curve per panel")
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     styles = {name: curve_style(k) for k, name in enumerate(names)}
-    figure = Figure(figsize=(4.2 * len(panels) + 2.4, 4.4), layout="constrained")
+    labels = {name: textwrap.fill(name, 22) for name in names}
+    height = sum(0.24 + 0.17 * label.count("\n") for label in labels.values())  # Of the legend.
+    figure = Figure(figsize=(4.2 * len(panels) + 2.4, max(4.4, 0.3 + height)), layout="constrained")
     row = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     means, lows = [], []
     for axes, (weights, curves) in zip(row, panels.items(), strict=True):
@@ -234,7 +242,7 @@ def _score_bands_figure(
     row[0].set_ylabel(ylabel)
     ends = {name: points[max(points)][0] for curves in panels.values() for name, points in curves.items()}
     shown = sorted(names, key=lambda name: -ends[name])
-    handles = [Line2D([], [], label=textwrap.fill(name, 22), linewidth=1.5, **styles[name]) for name in shown]
+    handles = [Line2D([], [], label=labels[name], linewidth=1.5, **styles[name]) for name in shown]
     figure.legend(handles=handles, loc="outside right center")
     figure.suptitle(title)
     return figure

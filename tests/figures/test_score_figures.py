@@ -31,13 +31,16 @@ BANDS = {
 }
 
 
-def rows_of(epochs, **extra):
+NAMES = ("Baseline", "LIFT DP-64", "LIFT DP-Total, lr 0.001")
+
+
+def rows_of(epochs, names=NAMES, **extra):
     return [
         {"name": name, "weights": weights, "epoch": str(epoch)}
         | {"fid_mean": 30.0 + k + epoch / 100 + 5 * (weights == "raw"), "fid_sd": 0.3 if weights == "raw" else None}
         | extra
         for epoch in epochs
-        for k, name in enumerate(("Baseline", "LIFT DP-64", "LIFT DP-Total, lr 0.001"))
+        for k, name in enumerate(names)
         for weights in ("raw", "ema")
     ]
 
@@ -74,6 +77,24 @@ LAID_OUT = {
     "bands of epochs": lambda: figures.scores._score_bands_figure({"ema": BANDS["ema"]}, "", "FID", "epoch"),
     "factorial": lambda: figures.scores._factorial_figure(FACTORIAL, "title", "FID"),
     "one panel": lambda: figures.scores._factorial_figure(FACTORIAL[:18], "title", "FID"),
+}
+
+
+# As trainings and paths are called that differ in much.
+LONG = [
+    f"{model}, band:diagonal,1, residual, improved (changed), vp cosine, v prediction, lr {rate}, training seed 43"
+    for model in ("LIFT KL diagonal", "LIFT KL", "dual cascade:2,6")
+    for rate in ("0.0001", "0.001", "0.0003")
+]
+LAID_OUT |= {
+    "curves of long names": lambda: figures.scores._scores_figure(rows_of([200, 400], LONG), "fid", "title"),
+    "dots of long names": lambda: figures.scores._scores_figure(rows_of([400], LONG), "fid", "title"),
+    "bands of long names": lambda: figures.scores._score_bands_figure(
+        {kind: {name: {6: (20.0 + k, 1.0), 18: (10.0 + k, 1.0)} for k, name in enumerate(LONG)} for kind in "ab"},
+        "title",
+        "FID",
+        NFE_LABEL,
+    ),
 }
 
 
