@@ -28,6 +28,10 @@ def _setting(name: str, default: Any = None) -> Callable[[LoadedModel, int | Non
     return lambda loaded, num_images: loaded.config.get(name, default)
 
 
+def _choice(name: str) -> Callable[[LoadedModel, int | None], Any]:
+    return lambda loaded, num_images: loaded.config.get(name) or "none"
+
+
 def _preset(config: dict[str, Any]) -> str | None:
     # Of the config of a run that named none, the one it fits.
     named, fitting = config.get("preset"), [preset for preset in PRESETS if fits_preset(preset, config)]
@@ -56,15 +60,18 @@ TRAINING_COLUMNS = {
         told_by=("preset", "model_type", "representation"),
         of_model=True,
     ),
-    "min_snr_gamma": TrainingColumn(
-        lambda loaded, num_images: loaded.config.get("min_snr_gamma") or "none", "min-SNR {}"
-    ),
+    "min_snr_gamma": TrainingColumn(_choice("min_snr_gamma"), "min-SNR {}"),
     "lr": TrainingColumn(_setting("lr"), "lr {}", "number"),
     "lr_schedule": TrainingColumn(lambda loaded, num_images: _lr_schedule(loaded.config), "lr {}"),
     "batch_size": TrainingColumn(_setting("batch_size"), "batch size {}", "count"),
     "weight_decay": TrainingColumn(_setting("weight_decay"), "weight decay {}", "number"),
     "grad_clip": TrainingColumn(_setting("grad_clip"), "gradient norm {}", "number"),
     "ema_decay": TrainingColumn(_setting("ema_decay"), "EMA decay {}", "number"),
+    "ema_rampup_ratio": TrainingColumn(
+        _setting("ema_rampup_ratio", 0.0), "EMA ramp-up {}", "number", told_by=("preset",)
+    ),
+    "replan_every": TrainingColumn(_choice("replan_every"), "epochs between plans {}"),
+    "replan_images": TrainingColumn(_choice("replan_images"), "images of plans {}"),
     "hidden_dims": TrainingColumn(_setting("hidden_dims"), "widths {}"),
     "parameters": TrainingColumn(
         lambda loaded, num_images: sum(weights.numel() for weights in loaded.model.parameters()),

@@ -50,12 +50,15 @@ def loss_weights_of(config: dict[str, Any]) -> tuple[float, ...]:
 
 
 def fits_preset(preset: str, config: dict[str, Any]) -> bool:
-    """Whether a checkpoint's config has all that a preset sets, pairs of timesteps aside."""
+    """Whether a checkpoint's config, from before there were some of the choices or not, has all that a preset sets.
+
+    Pairs of timesteps are left aside.
+    """
     representation = config.get("representation", "overcomplete")
     values = preset_values(preset, config["model_type"], representation)
     if values["loss_weights"] == "auto":
         values["loss_weights"] = balanced_weights(representation)
-    said = config | {"loss_weights": loss_weights_of(config)}
+    said = {"ema_rampup_ratio": 0.0} | config | {"loss_weights": loss_weights_of(config)}
     return all(said.get(name) == value for name, value in values.items() if name != "t_pairs")
 
 

@@ -29,7 +29,8 @@ def test_every_setting_is_said():
     model = loaded(
         lr=1e-5, batch_size=10, weight_decay=0.5, grad_clip=2.0, ema_decay=0.0, seed=7, resolution=16, flip=True,
         min_snr_gamma=5.0, lr_schedule="cosine", epochs=40, loss_weights=(1.0, 0.25), prediction_type="x0",
-        beta_schedule="linear", more={"run": "mine"},
+        beta_schedule="linear", ema_rampup_ratio=0.25, t_pairs="follow:2", replan_every=7, replan_images=30,
+        more={"run": "mine"},
     )  # fmt: skip
     assert describe_training(model, 150) == {
         "run": "mine",
@@ -44,6 +45,9 @@ def test_every_setting_is_said():
         "weight_decay": "0.5",
         "grad_clip": "2",
         "ema_decay": "0",
+        "ema_rampup_ratio": "0.25",
+        "replan_every": "7",
+        "replan_images": "30",
         "hidden_dims": "[8,16]",
         "parameters": str(sum(value.numel() for value in model.model.state_dict().values())),
         "resolution": "16",
@@ -78,7 +82,8 @@ def test_a_preset_is_known_by_what_it_sets(preset, model_type, representation):
 
 def test_an_old_checkpoint_says_what_it_can():
     """Those from before there were choices made them as published."""
-    old = loaded(without=["representation", "loss_weights", "min_snr_gamma", "run", "preset", "data_fingerprint"])
+    new = ["representation", "loss_weights", "min_snr_gamma", "run", "preset", "data_fingerprint", "ema_rampup_ratio"]
+    old = loaded(without=new)
     said, new = describe_training(old, None), describe_training(loaded(more={"preset": "published"}), 99)
     silent = {name: "" for name in ("run", "training_images", "training_data")}
     assert said == new | silent
