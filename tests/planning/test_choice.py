@@ -33,7 +33,7 @@ from planning.choice import PathSettings, choose_path, why_not
 from planning.error_map import MSES
 from planning.heatmap import heatmap_file
 from planning.map_file import load_heatmap, save_heatmap
-from planning.map_paths import KLProblem, beyond_seen, kl_cascade, kl_lines, kl_refined, seen_cells
+from planning.map_paths import KLProblem, beyond_seen, heatmap_path, kl_cascade, kl_lines, kl_refined, seen_cells
 from planning.path_types import parse_path_type, path_type
 from scheduler import DDIMScheduler
 from truth.gaussian import Spectrum, exact_heatmap
@@ -468,6 +468,31 @@ def test_a_cascade_to_the_clean_coarse_image_is_super_resolution_of_it(predictio
     with torch.no_grad():
         [(other, _)] = super_resolve(model.denoise, scheduler, leg, coarse[0].flip(0), seeds)
     assert (other - fine).abs().max() > 1e-3
+
+
+def test_optima_are_those_of_the_map_of_these_weights_under_every_setting(tmp_path):
+    file, content = tmp_path / "map.pth", exact(20, spacing="uniform_log_snr") | {"fingerprint": "f" * 16}
+    save_heatmap(file, content)
+    for name, value in (("max_jump", 4), ("factor", "A"), ("normalisation", "sum")):
+        for kind in ("dp_64", "dp_total"):
+            settings = PathSettings(**{name: value})
+            path = choose_path(settings, kind, 6, loaded(), file)
+            expected, cost = heatmap_path(content, kind, 6, **{name: value})
+            assert path == expected and path.provenance["cost"] == cost and path.kind == kind
+            assert path != heatmap_path(content, kind, 6)[0]
+    optima = {
+        "kl": kl_refined(content, LOG_SNR, 4, 0.5).path,
+        "kl_diagonal": kl_refined(content, LOG_SNR, 4, 0.5, diagonal=True).path,
+        "cascade:best": kl_cascade(content, LOG_SNR, 4, 0.5),
+    }
+    for kind, optimum in optima.items():
+        path = choose_path(PathSettings(kl_weight=0.5), kind, 4, loaded(), file)
+        assert path.points == optimum.points and path.kind == kind.split(":")[0]
+        said = {"criterion": f"{kind}, weight 0.5", "heatmap_weights": "f" * 16}
+        assert path.provenance == optimum.provenance | said
+    save_heatmap(file, content | {"fingerprint": "e" * 16})
+    with pytest.raises(ValueError, match=r"map.pth was computed with other weights than the raw ones"):
+        choose_path(PathSettings(), "kl", 4, loaded(), file)
 
 
 def test_heatmap_files_tell_the_model_the_epoch_and_the_weights():
