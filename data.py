@@ -20,6 +20,7 @@ from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
+from images.own import IMAGE_TEXT, png_info
 from images.reading import UnreadableImageError, WrongSizeError, parse_colour, read_image, reads_as_ever
 from images.sources import Classes, Source, open_source
 from images.synthetic import synthetic_images
@@ -330,9 +331,9 @@ class TwoScaleBatches:
 
 
 def save_png(pixels: torch.Tensor, file: Path) -> None:
-    """Write uint8 `[C, H, W]`."""
+    """Write uint8 `[C, H, W]`, with the mark of an image that LIFT made."""
     with replacing(file) as temporary:
-        Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save(temporary)
+        Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save(temporary, pnginfo=png_info(IMAGE_TEXT))
 
 
 def read_png(file: Path) -> torch.Tensor:

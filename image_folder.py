@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from data import BACKGROUND
+from images.own import WRITTEN_BY_LIFT, Origin, by_origin, start_of
 from images.reading import (
     UnreadableImageError,
     WrongSizeError,
-    image_suffixes,
-    is_hidden,
+    find_images,
     parse_colour,
     read_bytes,
     read_image,
@@ -29,19 +29,20 @@ def read_folder(folder: Path, size: int, channels: int, background: str = BACKGR
     """The images of a folder by name without suffix, in order, uint8 `[C, size, size]`; of its subfolders, none.
 
     Colour becomes grey and grey becomes colour where the model wants it, and what is transparent shows the background.
-    Hidden files and files that are no images are left out. Raises FileNotFoundError for a missing folder, ValueError
-    for one without images, an image that is unreadable, of another size or of more than 16 bits, and for two images
-    whose names differ in the suffix alone.
+    Hidden files and files that are no images are left out, and so are figures that LIFT drew, beside anything else.
+    Raises FileNotFoundError for a missing folder, ValueError for one without images, an image that is unreadable, of
+    another size or of more than 16 bits, and for two images whose names differ in the suffix alone.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"--input {folder} is not a folder; name one of {size}x{size} images.")
     images: dict[str, torch.Tensor] = {}
-    left_out: Counter[str] = Counter()
-    for file in sorted(folder.iterdir()):
-        if file.is_dir() or is_hidden(file.name) or file.suffix.lower() not in image_suffixes():
-            folder_or_suffix = "folders" if file.is_dir() else file.suffix.lower() or "no suffix"
-            left_out["hidden" if is_hidden(file.name) else folder_or_suffix] += 1
-            continue
+    found = find_images(folder, below=False)
+    groups = by_origin(found.files, start_of)
+    # Images that LIFT made lie in a folder of no training because someone wants them there.
+    files = sorted(groups[Origin.OTHERS] + groups[Origin.SAMPLE]) or groups[Origin.FIGURE]
+    left_out = found.left_out + Counter(file.suffix.lower() for file in (*found.archives, *found.tables))
+    left_out[WRITTEN_BY_LIFT] += len(found.files) - len(files)
+    for file in files:
         if file.stem in images:
             raise ValueError(f"{file} has the name of another image but for its suffix; rename it.")
         try:
@@ -53,7 +54,7 @@ def read_folder(folder: Path, size: int, channels: int, background: str = BACKGR
             ) from error
         pixels = np.array(image.convert("RGB" if channels == 3 else "L"))
         images[file.stem] = torch.from_numpy(pixels).view(size, size, channels).permute(2, 0, 1)
-    report_left_out(folder, left_out)
+    report_left_out(folder, +left_out)
     if not images:
         raise ValueError(f"--input {folder} holds no image; name a folder of {size}x{size} images.")
     return images

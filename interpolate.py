@@ -28,6 +28,7 @@ from diffusion.sampler import Denoiser, Images, Samples, SeededNoise, check_fini
 from figures.images import image_grid, save_image_grid
 from figures.style import even_columns
 from image_folder import claim_images
+from images.own import GIF_COMMENT
 from paths.path import Path as SamplingPath
 from planning.choice import EndSettings, OnePathSettings, path_of_settings
 from runtime.device import autocast, resolve_precision, select_device
@@ -135,7 +136,10 @@ def save_gif(frames: torch.Tensor, file: Path) -> None:
     pictures = [Image.fromarray(image_grid(frame[None].numpy(), 1, scale, padding=0)) for frame in frames]
     turn = pictures[1:] + pictures[-2:0:-1]
     with replacing(file) as temporary:
-        pictures[0].save(temporary, format="GIF", save_all=True, append_images=turn, duration=GIF_MILLISECONDS, loop=0)
+        pictures[0].save(
+            temporary, format="GIF", save_all=True, append_images=turn, duration=GIF_MILLISECONDS, loop=0,
+            comment=GIF_COMMENT,
+        )  # fmt: skip
 
 
 def main() -> None:

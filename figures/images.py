@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from figures.style import COLORS, DPI, STYLE, save_figure
+from images.own import FIGURE_TEXT, png_info
 from runtime.safe_write import replacing
 
 MAX_TRAJECTORY_COLUMNS = 10
@@ -65,7 +66,7 @@ def save_image_grid(
     """Write `image_grid` as a PNG, pixel by pixel."""
     grid = Image.fromarray(image_grid(images, columns, scale, padding))
     with replacing(file) as temporary:
-        grid.save(temporary, format="PNG", dpi=(DPI, DPI))
+        grid.save(temporary, format="PNG", dpi=(DPI, DPI), pnginfo=png_info(FIGURE_TEXT))
 
 
 def plot_samples(

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
+from images.own import FIGURE_TEXT
 from runtime.safe_write import replacing
 
 DPI = 150
@@ -41,7 +42,9 @@ def save_figure(figure: Figure, file: str | os.PathLike) -> None:
     """Write a figure as a PNG that appears complete or not at all."""
     with rc_context(STYLE), replacing(file) as temporary:
         # Said outright because a user's matplotlibrc could crop or tint the page.
-        figure.savefig(temporary, format="png", dpi=DPI, facecolor="white", bbox_inches=figure.bbox_inches)
+        figure.savefig(
+            temporary, format="png", dpi=DPI, facecolor="white", bbox_inches=figure.bbox_inches, metadata=FIGURE_TEXT
+        )
 
 
 def even_columns(count: int, most: int = 4) -> int:

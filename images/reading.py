@@ -34,6 +34,8 @@ BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # Tags of TIFF.
 NEED_HELP = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 # What operating systems, cameras and archives leave beside images.
 LITTER = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"})
+# Files of many images each, which the library `datasets` reads.
+TABLES = (".parquet", ".arrow", ".tar")
 # What stops every file from being read is no fault of one.
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 SPLITS = frozenset({"train", "test", "testing", "val", "valid", "validation", "dev", "eval", "holdout"})
@@ -63,15 +65,16 @@ def is_hidden(name: str) -> bool:
 
 @dataclass
 class Found:
-    """Files below a folder that are images by their names, in order, and how many others there are by reason."""
+    """Files below a folder that are images, archives or tables by their names, in order; others by reason, counted."""
 
     files: list[Path] = field(default_factory=list)
     archives: list[Path] = field(default_factory=list)
+    tables: list[Path] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def find_images(folder: Path) -> Found:
-    """Images and archives below a folder, in the order of their names; hidden ones are left out.
+def find_images(folder: Path, below: bool = True) -> Found:
+    """Images, archives and tables in a folder and below it, in the order of their names; hidden ones are left out.
 
     Links are followed. A folder is read once however many links lead to it, by its own name if it lies below.
     Links that lead nowhere are among the files if their names are those of images.
@@ -94,6 +97,8 @@ def find_images(folder: Path) -> Found:
             file = place / entry.name
             if is_hidden(entry.name):
                 found.left_out["hidden"] += 1
+            elif not below and entry.is_dir():
+                found.left_out["folders"] += 1
             elif entry.is_dir(follow_symlinks=False):
                 walk(file)
             elif entry.is_symlink() and os.path.isdir(file):
@@ -106,6 +111,8 @@ def find_images(folder: Path) -> Found:
                     found.left_out["no files"] += 1
             elif file.suffix.lower() == ".zip" and os.path.isfile(file):
                 found.archives.append(file)
+            elif file.suffix.lower() in TABLES and os.path.isfile(file):
+                found.tables.append(file)
             elif not os.path.exists(file):
                 found.left_out["broken links"] += 1
             else:
@@ -117,8 +124,8 @@ def find_images(folder: Path) -> Found:
         # A link upwards would take in what lies around the folder.
         if not root.is_relative_to(os.path.realpath(link)):
             walk(link)
-    found.files.sort()
-    found.archives.sort()
+    for files in (found.files, found.archives, found.tables):
+        files.sort()
     return found
 
 
@@ -172,8 +179,8 @@ class Archives:
         self._file: Path | None = None
         self._opened: zipfile.ZipFile | None = None
 
-    def read(self, file: Path, name: str) -> bytes:
-        """The content of one image of an archive; raises what `read_bytes` raises."""
+    def read(self, file: Path, name: str, most: int = -1) -> bytes:
+        """The content of one image of an archive, or so many bytes of it; raises what `read_bytes` raises."""
         with self._lock:
             try:
                 if file != self._file:
@@ -181,7 +188,8 @@ class Archives:
                         self._opened.close()
                     self._file, self._opened = None, zipfile.ZipFile(file)
                     self._file = file
-                return self._opened.read(name)
+                with self._opened.open(name) as stream:
+                    return stream.read(most)
             except Exception as error:  # Checksums, passwords and unknown ways to compress have a type each.
                 if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in EXHAUSTED):
                     raise
@@ -200,13 +208,16 @@ def parse_colour(text: str) -> tuple[int, int, int]:
     return ImageColor.getrgb(text)[:3]
 
 
-def read_bytes(file: Path) -> bytes:
-    """The content of a file, which is closed again whatever follows.
+def read_bytes(file: Path, most: int | None = None) -> bytes:
+    """The content of a file, or so many bytes of it; the file is closed again whatever follows.
 
     Raises UnreadableImageError with the reason, and OSError where the system has no more files or memory to give.
     """
     try:
-        return file.read_bytes()
+        if most is None:
+            return file.read_bytes()
+        with open(file, "rb", buffering=0) as stream:
+            return stream.read(most)
     except OSError as error:
         if error.errno in EXHAUSTED:
             way_out = "close programs" if error.errno == errno.ENOMEM else "raise the limit (ulimit -n)"

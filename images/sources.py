@@ -1,5 +1,6 @@
 """Where images come from: a folder, zip archives, or whatever the library `datasets` opens."""
 
+import glob
 import json
 import os
 import re
@@ -9,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from images.own import MARKED_BYTES, WRITTEN_BY_LIFT, Origin, by_origin, start_of
 from images.reading import (
+    SPLITS,
+    TABLES,
     Archives,
     Member,
     UnreadableImageError,
@@ -54,38 +58,63 @@ class Source:
 
 
 def _image_files(folder: Path, leave_out: frozenset[str]) -> list[Path] | list[Member]:
-    """The images of a folder, or if it has none those of its zip archives; only the part `train` if there are parts."""
+    """The images of a folder, or if it has none those of its zip archives; only the part `train` if there are parts.
+
+    What LIFT wrote is among them only where there is nothing else, not even tables of images.
+    """
     found = find_images(folder)
     left_out = found.left_out
-    files = [file for file in found.files if file.name not in leave_out]
-    if files:
+    loose = by_origin([file for file in found.files if file.name not in leave_out], start_of)
+    packed, beside = _packed([] if loose[Origin.OTHERS] else found.archives)
+    files = _meant(left_out, loose, packed)
+    if not files or (found.tables and not (loose[Origin.OTHERS] or packed[Origin.OTHERS])):
+        return []
+    for table in found.tables:
+        left_out[table.suffix.lower()] += 1
+    if isinstance(files[0], Member):
+        left_out.update(beside)
+        files = _part_of_members(folder, files, left_out)
+    else:
         left_out[".zip"] += len(found.archives)
-        places = [_place(folder, file) for file in files]
-        tops = {place[0] for place in places if len(place) > 1}
-        if (folder / "train").is_dir() and "train" not in tops and is_split(tops | {"train"}):
-            return []  # What there is to train on lies in there in another form.
-        chosen = _training_part(places, left_out)
-        if "train" in tops and not is_split(tops):
-            others = ", ".join(sorted(tops - {"train"})[:3])
-            say_once(
-                f"note: '{folder / 'train'}' is read as one folder among others ({others}); name it if it alone is "
-                "meant"
-            )
+        files = _part_of_files(folder, files, left_out)
+    if files:
         report_left_out(folder, +left_out)
-        return [file for file, keep in zip(files, chosen, strict=True) if keep]
-    members = _members(folder, found.archives, left_out)
-    if members:
-        report_left_out(folder, +left_out)
-    return members
+    return files
 
 
-def _members(folder: Path, archives: Sequence[Path], left_out: Counter[str]) -> list[Member]:
-    """The images of zip archives; only their part `train` if they have parts or are some."""
-    members = []
-    for archive in archives:
+def _packed(places: Sequence[Path]) -> tuple[dict[Origin, list[Member]], Counter[str]]:
+    """The images of zip archives, and what else is in them."""
+    members, left_out, archives = [], Counter(), Archives()
+    for archive in places:
         inside, others = find_members(archive)
         members += inside
         left_out.update(others)
+    return by_origin(members, lambda member: archives.read(member.archive, member.name, MARKED_BYTES)), left_out
+
+
+def _meant(left_out: Counter[str], *groups: dict[Origin, list]) -> list:
+    """Of pictures by where they come from those of the first kind that there is; LIFT's own are counted otherwise."""
+    meant = next((group[origin] for origin in Origin for group in groups if group[origin]), [])
+    own = [group[origin] for group in groups for origin in Origin if origin is not Origin.OTHERS]
+    left_out[WRITTEN_BY_LIFT] += sum(len(files) for files in own if files is not meant)
+    return meant
+
+
+def _part_of_files(folder: Path, files: list[Path], left_out: Counter[str]) -> list[Path]:
+    places = [_place(folder, file) for file in files]
+    tops = {place[0] for place in places if len(place) > 1}
+    if (folder / "train").is_dir() and "train" not in tops and is_split(tops | {"train"}):
+        return []  # What there is to train on lies in there in another form.
+    chosen = _training_part(places, left_out)
+    if "train" in tops and not is_split(tops):
+        others = ", ".join(sorted(tops - {"train"})[:3])
+        say_once(
+            f"note: '{folder / 'train'}' is read as one folder among others ({others}); name it if it alone is meant"
+        )
+    return [file for file, keep in zip(files, chosen, strict=True) if keep]
+
+
+def _part_of_members(folder: Path, members: list[Member], left_out: Counter[str]) -> list[Member]:
     # What was packed is most often one folder, or one archive.
     chosen = _training_part(_unshared([_place(folder, member) for member in members]), left_out)
     return [member for member, keep in zip(members, chosen, strict=True) if keep]
@@ -152,13 +181,37 @@ def _folder_source(folder: Path, files: Sequence[Path] | Sequence[Member]) -> So
     )
 
 
+def _tables_among_others(folder: Path) -> list[Path]:
+    """The tables of a folder to train on, where `datasets` left alone might read other files or none.
+
+    It reads what most files are, and a run that writes below the folder of its data soon has more of its own; and it
+    takes the folder's name for a pattern. Nothing if a card says what is read, or if there are parts without `train`.
+    """
+    found = find_images(folder)
+    tables = next(filter(None, ([file for file in found.tables if file.suffix == kind] for kind in TABLES)), [])
+    card = folder / "README.md"
+    says = card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace")
+    others = found.files or found.archives or found.left_out.keys() - {"hidden", "no suffix", ".md"}
+    if says or not (others or glob.has_magic(os.path.abspath(folder))):
+        return []
+    # Parts go by a word in the name of a file or of a folder.
+    words = [set(re.split(r"[-._ 0-9/]+", str(table.relative_to(folder)))) for table in tables]
+    of_training = [table for table, names in zip(tables, words, strict=True) if names & {"train", "training"}]
+    return of_training or ([] if any(names & SPLITS for names in words) else tables)
+
+
 def _load_rows(dataset: str, name: str, config: str | None) -> Any:
     # Imported here because a machine that trains on the built-in images or a folder does not need it.
     import datasets
 
     try:
         if not is_saved(Path(name)):
-            return datasets.load_dataset(name, *([config] if config else []), split="train")
+            tables = _tables_among_others(Path(name)) if config is None and Path(name).is_dir() else []
+            # As a pattern a name may hold a star.
+            files = {"data_files": {"train": [glob.escape(os.path.abspath(table)) for table in tables]}}
+            # The library calls a folder by its last part, which . and .. have none of.
+            place = name if Path(name).name.strip(".") else os.path.abspath(name)
+            return datasets.load_dataset(place, config, split="train", **files if tables else {})
         rows = datasets.load_from_disk(name)
     except Exception as error:  # The library raises a dozen types of its own and its dependencies' for one cause.
         # Both messages, of a name that lacks and of one that is none, end with a list.
@@ -292,9 +345,9 @@ def open_source(dataset: str, leave_out: frozenset[str] = frozenset()) -> Source
         if files:
             return _folder_source(folder, files)
     elif config is None and folder.suffix.lower() == ".zip" and folder.is_file():
-        left_out: Counter[str] = Counter()
-        members = _members(folder.parent, [folder], left_out)
-        report_left_out(folder, left_out)
+        packed, left_out = _packed([folder])
+        members = _part_of_members(folder.parent, _meant(left_out, packed), left_out)
+        report_left_out(folder, +left_out)
         if not members:
             raise ValueError(f"The archive {folder} holds no image.")
         return _folder_source(folder.parent, members)

@@ -22,7 +22,7 @@ BELOW = {
     "networks and process": ("networks",),
     "diffusion": ("networks and process", "paths"),
     "truth": ("networks and process",),
-    "figures": ("paths",),
+    "figures": ("paths", "images"),
     "loading": ("networks and process",),
     "planning": ("diffusion", "loading"),
     "training": ("planning", "figures"),
