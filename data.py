@@ -86,19 +86,25 @@ def fingerprint_array(pixels: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
+def fit(image: Image.Image, resolution: int, resample: Image.Resampling) -> Image.Image:
+    """Resize the shorter side and crop the centre, rounding as torchvision does."""
+    size = tuple(resolution * side // min(image.size) for side in image.size)
+    if image.size != size:
+        image = image.resize(size, resample)
+    left, top = (round((side - resolution) / 2) for side in size)
+    return image.crop((left, top, left + resolution, top + resolution))
+
+
 def _decode(
     content: bytes, resolution: int, resize_filter: str | None, background: tuple[int, int, int]
 ) -> tuple[np.ndarray, bool]:
-    """Resize the shorter side, crop the centre, rounding as torchvision does: uint8 `[3, R, R]`, and if it is grey."""
+    """An image of the training set, uint8 `[3, R, R]`, and if it is grey."""
     image = read_image(content, (resolution, resolution) if resize_filter is None else None, background)
     grey = image.mode == "L"
     image = image.convert("RGB")
-    size = tuple(resolution * side // min(image.size) for side in image.size)
-    if image.size != size:
-        image = image.resize(size, RESIZE_FILTERS[resize_filter])
-    left, top = (round((side - resolution) / 2) for side in size)
-    pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)))
-    return pixels.transpose(2, 0, 1), grey
+    if resize_filter is not None:
+        image = fit(image, resolution, RESIZE_FILTERS[resize_filter])
+    return np.asarray(image).transpose(2, 0, 1), grey
 
 
 def _decode_all(

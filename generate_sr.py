@@ -79,6 +79,9 @@ class SuperResolutionSettings(CheckpointSettings, FinePathSettings, DataSettings
     """What is enlarged, or on what the model is measured."""
 
     input: str | None = option(None, "folder of images of the coarse size, to enlarge")
+    resize: bool = option(
+        False, "bring images of --input to the coarse size of the model: their shorter side, then the centre"
+    )
     on: str | None = option(None, "images to measure on (holdout)", choices=("holdout", "train"))
     num_images: int | None = option(None, "evenly over those there are (all)", parse=cli.positive_int, metavar="N")
     batch_size: int = option(64, "images per network call", parse=cli.positive_int)
@@ -96,6 +99,8 @@ class SuperResolutionSettings(CheckpointSettings, FinePathSettings, DataSettings
             raise ValueError("--input and --on exclude each other; leave one of them out")
         if self.no_consistency and self.input is None:
             raise ValueError("--no_consistency is for --input; without it, results with and without are measured")
+        if self.resize and self.input is None:
+            raise ValueError("--resize is for --input; images of a data set have their size")
         if self.input is None and self.on is None:
             self._derive(on="holdout")
 
@@ -156,13 +161,14 @@ def enlarge(upscaler: Upscaler, source: Path, folder: Path) -> None:
     """A PNG of twice the size for every image of a folder, unless it is there already."""
     settings, config = upscaler.settings, upscaler.loaded.config
     background = config.get("background", BACKGROUND)
-    images = read_folder(source, config["resolution"] // 2, config["channels"], background)
+    resize_filter = config["resize_filter"] if settings.resize else None
+    images = read_folder(source, config["resolution"] // 2, config["channels"], background, resize_filter)
     if folder.resolve() == source.resolve():
         raise ValueError(f"--output {folder} is the folder of the input, which would be overwritten; pass another.")
     if settings.num_images:
         names = list(images)
         images = {names[k]: images[names[k]] for k in evenly(settings.num_images, len(names), str(source))}
-    said = upscaler.said | {"of": "input", "consistent": not settings.no_consistency}
+    said = upscaler.said | {"of": "input", "consistent": not settings.no_consistency, "resize_filter": resize_filter}
     prints = {name: fingerprint_array(pixels.numpy()) for name, pixels in images.items()}
     missing = claim_images(folder, said, prints, settings.force, (METRICS_FILE, FIGURE_FILE))
 

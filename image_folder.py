@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data import BACKGROUND
+from data import BACKGROUND, RESIZE_FILTERS, fit
 from images.own import WRITTEN_BY_LIFT, Origin, by_origin, start_of
 from images.reading import (
     UnreadableImageError,
@@ -25,13 +25,19 @@ from runtime.safe_write import replacing
 SETTINGS_FILE = "settings.json"
 
 
-def read_folder(folder: Path, size: int, channels: int, background: str = BACKGROUND) -> dict[str, torch.Tensor]:
+def read_folder(
+    folder: Path,
+    size: int,
+    channels: int,
+    background: str = BACKGROUND,
+    resize_filter: str | None = None,  # one of RESIZE_FILTERS: fit images of another size, as those of the training
+) -> dict[str, torch.Tensor]:
     """The images of a folder by name without suffix, in order, uint8 `[C, size, size]`; of its subfolders, none.
 
     Colour becomes grey and grey becomes colour where the model wants it, and what is transparent shows the background.
     Hidden files and files that are no images are left out, and so are figures that LIFT drew, beside anything else.
     Raises FileNotFoundError for a missing folder, ValueError for one without images, an image that is unreadable, of
-    another size or of more than 16 bits, and for two images whose names differ in the suffix alone.
+    more than 16 bits or of another size that is not to be changed, and for two whose names differ in the suffix alone.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"--input {folder} is not a folder; name one of {size}x{size} images.")
@@ -46,13 +52,16 @@ def read_folder(folder: Path, size: int, channels: int, background: str = BACKGR
         if file.stem in images:
             raise ValueError(f"{file} has the name of another image but for its suffix; rename it.")
         try:
-            image = read_image(read_bytes(file), (size, size), parse_colour(background))
+            image = read_image(
+                read_bytes(file), None if resize_filter else (size, size), parse_colour(background)
+            ).convert("RGB" if channels == 3 else "L")
         except (UnreadableImageError, WrongSizeError) as error:
-            reason = f"it {error}" if isinstance(error, WrongSizeError) else error
+            is_size = isinstance(error, WrongSizeError)
             raise ValueError(
-                f"{file} cannot be used ({reason}); this model takes 8-bit images of {size}x{size} pixels."
+                f"{file} cannot be used ({f'it {error}' if is_size else error}); this model takes 8-bit images of "
+                f"{size}x{size} pixels{', to which --resize brings others' if is_size else ''}."
             ) from error
-        pixels = np.array(image.convert("RGB" if channels == 3 else "L"))
+        pixels = np.array(fit(image, size, RESIZE_FILTERS[resize_filter]) if resize_filter else image)
         images[file.stem] = torch.from_numpy(pixels).view(size, size, channels).permute(2, 0, 1)
     report_left_out(folder, +left_out)
     if not images:

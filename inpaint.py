@@ -5,9 +5,9 @@
     python inpaint.py --checkpoint FILE --ema --mask left --mask_scale coarse --path_type dp_total --heatmap FILE
 
 White of a mask is known and black is painted, with the line at mid-grey; what is transparent is the opposite of what is
-drawn. A mask of the fine size says which fine pixels
-are known; a coarse one is known then where all four of its fine ones are. A mask of the coarse size says which coarse
-pixels are known, and the fine image may be anything with these 2x2 means: a local super-resolution.
+drawn. A mask of the fine size says which fine pixels are known; a coarse one is known then where all four of its fine
+ones are. A mask of the coarse size says which coarse pixels are known, and the fine image may be anything with these
+2x2 means: a local super-resolution. --resize takes images and masks of any size.
 
 A model of residuals knows a pixel with the whole of its 2x2 block; known ones of other blocks are put in at the end.
 
@@ -29,12 +29,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import cli
 from checkpoint import LoadedModel, load_model
 from cli import CheckpointSettings, CompileSettings, DataSettings, HardwareSettings
-from data import BACKGROUND, coarse, fingerprint_array, read_png, save_png, to_float, to_uint8
+from data import BACKGROUND, coarse, fingerprint_array, fit, read_png, save_png, to_float, to_uint8
 from diffusion.sampler import (
     Denoiser,
     Images,
@@ -80,8 +81,13 @@ class InpaintingSettings(CheckpointSettings, OnePathSettings, DataSettings, Comp
         "PNG of the fine or the coarse size, white where known; or what is painted: the central quarter (center), half "
         f"(left, random) or nothing (none); one of {', '.join(MASKS)}",
     )
-    mask_scale: str | None = option(None, "of a mask by name (fine)", choices=("fine", "coarse"))
+    mask_scale: str | None = option(
+        None, "of a mask by name, or of a file with --resize (fine)", choices=("fine", "coarse")
+    )
     input: str | None = option(None, "folder of images of the fine size")
+    resize: bool = option(
+        False, "bring images of --input and a mask in a file to the size of the model: shorter side, then the centre"
+    )
     on: str | None = option(None, "images of the data set (holdout if there are any)", choices=("holdout", "train"))
     num_images: int | None = option(
         None, "evenly over those there are (all of --input, 8 of a data set)", parse=cli.positive_int, metavar="N"
@@ -102,8 +108,10 @@ class InpaintingSettings(CheckpointSettings, OnePathSettings, DataSettings, Comp
         super().check()
         if self.input is not None and self.on is not None:
             raise ValueError("--input and --on exclude each other; leave one of them out")
-        if self.mask_scale and self.mask not in MASKS:
-            raise ValueError("--mask_scale is for a mask by name; the size of a PNG says its scale")
+        if self.mask_scale and self.mask not in MASKS and not self.resize:
+            raise ValueError("--mask_scale is for a mask by name or --resize; the size of a PNG says its scale")
+        if self.resize and self.input is None and self.mask in MASKS:
+            raise ValueError("--resize is for --input or a mask in a file; images of a data set have their size")
 
 
 def parse_args() -> InpaintingSettings:
@@ -111,24 +119,32 @@ def parse_args() -> InpaintingSettings:
     return parse_settings(InpaintingSettings, __doc__)
 
 
-def load_mask(mask: str, scale: str, resolution: int) -> torch.Tensor:
+def load_mask(mask: str, scale: str | None, resolution: int, resize: bool = False) -> torch.Tensor:
     """What is known, bool `[n, n]`: a mask by name, for the fine or the coarse scale, or that of an image file.
 
-    Raises FileNotFoundError for neither, ValueError for a file that is no image of either size.
+    resize: bring a file to a scale as `fit` does images, by nearest neighbours. Without a scale that is the fine one,
+    unless the file has the size of the coarse one.
+
+    Raises FileNotFoundError for neither, ValueError for a file that is no image, or of neither size if not resized.
     """
-    half = resolution // 2
+    sizes = {"fine": resolution, "coarse": resolution // 2}
     if mask in MASKS:
-        return torch.from_numpy(np.array(MASKS[mask](half if scale == "coarse" else resolution)))
+        return torch.from_numpy(np.array(MASKS[mask](sizes[scale or "fine"])))
     if not Path(mask).is_file():
         raise FileNotFoundError(f"--mask {mask} is neither a file nor one of {', '.join(MASKS)}; name one of these.")
+    squares = tuple((size, size) for size in sizes.values())
     try:
-        return torch.from_numpy(read_mask(read_bytes(Path(mask)), ((resolution,) * 2, (half,) * 2)) > 127)
+        levels = read_mask(read_bytes(Path(mask)), None if resize else squares)
     except (UnreadableImageError, WrongSizeError) as error:
-        reason = f"it {error}" if isinstance(error, WrongSizeError) else error
+        is_size = isinstance(error, WrongSizeError)
+        fine, half = (f"{size}x{size}" for size in sizes.values())
         raise ValueError(
-            f"--mask {mask} cannot be used ({reason}); this model takes an 8-bit image of {resolution}x{resolution} "
-            f"pixels, or of {half}x{half} for the coarse scale."
+            f"--mask {mask} cannot be used ({f'it {error}' if is_size else error}); this model takes an 8-bit image of "
+            f"{fine} pixels, or of {half} for the coarse scale{'; --resize brings others to it' if is_size else ''}."
         ) from error
+    if resize and (scale is not None or levels.shape not in squares):
+        levels = np.asarray(fit(Image.fromarray(levels), sizes[scale or "fine"], Image.Resampling.NEAREST))
+    return torch.from_numpy(levels > 127)
 
 
 def scale_masks(
@@ -282,7 +298,8 @@ def read_images(settings: InpaintingSettings, loaded: LoadedModel) -> dict[str, 
         few = evenly(settings.num_images or min(FIGURE_IMAGES, len(pixels)), len(pixels), "the data set")
         return {f"{k:04d}": image for k, image in enumerate(pixels[few])}
     background = config.get("background", BACKGROUND)
-    images = read_folder(Path(settings.input), config["resolution"], config["channels"], background)
+    resize_filter = config["resize_filter"] if settings.resize else None
+    images = read_folder(Path(settings.input), config["resolution"], config["channels"], background, resize_filter)
     names = list(images)
     return {names[k]: images[names[k]] for k in evenly(settings.num_images or len(names), len(names), settings.input)}
 
@@ -310,7 +327,7 @@ def main() -> None:
     weights = loaded.weights
     path, kind = path_of_settings(settings, loaded)
     feed = coarse_feed(loaded.model, settings.coarse_from)
-    mask = load_mask(settings.mask, settings.mask_scale or "fine", config["resolution"])
+    mask = load_mask(settings.mask, settings.mask_scale, config["resolution"], settings.resize)
     masks = scale_masks(mask, config["resolution"], loaded.model.num_scales, feed)
     if settings.free_fine and len(mask) == config["resolution"]:
         raise ValueError("--free_fine is for a mask of the coarse scale, and this one is of the fine; leave it out.")
@@ -327,6 +344,7 @@ def main() -> None:
         "weights_fingerprint": loaded.fingerprint,
         "path_fingerprint": path.fingerprint(),
         "mask_fingerprint": fingerprint_array(mask.numpy()),
+        "resize_filter": config["resize_filter"] if settings.resize else None,
         "eta": settings.eta,
         "jump_length": settings.jump_length if jumps else None,
         "jump_repeats": settings.jump_repeats,

@@ -268,16 +268,16 @@ def reads_as_ever(content: bytes) -> bool:
         return True
 
 
-def read_mask(content: bytes, sizes: tuple[tuple[int, int], ...]) -> np.ndarray:
+def read_mask(content: bytes, sizes: tuple[tuple[int, int], ...] | None) -> np.ndarray:
     """A mask drawn by hand as grey levels, uint8 `[H, W]`; where it is transparent, the opposite of what is drawn.
 
-    That is black if anything drawn is bright, and white if all of it is dark.
+    That is black if anything drawn is bright, and white if all of it is dark. sizes: those that it may have, or None.
 
     Raises UnreadableImageError with the reason, and WrongSizeError for a size that is not among `sizes`.
     """
 
     def look(image: Image.Image) -> np.ndarray:
-        if image.size not in sizes:
+        if sizes is not None and image.size not in sizes:
             raise WrongSizeError(f"is {image.width}x{image.height}")
         upright = _upright(image)
         if not upright.has_transparency_data:
