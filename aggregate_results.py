@@ -8,6 +8,8 @@ Writes {output}.csv (one line per checkpoint, path and setting) and the tables a
 {output}_tables.csv, and prints {output}.md. Published numbers stand beside measured ones of the same kind.
 """
 
+import runtime.startup  # noqa: F401
+
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -23,6 +23,7 @@ from baseline_model import BaselineModel
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
 from networks.ema import USUAL_RAMPUP, ema_note
 from runtime.device import memory_format
+from runtime.errors import need_file
 from runtime.reports import say_once
 from runtime.runs import hint_at_runs, places, results_of
 from runtime.safe_write import replacing, versions
@@ -156,9 +157,7 @@ def read_checkpoint(file: str | os.PathLike, device: torch.device | str = "cpu")
     Raises FileNotFoundError if it is missing, DamagedCheckpointError if it is damaged, ValueError if it is not one
     of LIFT's or written by a later version.
     """
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"Checkpoint {file} does not exist; train first or pass another --checkpoint.")
+    file = need_file(file, "Checkpoint", "train first or pass another --checkpoint")
     try:
         with zipfile.ZipFile(file) as archive:  # torch.load does not compare the checksums it wrote.
             if archive.testzip() is not None:

@@ -1,5 +1,7 @@
 """The settings that stages share, the values of flags, and how a stage ends on bad input: a sentence and a status."""
 
+from runtime.startup import interruptible
+
 import argparse
 import contextlib
 import math
@@ -16,8 +18,10 @@ from checkpoint import MODEL_CLASSES, checkpoint_of_run
 from data import BACKGROUND, RESIZE_FILTERS, ImageSet, load_images, split_holdout
 from images.reading import parse_colour
 from runtime.device import PRECISIONS
+from runtime.errors import in_words
 from runtime.runs import hint_at_runs, run_name
 from runtime.settings import Settings, option
+from runtime.terminal import discard, printing
 
 
 def hidden_dims(text: str) -> tuple[int, ...]:
@@ -254,20 +258,16 @@ def _load_image_parts(settings: DataSettings, defaults: dict, inherited: dict) -
 def run_stage(main: Callable[[], None]) -> None:
     """Run a stage; bad input ends it with one sentence on stderr and status 1, an interrupt with 130.
 
-    Letters that a terminal cannot show become question marks, and a reader that closes its pipe ends the stage quietly.
+    What cannot be printed is lost (`printing`), and a reader that closes its pipe ends the stage quietly.
     With LIFT_DEBUG set in the environment the traceback is shown instead.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
     try:
-        main()
-        sys.stdout.flush()
+        with interruptible(), printing():
+            main()
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # Python would complain when it flushes on the way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)  # Python would complain when it flushes on the way out.
         sys.exit(128 + signal.SIGPIPE)
     except torch.OutOfMemoryError as error:
         if os.environ.get("LIFT_DEBUG"):
@@ -276,4 +276,5 @@ def run_stage(main: Callable[[], None]) -> None:
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("LIFT_DEBUG"):
             raise
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        said = in_words(error) if isinstance(error, OSError) else str(error)
+        sys.exit(f"error: {' '.join(said.split())}")

@@ -19,6 +19,8 @@ standard error. A heatmap that is missing in --heatmap_dir is computed. Paths ar
 heatmap unless flags say otherwise.
 """
 
+import runtime.startup  # noqa: F401
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

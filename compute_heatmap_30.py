@@ -20,6 +20,8 @@ which are measured along it (--maps mse and no --coarse, whatever is passed): al
 needs. The map of a model that was trained around a path (--t_pairs) says where that was, and KL paths keep to it.
 """
 
+import runtime.startup  # noqa: F401
+
 from dataclasses import dataclass
 from pathlib import Path
 

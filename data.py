@@ -24,7 +24,7 @@ from images.own import IMAGE_TEXT, png_info
 from images.reading import UnreadableImageError, WrongSizeError, parse_colour, read_image, reads_as_ever
 from images.sources import Classes, Source, open_source
 from images.synthetic import synthetic_images
-from runtime.safe_write import replacing
+from runtime.safe_write import replacing, short_name
 
 RESIZE_FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -235,7 +235,7 @@ def load_images(
     # The colon before a config would part a file from its streams in some file systems.
     name = Path(dataset).name if Path(dataset).exists() else Path(dataset).name.replace(":", "-")
     # Names end at 255 bytes, of which suffixes and the name beside that is written first take up to 41.
-    name = os.fsdecode(os.fsencode(name)[:214])
+    name = short_name(name, 214)
     stem = Path(cache_dir) / f"{name}_{resolution}_{hashlib.sha256(label.encode()).hexdigest()[:12]}"
     # The name of a data set may hold a dot, so that with_suffix would cut off the rest and its hash.
     pixels_file, info_file = Path(f"{stem}.npy"), Path(f"{stem}.json")

@@ -18,6 +18,8 @@ the same weights, which is used as it is and computed when it is missing. A job 
 running. --list_jobs prints the jobs as single commands.
 """
 
+import runtime.startup  # noqa: F401
+
 import re
 import shlex
 import sys

@@ -9,6 +9,8 @@ Writes model.safetensors, config.json (everything needed to sample, and how the 
 model card). `LIFTDualTimestepModel.from_pretrained("exports/lift_400ep_ema")` gives the model back.
 """
 
+import runtime.startup  # noqa: F401
+
 import re
 from dataclasses import dataclass
 from pathlib import Path

@@ -12,6 +12,8 @@ Without: images kept out of training (`--holdout N` there) are halved, enlarged 
 the table is printed and written to sr_metrics.csv, and sr.png shows some of them, both in --output.
 """
 
+import runtime.startup  # noqa: F401
+
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass

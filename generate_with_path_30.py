@@ -12,6 +12,8 @@ Writes one PNG per image, named by its seed, into --output (images already there
 the fine image alone (single_t, no_t) read a coarse one that --coarse_from makes of it.
 """
 
+import runtime.startup  # noqa: F401
+
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -21,6 +21,8 @@ Writes one PNG per image and seed, named after both, into --output (what is ther
 and `inpainting.png` with some of them. Without --input, images that were kept out of training serve, if there are any.
 """
 
+import runtime.startup  # noqa: F401
+
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -12,6 +12,8 @@ Writes `frame_000.png` and so on into --output (what is there already is skipped
 strip, `grid.png`, and with --gif `frames.gif`, which goes there and back without end.
 """
 
+import runtime.startup  # noqa: F401
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -12,6 +12,8 @@
 One heatmap is drawn by compute_heatmap_30.py, one sampling trajectory by generate_with_path_30.py.
 """
 
+import runtime.startup  # noqa: F401
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from planning.heatmap import PATH_SETTINGS
 from planning.map_file import load_heatmap
 from planning.path_types import path_type
 from planning.regimes import TimestepPairs, default_regime, parse_regime, resolve_regime
+from runtime.errors import need_file
 from runtime.settings import REQUIRED, Settings, option, parse_command
 from scheduler import SCHEDULE_NAMES, DDIMScheduler
 from training.run_log import METRICS_FILE, read_metrics
@@ -141,9 +144,7 @@ def draw_losses(settings: LossesSettings) -> None:
     """One curve per log folder."""
     runs = {}
     for name, folder in named(settings.inputs).items():
-        file = folder / METRICS_FILE
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist; give the log folder of a training run.")
+        file = need_file(folder / METRICS_FILE, "Log", "give the log folder of a training run")
         runs[name] = read_metrics(file)
     plot_losses(runs, settings.output)
 

@@ -14,6 +14,8 @@ schedule_{optimal,diagonal,cascade}_{N}.json, which the --schedule of generate_w
 cost.png (cost against calls), paths.png, and density.png (the cells that the optimum visits when images are resampled).
 """
 
+import runtime.startup  # noqa: F401
+
 import math
 from dataclasses import dataclass
 from pathlib import Path as FilePath

@@ -8,6 +8,8 @@ maps (heatmap_*ep*.png beside their .pth), paths_*.png, samples_*ep_*.png and sa
 tables links to the rows of the results table it was made of. The same files give the same bytes.
 """
 
+import runtime.startup  # noqa: F401
+
 from dataclasses import dataclass
 from pathlib import Path
 

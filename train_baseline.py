@@ -7,6 +7,8 @@
 Writes checkpoints/baseline_{epoch}ep.pth and logs/baseline/. --resume continues a stopped run.
 """
 
+import runtime.startup  # noqa: F401
+
 from functools import partial
 
 from cli import run_stage

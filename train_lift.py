@@ -8,6 +8,8 @@ Writes checkpoints/lift_dual_timestep_{epoch}ep.pth (or shared_t_, single_t_, no
 name in logs/. --resume continues a stopped run.
 """
 
+import runtime.startup  # noqa: F401
+
 from dataclasses import dataclass
 from functools import partial
 

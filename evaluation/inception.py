@@ -16,6 +16,7 @@ from torch import nn
 
 from checkpoint import weights_fingerprint
 from runtime.device import memory_format
+from runtime.errors import need_file
 
 INPUT_SIZE = 299
 NUM_FEATURES = 2048
@@ -150,10 +151,7 @@ def _download_weights(url: str) -> Mapping[str, torch.Tensor]:
 
 
 def _read_weights(file: Path) -> Mapping[str, torch.Tensor]:
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"There is no Inception weights file {file}: correct --inception_weights or use --metrics swd."
-        )
+    need_file(file, "Inception weights file", "correct --inception_weights or use --metrics swd")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -47,6 +47,7 @@ from planning.regimes import default_regime, off_regime_note
 from runtime.device import resolve_compile, resolve_precision
 from runtime.distributed import Processes
 from runtime.runs import CHECKPOINTS, RESULTS, SCORES_FILE, places, results_of, run_name
+from runtime.safe_write import beside
 from runtime.settings import Settings, option
 
 PUBLISHED_SEEDS = (42, 43, 44, 45, 46)
@@ -215,7 +216,7 @@ class Evaluation:
         """Keep other processes away from a job, until the end or the death of this one; yields whether that is so."""
         words = (job.checkpoint.resolve(), job.weights, job.path_type, job.coarse_from, job.num_steps, job.seed)
         name = " ".join(str(word) for word in words if word is not None)
-        file = Path(f"{job.output}.jobs") / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"
+        file = beside(job.output, ".jobs") / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"
         lock = FileLock(file)
         claimed = True
         if self.processes.is_main:

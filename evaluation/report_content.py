@@ -27,6 +27,7 @@ from figures.page import Content, FactTable, Group, Number, Picture, ScoreTable,
 from figures.scores import METRIC_TITLES, plot_scores_against_epoch, plot_scores_against_nfe
 from paths.schedule_file import load_schedule
 from planning.map_file import load_heatmap
+from runtime.errors import need_file
 
 # Scores that differ in one of these share no section; NFE is an axis of its own here.
 COMPARABLE = tuple(field for field in SETTING_FIELDS if field != "nfe")
@@ -45,9 +46,7 @@ def read_table(file: Path) -> list[Row]:
 
     Raises FileNotFoundError if the file is missing, ValueError if it has no row, and what `read_numbered_rows` raises.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"Results table {file} does not exist; evaluate with eval_fid_batch.py first.")
-    rows = read_numbered_rows(file)
+    rows = read_numbered_rows(need_file(file, "Results table", "evaluate with eval_fid_batch.py first"))
     if not rows:
         raise ValueError(f"{file} holds no result; evaluate a checkpoint first with eval_fid_batch.py.")
     return [row | {"line": number} for number, row in rows.items()]
@@ -410,7 +409,8 @@ def gather(results: Path, folder: Path, title: str, nfe: int | None = None) -> C
     """
     rows = read_table(results)
     if not folder.is_dir():
-        raise FileNotFoundError(f"Folder {folder} does not exist; pass the one with the figures as --folder.")
+        what = f"{folder} is a file" if folder.exists() else f"Folder {folder} does not exist"
+        raise FileNotFoundError(f"{what}; pass the folder with the figures as --folder.")
     groups = []
     comparable = _grouped(named_results(rows), COMPARABLE)
     if nfe is not None and all(row["nfe"] != str(nfe) for row in rows):

@@ -29,7 +29,7 @@ from evaluation.table_file import (
 )
 from evaluation.training_columns import TRAINING_COLUMNS, TRAINING_FIELDS, number_text
 from planning.regimes import default_regime
-from runtime.safe_write import replacing
+from runtime.safe_write import beside, replacing
 
 # What makes two evaluations the same.
 RESULT_KEY = (
@@ -102,7 +102,7 @@ def append_row(file: str | os.PathLike, row: Mapping[str, Any]) -> None:
     file = Path(file)
     values = _format_row(row)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{file}.lock"):
+    with FileLock(beside(file, ".lock")):
         append_line(file, FORMAT, values)
 
 

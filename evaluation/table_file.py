@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from runtime.errors import naming
 from runtime.safe_write import replacing
 
 BYTE_ORDER_MARK = "\ufeff"
@@ -89,7 +90,7 @@ def append_line(file: Path, form: TableFormat, values: Sequence[Any]) -> None:
     line_end = "\r\n" if content.partition(b"\n")[0].endswith(b"\r") else "\n"
     # A line cut short by a crash is closed, so that the new row does not become its end.
     before = "" if content.endswith(b"\n") else line_end
-    with open(file, "ab") as stream:
+    with naming(file), open(file, "ab") as stream:
         stream.write((before + row.replace("\n", line_end)).encode())
         stream.flush()
         os.fsync(stream.fileno())

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from paths.path import Path
+from runtime.errors import need_file
 from runtime.safe_write import replacing
 
 SCHEDULE_FORMAT_VERSION = 1
@@ -104,9 +105,7 @@ def load_schedule(file: str | os.PathLike) -> Path:
     Raises FileNotFoundError if there is no such file, and ValueError if it is not JSON, not a schedule, of a
     later format version, or if its points are invalid or not those it was written with, by fingerprint and log SNR.
     """
-    file = FilePath(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"schedule file {file} does not exist; check the name or save a schedule first")
+    file = need_file(file, "schedule file", "check the name or save a schedule first")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:

@@ -31,6 +31,7 @@ from planning.regimes import seen_range
 from runtime.device import autocast, resolve_precision
 from runtime.distributed import Processes
 from runtime.runs import results_of
+from runtime.safe_write import beside
 from runtime.settings import option
 
 # A shared_t model has two scales and one timestep, which is neither a plane nor one scale.
@@ -230,7 +231,7 @@ def compute(
     said |= {"seen_only": True} if settings.seen_only else {}  # As files have it that do not know the choice.
     file.parent.mkdir(parents=True, exist_ok=True)
     # The first process holds the file for all.
-    with FileLock(f"{file}.lock") if processes.is_main else nullcontext():
+    with FileLock(beside(file, ".lock")) if processes.is_main else nullcontext():
         # Hosts that share files may see them at different moments, and the first process is the one that writes.
         [kept] = processes.any(processes.is_main and file.exists() and not settings.force)
         if kept:

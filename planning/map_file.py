@@ -1,5 +1,6 @@
 """Error maps as files: whole ones, and the parts of unfinished ones beside them."""
 
+import glob
 import os
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,17 @@ from typing import Any
 import torch
 
 from checkpoint import weights_fingerprint
-from runtime.safe_write import replacing
+from runtime.errors import need_file
+from runtime.safe_write import replacing, short_name
 
 HEATMAP_FORMAT_VERSION = 2  # 2 has denoising errors per image, and says what was measured.
 
 
 def save_heatmap(file: str | os.PathLike, content: dict[str, Any]) -> None:
     """Write a heatmap file atomically: the maps of `error_map` with whatever the stage adds, plain types only."""
-    with replacing(file) as temporary:
-        torch.save({"format_version": HEATMAP_FORMAT_VERSION} | content, temporary)
+    # Of a stream of Python it is known why it could not be written to.
+    with replacing(file) as temporary, open(temporary, "wb") as stream:
+        torch.save({"format_version": HEATMAP_FORMAT_VERSION} | content, stream)
 
 
 def load_heatmap(file: str | os.PathLike) -> dict[str, Any]:
@@ -23,9 +26,7 @@ def load_heatmap(file: str | os.PathLike) -> dict[str, Any]:
 
     Raises FileNotFoundError if it is missing, ValueError if it is damaged, no heatmap, or of a later version.
     """
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"Heatmap {file} does not exist; make it with compute_heatmap_30.py.")
+    file = need_file(file, "Heatmap", "make it with compute_heatmap_30.py")
     try:
         content = torch.load(file, weights_only=True)
     except Exception as error:  # A damaged zip or pickle raises whatever the damage happens to hit.
@@ -60,7 +61,10 @@ class PartFiles:
         self._settings = settings | {"format_version": HEATMAP_FORMAT_VERSION}
 
     def _names(self) -> list[Path]:
-        return sorted(self._file.parent.glob(f"{self._file.name}.part[0-9]*"))
+        return sorted(self._file.parent.glob(f"{glob.escape(self._name('').name)}[0-9]*"))
+
+    def _name(self, rank: int | str) -> Path:
+        return self._file.with_name(f"{short_name(self._file.name, 240)}.part{rank}")
 
     def read(self) -> list[dict[str, torch.Tensor]]:
         """What earlier processes finished: `done` bool `[M·B]` and the values there, one dict each."""
@@ -76,8 +80,8 @@ class PartFiles:
 
     def write(self, rank: int, part: dict[str, torch.Tensor]) -> None:
         """Replace the part of one process."""
-        with replacing(self._file.with_name(f"{self._file.name}.part{rank}")) as temporary:
-            torch.save(part | {"settings": self._settings}, temporary)
+        with replacing(self._name(rank)) as temporary, open(temporary, "wb") as stream:
+            torch.save(part | {"settings": self._settings}, stream)
 
     def remove(self) -> None:
         """Delete all parts, once the map itself is safe."""

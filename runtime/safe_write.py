@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from runtime.errors import naming
+
 # What a file system answers that knows no fsync (of a folder: CIFS, vboxsf, some of FUSE); the data are on their way.
 CANNOT_SYNC = frozenset(
     {errno.EINVAL, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 )
+LONGEST_NAME = 255
 
 
 def versions(file: str | os.PathLike) -> list[Path]:
@@ -23,6 +26,19 @@ def versions(file: str | os.PathLike) -> list[Path]:
         if number.isdigit():
             older[int(number)] = candidate
     return [file] * file.exists() + [older[number] for number in sorted(older)]
+
+
+def short_name(name: str, most: int = LONGEST_NAME) -> str:
+    """A name cut to so many bytes, of which file systems allow 255."""
+    return os.fsdecode(os.fsencode(name)[:most])
+
+
+def beside(file: Path, suffix: str) -> Path:
+    """The name of a file that belongs to another: with this suffix, and cut before it where that would be too long.
+
+    Files that are told apart by what is cut off then share one.
+    """
+    return file.with_name(short_name(file.name, LONGEST_NAME - len(suffix)) + suffix)
 
 
 def _sync(descriptor: int) -> None:
@@ -40,15 +56,19 @@ def replacing(file: str | os.PathLike, keep: int | None = None) -> Iterator[Path
     With `keep`, the `keep - 1` versions before it stay as `{stem}_1`, `{stem}_2` and so on, newest first, and older
     ones are deleted; whenever this is killed, a whole version is left if there was one. The folder is created if
     missing. If the block raises, the temporary file is removed and `file` stays as it was. Raises OSError if the folder
-    cannot be written.
+    cannot be written, with the name of the file if the disk is full.
     """
     file = Path(file)
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(file))
     file.parent.mkdir(parents=True, exist_ok=True)
     # Hosts that share a file system may share a process id.
-    temporary = file.with_name(f".{file.stem}.{uuid.uuid4().hex[:12]}.tmp{file.suffix}")
+    ending = f".{uuid.uuid4().hex[:12]}.tmp{short_name(file.suffix, LONGEST_NAME // 2)}"
+    temporary = file.with_name(short_name(f".{file.stem}", LONGEST_NAME - len(os.fsencode(ending))) + ending)
     try:
-        yield temporary
-        with open(temporary, "rb") as stream:
+        with naming(file):
+            yield temporary
+        with open(temporary, "rb") as stream, naming(file):
             _sync(stream.fileno())
         if keep is not None:
             kept = versions(file)[: keep - 1]
@@ -62,7 +82,8 @@ def replacing(file: str | os.PathLike, keep: int | None = None) -> Iterator[Path
         with contextlib.suppress(PermissionError):  # A folder may be written to, but not listed.
             folder = os.open(file.parent, os.O_RDONLY)
             try:
-                _sync(folder)
+                with naming(file):
+                    _sync(folder)
             finally:
                 os.close(folder)
     finally:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from runtime.errors import naming
 from runtime.safe_write import replacing
 from training.objective import LOSS_NAMES
 
@@ -103,7 +104,8 @@ class RunLog:
             for name in (METRICS_FILE, SPEED_FILE)
         }
         self.wandb = None if wandb is None else self._start_wandb(wandb, settings)
-        self.board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        with naming(folder / "tensorboard"):
+            self.board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def _start_wandb(self, wandb, config: dict[str, Any]):
         id_file = self.folder / "wandb_id"

@@ -18,13 +18,13 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from runtime.errors import need_file
 from runtime.safe_write import replacing
 from scheduler import DDIMScheduler
 from truth.posterior_mean import Pair, PosteriorMean, check_images, is_residual, signal_and_noise
@@ -128,9 +128,7 @@ class Spectrum:
         Raises FileNotFoundError if it is missing, and ValueError if it is damaged, lacks an array, or holds variances
         that are not positive and finite.
         """
-        file = Path(file)
-        if not file.is_file():
-            raise FileNotFoundError(f"Spectrum {file} does not exist; write one with Spectrum.save.")
+        file = need_file(file, "Spectrum", "write one with Spectrum.save")
         try:
             with np.load(file, allow_pickle=False) as content:
                 low, high = (np.asarray(content[name], dtype=np.float64) for name in ("sL", "sH"))

@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from runtime.safe_write import replacing
+from runtime.safe_write import beside, replacing, short_name
 
 
 def syncing(monkeypatch, number, of_folders):
@@ -49,3 +49,33 @@ def test_a_folder_that_cannot_be_opened_is_written_to(tmp_path, monkeypatch):
     with replacing(tmp_path / "file") as temporary:
         temporary.write_text("new")
     assert (tmp_path / "file").read_text() == "new"
+
+
+@pytest.mark.parametrize("letter", ["n", "é", "猫", os.fsdecode(b"\xff")])
+@pytest.mark.parametrize("length", [200, 237, 238, 250, 255])
+@pytest.mark.parametrize("suffix", ["", ".pth", ".json", "." + "x" * 30])
+def test_names_may_be_as_long_as_file_systems_take_them(tmp_path, letter, length, suffix):
+    count = (length - len(suffix)) // len(os.fsencode(letter))
+    file = tmp_path / (letter * count + suffix)
+    for text in ("old", "new"):
+        with replacing(file) as temporary:
+            assert temporary.name.endswith(suffix) and temporary != file
+            temporary.write_text(text)
+        assert [(found, found.read_text()) for found in tmp_path.iterdir()] == [(file, text)]
+    belonging = beside(file, ".lock")
+    belonging.touch()
+    assert belonging.name.endswith(".lock") and (length > 250 or belonging.name == f"{file.name}.lock")
+
+
+def test_names_that_end_in_all_their_length(tmp_path):
+    file = tmp_path / ("a." + "b" * 253)
+    with replacing(file) as temporary:
+        temporary.write_text("new")
+    assert file.read_text() == "new" and short_name(file.name, 3) == "a.b"
+
+
+def test_a_folder_is_not_written_over(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError), replacing(tmp_path / "folder"):
+        pytest.fail("the work was done before the place was looked at")
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
