@@ -23,6 +23,9 @@ from runtime.runs import hint_at_runs, run_name
 from runtime.settings import Settings, option
 from runtime.terminal import discard, printing
 
+# Whole numbers are below it: PyTorch holds 63 bits, and a table of results 18 digits.
+LARGEST = 10**18
+
 
 def hidden_dims(text: str) -> tuple[int, ...]:
     """Parse `64,128,256,512`."""
@@ -35,11 +38,20 @@ def hidden_dims(text: str) -> tuple[int, ...]:
     return widths
 
 
+def _whole_number(text: str, least: int, below: int, what: str) -> int:
+    # Python reads no more than 4300 digits.
+    value = int(text) if text.isdecimal() and len(text) < 1000 else below if text.isdecimal() else -1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"'{text}' is not {what}")
+    if value >= below:
+        shown = text if len(text) < 60 else f"{text[:20]}..."
+        raise argparse.ArgumentTypeError(f"'{shown}' is too large; choose less than {below}")
+    return value
+
+
 def positive_int(text: str) -> int:
-    """Parse an integer of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a positive integer")
-    return int(text)
+    """Parse an integer of at least 1, with up to 18 digits."""
+    return _whole_number(text, 1, LARGEST, "a positive integer")
 
 
 def positive_float(text: str) -> float:
@@ -53,11 +65,9 @@ def positive_float(text: str) -> float:
     return value
 
 
-def seed(text: str) -> int:
-    """Parse an integer of at least 0."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"'{text}' is not 0 or a positive integer")
-    return int(text)
+def seed(text: str, below: int = LARGEST) -> int:
+    """Parse an integer of at least 0 that is below a bound."""
+    return _whole_number(text, 0, below, "0 or a positive integer")
 
 
 def colour(text: str) -> str:
@@ -273,6 +283,11 @@ def run_stage(main: Callable[[], None]) -> None:
         if os.environ.get("LIFT_DEBUG"):
             raise
         sys.exit(f"error: out of GPU memory ({str(error).splitlines()[0]}); lower --batch_size or --hidden_dims.")
+    except MemoryError as error:
+        if os.environ.get("LIFT_DEBUG"):
+            raise
+        reason = f" ({' '.join(str(error).split())})" if str(error) else ""
+        sys.exit(f"error: out of memory{reason}; lower --batch_size, --hidden_dims or the number of images.")
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("LIFT_DEBUG"):
             raise

@@ -26,7 +26,17 @@ import cli
 from checkpoint import load_model
 from cli import CheckpointSettings, HardwareSettings
 from data import coarse, read_png, save_png, to_uint8
-from diffusion.sampler import Denoiser, Images, Samples, SeededNoise, check_finite, coarse_feed, sample, scale_shapes
+from diffusion.sampler import (
+    IMAGES_PER_SEED,
+    Denoiser,
+    Images,
+    Samples,
+    SeededNoise,
+    check_finite,
+    coarse_feed,
+    sample,
+    scale_shapes,
+)
 from figures.images import image_grid, save_image_grid
 from figures.style import even_columns
 from image_folder import claim_images
@@ -43,12 +53,17 @@ GRID_FILE, GIF_FILE = "grid.png", "frames.gif"
 GIF_SIDE, GIF_MILLISECONDS = 256, 100
 
 
+def image_seed(text: str) -> int:
+    """Parse a seed in the name of an image, which goes beyond the one that it was made from."""
+    return cli.seed(text, below=IMAGES_PER_SEED * cli.LARGEST)
+
+
 @dataclass(frozen=True, kw_only=True)
 class InterpolationSettings(CheckpointSettings, OnePathSettings, EndSettings, HardwareSettings):
     """Between which images, along which path, in how many frames."""
 
     seeds: tuple[int, int] = option(
-        REQUIRED, "of the first and the last frame", parse=cli.seed, nargs=2, metavar=("A", "B")
+        REQUIRED, "of the first and the last frame", parse=image_seed, nargs=2, metavar=("A", "B")
     )
     frames: int = option(12, "the two ends counted", parse=cli.positive_int)
     at: int = option(0, "point of the path whose states are interpolated", parse=int, metavar="K", shown="0: the noise")
