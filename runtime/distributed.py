@@ -19,26 +19,55 @@ PATIENCE = timedelta(days=7)
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
+def _number(name: str) -> int:
+    text = os.environ[name]
+    if not text.strip().isdecimal():
+        raise ValueError(f"{name} is '{text}', which is no whole number; start with torchrun, or unset RANK.")
+    return int(text)
+
+
+def _place_in_run() -> tuple[int, int, int]:
+    """Rank, count of processes and rank on this host, as the environment says; what is set but empty is not set."""
+    if not os.environ.get("RANK"):
+        return 0, 1, 0
+    missing = [name for name in ENVIRONMENT if not os.environ.get(name)]
+    if missing:
+        raise ValueError(f"RANK is set but {', '.join(missing)} not; start with torchrun, or unset RANK.")
+    rank, count, local_rank = map(_number, ENVIRONMENT)
+    if rank >= count or local_rank > rank:
+        raise ValueError(
+            f"Of {count} process(es) (WORLD_SIZE) none has RANK {rank} and LOCAL_RANK {local_rank}; start with "
+            "torchrun, or unset RANK."
+        )
+    return rank, count, local_rank
+
+
 class Processes:
     """This process among `count`, numbered by `rank`, with a `device` of its own; `is_main` is true of the first.
 
     device_name: as for `select_device`; several processes on GPUs take one each, so that they accept None and "cpu"
     only. patience: how long one may be late, None for that of PyTorch (half an hour on CPUs).
-    Raises ValueError for another device_name, and if a host has fewer GPUs than processes.
+    Raises ValueError for another device_name, for an environment that is no place in a run, and if a host has fewer
+    GPUs than processes.
     """
 
     def __init__(self, device_name: str | None = None, patience: timedelta | None = None):
-        self.rank, self.count, self.local_rank = 0, 1, 0
-        if "RANK" in os.environ:
-            missing = [name for name in ENVIRONMENT if name not in os.environ]
-            if missing:
-                raise ValueError(f"RANK is set but {', '.join(missing)} not; start with torchrun, or unset RANK.")
-            self.rank, self.count, self.local_rank = (int(os.environ[name]) for name in ENVIRONMENT)
+        self.rank, self.count, self.local_rank = _place_in_run()
         self.is_main = self.rank == 0
         self.device = self._device(device_name)
         if self.count > 1:
             # Flags and other small things of the host go by gloo, so that they never wait for the GPU.
-            dist.init_process_group("gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=patience)
+            backend = "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl"
+            try:
+                for name in ("MASTER_ADDR", "MASTER_PORT"):
+                    if os.environ.get(name) == "":
+                        raise ValueError(f"{name} is empty")
+                dist.init_process_group(backend, timeout=patience)
+            except ValueError as error:
+                raise ValueError(
+                    f"The {self.count} processes cannot find each other ({error}); set MASTER_ADDR and MASTER_PORT, as "
+                    "torchrun does, or unset RANK."
+                ) from error
 
     def _device(self, name: str | None) -> torch.device:
         if self.count == 1 or name == "cpu" or not torch.cuda.is_available():

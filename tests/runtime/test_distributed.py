@@ -11,7 +11,7 @@ import torch
 import train_lift
 from checkpoint import load_model, read_checkpoint
 from children import FORKS, SignalAt, signalling, train_in_child
-from conftest import LAST, LOG, ROOT, RUN, assert_same_run, read_log
+from conftest import LAST, LOG, ROOT, RUN, TINY, assert_same_run, read_log
 from runtime import distributed
 from runtime.distributed import Processes
 from runtime.safe_write import versions
@@ -224,6 +224,45 @@ def test_half_an_environment_is_named(environment, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(ValueError, match="^RANK is set but LOCAL_RANK not; start with torchrun, or unset RANK"):
         Processes("cpu")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (("x", "2", "0"), "RANK is 'x', which is no whole number"),
+        (("0", "two", "0"), "WORLD_SIZE is 'two', which is no whole number"),
+        (("0", "2", "0.5"), "LOCAL_RANK is '0.5', which is no whole number"),
+        (("-1", "2", "0"), "RANK is '-1', which is no whole number"),
+        (("2", "2", "0"), "Of 2 process(es) (WORLD_SIZE) none has RANK 2 and LOCAL_RANK 0"),
+        (("0", "0", "0"), "Of 0 process(es) (WORLD_SIZE) none has RANK 0"),
+        (("0", "2", "1"), "none has RANK 0 and LOCAL_RANK 1"),
+        (("0", "", "0"), "RANK is set but WORLD_SIZE not"),
+        (("1", "", ""), "RANK is set but WORLD_SIZE, LOCAL_RANK not"),
+    ],
+)
+def test_an_environment_that_is_no_place_in_a_run_is_one_sentence(refused, monkeypatch, tmp_path, values, says):
+    for name, value in zip(NAMES, values, strict=False):
+        monkeypatch.setenv(name, value)
+    refused(train_lift, *TINY, *(f"--{name}_dir={tmp_path}" for name in ("output", "log")), says=(says, "unset RANK"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name in NAMES[3:] for value in (None, "")] + [("MASTER_PORT", "x")]
+)
+def test_processes_that_cannot_meet_say_so(monkeypatch, name, value):
+    for known, text in zip(NAMES, ("0", "2", "0", "127.0.0.1", "29500"), strict=True):
+        monkeypatch.setenv(known, text)
+    monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"^The 2 processes cannot find each other \(.*; set MASTER_ADDR and MASTER_P"):
+        Processes("cpu")
+
+
+@pytest.mark.parametrize("values", [("", "", ""), ("", "4", "x"), ("", None, None), ("0", "1", "0"), (" 0", "1 ", "0")])
+def test_what_is_set_but_empty_is_not_set(monkeypatch, values):
+    for name, value in zip(NAMES, values, strict=False):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    alone = Processes("cpu")
+    assert (alone.rank, alone.count, alone.local_rank) == (0, 1, 0)
 
 
 def test_a_process_alone_needs_no_group(monkeypatch):
