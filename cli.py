@@ -17,6 +17,7 @@ import torch
 from checkpoint import MODEL_CLASSES, checkpoint_of_run
 from data import BACKGROUND, RESIZE_FILTERS, ImageSet, load_images, split_holdout
 from images.reading import parse_colour
+from images.sources import is_here, is_hub_id
 from runtime.device import PRECISIONS
 from runtime.errors import in_words
 from runtime.runs import hint_at_runs, run_name
@@ -235,6 +236,7 @@ def load_image_parts(settings: DataSettings, config: dict | None = None) -> tupl
     if config is None:
         return _load_image_parts(settings, asdict(settings), inherited={})
     if settings.dataset is None:
+        _check_place(config)
         parts = _load_image_parts(settings, config, inherited=config)
         changed = parts[0].fingerprint != config.get("data_fingerprint", parts[0].fingerprint)
         if changed and settings.limit is None and settings.holdout is None:
@@ -248,6 +250,17 @@ def load_image_parts(settings: DataSettings, config: dict | None = None) -> tupl
         if parts[0].fingerprint == config.get("data_fingerprint"):
             return parts
     return _load_image_parts(settings, config, inherited={})
+
+
+def _check_place(config: dict) -> None:
+    # A folder that has gone must not be looked for on the hub, where another data set may have its name.
+    place = config["dataset"]
+    was_here = config.get("dataset_is_here", not is_hub_id(place))
+    if place != "synthetic" and was_here and not is_here(place):
+        raise FileNotFoundError(
+            f"The images of the training lay in '{place}', which is not there (seen from {os.getcwd()}); pass their "
+            "place as --dataset."
+        )
 
 
 def _load_image_parts(settings: DataSettings, defaults: dict, inherited: dict) -> tuple[ImageSet, ImageSet | None]:

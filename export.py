@@ -11,7 +11,6 @@ model card). `LIFTDualTimestepModel.from_pretrained("exports/lift_400ep_ema")` g
 
 import runtime.startup  # noqa: F401
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import cli
 from checkpoint import LoadedModel, load_model
 from cli import CheckpointSettings
+from images.sources import is_hub_id
 from networks.model_card import model_card
 from networks.pretrained import CONFIG_FILE, MODEL_KEYS, OPTIONAL_MODEL_KEYS, read_config, write_pretrained
 from runtime.settings import REQUIRED, option, parse_settings
@@ -29,7 +29,6 @@ TRAINING_KEYS = (
     "batch_size", "lr", "lr_schedule", "weight_decay", "grad_clip", "ema_decay", "ema_rampup_ratio", "t_pairs",
     "loss_weights", "min_snr_gamma", "seed", "precision", "epoch", "step", "weights",
 )  # fmt: skip
-HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ def parse_args() -> ExportSettings:
 
 def public_dataset_name(dataset: str) -> str:
     """A hub id or "synthetic" as it is, a folder without its place."""
-    if re.fullmatch(HUB_ID, dataset) and not Path(dataset).is_dir():
+    if is_hub_id(dataset) and not Path(dataset).is_dir():
         return dataset
     return Path(dataset).resolve().name
 

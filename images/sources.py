@@ -29,6 +29,9 @@ from runtime.reports import say_once
 # Files by which `datasets` knows what it saved to a folder, all of one line.
 SAVED = (("state.json", "dataset_info.json"), ("dataset_dict.json",))
 
+# The name of a data set on the hub, with or without its owner and a config.
+HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[^/]*)?"
+
 
 # Columns of numbers or text that say what an image shows, in any case of letters.
 LABEL_COLUMNS = frozenset({"label", "labels", "class"})
@@ -330,6 +333,16 @@ def is_saved(folder: Path) -> bool:
     return any(all((folder / name).is_file() for name in names) for names in SAVED)
 
 
+def is_hub_id(dataset: str) -> bool:
+    """Whether a name could be one of the hub; anything else, such as a path through folders, is a place here."""
+    return re.fullmatch(HUB_ID, dataset, re.ASCII) is not None and not dataset.lower().endswith(".zip")
+
+
+def is_here(dataset: str) -> bool:
+    """Whether a data set is a file or a folder of this machine, with or without `:CONFIG`."""
+    return any(Path(place).exists() for place in (dataset, dataset.rpartition(":")[0]) if place)
+
+
 def open_source(dataset: str, leave_out: frozenset[str] = frozenset()) -> Source:
     """The images of a folder, a zip archive, or a data set with or without `:CONFIG`, less files of certain names.
 
@@ -351,6 +364,6 @@ def open_source(dataset: str, leave_out: frozenset[str] = frozenset()) -> Source
         if not members:
             raise ValueError(f"The archive {folder} holds no image.")
         return _folder_source(folder.parent, members)
-    elif folder.exists() or name.startswith((".", "/", "~")):
+    elif folder.exists() or not is_hub_id(name):
         raise FileNotFoundError(f"--dataset {dataset} is not a folder; give a folder, a hub id or 'synthetic'.")
     return _dataset_source(dataset, name, config)

@@ -31,6 +31,7 @@ from checkpoint import (
 from data import ImageSet, TwoScaleBatches, to_float, to_uint8
 from diffusion.sampler import coarse_feed, image_seeds, sample_seeds, scale_shapes
 from figures.images import save_image_grid
+from images.sources import is_here
 from networks.ema import ema_decay_after
 from paths.families import diagonal, log_snr_shift
 from paths.schedule_file import save_schedule
@@ -56,10 +57,9 @@ from training.stop import StopRequest
 TIMESTEP_BINS = 10
 GRID_IMAGES = 32
 GRID_STEPS = 18
-# What may differ between a run and its resumption; everything else in the config must be the same.
-FREE_KEYS = frozenset(
-    {"epochs", "dataset", "run", "preset"}
-)  # Data are compared by fingerprint, presets by what they set.
+# What may differ between a run and its resumption; everything else in the config must be the same. The data themselves
+# are compared by their fingerprint, presets by what they set.
+FREE_KEYS = frozenset({"epochs", "dataset", "dataset_is_here", "run", "preset"})
 
 
 class Trainer:
@@ -77,6 +77,7 @@ class Trainer:
     def __init__(self, settings: TrainingSettings, images: ImageSet, processes: Processes):
         self.settings, self.processes, self.device = settings, processes, processes.device
         self.config = settings.recorded() | {
+            "dataset_is_here": is_here(settings.dataset),
             "channels": images.channels,
             "data_fingerprint": images.fingerprint,
             "num_train_timesteps": 1000,
