@@ -28,7 +28,9 @@ class TableSettings(Settings):
     run: tuple[str, ...] | None = option(None, "the results of these runs", parse=run_name, metavar="NAME", nargs="+")
     input: tuple[str, ...] | None = option(None, "results tables (results/fid_results.csv)", nargs="+")
     output: str | None = option(
-        None, "file name without suffix (results/fid_table, of one run with a name in its results)"
+        None,
+        "file name without suffix (results/fid_table, of a run with a name in its results, of several "
+        "results/fid_table_NAME_NAME)",
     )
     metric: tuple[str, ...] = option(METRICS, "only these", choices=METRICS, nargs="+", shown="all that were measured")
 
@@ -40,7 +42,8 @@ class TableSettings(Settings):
         if self.input is None:
             self._derive(input=tuple(str(places(run).results / SCORES_FILE) for run in runs))
         if self.output is None:
-            self._derive(output=str(places(runs[0] if len(runs) == 1 else None).results / "fid_table"))
+            name = "fid_table" if len(runs) == 1 else "_".join(("fid_table", *self.run))
+            self._derive(output=str(places(runs[0] if len(runs) == 1 else None).results / name))
 
 
 def parse_args() -> TableSettings:

@@ -28,6 +28,17 @@ from runtime.terminal import discard, printing
 LARGEST = 10**18
 
 
+def file_of(*suffixes: str) -> Callable[[str], str]:
+    """An argparse type of file names that end in one of these, so that no file of another kind is written over."""
+
+    def check(text: str) -> str:
+        if Path(text).suffix.lower() not in suffixes:
+            raise argparse.ArgumentTypeError(f"'{text}' does not end in {' or '.join(suffixes)}")
+        return text
+
+    return check
+
+
 def hidden_dims(text: str) -> tuple[int, ...]:
     """Parse `64,128,256,512`."""
     try:

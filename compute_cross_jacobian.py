@@ -21,6 +21,7 @@ heatmap unless flags say otherwise.
 
 import runtime.startup  # noqa: F401
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,12 @@ from planning.map_paths import heatmap_path, representation_of
 from runtime.device import autocast
 from runtime.distributed import PATIENCE, Processes
 from runtime.runs import places, run_name
+from runtime.safe_write import replacing
 from runtime.settings import Settings, option, parse_settings
 
 DP_TYPES = {"dp_64": "DP-64", "dp_total": "DP-Total"}
 RATIOS = {"ratio_HL": ("HL", "HH"), "ratio_LH": ("LH", "LL")}
+SETTINGS_FILE = "cross_jacobian.json"  # Of whose weights the results in a folder are.
 COUPLING_TITLES = {"mse_64": "as predicted", "clipped_mse_64": "clamped to [-1, 1]"}
 # Published J_HL/J_HH of AFHQ 64x64 at (t_64, t_32), given there in per cent.
 PUBLISHED_RATIOS = {
@@ -95,18 +98,35 @@ class CrossJacobianSettings(CouplingSettings, OwnPathSettings, MissingMapSetting
     epochs: tuple[int, ...] | None = option(None, "(all found)", parse=cli.positive_int, nargs="+")
     weights: tuple[str, ...] = option(("raw", "ema"), choices=tuple(WEIGHTS_TITLES), nargs="+")
     output_dir: str | None = option(None, "folder (the results of the run)")
+    force: bool = option(False, "replace what --output_dir holds of other models")
 
     def check(self) -> None:
         super().check()
-        of_run = places(self.run)
-        for name, folder in {"checkpoint_dir": of_run.checkpoints, "output_dir": of_run.results}.items():
-            if getattr(self, name) is None:
-                self._derive(**{name: str(folder)})
+        if self.run is not None and self.checkpoint_dir is not None:
+            raise ValueError("--run and --checkpoint_dir exclude each other; leave one of them out")
+        if self.checkpoint_dir is None:
+            self._derive(checkpoint_dir=str(places(self.run).checkpoints))
 
 
 def parse_args() -> CrossJacobianSettings:
     """The settings of this stage, from its flags."""
     return parse_settings(CrossJacobianSettings, __doc__)
+
+
+def claimed_epochs(folder: Path, heatmaps: dict[int, dict[str, dict]], force: bool) -> dict[str, dict[str, str]]:
+    """Of whose weights the files of every epoch in a folder will be; raises ValueError, unless forced, for others."""
+    file = folder / SETTINGS_FILE
+    known = json.loads(file.read_text()) if file.exists() else {}
+    for epoch, of_epoch in heatmaps.items():
+        prints = {weights: heatmap["fingerprint"] for weights, heatmap in of_epoch.items()}
+        before = known.get(str(epoch), prints)
+        if not force and any(before.get(weights, value) != value for weights, value in prints.items()):
+            raise ValueError(
+                f"{folder} holds results of another model at epoch {epoch}; pass --force to replace them, or another "
+                "--output_dir."
+            )
+        known[str(epoch)] = prints
+    return known
 
 
 def heatmap_of(
@@ -350,12 +370,15 @@ def main() -> None:
     processes.close()
     if not processes.is_main:
         return
-    folder = Path(settings.output_dir)
+    folder = Path(settings.output_dir or loaded.results)
+    claimed = claimed_epochs(folder, heatmaps, settings.force)
     for epoch, of_epoch in heatmaps.items():
         measured = {}
         for weights, heatmap in of_epoch.items():
             loaded = load_model(checkpoints[epoch, weights], weights == "ema", processes.device)
             measured[weights] = coupling_of(settings, loaded, int(heatmap["t_grid"][0]), processes.device)
+        with replacing(folder / SETTINGS_FILE) as temporary:
+            temporary.write_text(json.dumps(claimed, indent=1) + "\n")
         write_jacobians(epoch, of_epoch, published[epoch], folder)
         write_coupling(epoch, measured, folder)
     write_csv(folder / "path_statistics.csv", statistics)

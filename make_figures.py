@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cli import checked, named, positive_int, run_stage
+from cli import checked, file_of, named, positive_int, run_stage
 from data import read_png
 from evaluation.results_table import VALUE_FIELDS, read_rows
 from evaluation.series import named_results
@@ -52,7 +52,7 @@ class FigureSettings(Settings):
     """What is drawn, and where it goes."""
 
     inputs: tuple[str, ...] = _inputs("what is drawn")
-    output: str = option(REQUIRED, "PNG file")
+    output: str = option(REQUIRED, "PNG file", parse=file_of(".png"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import runtime.startup  # noqa: F401
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import positive_int, run_stage
+from cli import file_of, positive_int, run_stage
 from evaluation.report_content import gather
 from figures.page import LARGE_PAGE_MB, render
 from runtime.runs import SCORES_FILE, places, run_name
@@ -28,7 +28,7 @@ class ReportSettings(Settings):
     run: str | None = option(None, "run whose results the page shows", parse=run_name, metavar="NAME")
     results: str | None = option(None, "results table (results/fid_results.csv, of a run with a name in its results)")
     folder: str | None = option(None, "where heatmaps, figures and samples lie (results, or those of the run)")
-    output: str | None = option(None, "(report.html there)")
+    output: str | None = option(None, "(report.html there)", parse=file_of(".html", ".htm"))
     title: str = option("LIFT: results")
     nfe: int | None = option(None, "network calls of the headline tables (those with most results)", parse=positive_int)
 

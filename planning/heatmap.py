@@ -246,6 +246,8 @@ def compute(
             if processes.is_main:
                 print(f"the map of {file} has these settings and is kept")
         else:
+            if processes.is_main and peek(file):
+                raise ValueError(f"{file} is a checkpoint, which no map replaces; pass another --output.")
             content = measure(settings, loaded, images, said, seen, file, processes)
             processes.any(False)  # The file is there when any of them goes on.
     return content | said, file

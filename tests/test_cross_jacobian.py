@@ -21,6 +21,7 @@ from truth.gaussian import GaussianDenoiser, Spectrum, jacobian
 WRITTEN = {
     "cross_jacobian_2ep.csv",
     "cross_jacobian_analysis_2ep.png",
+    "cross_jacobian.json",
     "coupling_2ep.csv",
     "coupling_2ep.png",
     "path_statistics.csv",

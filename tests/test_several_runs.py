@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import aggregate_results
+import compute_cross_jacobian
 import compute_heatmap_30
 import eval_fid_batch
 import export
 import generate_with_path_30
 import interpolate
+import make_figures
 import plan_path
 import report
 import train_baseline
@@ -78,7 +80,7 @@ def test_four_runs_of_equal_epochs_keep_all_that_is_theirs(stage, elsewhere, tin
         assert {file: file.read_bytes() for file in files} == files
     named = [run for run in RUNS.values() if run]
     page = stage(aggregate_results, "--run", *named).output
-    assert Path("results/fid_table.md").exists()
+    assert Path(f"results/fid_table_{'_'.join(named)}.md").exists() and not Path("results/fid_table.md").exists()
     assert all(title in page for title in ("residual", "LIFT KL"))
     stage(report, "--run", named[0])
     assert (Path("results") / named[0] / "report.html").exists()
@@ -240,6 +242,35 @@ def test_a_plan_is_never_written_over(stage, refused, elsewhere, tiny):
     kinds = ("optimal", "diagonal", "cascade")
     made = {"settings.json", "costs.csv", "cost.png", "paths.png", *(f"schedule_{kind}_5.json" for kind in kinds)}
     assert {file.name for file in folder.iterdir()} == made
+
+
+def test_no_output_takes_the_place_of_another_kind_of_file(stage, refused, elsewhere, tiny):
+    stage(train_lift, *TINY, "--cache_dir", "cache", "--run", "a")
+    file = f"checkpoints/a/{LIFT}_2ep.pth"
+    refused(compute_heatmap_30, "--run", "a", *MAP, "--cache_dir", "cache", "--output", file, says=("not a heatmap",))
+    forced = (*MAP, "--cache_dir", "cache", "--output", file, "--force")
+    refused(compute_heatmap_30, "--run", "a", *forced, says=(file, "is a checkpoint, which no map replaces"))
+    for module, *flags in (
+        (make_figures, "samples", "A=x", "--output", file),
+        (make_figures, "scores", "x.csv", "--output", "x.csv"),
+        (report, "--output", "results/fid_results.csv"),
+    ):
+        refused(module, *flags, says=("--output", "does not end in"), status=2)
+
+
+def test_couplings_of_another_model_are_not_written_over(stage, refused, elsewhere, tiny):
+    flags = ["--weights", "raw", "--grid", 6, "--K", 1, "--heatmap_images", 2, "--coupling_images", 2, "--num_steps", 6]
+    flags += [*HARDWARE, "--cache_dir", "cache"]
+    for run in ("a", "b"):
+        stage(train_lift, *TINY, "--cache_dir", "cache", "--run", run, "--seed", ord(run))
+        stage(compute_cross_jacobian, "--run", run, *flags)
+    kept = [Path(f"results/{run}/cross_jacobian_2ep.csv").read_text() for run in ("a", "b")]
+    assert kept[0] != kept[1]
+    stage(compute_cross_jacobian, "--checkpoint_dir", "checkpoints/a", *flags)  # The same place and model.
+    into = ("--output_dir", "results/a")
+    refused(compute_cross_jacobian, "--run", "b", *flags, *into, says=("another model at epoch 2", "--force"))
+    stage(compute_cross_jacobian, "--run", "b", *flags, *into, "--force")
+    assert Path("results/a/cross_jacobian_2ep.csv").read_text() == kept[1]
 
 
 def test_a_plan_prints_what_can_be_pasted(stage, elsewhere, tiny):
