@@ -108,6 +108,11 @@ def test_frechet_distance_forgives_rounding_but_no_negative_variance():
     rounded = cov.astype(np.float32)
     assert np.linalg.eigvalsh(rounded.astype(np.float64))[0] < 0
     assert frechet_distance(mean, rounded, mean, cov) < 1e-4 * np.trace(cov)
+    # A millionth of the largest eigenvalue is forgiven, and no more.
+    zero, least = np.zeros(2), np.diag([2.0, -2e-6])
+    assert frechet_distance(zero, least, zero, np.diag([2.0, 0])) == pytest.approx(0, abs=1e-5)
+    with pytest.raises(ValueError, match="not positive semi-definite"):
+        frechet_distance(zero, np.diag([2.0, -2.002e-6]), zero, least)
     with pytest.raises(ValueError, match="not positive semi-definite"):
         frechet_distance(mean, cov - 0.01 * np.eye(64), mean, cov)
     # Without any variance the first pivot ends the factorisation, and the covariances between features stay.

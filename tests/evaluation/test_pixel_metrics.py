@@ -87,6 +87,13 @@ def test_copies_are_at_distance_zero_and_not_authentic():
     assert doubled.compare(brighter) == (1, 0, 1)
 
 
+def test_two_training_images_are_each_other_s_neighbours():
+    black = np.zeros((1, 1, 2, 2), np.uint8)
+    training, generated = np.concatenate([black, black + 8]), np.concatenate([black + 2, black + 20])
+    # Their distance is 8; the first generated image is 2 from black, and the second 12 from the other.
+    assert NearestNeighbours(training).compare(generated) == (7, 8, 0.5)
+
+
 @pytest.mark.parametrize("value", [0, 7, 255])
 def test_images_that_are_all_alike_are_found(value):
     # Their products have no size, and so their rounding no bound above zero.
