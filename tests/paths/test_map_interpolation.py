@@ -90,6 +90,12 @@ def test_lines_may_miss_the_ends_by_rounding():
     values = random_map()
     beside = WANTED + np.r_[-1e-12, np.zeros(59), 1e-12]
     np.testing.assert_allclose(interpolate_map(values, KNOWN, beside), interpolate_map(values, KNOWN, WANTED))
+    # A billionth of their range is rounding, and no more.
+    most = 1e-9 * (KNOWN[-1] - KNOWN[0])
+    for end, sign in ((KNOWN[0], -1), (KNOWN[-1], 1)):
+        assert interpolate_map(values, KNOWN, [end + sign * most]).shape == (1, 1)
+        with pytest.raises(ValueError, match="cannot tell"):
+            interpolate_map(values, KNOWN, [end + 1.01 * sign * most])
 
 
 def test_the_nearest_known_cell_of_every_row_is_that_of_brute_force():

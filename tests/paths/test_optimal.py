@@ -142,6 +142,7 @@ def test_bad_shapes_and_log_snr_are_named():
         ((e64, e32, lam[:, None]), "log_snr has shape"),
         ((e64[:1, :1], e32[:1, :1], lam[:1]), "n >= 2"),
         ((e64, e32, lam[::-1]), "rise strictly"),
+        ((e64, e32, lam[[0, 1, 1, 3, 4, 5]]), "rise strictly"),
         ((e64, e32, np.r_[-np.inf, lam[1:]]), "log_snr is -inf at grid index 0"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -306,7 +307,9 @@ def test_infeasible_kl_paths_raise():
         kl_path(*problem, 5, diagonal=True)
     with pytest.raises(ValueError, match="max_steps is 0"):
         kl_paths_all_steps(*problem, 0)
-    for start, end in [(0, 5), (-1, 4), (3, 2), (2, 2), ((0, 3), (4, 2)), (4, None)]:
+    assert kl_paths_all_steps(*problem, 1) == {1: kl_path(*problem, 1)}
+    ends = [(0, (4, 5)), (0, (5, 4)), ((-1, 0), 4), ((0, -1), 4), ((3, 0), (2, 4))]
+    for start, end in [(0, 5), (-1, 4), (3, 2), (2, 2), ((0, 3), (4, 2)), (4, None), *ends]:
         with pytest.raises(ValueError, match="no path leads from cell"):
             kl_path(*problem, 1, start=start, end=end)
     for start, end in [((0, 1), 4), (0, (3, 4))]:

@@ -186,6 +186,34 @@ def test_mse_is_the_trace_of_the_dense_posterior_covariance(representation):
     assert information(*point).item() == pytest.approx(gained.item(), rel=1e-10)
 
 
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+@pytest.mark.parametrize("point", [(-3.0, 2.0), (0.5, 0.5), (4.0, -INF)])
+def test_noised_images_have_the_dense_covariance(representation, point):
+    denoiser, basis, s = model()
+    images = basis.T @ torch.diag(s) @ basis
+    a, b = torch.tensor(point, dtype=torch.float64).sigmoid()
+    fine, enlarge = fine_of(representation), 4 * pooling().T @ pooling()
+    if representation == "overcomplete":
+        covariance, at = a * images + (1 - a) * torch.eye(N_64, dtype=torch.float64), point[0]
+    else:
+        # The sum of both scales: r + noise in its subspace, and the enlarged coarse image with noise of its own.
+        kept = a.sqrt() * fine + b.sqrt() * enlarge
+        covariance, at = kept @ images @ kept.T + (1 - a) * fine @ fine.T + 4 * (1 - b) * enlarge, point
+    law = denoiser.spectrum().noised(at, representation)
+    torch.testing.assert_close(basis @ covariance @ basis.T, torch.diag(torch.cat(law)), rtol=1e-10, atol=1e-10)
+
+
+def test_maps_are_of_finite_log_snrs_on_a_line_and_of_two_predictions():
+    spectrum = small_spectrum()
+    for function in (mse_maps, jacobian_maps):
+        with pytest.raises(ValueError, match="must be finite numbers"):
+            function(spectrum, [0.0, INF])
+        with pytest.raises(ValueError, match=r"lines of a grid \[n\], but are \[1, 2\]"):
+            function(spectrum, [[0.0, 1.0]])
+    with pytest.raises(ValueError, match="Unknown Jacobian 'v'; choose eps or x0"):
+        jacobian_maps(spectrum, [0.0], of="v")
+
+
 @pytest.mark.parametrize("representation, total", [("overcomplete", 9.07), ("residual", 0.32)])
 def test_maps_broadcast_like_the_pointwise_functions(representation, total):
     spectrum, grid = small_spectrum(), torch.tensor([-5.0, 0.0, 1.0, 4.0], dtype=torch.float64)

@@ -328,6 +328,25 @@ def test_bad_points_are_refused(points, message):
             function(small_spectrum(), torch.tensor(points))
 
 
+def test_a_point_says_what_is_wrong_with_it():
+    spectrum = small_spectrum()
+    with pytest.raises(ValueError, match=r"one scale must be log SNRs \[N \+ 1\] but have shape \[2, 2\]"):
+        ddim_output_single(spectrum, [[0.0, 0.0], [1.0, 1.0]])
+    with pytest.raises(ValueError, match="Unknown start 'zero'; choose noise or truth"):
+        frozen_drift_output(spectrum, [0.0, 1.0], "zero")
+    # Pure noise to the end holds nothing of the fine image, and in the residual pair not of either.
+    for points, representation, held in (
+        ([[-INF, 0.0], [-INF, 1.0]], "overcomplete", "the fine image"),
+        ([[-INF, 0.0], [-INF, 1.0]], "residual", "both images"),
+        ([[0.0, -INF], [1.0, -INF]], "residual", "both images"),
+    ):
+        with pytest.raises(ValueError, match=f"finite log SNR of {held}"):
+            frozen_drift_output(spectrum, points, "noise", representation)
+    for function in (ddim_output, chain_kl):
+        with pytest.raises(ValueError, match="its coarse scale needs a clock too"):
+            function(spectrum, [0.0, 1.0], "residual")
+
+
 def test_a_clean_end_is_refused_where_it_is_infinite():
     for function in (chain_kl, frozen_drift_output):
         with pytest.raises(ValueError, match="finite"):

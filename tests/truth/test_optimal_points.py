@@ -145,6 +145,11 @@ def test_optimum_says_when_it_is_not_converged(monkeypatch):
         optimal_points(small_spectrum(), 3, "w2", -5.0, INF, diagonal=True)
 
 
+def test_a_residual_pair_is_no_single_scale():
+    with pytest.raises(ValueError, match="A single scale is no residual pair"):
+        optimal_points(small_spectrum(), 3, "w2", -5.0, INF, single_scale=True, representation="residual")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
