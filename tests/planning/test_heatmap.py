@@ -10,7 +10,7 @@ import planning.heatmap
 from checkpoint import LoadedModel
 from data import ImageSet, fingerprint_array
 from paths.path import timestep_grid
-from planning.heatmap import MapSettings, measure
+from planning.heatmap import MapSettings, compute, measure
 from planning.map_file import load_heatmap
 from runtime.distributed import Processes
 from scheduler import DDIMScheduler
@@ -44,6 +44,41 @@ def measured(monkeypatch, tmp_path):
         return asked, content
 
     return run
+
+
+def test_cells_that_were_seen_are_not_interpolated():
+    with pytest.raises(ValueError, match="--coarse interpolates over all pairs of timesteps; leave it out"):
+        MapSettings(checkpoint="model.pth", seen_only=True, coarse=3)
+
+
+@pytest.mark.parametrize("regime", ["independent", "band:image,1"])
+def test_what_was_seen_is_asked_for_where_it_is_not_all_and_told_where_it_is_crossed(
+    monkeypatch, tmp_path, capsys, regime
+):
+    config = {"model_type": "dual", "t_pairs": regime, "t_pairs_points": None, "channels": 1, "weights": "raw"}
+    config |= {"epoch": 1, "beta_schedule": "cosine_clipped"}
+    loaded = LoadedModel(SimpleNamespace(num_scales=2), SCHEDULER, config, "f" * 16, tmp_path / "model.pth")
+    images, given = ImageSet(PIXELS, "noise", fingerprint_array(PIXELS)), []
+    monkeypatch.setattr(planning.heatmap, "load_model", lambda *_: loaded)
+    monkeypatch.setattr("cli.load_training_images", lambda *_: images)
+    monkeypatch.setattr(planning.heatmap, "measure", lambda *arguments: given.append(arguments) or {"a": 1})
+
+    def made(**options):
+        file = tmp_path / "map.pth"
+        return compute(MapSettings(checkpoint=loaded.file, output=file, num_images=9, **options), Processes("cpu"))
+
+    everything = regime == "independent"
+    made(coarse=3)
+    assert ("--coarse interpolates between pairs of timesteps that" in capsys.readouterr().err) == (not everything)
+    assert (given[0][4] is None) == everything and given[0][0].start == 999 and given[0][3]["start"] == 999
+    if everything:
+        with pytest.raises(ValueError, match="model.pth was trained on all pairs of timesteps; leave --seen_only out"):
+            made(seen_only=True)
+    else:
+        content, file = made(seen_only=True)
+        assert content["seen_only"] is True and file == tmp_path / "map.pth" and "seen_only" not in given[0][3]
+    with pytest.raises(ValueError, match="--num_images 10 exceeds the 9 images of 'noise'"):
+        compute(MapSettings(checkpoint=loaded.file, num_images=10, output=tmp_path / "map.pth"), Processes("cpu"))
 
 
 def chosen(asked):

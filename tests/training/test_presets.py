@@ -5,7 +5,7 @@ import train_baseline
 import train_lift
 from checkpoint import checkpoint_file, read_checkpoint, save_checkpoint
 from conftest import LAST, RUN, assert_same
-from planning.presets import PRESETS, balanced_weights, preset_help
+from planning.presets import PRESETS, balanced_weights, fits_preset, loss_weights_of, preset_help, preset_of
 from training.settings import TrainingSettings
 
 PAIRS = {"overcomplete": "band:diagonal,1", "residual": "band:image,1"}
@@ -19,6 +19,50 @@ def test_balanced_weights_are_shares_of_dimensions(representation):
     coarse = 3 * 32 * 32
     assert balanced_weights(representation) == pytest.approx((fine / (fine + coarse), coarse / (fine + coarse)))
     assert sum(balanced_weights(representation)) == 1
+
+
+def of_preset(preset, model_type, representation, **changed):
+    """The config of a run of a preset."""
+    improved = preset == "improved"
+    config = {"prediction_type": "v", "beta_schedule": "cosine", "ema_rampup_ratio": 0.05} if improved else {
+        "prediction_type": "epsilon", "beta_schedule": "cosine_clipped", "ema_rampup_ratio": 0.0
+    }  # fmt: skip
+    two = model_type in ("dual", "shared_t")
+    balanced = (0.75, 0.25) if representation == "residual" else (0.8, 0.2)
+    weights = (balanced if improved else (1.0, 1.0)) if two else (1.0,)
+    return config | {"model_type": model_type, "representation": representation, "loss_weights": weights} | changed
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    ("model_type", "representation"),
+    [("dual", "overcomplete"), ("dual", "residual"), ("shared_t", "residual"), ("baseline", "overcomplete")],
+)
+def test_a_config_fits_the_preset_that_it_has_all_of(preset, model_type, representation):
+    config = of_preset(preset, model_type, representation)
+    other = next(name for name in PRESETS if name != preset)
+    assert fits_preset(preset, config) and not fits_preset(other, config)
+    # Pairs of timesteps do not count, everything else does.
+    assert fits_preset(preset, config | {"t_pairs": "band:7"})
+    changed = {"prediction_type": "x0", "beta_schedule": "linear", "ema_rampup_ratio": 0.5, "loss_weights": (1.0, 3.0)}
+    for name, value in changed.items():
+        assert not fits_preset(preset, config | {name: value}), name
+    # Lists are how files have them, and what a file does not say is as it was before it could be said.
+    assert fits_preset(preset, config | {"loss_weights": list(config["loss_weights"])})
+    unsaid = {name: value for name, value in config.items() if name not in ("loss_weights", "representation")}
+    said = preset == "improved" and model_type != "baseline"
+    assert fits_preset(preset, unsaid) == (not said)
+    assert loss_weights_of(unsaid) == ((1.0,) if model_type == "baseline" else (1.0, 1.0))
+    assert loss_weights_of(config) == config["loss_weights"]
+
+
+def test_a_config_without_a_preset_is_of_the_one_that_predicts_alike():
+    assert [preset_of({"prediction_type": kind}) for kind in ("epsilon", "v", "x0")] == [
+        "published",
+        "improved",
+        "published",
+    ]
+    assert preset_of({"preset": "published", "prediction_type": "v"}) == "published" == preset_of({})
 
 
 def test_without_a_preset_a_run_is_as_published(trainer):
