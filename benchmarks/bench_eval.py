@@ -103,6 +103,10 @@ class EvaluationBenchSettings(CheckpointSettings, DataSettings, HardwareSettings
     seconds: float = option(20, "no further turn after so long, per table", parse=cli.positive_float)
     output: str | None = option(None, "write the report here too", metavar="FILE")
 
+    @property
+    def needs_checkpoint(self) -> bool:
+        return False
+
 
 def parse_args() -> EvaluationBenchSettings:
     """The settings of this benchmark, from its flags."""
@@ -390,7 +394,7 @@ class Bench:
 
     def images(self) -> list[dict[str, Any]]:
         """The part of that name."""
-        model, scheduler, config, _ = self.loaded
+        model, scheduler, config = self.loaded[:3]
         training = cli.load_training_images(self.settings, config)
         swd = SlicedWasserstein(training.pixels, self.settings.num_images, device=self.device)
         path = diagonal(self.settings.num_steps, num_scales=model.num_scales)

@@ -62,7 +62,7 @@ from truth.optimal_points import optimal_points
 class TrainedSettings(CallsSettings, CheckpointSettings, DataSettings, HardwareSettings):
     """A study of trained networks."""
 
-    checkpoint: str = option(REQUIRED, "of the two-clock model")
+    checkpoint: str | None = option(None, "of the two-clock model")
     baseline: str = option(REQUIRED, "checkpoint of the baseline")
     heatmap: str = option(REQUIRED, "of the two-clock model, with --maps all")
     num_images: int = option(1000, "per seed", parse=cli.positive_int)

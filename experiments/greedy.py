@@ -27,7 +27,7 @@ from paths.families import diagonal
 from paths.path import Path as SamplingPath
 from runtime.device import autocast, select_device
 from runtime.reports import markdown_table, print_report
-from runtime.settings import REQUIRED, option, parse_settings
+from runtime.settings import option, parse_settings
 from study import score
 
 SPACINGS = ("uniform_t", "uniform_log_snr")
@@ -37,7 +37,7 @@ SPACINGS = ("uniform_t", "uniform_log_snr")
 class GreedySettings(CheckpointSettings, DataSettings, HardwareSettings):
     """Whose greedy steps are scored, on how many rungs and images."""
 
-    checkpoint: str = option(REQUIRED, "a model of two clocks")
+    checkpoint: str | None = option(None, "a model of two clocks")
     rungs: tuple[int, ...] = option((3, 5, 8), "steps of a diagonal", parse=cli.positive_int, nargs="+")
     num_images: int = option(200, parse=cli.positive_int)
     batch_size: int = option(100, parse=cli.positive_int)
