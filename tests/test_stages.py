@@ -437,7 +437,7 @@ def test_bf16_is_used_where_it_changes_less_than_chance(stage, run, tmp_path, dr
     monkeypatch.setattr(heatmap_module, "largest_deviation", lambda *maps: deviation)
     flags = [*run.heatmap_flags(tmp_path / "map.pth"), "--precision", "auto"]
     output = stage(compute_heatmap_30, *flags).output
-    assert f"bf16 differs from fp32 by at most {deviation} standard errors: {used}\n" in output
+    assert f"bf16 differs from fp32 by at most {deviation:.2g} standard errors: {used}\n" in output
     ours, exact = (load_heatmap(file)["jacobian"]["HH"] for file in (tmp_path / "map.pth", run.heatmap))
     assert torch.equal(ours, exact) == (used == "fp32")
     torch.testing.assert_close(ours, exact, rtol=0.2, atol=0)

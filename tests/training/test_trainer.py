@@ -530,7 +530,7 @@ def test_a_snapshot_is_no_resume_file(refused, tiny, cache, tmp_path, straight):
         (["--seed", -1], 2, ("--seed", "'-1'")),
         (["--output_dir", __file__], 1, (__file__,)),
         (["--batchsize", 4], 2, ("--batchsize",)),
-        (["--dataset", "nowhere/to/be/found"], 1, ("nowhere/to/be/found", "--dataset FOLDER", "synthetic")),
+        (["--dataset", "nowhere/to/be/found"], 1, ("nowhere/to/be/found", "not a folder", "synthetic")),
         (["--dataset", "./missing"], 1, ("./missing", "not a folder")),
     ],
 )
