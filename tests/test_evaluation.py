@@ -726,7 +726,7 @@ def test_fid_without_weights_says_why_not(refused, run, tmp_path, monkeypatch):
         (["--num_steps", 4, 0], 2, ("--num_steps", "'0'")),
         (["--list"], 2, ("--list",)),
         (["--device", "cuda:77"], 1, ("--device cuda:77",)),
-        (["--dataset", "nowhere/to/be/found"], 1, ("nowhere/to/be/found", "--dataset FOLDER")),
+        (["--dataset", "nowhere/to/be/found"], 1, ("nowhere/to/be/found", "not a folder")),
         (["--holdout", 12], 1, ("--holdout 12", "1 to 11")),
         (["--seeds", "forty"], 2, ("--seeds", "'forty'")),
         (["--seeds", -1], 2, ("--seeds", "'-1'")),
@@ -1080,8 +1080,8 @@ def test_killed_thirty_times_at_random_moments(run, child, tmp_path):
         if process.exitcode == 0:
             # One process at a time, so that the rows come in order, however often it died.
             assert [measured(row) for row in read_rows(folder / "scores.csv")] == expected
-            assert {file.rpartition("/")[2].split("_")[0] for file in list_files(folder)} == {
-                "scores.csv", "heatmap", "synthetic"
-            }  # fmt: skip
+            # What a killed writer of a map leaves has a hidden name.
+            names = {file.rpartition("/")[2].split("_")[0] for file in list_files(folder) if "/." not in f"/{file}"}
+            assert names == {"scores.csv", "heatmap", "synthetic"}
             tables += 1
     assert kills == 30
