@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from conftest import NoRoom
 from data import save_png
 from evaluation.results_table import append_row, write_csv
 from figures.images import save_image_grid
@@ -121,20 +121,6 @@ WRITERS = {
     "costs.csv": lambda file: write_csv(file, [{"nfe": k, "cost": k / 7} for k in range(999)]),
     "table.csv": lambda file: append_row(file, ROW),
 }
-
-
-class NoRoom:
-    """While entered, no file can grow beyond so many bytes, as on a full disk."""
-
-    def __init__(self, size):
-        self.size = size
-
-    def __enter__(self):
-        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
-
-    def __exit__(self, *_):
-        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
 
 @pytest.mark.parametrize("size", [0, 700, 4096])

@@ -2,7 +2,6 @@
 
 import os
 import random
-import resource
 import signal
 import time
 from unittest import mock
@@ -13,7 +12,7 @@ import torch
 import train_lift
 from checkpoint import FORMAT_VERSION, bytes_of, read_checkpoint
 from children import FORKS, KillAt, SleepAt, signalling, train_in_child
-from conftest import LAST, LOG, RUN, assert_same, assert_same_run, list_files, read_log, run_stage
+from conftest import LAST, LOG, RUN, NoRoom, assert_same, assert_same_run, list_files, read_log, run_stage
 from runtime import safe_write
 from runtime.safe_write import replacing, versions
 from training import run_log
@@ -320,20 +319,6 @@ def test_a_full_disk_at_the_end_of_a_write_leaves_the_versions_as_they_were(tmp_
 
 
 # A full disk
-
-
-class NoRoom:
-    """While entered, no file can grow beyond so many bytes, as on a full disk."""
-
-    def __init__(self, size):
-        self.size = size
-
-    def __enter__(self):
-        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
-
-    def __exit__(self, *_):
-        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
 
 def starved(size, steps):
