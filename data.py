@@ -24,6 +24,7 @@ from images.own import IMAGE_TEXT, png_info
 from images.reading import UnreadableImageError, WrongSizeError, parse_colour, read_image, reads_as_ever
 from images.sources import Classes, Source, open_source
 from images.synthetic import synthetic_images
+from runtime.reports import printable
 from runtime.safe_write import replacing, short_name
 
 RESIZE_FILTERS = {
@@ -141,7 +142,7 @@ def _decode_all(
                         "path_30.py writes, or pass it as --dataset, which resizes."
                     )
                 elif skip_bad_images:
-                    tqdm.write(f"skipped {source.describe(i)}: {result}")
+                    tqdm.write(printable(f"skipped {source.describe(i)}: {result}"))
                 else:
                     raise ValueError(
                         f"{source.describe(i)} cannot be read ({result}); repair or remove it, or pass "
@@ -162,6 +163,17 @@ def _all_read_as_ever(source: Source, count: int, num_workers: int) -> bool:
 
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         return all(pool.map(look, range(count)))
+
+
+def _cached_info(pixels_file: Path, info_file: Path, resolution: int) -> dict | None:
+    """What is known of an array in the cache; None if there is none, or it is not what was written."""
+    try:
+        info = json.loads(info_file.read_text())
+        pixels = np.load(pixels_file, mmap_mode="r")
+        is_whole = pixels.dtype == np.uint8 and pixels.shape[2:] == (resolution,) * 2 and len(info["fingerprint"]) == 16
+    except (FileNotFoundError, ValueError, EOFError, LookupError, TypeError, AttributeError):
+        return None  # Damage is of as many kinds as a file has bytes, and costs no more than to decode again.
+    return info if is_whole else None
 
 
 def _write_cache(pixels_file: Path, pixels: np.ndarray, info_file: Path, info: dict) -> None:
@@ -241,7 +253,7 @@ def load_images(
     pixels_file, info_file = Path(f"{stem}.npy"), Path(f"{stem}.json")
     stem.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{stem}.lock"):
-        info = json.loads(info_file.read_text()) if pixels_file.exists() and info_file.exists() else None
+        info = _cached_info(pixels_file, info_file, resolution)
         if info is not None and not synthetic and info.get("reading") != READING:
             info = info | {"reading": READING} if _all_read_as_ever(source, count, num_workers) else None
             if info is not None:

@@ -9,11 +9,16 @@ from typing import Any
 from runtime.safe_write import replacing
 
 
+def printable(text: str) -> str:
+    """A text without the bytes of names that are no letters."""
+    return text.encode("utf-8", "replace").decode()
+
+
 @functools.cache
 def say_once(line: str) -> None:
     """Print a line, such as `note: ...`, on stderr, once per run and by its first process."""
     if os.environ.get("RANK", "0") in ("", "0"):
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
