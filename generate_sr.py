@@ -51,7 +51,7 @@ from paths.path import SPACINGS
 from paths.path import Path as SamplingPath
 from planning.regimes import off_regime_note
 from runtime.device import autocast, resolve_compile, resolve_precision, select_device
-from runtime.safe_write import replacing
+from runtime.safe_write import replacing, short_name
 from runtime.settings import Settings, option, parse_settings
 
 METRICS_FILE, FIGURE_FILE = "sr_metrics.csv", "sr.png"
@@ -233,7 +233,8 @@ def measure(upscaler: Upscaler, folder: Path) -> None:
         for name, quality in qualities.items()
     ]
     with replacing(folder / METRICS_FILE) as temporary:
-        temporary.write_text("".join(csv_line(line) for line in (rows[0], *(row.values() for row in rows))))
+        lines = (csv_line(line) for line in (rows[0], *(row.values() for row in rows)))
+        temporary.write_bytes("".join(lines).encode(errors="replace"))
     draw(upscaler, originals, coarse_pixels, results, qualities, folder / FIGURE_FILE)
     print_table(rows)
     print(f"before rounding, the 2x2 mean of LIFT consistent is off its input by {error.item():.1e} of [-1, 1] at most")
@@ -286,7 +287,8 @@ def main() -> None:
         measure(upscaler, Path(settings.output or results / name))
     else:
         source = Path(settings.input)
-        enlarge(upscaler, source, Path(settings.output or results / f"{name}_{source.resolve().name}"))
+        name = short_name(f"{name}_{source.resolve().name}")
+        enlarge(upscaler, source, Path(settings.output or results / name))
 
 
 if __name__ == "__main__":

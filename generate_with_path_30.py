@@ -32,6 +32,7 @@ from paths.schedule_file import save_schedule
 from planning.choice import OnePathSettings, SolverSettings, path_of_settings
 from planning.replay import made_for
 from runtime.device import autocast, resolve_compile, resolve_precision, select_device
+from runtime.safe_write import short_name
 from runtime.settings import option, parse_settings
 
 GRID_IMAGES = 64
@@ -99,7 +100,7 @@ def main() -> None:
     path, kind = path_of_settings(settings, loaded)
     feed = coarse_feed(loaded.model, settings.coarse_from)
     name = "_".join([Path(settings.checkpoint).stem, weights, kind, str(path.nfe), *([feed] if feed else [])])
-    folder = Path(settings.output or loaded.results / "samples" / name)
+    folder = Path(settings.output or loaded.results / "samples" / short_name(name))
     seeds = image_seeds(settings.seed, settings.num_images)
     prepare_output(folder, path, loaded, settings, device)
 

@@ -59,6 +59,7 @@ from images.representation import RESIDUAL, upsample_nearest
 from paths.path import Path as SamplingPath
 from planning.choice import OnePathSettings, path_of_settings
 from runtime.device import autocast, resolve_compile, resolve_precision, select_device
+from runtime.safe_write import short_name
 from runtime.settings import REQUIRED, option, parse_settings
 from scheduler import DDIMScheduler
 
@@ -338,7 +339,7 @@ def main() -> None:
     name = f"{Path(settings.checkpoint).stem}_{weights}_{kind}_{path.nfe}_{Path(settings.mask).stem}"
     words = (settings.mask_scale, feed, Path(settings.input).resolve().name if settings.input else None)
     name += "".join(f"_{word}" for word in words if word)
-    folder = Path(settings.output or loaded.results / "inpainting" / name)
+    folder = Path(settings.output or loaded.results / "inpainting" / short_name(name))
     if settings.input and folder.resolve() == Path(settings.input).resolve():
         raise ValueError(f"--output {folder} is the folder of the input; pass another.")
 

@@ -44,7 +44,7 @@ from images.own import GIF_COMMENT
 from paths.path import Path as SamplingPath
 from planning.choice import EndSettings, OnePathSettings, path_of_settings
 from runtime.device import autocast, resolve_precision, select_device
-from runtime.safe_write import replacing
+from runtime.safe_write import replacing, short_name
 from runtime.settings import REQUIRED, option, parse_settings
 from scheduler import DDIMScheduler
 
@@ -172,7 +172,7 @@ def main() -> None:
     first, last = settings.seeds
     name = f"{Path(settings.checkpoint).stem}_{weights}_{kind}_{path.nfe}_{first}_{last}{f'_{feed}' if feed else ''}"
     name += f"_at{settings.at}" if settings.at else ""
-    folder = Path(settings.output or loaded.results / "interpolation" / name)
+    folder = Path(settings.output or loaded.results / "interpolation" / short_name(name))
 
     said = {
         "weights_fingerprint": loaded.fingerprint,

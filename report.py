@@ -47,7 +47,8 @@ def parse_args() -> ReportSettings:
 def main() -> None:
     """Build the page and write it as a whole."""
     settings = parse_args()
-    page = render(gather(Path(settings.results), Path(settings.folder), settings.title, settings.nfe)).encode()
+    content = gather(Path(settings.results), Path(settings.folder), settings.title, settings.nfe)
+    page = render(content).encode(errors="replace")
     with replacing(settings.output) as temporary:
         temporary.write_bytes(page)
     size = len(page) / 1e6

@@ -7,6 +7,7 @@ for job in find_jobs(settings):
 """
 
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -215,8 +216,8 @@ class Evaluation:
     def _claim(self, job: Job, wait: bool) -> Iterator[bool]:
         """Keep other processes away from a job, until the end or the death of this one; yields whether that is so."""
         words = (job.checkpoint.resolve(), job.weights, job.path_type, job.coarse_from, job.num_steps, job.seed)
-        name = " ".join(str(word) for word in words if word is not None)
-        file = beside(job.output, ".jobs") / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"
+        name = os.fsencode(" ".join(str(word) for word in words if word is not None))
+        file = beside(job.output, ".jobs") / f"{hashlib.sha256(name).hexdigest()[:16]}.lock"
         lock = FileLock(file)
         claimed = True
         if self.processes.is_main:
@@ -286,8 +287,9 @@ class Evaluation:
             values = scorer.score(metric, generated)
             row |= values | {
                 "nfe": generated.nfe,
-                "dataset": dataset,
-                "reference": scorer.reference.name,
+                # A row is one line, whatever the names of folders hold.
+                "dataset": " ".join(dataset.splitlines()),
+                "reference": " ".join(scorer.reference.name.splitlines()),
                 "reference_images": scorer.reference.count,
                 "model_type": loaded.config["model_type"],
                 "epoch": loaded.config["epoch"],

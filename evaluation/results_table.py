@@ -88,7 +88,7 @@ _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 def append_row(file: str | os.PathLike, row: Mapping[str, Any]) -> None:
     """Append one evaluation to `file`, which is created with its header when missing or empty.
 
-    The row is one write and is on the disk when this returns.
+    The row is one write and is on the disk when this returns. Bytes of names that are no letters become question marks.
 
     Args:
         file: CSV file; `file` + ".lock" beside it keeps concurrent jobs apart.
@@ -332,4 +332,4 @@ def write_csv(file: str | os.PathLike, aggregated: Sequence[Mapping[str, Any]]) 
         raise ValueError(f"There is no result to write to {file}: evaluate a checkpoint first.")
     lines = [csv_line(aggregated[0]), *(csv_line(result.values()) for result in aggregated)]
     with replacing(file) as temporary:
-        temporary.write_bytes("".join(lines).encode())
+        temporary.write_bytes("".join(lines).encode(errors="replace"))

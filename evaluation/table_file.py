@@ -82,7 +82,7 @@ def append_line(file: Path, form: TableFormat, values: Sequence[Any]) -> None:
     row = csv_line(values)
     if not file.exists() or file.stat().st_size == 0:
         with replacing(file) as temporary:
-            temporary.write_bytes((csv_line(form.columns) + row).encode())
+            temporary.write_bytes((csv_line(form.columns) + row).encode(errors="replace"))
         return
     content = check_appendable(file, form)
     if _last_header(content, form) != form.columns:
@@ -91,7 +91,7 @@ def append_line(file: Path, form: TableFormat, values: Sequence[Any]) -> None:
     # A line cut short by a crash is closed, so that the new row does not become its end.
     before = "" if content.endswith(b"\n") else line_end
     with naming(file), open(file, "ab") as stream:
-        stream.write((before + row.replace("\n", line_end)).encode())
+        stream.write((before + row.replace("\n", line_end)).encode(errors="replace"))
         stream.flush()
         os.fsync(stream.fileno())
 

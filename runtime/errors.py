@@ -47,13 +47,15 @@ def need_file(file: str | os.PathLike, what: str, way_out: str) -> Path:
 
 
 @contextmanager
-def naming(file: str | os.PathLike) -> Iterator[None]:
-    """Within, what the system refuses to write names this file, if it names none."""
+def naming(file: str | os.PathLike, other_name: str | os.PathLike | None = None) -> Iterator[None]:
+    """Within, what the system refuses to write names this file, if it names none or the other name of it."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         # The writer of torch.save says in words of its own that its stream has failed.
         cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError) or cause.errno is None or cause.filename is not None:
+        if not isinstance(cause, OSError) or cause.errno is None:
+            raise
+        if cause.filename is not None and (other_name is None or Path(cause.filename) != Path(other_name)):
             raise
         raise OSError(cause.errno, cause.strerror, os.fspath(file)) from error

@@ -66,9 +66,9 @@ def replacing(file: str | os.PathLike, keep: int | None = None) -> Iterator[Path
     ending = f".{uuid.uuid4().hex[:12]}.tmp{short_name(file.suffix, LONGEST_NAME // 2)}"
     temporary = file.with_name(short_name(f".{file.stem}", LONGEST_NAME - len(os.fsencode(ending))) + ending)
     try:
-        with naming(file):
+        with naming(file, temporary):
             yield temporary
-        with open(temporary, "rb") as stream, naming(file):
+        with naming(file, temporary), open(temporary, "rb") as stream:
             _sync(stream.fileno())
         if keep is not None:
             kept = versions(file)[: keep - 1]
@@ -87,7 +87,8 @@ def replacing(file: str | os.PathLike, keep: int | None = None) -> Iterator[Path
             finally:
                 os.close(folder)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # What has gone wrong before is what counts.
+            temporary.unlink()
 
 
 def remove_temporaries(folder: str | os.PathLike, stem: str) -> None:

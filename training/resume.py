@@ -117,7 +117,14 @@ def earlier_run(
         _refuse_to_overwrite(settings.resume, last_file, log_file)
     # The rows of another run would be lost. Without a resume file they are of a run that ended before its first.
     if settings_file.exists() and log_file.exists() and log_file.stat().st_size:
-        _compare(settings, identity, json.loads(settings_file.read_text()), f"{log_file} is of a run")
+        try:
+            of_log = json.loads(settings_file.read_text())
+            of_log.keys()
+        except (ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{settings_file} is damaged ({error}); bring it back, or pass another --log_dir."
+            ) from error
+        _compare(settings, identity, of_log, f"{log_file} is of a run")
     return earlier
 
 

@@ -25,9 +25,17 @@ SETTINGS_FILE = "settings.json"
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The rows of a `.jsonl` file, without a last one that is being written or that a crash cut short."""
-    lines = file.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The rows of a `.jsonl` file, without a last one that is being written or that a crash cut short.
+
+    Raises ValueError for a file of anything else.
+    """
+    try:
+        rows = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        if not all("step" in row for row in rows):
+            raise ValueError("a row lacks its step")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); bring it back, or name another log folder.") from error
+    return rows
 
 
 class JsonLines:
@@ -97,15 +105,18 @@ class RunLog:
         wandb = _import_wandb() if with_wandb else None
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / SETTINGS_FILE) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
         self.files = {
             name: JsonLines(folder / name, first_step, (unwritten_rows or {}).get(name, ""))
             for name in (METRICS_FILE, SPEED_FILE)
         }
+        with replacing(folder / SETTINGS_FILE) as temporary:
+            temporary.write_text(json.dumps(settings, indent=2) + "\n")
         self.wandb = None if wandb is None else self._start_wandb(wandb, settings)
-        with naming(folder / "tensorboard"):
-            self.board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        try:
+            with naming(folder / "tensorboard"):
+                self.board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        except UnicodeEncodeError as error:
+            raise ValueError(f"TensorBoard cannot write to {folder}, whose name is no text; pass --log_dir.") from error
 
     def _start_wandb(self, wandb, config: dict[str, Any]):
         id_file = self.folder / "wandb_id"
