@@ -751,6 +751,26 @@ def test_greedy_images_are_those_of_the_paths_they_took():
             torch.testing.assert_close(x[k : k + 1], y, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("prediction_type", ["x0", "v"])
+def test_greedy_images_are_the_same_whatever_is_predicted(prediction_type):
+    noise = start_noise(PATHS["diagonal"], batch=4, dtype=torch.float64)
+    abar = DDIMScheduler().alphas_cumprod
+
+    def converted(xs, ts):
+        predictions = []
+        for x, epsilon, t in zip(xs, uneven(xs, ts), ts, strict=True):
+            a = abar[t][:, None, None, None]
+            x0 = (x - (1 - a).sqrt() * epsilon) / a.sqrt()
+            predictions.append(x0 if prediction_type == "x0" else a.sqrt() * epsilon - (1 - a).sqrt() * x0)
+        return tuple(predictions)
+
+    expected = sample_greedy(uneven, DDIMScheduler(), RUNGS, noise)
+    found = sample_greedy(converted, DDIMScheduler(prediction_type=prediction_type), RUNGS, noise)
+    assert torch.equal(found.points, expected.points) and torch.equal(found.nfe, expected.nfe)
+    for x, y in zip(found.images, expected.images, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-8)
+
+
 def test_greedy_counts_every_call_of_every_image():
     rows = []
 

@@ -122,6 +122,15 @@ def test_frechet_distance_forgives_rounding_but_no_negative_variance():
         frechet_distance(mean, cov, mean, -cov)
     with pytest.raises(ValueError, match="not finite"):
         frechet_distance(mean, cov, mean * np.nan, cov)
+    # One value is enough, and in either of the two.
+    for bad in (np.nan, np.inf):
+        one_mean, one_cov = mean.copy(), cov.copy()
+        one_mean[3] = one_cov[2, 5] = bad
+        for moments in ((one_mean, cov), (mean, one_cov)):
+            with pytest.raises(ValueError, match="not finite"):
+                frechet_distance(*moments, mean, cov)
+            with pytest.raises(ValueError, match="not finite"):
+                frechet_distance(mean, cov, *moments)
     with pytest.raises(ValueError, match=r"\[63\]"):
         frechet_distance(mean[1:], cov, mean, cov)
 

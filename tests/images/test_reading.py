@@ -156,6 +156,11 @@ def test_ordinary_images_are_as_pillow_converts_them(mode):
         assert (found.mode == "L") == grey and reads_as_ever(content)
 
 
+def test_what_shows_behind_is_white_unless_told_otherwise():
+    clear = np.zeros((3, 4, 4), np.uint8)
+    np.testing.assert_array_equal(read(encoded(Image.fromarray(clear, "RGBA")))[..., :3], np.full((3, 4, 3), 255))
+
+
 def test_a_size_is_that_of_the_upright_image():
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -65,6 +65,23 @@ def test_two_images_and_two_replicates_are_enough():
     np.testing.assert_array_equal(result.density, np.eye(2))
 
 
+def test_maps_may_be_lists_and_are_averaged_in_double_precision():
+    maps = [[[[1.0, 3.0], [5.0, 7.0]], [[2.0, 2.0], [0.0, 4.0]]]]
+    seen = []
+
+    def keep(mean):
+        seen.append(mean)
+        return [(0, 0), (1, 1)], 1.0
+
+    bootstrap_paths(maps, keep, replicates=30)
+    bootstrap_paths(np.array(maps, np.float32), keep, replicates=30)
+    assert all(mean.dtype == np.float64 for mean in seen)
+    np.testing.assert_array_equal(seen[:30], seen[30:])
+    # Of two images drawn twice: the first, the second, or both.
+    possible = [np.array(maps)[0] @ share for share in ([1, 0], [0, 1], [0.5, 0.5])]
+    assert {tuple(mean.ravel()) for mean in seen} == {tuple(mean.ravel()) for mean in possible}
+
+
 @pytest.mark.parametrize("shape", [(2, 5, 5), (2, 5, 4, 4), (2, 5, 5, 1)])
 def test_other_maps_are_refused(shape):
     with pytest.raises(ValueError, match="maps have shape"):

@@ -3,6 +3,7 @@
 import math
 import os
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -927,6 +928,15 @@ def test_an_interrupted_map_goes_on_where_it_stopped(tmp_path, uninterrupted, fa
     rest = Counting()
     assert_same(measure(rest, file), uninterrupted)
     assert rest.sizes == [6, 6]
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_processes_that_see_other_files_start_anew(tmp_path, uninterrupted, agreed):
+    with pytest.raises(Interrupted):
+        measure(Counting(3), tmp_path / "map.pth")
+    processes, rest = SimpleNamespace(rank=0, count=1, agree=lambda text: agreed), Counting()
+    assert_same(measure(rest, tmp_path / "map.pth", processes=processes), uninterrupted)
+    assert sum(rest.sizes) == (48 - 18 if agreed else 48)
 
 
 def test_nothing_is_computed_again_whatever_the_batch(tmp_path, uninterrupted):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import planning.heatmap
-from checkpoint import LoadedModel
+from checkpoint import LoadedModel, save_checkpoint
 from data import ImageSet, fingerprint_array
 from paths.path import timestep_grid
 from planning.heatmap import MapSettings, compute, measure
@@ -79,6 +79,22 @@ def test_what_was_seen_is_asked_for_where_it_is_not_all_and_told_where_it_is_cro
         assert content["seen_only"] is True and file == tmp_path / "map.pth" and "seen_only" not in given[0][3]
     with pytest.raises(ValueError, match="--num_images 10 exceeds the 9 images of 'noise'"):
         compute(MapSettings(checkpoint=loaded.file, num_images=10, output=tmp_path / "map.pth"), Processes("cpu"))
+
+
+def test_a_map_replaces_no_checkpoint(monkeypatch, tmp_path):
+    config = {"model_type": "dual", "t_pairs": "independent", "channels": 1, "weights": "raw", "epoch": 1}
+    config |= {"beta_schedule": "cosine_clipped"}
+    loaded = LoadedModel(SimpleNamespace(num_scales=2), SCHEDULER, config, "f" * 16, tmp_path / "model.pth")
+    images = ImageSet(PIXELS, "noise", fingerprint_array(PIXELS))
+    monkeypatch.setattr(planning.heatmap, "load_model", lambda *_: loaded)
+    monkeypatch.setattr("cli.load_training_images", lambda *_: images)
+    monkeypatch.setattr(planning.heatmap, "measure", lambda *_: pytest.fail("measured over a checkpoint"))
+    save_checkpoint(loaded.file, {"config": config, "model_state": {}, "ema_state": None, "epoch": 1, "step": 3})
+    before = loaded.file.read_bytes()
+    settings = MapSettings(checkpoint=loaded.file, output=loaded.file, num_images=9, force=True)
+    with pytest.raises(ValueError, match="model.pth is a checkpoint, which no map replaces; pass another --output"):
+        compute(settings, Processes("cpu"))
+    assert loaded.file.read_bytes() == before
 
 
 def chosen(asked):

@@ -196,6 +196,13 @@ def test_a_replan_measures_its_band_alone_on_lines_even_in_log_snr(schedule, ide
     assert path == again[1] and path.points[0] == (start, start)
 
 
+def test_a_short_schedule_is_planned_on_all_of_its_timesteps(ideal):
+    scheduler, maps = DDIMScheduler(num_train_timesteps=6), []
+    with watched(replanning, "error_map", maps):
+        _, path = replan(ideal.denoise, scheduler, ideal.images, scheduler.log_snr.numpy(), 99.0, seed=0)
+    assert maps[0][0][3] == [5, 4, 3, 2, 1, 0] and path.points[0] == (5, 5)
+
+
 def test_a_plan_is_as_large_as_the_manual_says(ideal):
     maps, paths, largest = [], [], []
 
