@@ -244,10 +244,10 @@ class LoadedModel(NamedTuple):
 def load_model(file: str | os.PathLike, ema: bool = False, device: torch.device | str = "cpu") -> LoadedModel:
     """The model a checkpoint describes, frozen, in eval mode on `device`, with raw or EMA weights.
 
-    Its config also holds `epoch`, `step` and `weights`, and `regime_state` where a regime has one. Prints a warning,
-    once per file, if EMA weights are largely the initial ones (`networks.ema.ema_note`). Raises what `read_checkpoint`
-    raises, and ValueError if `ema` is asked of a file without EMA weights or if the weights do not fit the model of the
-    config.
+    Its config also holds `epoch`, `step` and `weights`, and where the file has them `steps_per_epoch` and
+    `regime_state`. Prints a warning, once per file, if EMA weights are largely the initial ones
+    (`networks.ema.ema_note`). Raises what `read_checkpoint` raises, and ValueError if `ema` is asked of a file without
+    EMA weights or if the weights do not fit the model of the config.
     """
     content = read_checkpoint(file)
     state = content["ema_state" if ema else "model_state"]
@@ -258,8 +258,7 @@ def load_model(file: str | os.PathLike, ema: bool = False, device: torch.device 
         "step": content["step"],
         "weights": "ema" if ema else "raw",
     }
-    if content.get("regime_state") is not None:
-        config["regime_state"] = content["regime_state"]
+    config |= {name: content[name] for name in ("steps_per_epoch", "regime_state") if content.get(name) is not None}
     try:
         model = build_model(config)
         model.load_state_dict(state)

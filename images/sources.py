@@ -72,16 +72,24 @@ def _image_files(folder: Path, leave_out: frozenset[str]) -> list[Path] | list[M
     files = _meant(left_out, loose, packed)
     if not files or (found.tables and not (loose[Origin.OTHERS] or packed[Origin.OTHERS])):
         return []
+    if _lacks_training_part(folder, files):
+        # What there is to train on lies in there in another form, perhaps in archives.
+        inside = [archive for archive in found.archives if archive.is_relative_to(folder / "train")]
+        packed, beside = _packed(inside)
+        left_out["outside of its part 'train'"] += len(files) + len(found.archives) - len(inside)
+        left_out[WRITTEN_BY_LIFT] += len(packed[Origin.SAMPLE]) + len(packed[Origin.FIGURE])
+        files = packed[Origin.OTHERS]
     for table in found.tables:
         left_out[table.suffix.lower()] += 1
+    if not files:
+        return []
     if isinstance(files[0], Member):
         left_out.update(beside)
         files = _part_of_members(folder, files, left_out)
     else:
         left_out[".zip"] += len(found.archives)
         files = _part_of_files(folder, files, left_out)
-    if files:
-        report_left_out(folder, +left_out)
+    report_left_out(folder, +left_out)
     return files
 
 
@@ -103,11 +111,20 @@ def _meant(left_out: Counter[str], *groups: dict[Origin, list]) -> list:
     return meant
 
 
+def _lacks_training_part(folder: Path, files: list[Path] | list[Member]) -> bool:
+    """Whether all images lie in other parts of a data set that has a part `train`."""
+    tops = _tops([_place(folder, file) for file in files])
+    return (folder / "train").is_dir() and "train" not in tops and is_split(tops | {"train"})
+
+
+def _tops(places: Sequence[tuple[str, ...]]) -> set[str]:
+    """The folders that are seen at the top."""
+    return {place[0] for place in places if len(place) > 1}
+
+
 def _part_of_files(folder: Path, files: list[Path], left_out: Counter[str]) -> list[Path]:
     places = [_place(folder, file) for file in files]
-    tops = {place[0] for place in places if len(place) > 1}
-    if (folder / "train").is_dir() and "train" not in tops and is_split(tops | {"train"}):
-        return []  # What there is to train on lies in there in another form.
+    tops = _tops(places)
     chosen = _training_part(places, left_out)
     if "train" in tops and not is_split(tops):
         others = ", ".join(sorted(tops - {"train"})[:3])
@@ -149,8 +166,7 @@ def _told_apart(by: str, names: Sequence[str]) -> tuple[Classes, ...]:
 
 
 def _training_part(places: Sequence[tuple[str, ...]], left_out: Counter[str]) -> list[bool]:
-    tops = {place[0] for place in places if len(place) > 1}
-    if not is_split(tops):
+    if not is_split(_tops(places)):
         return [True] * len(places)
     chosen = [len(place) > 1 and place[0] == "train" for place in places]
     if not all(chosen):
@@ -298,6 +314,12 @@ def _dataset_source(dataset: str, name: str, config: str | None) -> Source:
     import datasets
 
     rows = _load_rows(dataset, name, config)
+    if config is None and Path(name).is_dir() and rows.info.builder_name == "imagefolder":
+        # Pictures that are no images by the rules of this project.
+        raise ValueError(
+            f"Dataset '{dataset}' holds no image to train on: its pictures are hidden, written by LIFT, or not in its "
+            "part 'train'. Name the folder that is meant."
+        )
     declared = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
     column, classes = _image_column(rows, dataset, declared), _column_classes(rows)
     rows = rows.select_columns([column])

@@ -338,17 +338,22 @@ def _regime_of(config: dict[str, Any]) -> str | None:
     return config.get("t_pairs", default_regime(config["model_type"]))
 
 
+def _epochs_trained(config: dict[str, Any]) -> float:
+    # Whole ones where a checkpoint of an earlier version does not say how long an epoch is.
+    return config["step"] / config["steps_per_epoch"] if "steps_per_epoch" in config else config["epoch"]
+
+
 def _pairs_seen(config: dict[str, Any], log_snr: torch.Tensor) -> torch.Tensor | None:
     # Which pairs a checkpoint was trained on, bool [T, T], or None for all.
     regime = {"t_pairs_points": None} | config | {"t_pairs": _regime_of(config)}
     if regime["t_pairs"] in (None, "independent"):
         return None
     # Bands lie within each other, so that the first and the last one hold all.
-    parts = (0.0, config["epoch"] / config["epochs"]) if parse_regime(regime["t_pairs"]).changes else (1.0,)
+    parts = (0.0, _epochs_trained(config) / config["epochs"]) if parse_regime(regime["t_pairs"]).changes else (1.0,)
     configs = [regime]
     if regime.get("regime_state") is not None:
         # Where a path has just been planned nothing was trained yet.
-        names = ("before_32", "log_snr_32")[: 1 + (config["epoch"] % config["replan_every"] > 0)]
+        names = ("before_32", "log_snr_32")[: 1 + (_epochs_trained(config) % config["replan_every"] > 0)]
         configs = [regime | {"regime_state": {"log_snr_32": regime["regime_state"][name]}} for name in names]
     seen = [pair_probabilities(each, log_snr, progress) > 0 for each in configs for progress in parts]
     seen = torch.stack(seen).any(0)

@@ -18,6 +18,7 @@ import data
 import train_baseline
 from conftest import TINY
 from data import fingerprint_array, load_images
+from images.own import IMAGE_TEXT, png_info
 from runtime.settings import parse_settings
 from training.settings import TrainingSettings
 
@@ -224,15 +225,40 @@ def test_train_may_be_a_class(tmp_path, cache, capsys, folders, used, packed):
     assert ("among others" in said) == (not packed and "train" in folders and used == folders)
 
 
-def test_a_test_part_is_never_trained_on_for_want_of_images(tmp_path, cache):
-    put(tmp_path / "set/test/1.png", png(pixels(1)))
-    rows = datasets.Dataset.from_dict({"image": [{"bytes": png(pixels(2)), "path": None}]})
-    (tmp_path / "set/train").mkdir()
-    rows.to_parquet(str(tmp_path / "set/train/0.parquet"))
-    try:
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("form", ["nothing", "text", "hidden", "by LIFT", "hidden in zip", "zip", "parquet"])
+def test_a_test_part_is_never_trained_on_for_want_of_images(tmp_path, cache, capsys, form, packed):
+    content, place = png(pixels(2)), tmp_path / "set/train"
+    place.mkdir(parents=True)
+    if packed:
+        (tmp_path / "set/test").mkdir()
+        with zipfile.ZipFile(tmp_path / "set/test/a.zip", "w") as archive:
+            archive.writestr("1.png", png(pixels(1)))
+    else:
+        put(tmp_path / "set/test/1.png", png(pixels(1)))
+    match form:
+        case "text":
+            put(place / "1.txt", b"no image")
+        case "hidden":
+            put(place / "._1.png", content)
+            put(place / "__MACOSX/1.png", content)
+        case "by LIFT":
+            put(place / "1.png", png(pixels(2), pnginfo=png_info(IMAGE_TEXT)))
+        case "parquet":
+            rows = datasets.Dataset.from_dict({"image": [{"bytes": content, "path": None}]})
+            rows.to_parquet(str(place / "0.parquet"))
+        case "zip" | "hidden in zip":
+            with zipfile.ZipFile(place / "a.zip", "w") as archive:
+                archive.writestr("a/1.png" if form == "zip" else "__MACOSX/1.png", content)
+                archive.writestr("a/1.txt", "")
+    if form in ("zip", "parquet"):
         equal(load(tmp_path / "set", cache), pixels(2))
-    except (RuntimeError, ValueError) as error:
-        assert "set" in str(error)
+        # Of an archive the text, and of the other part its image or its archive.
+        said = "1 outside of its part 'train'" in capsys.readouterr().err
+        assert said == (form == "zip")
+    else:
+        with pytest.raises((RuntimeError, ValueError), match="set"):
+            load(tmp_path / "set", cache)
 
 
 # Archives and data sets

@@ -335,6 +335,7 @@ class Trainer:
             "config": self.config,
             "epoch": self.epoch,
             "step": self.step,
+            "steps_per_epoch": len(self.batches),
             "regime_state": self.pairs.state,
         }
 

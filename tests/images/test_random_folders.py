@@ -65,8 +65,7 @@ class Plan:
     background: tuple[int, int, int]
     entries: list[Entry] = field(default_factory=list)
     members: list[Entry] = field(default_factory=list)
-    zips: int = 0
-    in_zips: int = 0  # Files in zips that are no images.
+    zips: dict[tuple[str, ...], int] = field(default_factory=dict)  # How many of its files are no images.
     left_out: int = 0
     tables: int = 0
 
@@ -338,7 +337,7 @@ def add_zip(plan, k, folders):
     place = (*place_of(plan, folders), name_of(plan, k, ".zip"))
     file = plan.root.joinpath(*place)
     file.parent.mkdir(parents=True, exist_ok=True)
-    plan.zips += 1
+    plan.zips[place] = 0
     with zipfile.ZipFile(file, "w", plan.rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as archive:
         archive.writestr("wrapped/", b"")
         for j in range(plan.rng.integers(1, 6)):
@@ -348,10 +347,10 @@ def add_zip(plan, k, folders):
             hidden = plan.rng.random()
             if hidden < 0.15:
                 archive.writestr(f"__MACOSX/._{j}{suffix}", content)
-                plan.in_zips += 1
+                plan.zips[place] += 1
             elif hidden < 0.3:
                 archive.writestr(f"wrapped/{j}.txt", content)
-                plan.in_zips += 1
+                plan.zips[place] += 1
             else:
                 archive.writestr(name, content)
                 plan.members.append(Entry((*place, *name.split("/")), shown, origin))
@@ -399,17 +398,22 @@ def expected_of(plan: Plan) -> tuple[list[Entry], int]:
         return [], 0
     meant = sorted(loose or packed, key=lambda entry: entry.place)
     own_ones = [e for e in plan.entries if e.origin != OTHERS and not (loose and e.origin == origin)]
-    left_out = plan.left_out + len(own_ones) + (plan.zips if loose else plan.in_zips)
+    tops = {entry.place[0] for entry in meant if len(entry.place) > 1}
+    in_parts = {top.lower() for top in tops} <= PARTS
+    if "train" not in tops and in_parts and (plan.root / "train").is_dir():
+        # Only archives may hold what there is to train on.
+        zips = {place: others for place, others in plan.zips.items() if place[0] == "train" and loose}
+        inside = [e for e in plan.members if e.place[0] == "train" and loose]
+        packed = sorted((e for e in inside if e.origin == OTHERS), key=lambda entry: entry.place)
+        outside = len(meant) + len(plan.zips) - len(zips) + len(inside) - len(packed)
+        return packed, plan.left_out + len(own_ones) + outside + sum(zips.values())
+    left_out = plan.left_out + len(own_ones) + (len(plan.zips) if loose else sum(plan.zips.values()))
     if not [e for e in plan.entries if e.origin == OTHERS]:  # Archives were looked into.
         left_out += len([e for e in plan.members if e.origin != OTHERS and (loose or e.origin != origin)])
-    if loose:
-        tops = {entry.place[0] for entry in meant if len(entry.place) > 1}
-        if "train" not in tops and (plan.root / "train").is_dir() and {t.lower() for t in tops} <= PARTS:
-            return [], 0
-        if "train" in tops and {top.lower() for top in tops} <= PARTS:
-            kept = [entry for entry in meant if entry.place[0] == "train" and len(entry.place) > 1]
-            left_out += len(meant) - len(kept)
-            meant = kept
+    if "train" in tops and in_parts:
+        kept = [entry for entry in meant if entry.place[0] == "train" and len(entry.place) > 1]
+        left_out += len(meant) - len(kept)
+        meant = kept
     return meant, left_out
 
 

@@ -377,6 +377,10 @@ def test_a_band_that_changes_was_seen_up_to_the_checkpoint():
     for text, epoch, off in (("8-0", 10, False), ("0-8", 10, False), ("0-8", 1, True), ("0-0.1", 10, True)):
         config = seen | {"epoch": epoch} | resolve_regime(f"band:image,{text}", "dual")
         assert (off_regime_note(path, config, SCHEDULER) is not None) == off
+    # Of an epoch that is not over the steps count: 19 of 20 are nearly all.
+    config = {"model_type": "dual", "epochs": 1, "epoch": 0, "step": 19} | resolve_regime("band:image,0-8", "dual")
+    assert off_regime_note(path, config, SCHEDULER) is not None
+    assert off_regime_note(path, config | {"steps_per_epoch": 20}, SCHEDULER) is None
 
 
 def test_no_distance_is_lost_at_zero_snr():
@@ -512,9 +516,22 @@ def test_pairs_that_go_on_from_a_state_are_those_that_were_moved():
 
 
 # Replanned after epochs 2, 4, ...: at once nothing is trained around the new path, later both count.
-@pytest.mark.parametrize(("epoch", "curves"), [(1, (0, 2)), (2, (0,)), (3, (0, 2)), (4, (0,))])
-def test_a_checkpoint_has_seen_the_band_before_and_once_it_trained_on_the_new_one(epoch, curves):
-    config = following(epoch, before=0.0, now=2.0)
+# Within an epoch steps decide, three to each here.
+@pytest.mark.parametrize(
+    ("epoch", "steps", "curves"),
+    [
+        (1, {}, (0, 2)),
+        (2, {}, (0,)),
+        (3, {}, (0, 2)),
+        (4, {}, (0,)),
+        (4, {"steps_per_epoch": 3, "step": 12}, (0,)),
+        (4, {"steps_per_epoch": 3, "step": 13}, (0, 2)),
+        (5, {"steps_per_epoch": 3, "step": 17}, (0, 2)),
+        (6, {"steps_per_epoch": 3, "step": 18}, (0,)),
+    ],
+)
+def test_a_checkpoint_has_seen_the_band_before_and_once_it_trained_on_the_new_one(epoch, steps, curves):
+    config = following(epoch, before=0.0, now=2.0, **steps)
     seen = np.any([band_around(shifted(by), 1) for by in curves], 0)
     least, most = seen_range(config, SCHEDULER).numpy()
     np.testing.assert_array_equal(least, np.where(seen, LOG_SNR, np.inf).min(1))

@@ -291,6 +291,12 @@ def test_a_run_replans_after_so_many_epochs_and_its_checkpoints_hold_the_path_be
             # Nothing is trained around the new path yet.
             before = config | {"regime_state": state | {"log_snr_32": state["before_32"]}}
             assert torch.equal(seen_range(config, SCHEDULER), seen_range(before, SCHEDULER))
+            # A file saved within the next epoch has seen some of it.
+            run.step += 1
+            save_checkpoint(run.last_file, run.snapshot())
+            later = load_model(run.last_file).config
+            assert (later["epoch"], later["step"], later["steps_per_epoch"]) == (run.step // 3, run.step, 3)
+            assert not torch.equal(seen_range(later, SCHEDULER), seen_range(before, SCHEDULER))
     # Images are those of the run, each once and in order, others each time; weights are the averaged ones.
     pixels = (run.batches.pixels.float() / 127.5 - 1).tolist()
     chosen = [[pixels.index(image) for image in args[2].tolist()] for args, _, _ in calls]
