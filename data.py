@@ -24,6 +24,7 @@ from images.own import IMAGE_TEXT, png_info
 from images.reading import UnreadableImageError, WrongSizeError, parse_colour, read_image, reads_as_ever
 from images.sources import Classes, Source, open_source
 from images.synthetic import synthetic_images
+from runtime.progress import Progress
 from runtime.reports import printable
 from runtime.safe_write import replacing, short_name
 
@@ -35,7 +36,7 @@ RESIZE_FILTERS = {
 }
 DECODE_CHUNK = 512
 SYNTHETIC_DEFAULT_IMAGES = 4096
-# Figures that generate_with_path_30.py draws into the folder of its images.
+# Figures that generate_with_path_30.py of earlier versions drew into the folder of its images.
 SAMPLE_FIGURES = frozenset({"grid.png", "trajectory.png"})
 # Raised when images are read otherwise than before, so that the cache is looked at again.
 READING = 2
@@ -128,7 +129,7 @@ def _decode_all(
 
     pixels = np.empty((count, 3, resolution, resolution), np.uint8)
     kept, all_grey = 0, True
-    with ThreadPoolExecutor(max(1, num_workers)) as pool, tqdm(total=count, desc="decoding", unit="img") as bar:
+    with ThreadPoolExecutor(max(1, num_workers)) as pool, Progress(total=count, desc="decoding", unit="img") as bar:
         for start in range(0, count, DECODE_CHUNK):
             chunk = range(start, min(start + DECODE_CHUNK, count))
             for i, result in zip(chunk, pool.map(attempt, chunk), strict=True):
@@ -191,13 +192,12 @@ def _write_cache(pixels_file: Path, pixels: np.ndarray, info_file: Path, info: d
 
 
 def _synthetic_pixels(count: int, resolution: int) -> np.ndarray:
-    starts = range(0, count, DECODE_CHUNK)
-    return np.concatenate(
-        [
-            synthetic_images(min(DECODE_CHUNK, count - start), resolution, start)
-            for start in tqdm(starts, desc="painting", unit=f"x{DECODE_CHUNK} img")
-        ]
-    )
+    parts = []
+    with Progress(total=count, desc="painting", unit="img") as bar:
+        for start in range(0, count, DECODE_CHUNK):
+            parts.append(synthetic_images(min(DECODE_CHUNK, count - start), resolution, start))
+            bar.update(len(parts[-1]))
+    return np.concatenate(parts)
 
 
 def load_images(
@@ -312,6 +312,24 @@ def split_holdout(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
     return training, rest
 
 
+class AFHQ64Dataset(torch.utils.data.Dataset):
+    """AFHQv2 at 64x64 for a DataLoader, as the published code names it: float32 `[3, 64, 64]` in [-1, 1] per image.
+
+    Raises what `load_images` raises, and ValueError for a split that the data set does not have.
+    """
+
+    def __init__(self, split: str = "train", cache_dir: str | os.PathLike | None = None):
+        if split != "train":
+            raise ValueError(f"huggan/AFHQv2 has no split '{split}', only 'train'.")
+        self.pixels = load_images("huggan/AFHQv2", 64, cache_dir or "cache").pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return to_float(torch.from_numpy(self.pixels[index].copy()))
+
+
 class TwoScaleBatches:
     """Shuffled batches `(x_64 [B, C, R, R], x_32 [B, C, R/2, R/2])`, float32 in [-1, 1], from memory.
 
@@ -348,10 +366,11 @@ class TwoScaleBatches:
             yield x_64, coarse(x_64)
 
 
-def save_png(pixels: torch.Tensor, file: Path) -> None:
-    """Write uint8 `[C, H, W]`, with the mark of an image that LIFT made."""
+def save_png(pixels: torch.Tensor, file: Path, by_lift: bool = True) -> None:
+    """Write uint8 `[C, H, W]`, with the mark of an image that LIFT made if it did."""
     with replacing(file) as temporary:
-        Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save(temporary, pnginfo=png_info(IMAGE_TEXT))
+        marks = png_info(IMAGE_TEXT) if by_lift else None
+        Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save(temporary, pnginfo=marks)
 
 
 def read_png(file: Path) -> torch.Tensor:

@@ -8,6 +8,7 @@
     python eval_fid_batch.py --model_type lift --path_type cascade:2,6 cascade:best shift:1 lead:2 heuristic:0.8
     python eval_fid_batch.py --model_type single_t no_t --path_type diagonal dp_64 --coarse_from x0 noisy
     torchrun --standalone --nproc_per_node=4 eval_fid_batch.py --epochs 400        # every job on four GPUs
+    python eval_fid_batch.py --write_reference results/fid_real                    # for python -m pytorch_fid
 
 Every checkpoint in --checkpoint_dir, or of --run or --checkpoint, x weights x path type x number of steps x seed is one
 job, for models that predict the fine image alone (single_t, no_t) also x --coarse_from; its rows, one per metric, are
@@ -15,7 +16,8 @@ appended to results/fid_results.csv, or of a run with a name to results/NAME/fid
 skipped unless --force, and one that another process is at is left to it, so the same command may run on many GPUs and
 hosts at once. The dp and kl paths and cascade:best need the heatmap of
 the same weights, which is used as it is and computed when it is missing. A job that fails does not keep the others from
-running. --list_jobs prints the jobs as single commands.
+running. --list_jobs prints the jobs as single commands, and --write_reference writes the images that the first of them
+is compared with.
 """
 
 import runtime.startup  # noqa: F401
@@ -24,10 +26,12 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import cli
 from checkpoint import FILE_STEMS
 from evaluation.jobs import Evaluation, EvaluationSettings, Job, find_jobs
+from evaluation.reference_set import write_images
 from evaluation.results_table import check_table
 from runtime.device import is_out_of_memory
 from runtime.distributed import PATIENCE, Processes
@@ -39,6 +43,9 @@ class StageSettings(EvaluationSettings):
     """An evaluation, or the list of its jobs."""
 
     list_jobs: bool = option(False, "print one command per job and stop")
+    write_reference: str | None = option(
+        None, "write the images that are compared with into this folder, for other tools, and stop", metavar="FOLDER"
+    )
 
 
 def parse_args() -> StageSettings:
@@ -73,6 +80,11 @@ def main() -> None:
     jobs = find_jobs(settings)
     if settings.list_jobs:
         print("\n".join(job_command(job, settings) for job in jobs))
+        return
+    if settings.write_reference:
+        reference = Evaluation(settings, Processes(settings.device, PATIENCE)).reference(jobs[0])
+        write_images(reference, Path(settings.write_reference), settings.force)
+        print(f"{reference.count} images of the reference '{reference.name}' in {settings.write_reference}")
         return
     for table in {job.output for job in jobs}:
         check_table(table)  # One that cannot be added to is refused before anything is computed.

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import cli
 from checkpoint import load_model
@@ -51,6 +50,7 @@ from paths.path import SPACINGS
 from paths.path import Path as SamplingPath
 from planning.regimes import off_regime_note
 from runtime.device import autocast, resolve_compile, resolve_precision, select_device
+from runtime.progress import Progress
 from runtime.safe_write import replacing, short_name
 from runtime.settings import Settings, option, parse_settings
 
@@ -152,7 +152,10 @@ class Upscaler:
             self.device, settings.eta,
         )  # fmt: skip
         start = 0
-        with autocast(self.device, settings.precision), tqdm(total=count, unit="img", desc="super-resolution") as bar:
+        with (
+            autocast(self.device, settings.precision),
+            Progress(total=count, unit="img", desc="super-resolution") as bar,
+        ):
             for fine, nfe in batches:
                 yield slice(start, start + len(fine)), Upscaled(fine.float().cpu(), nfe)
                 start += len(fine)

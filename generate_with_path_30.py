@@ -7,9 +7,10 @@
     python generate_with_path_30.py --checkpoint FILE --path_type cascade:2,6    # or shift:1, lead:2, heuristic:0.8
     python generate_with_path_30.py --checkpoint checkpoints/single_t_400ep.pth --coarse_from noisy
 
-Writes one PNG per image, named by its seed, into --output (images already there are skipped), `grid.png`,
-`schedule.json`, which replays the path without the heatmap, and with --trajectory `trajectory.png`. Models that predict
-the fine image alone (single_t, no_t) read a coarse one that --coarse_from makes of it.
+Writes one PNG per image, named by its seed, into --output (images already there are skipped), and nothing else that
+`python -m pytorch_fid results/fid_real FOLDER` would take for one: `schedule.json`, which replays the path without the
+heatmap, and below it `figures/grid.png` and with --trajectory `figures/trajectory.png`. Models that predict the fine
+image alone (single_t, no_t) read a coarse one that --coarse_from makes of it.
 """
 
 import runtime.startup  # noqa: F401
@@ -18,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import cli
 from checkpoint import LoadedModel, load_model
@@ -32,10 +32,12 @@ from paths.schedule_file import save_schedule
 from planning.choice import OnePathSettings, SolverSettings, path_of_settings
 from planning.replay import made_for
 from runtime.device import autocast, resolve_compile, resolve_precision, select_device
+from runtime.progress import Progress
 from runtime.safe_write import short_name
 from runtime.settings import option, parse_settings
 
 GRID_IMAGES = 64
+FIGURES = "figures"  # The folder of what is no sample, within that of the samples.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,9 @@ class SamplingSettings(CheckpointSettings, OnePathSettings, SolverSettings, Comp
     batch_size: int = option(64, "images per network call", parse=cli.positive_int)
     seed: int = option(42, "image k has seed 1000000 * SEED + k", parse=cli.seed)
     output: str | None = option(
-        None, "folder (samples/{checkpoint}_{weights}_{path}_{calls}[_{coarse_from}] in the run's results)"
+        None,
+        "folder (samples/{checkpoint}_{weights}_{path}_{calls}[_{coarse_from}] in the run's results)",
+        aliases=("--output_dir",),
     )
     force: bool = option(False, "replace the images of other settings that --output holds")
     trajectory: bool = option(False, "also draw both scales along the path")
@@ -71,7 +75,7 @@ def prepare_output(
     feed = coarse_feed(loaded.model, settings.coarse_from)
     if feed is not None:
         said["coarse_from"] = feed
-    claim(folder, said, settings.force, ("[0-9]*.png", "trajectory.png"))
+    claim(folder, said, settings.force, ("[0-9]*.png", f"{FIGURES}/*.png"))
     write_settings(folder, said)
     save_schedule(
         path,
@@ -136,7 +140,7 @@ def main() -> None:
         )
 
     nfe = 0
-    with autocast(device, settings.precision), tqdm(total=len(missing), unit="img", desc=name) as bar:
+    with autocast(device, settings.precision), Progress(total=len(missing), unit="img", desc=name) as bar:
         for chosen, samples in run(missing):
             nfe = samples.nfe
             check_finite(samples.images[0], [f"of seed {seed}" for seed in chosen])
@@ -148,9 +152,9 @@ def main() -> None:
                 pass
             fine = [state[0].numpy() for state in states]
             coarse = [state[1].numpy() for state in states] if path.num_scales == 2 else None
-            plot_trajectory(fine, coarse, path.points, folder / "trajectory.png")
+            plot_trajectory(fine, coarse, path.points, folder / FIGURES / "trajectory.png")
     shown = [read_png(png_file(folder, seed)) for seed in seeds[:GRID_IMAGES]]
-    save_image_grid(torch.stack(shown).numpy(), folder / "grid.png", columns=8)
+    save_image_grid(torch.stack(shown).numpy(), folder / FIGURES / "grid.png", columns=8)
     made = f"{len(missing)} new with {nfe} network calls each" if missing else "all there already"
     print(f"{settings.num_images} images in {folder}: {made}; path {path.kind} {path.fingerprint()}")
 

@@ -32,7 +32,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import cli
 from checkpoint import LoadedModel, load_model
@@ -59,6 +58,7 @@ from images.representation import RESIDUAL, upsample_nearest
 from paths.path import Path as SamplingPath
 from planning.choice import OnePathSettings, path_of_settings
 from runtime.device import autocast, resolve_compile, resolve_precision, select_device
+from runtime.progress import Progress
 from runtime.safe_write import short_name
 from runtime.settings import REQUIRED, option, parse_settings
 from scheduler import DDIMScheduler
@@ -368,7 +368,7 @@ def main() -> None:
         if note:
             print(note)
     nfe = start = 0
-    with autocast(device, settings.precision), tqdm(total=len(missing), unit="img", desc="inpainting") as bar:
+    with autocast(device, settings.precision), Progress(total=len(missing), unit="img", desc="inpainting") as bar:
         if missing:
             pixels = torch.stack([results[name][0] for name in missing])
             own_seeds = [noise_seeds(results[name][0][None], results[name][1])[0] for name in missing]

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import cli
 from checkpoint import load_model
@@ -44,6 +43,7 @@ from images.own import GIF_COMMENT
 from paths.path import Path as SamplingPath
 from planning.choice import EndSettings, OnePathSettings, path_of_settings
 from runtime.device import autocast, resolve_precision, select_device
+from runtime.progress import Progress
 from runtime.safe_write import replacing, short_name
 from runtime.settings import REQUIRED, option, parse_settings
 from scheduler import DDIMScheduler
@@ -191,7 +191,7 @@ def main() -> None:
     inner = [k for k in range(1, settings.frames - 1) if names[k] in missing]
     chunks = [inner[s : s + settings.batch_size - 2] for s in range(0, len(inner), settings.batch_size - 2)] or [[]]
     shapes = scale_shapes(loaded.model.num_scales, config["channels"], config["resolution"])
-    with autocast(device, settings.precision), tqdm(total=len(missing), unit="img", desc="interpolation") as bar:
+    with autocast(device, settings.precision), Progress(total=len(missing), unit="img", desc="interpolation") as bar:
         for chunk in chunks if missing else []:
             rows = [0, settings.frames - 1, *chunk]
             samples = interpolate(

@@ -4,8 +4,8 @@
     python report.py --run NAME
 
 The page holds its pictures and needs neither a network nor other files. It takes from --folder what is there: error
-maps (heatmap_*ep*.png beside their .pth), paths_*.png, samples_*ep_*.png and samples/*/grid.png. Every number in its
-tables links to the rows of the results table it was made of. The same files give the same bytes.
+maps (heatmap_*ep*.png beside their .pth), paths_*.png, samples_*ep_*.png and the grids of samples/*/. Every number in
+its tables links to the rows of the results table it was made of. The same files give the same bytes.
 """
 
 import runtime.startup  # noqa: F401

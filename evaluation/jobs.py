@@ -99,7 +99,9 @@ class EvaluationSettings(MetricSettings, MissingMapSettings, SeveralPathsSetting
     num_images: int | None = option(None, "images per job (as many as the reference)", parse=cli.positive_int)
     batch_size: int = option(64, "images per network call", parse=cli.positive_int)
     output: str | None = option(
-        None, "results table (results/fid_results.csv; of a run with a name, that in its results)"
+        None,
+        "results table, or a folder for it (results/fid_results.csv; of a run with a name, that in its results)",
+        aliases=("--output_dir",),
     )
     force: bool = option(False, "score again what has been scored")
 
@@ -109,6 +111,8 @@ class EvaluationSettings(MetricSettings, MissingMapSettings, SeveralPathsSetting
             raise ValueError("--run, --checkpoint and --checkpoint_dir exclude each other; name one of them")
         if self.checkpoint is not None and (self.model_type or self.epochs):
             raise ValueError("--model_type and --epochs choose from a folder; leave them out beside --checkpoint")
+        if self.output is not None and (Path(self.output).is_dir() or not Path(self.output).suffix):
+            self._derive(output=str(Path(self.output) / SCORES_FILE))
 
 
 class Job(NamedTuple):
@@ -211,6 +215,11 @@ class Evaluation:
             if claimed:
                 self._run(job)
         return claimed
+
+    def reference(self, job: Job) -> ReferenceSet:
+        """What the images of a job are compared with; raises ValueError for one that does not suit the model."""
+        config = read_checkpoint(job.checkpoint)["config"]
+        return self._reference(*cli.load_image_parts(self.settings, config), config)
 
     @contextmanager
     def _claim(self, job: Job, wait: bool) -> Iterator[bool]:

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from filelock import FileLock
-from tqdm import tqdm
 
-from data import BACKGROUND, ImageSet, load_images
+from data import BACKGROUND, ImageSet, load_images, save_png
 from evaluation.feature_metrics import FeatureMoments
 from evaluation.inception import Inception, stream
+from image_folder import claim, write_settings
+from runtime.progress import Progress
 from runtime.safe_write import replacing
 
 FETCH_AGAIN = "fetch it again or make it with `pytorch-fid --save-stats`"
@@ -124,7 +126,7 @@ class ReferenceSet:
         return Path(cache_dir) / f"{stem}_{self.fingerprint}_{inception.fingerprint}_{inception.resize}{suffix}"
 
     def _stream(self, inception: Inception, batch_size: int) -> Iterator[np.ndarray]:
-        with tqdm(total=self.count, desc=f"features of {self.name}", unit="img") as bar:
+        with Progress(total=self.count, desc=f"features of {self.name}", unit="img") as bar:
             for features in stream(inception, self.pixels, batch_size):
                 yield features.pool.numpy()
                 bar.update(len(features.pool))
@@ -185,6 +187,22 @@ def load_reference(
             f"{kinds[channels]}: pass a folder of images like those it was trained on."
         )
     return from_images(images, name)
+
+
+def write_images(reference: ReferenceSet, folder: Path, force: bool = False) -> None:
+    """Write the images of a reference as PNGs, `000000.png` and on, for other tools; what is there is kept.
+
+    Raises ValueError for a file of statistics, and for a folder with images of another reference unless forced.
+    """
+    pixels = reference.pixels
+    said = {"reference": reference.name, "reference_fingerprint": reference.fingerprint}
+    claim(folder, said, force, ("[0-9]*.png",))
+    write_settings(folder, said)
+    with Progress(total=len(pixels), desc=f"images of {reference.name}", unit="img") as bar:
+        for k, image in enumerate(pixels):
+            if not (folder / f"{k:06d}.png").exists():
+                save_png(torch.from_numpy(image.copy()), folder / f"{k:06d}.png", by_lift=False)
+            bar.update()
 
 
 def _make_once(file: Path, write: Callable[[Path], None]) -> None:

@@ -322,9 +322,11 @@ def sample_pictures(folder: Path, scored: set[str]) -> tuple[list[Picture], list
         alt += "their seed."
         rows.append(embed(file, alt, f"Samples of equal seeds{of} ({file.name})."))
     grids = []
-    for file in _files(folder, "samples/*/grid.png"):
-        alt = f"Grid of generated images of {file.parent.name}, eight to a row, in the order of their seeds."
-        grids.append(embed(file, alt, _samples_caption(file.parent, scored), GRID_ENLARGED))
+    # Earlier versions drew the grid beside the images.
+    for file in [*_files(folder, "samples/*/figures/grid.png"), *_files(folder, "samples/*/grid.png")]:
+        place = file.parent.parent if file.parent.name == "figures" else file.parent
+        alt = f"Grid of generated images of {place.name}, eight to a row, in the order of their seeds."
+        grids.append(embed(file, alt, _samples_caption(place, scored), GRID_ENLARGED))
     return rows, grids
 
 

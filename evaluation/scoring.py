@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from checkpoint import LoadedModel
 from data import ImageSet, distinct_images, to_uint8
@@ -34,6 +33,7 @@ from evaluation.results_table import METRIC_VALUES
 from paths.path import Path
 from runtime.device import autocast
 from runtime.distributed import Processes
+from runtime.progress import Progress
 
 FEATURE_METRICS = ("fid", "fid_infinity", "kid", "is", "pr")
 # Known before an image is made, whereas the metrics themselves would refuse only then.
@@ -80,7 +80,7 @@ def generate(
     with (
         autocast(device, precision),
         _Beside(device, device.type == "cuda" if overlap is None else overlap) as beside,
-        tqdm(total=len(mine), unit="img", leave=False, disable=not processes.is_main) as bar,
+        Progress(total=len(mine), unit="img", leave=False, disable=not processes.is_main) as bar,
     ):
         for chosen, samples in sampled:
             nfe, fine = samples.nfe, samples.images[0]

@@ -32,7 +32,6 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(FilePath(__file__).resolve().parent.parent))
 
@@ -48,6 +47,7 @@ from paths.path import timestep_grid
 from planning.map_file import load_heatmap
 from planning.map_paths import heatmap_path
 from runtime.device import resolve_precision, select_device
+from runtime.progress import Progress
 from runtime.reports import markdown_table, print_report
 from runtime.safe_write import replacing
 from runtime.settings import REQUIRED, option, parse_command
@@ -90,7 +90,7 @@ def gaussian_rows(settings: GaussianSettings) -> list[dict[str, Any]]:
     """The exact values for Gaussian images."""
     spectrum = settings.variances()
     rows = []
-    progress = tqdm(total=len(SCHEDULES) * len(settings.nfe), unit="NFE")
+    progress = Progress(total=len(SCHEDULES) * len(settings.nfe), unit="NFE")
     for label, name in SCHEDULES.items():
         scheduler = DDIMScheduler(beta_schedule=name, prediction_type="v")
         log_snr, start = scheduler.log_snr.numpy(), noisiest_timestep(scheduler)
@@ -158,7 +158,7 @@ def trained_rows(settings: TrainedSettings) -> list[dict[str, Any]]:
                 "heatmap gives; pass another --output."
             )
     check_settings(FilePath(f"{settings.output}.json"), said)
-    for row, path in tqdm(missing, unit="path"):
+    for row, path in Progress(missing, unit="path"):
         same = (str(row["seed"]), row["model"], path.fingerprint())
         if same not in done:
             done[same] = score(

@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import spearmanr
-from tqdm import tqdm
 
 sys.path.insert(0, str(FilePath(__file__).resolve().parent.parent))
 
@@ -41,6 +40,7 @@ from paths.path import Path, timestep_grid
 from planning.error_map import CHAIN_RULE_FACTORS
 from planning.map_file import load_heatmap
 from planning.map_paths import heatmap_path, kl_refined
+from runtime.progress import Progress
 from runtime.reports import markdown_table, print_report
 from runtime.settings import REQUIRED, option, parse_command
 from scheduler import DDIMScheduler
@@ -116,7 +116,7 @@ def gaussian_candidates(spectrum: Spectrum, name: str, numbers_of_steps: Sequenc
     heatmap = exact_heatmap(spectrum, scheduler, timestep_grid(30, start=start))
     end = spectrum.noised(log_snr[0])
     found: dict[tuple, Candidate] = {}
-    for nfe in tqdm(numbers_of_steps, desc=name, unit="NFE"):
+    for nfe in Progress(numbers_of_steps, desc=name, unit="NFE"):
         paths = [*hand_made(nfe, log_snr, start), *optimised(nfe, heatmap, log_snr)]
         for family, path in paths:
             points = log_snr[np.array(path.points)]

@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(FilePath(__file__).resolve().parent.parent))
 
 import cli
 from evaluation.results_table import write_csv
 from images.representation import REPRESENTATIONS
+from runtime.progress import Progress
 from runtime.reports import markdown_table, print_report
 from runtime.settings import option, parse_command
 from study import GaussianSettings
@@ -108,7 +107,7 @@ def main() -> None:
     spectrum = settings.variances()
     FilePath(settings.output).parent.mkdir(parents=True, exist_ok=True)
     jobs = [(kind, nfe) for nfe in settings.nfe for kind in KINDS]
-    rows = [row_of(spectrum, kind, nfe, settings.start) for kind, nfe in tqdm(jobs, unit="path")]
+    rows = [row_of(spectrum, kind, nfe, settings.start) for kind, nfe in Progress(jobs, unit="path")]
     write_csv(f"{settings.output}.csv", [{column: row.get(column) for column in COLUMNS} for row in rows])
     source = f"variances of {FilePath(settings.spectrum).name}" if settings.spectrum else "a power law"
     text = report(rows, f"Best paths of DDIM on Gaussian images, {source}, from λ = {settings.start:g}")

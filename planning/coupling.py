@@ -22,9 +22,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from planning.error_map import draw_noise_and_probes
+from runtime.progress import Progress
 from scheduler import DDIMScheduler
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # Fine first.
@@ -83,7 +83,7 @@ def measure_coupling(
     errors = torch.zeros(len(COUPLING_ERRORS), len(t_64), len(CONDITIONS), shape[0], dtype=torch.float64)
     t_32 = torch.zeros(len(t_64), len(CONDITIONS), dtype=torch.int64)
     calls = [(i, k) for i in range(len(t_64)) for k in range(len(CONDITIONS))]
-    for i, k in tqdm(calls, desc="coupling", unit="condition", disable=not progress):
+    for i, k in Progress(calls, desc="coupling", unit="condition", disable=not progress):
         t = int(t_64[i])
         x_64 = tables.add_noise(images[0], noise_64, t)
         x_32, t_32[i, k] = _coarse_input(CONDITIONS[k], tables, images[1], noise_32, partner.to(device), t)

@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from images.representation import OVERCOMPLETE
 from paths.map_interpolation import interpolate_map, nearest_in_row
 from planning.map_file import PartFiles
 from runtime.distributed import Processes
+from runtime.progress import Progress
 from scheduler import DDIMScheduler
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # Fine first.
@@ -393,7 +393,7 @@ def _measure(
             parts.write(rank, {"done": done, "norms": norms, "mses": mses})
 
     saved = time.monotonic()
-    bar = tqdm(total=num_cells, desc="error map", unit="cell", disable=not progress or rank > 0)
+    bar = Progress(total=num_cells, desc="error map", unit="cell", disable=not progress or rank > 0)
     try:
         with bar:
             bar.update(done.sum().item() // num_images)

@@ -35,6 +35,7 @@ class Option(NamedTuple):
     shortcuts: Mapping[str, tuple[Any, str]]
     recorded: bool
     absent: Any
+    aliases: Sequence[str]
 
 
 def option(
@@ -51,12 +52,13 @@ def option(
     shortcuts: Mapping[str, tuple[Any, str]] = {},  # noqa: B006 - further flags: the value each sets, and its help
     recorded: bool = False,  # part of what a checkpoint says of its training
     absent: Any = REQUIRED,  # what it stands for in older files that do not say, if there are any
+    aliases: Sequence[str] = (),  # further names of the flag
 ) -> Any:
     """A field of a `Settings` class. A field that is None by default may be None, and no other."""
     if shown is None and default not in (REQUIRED, None) and not isinstance(default, bool):
         shown = ",".join(map(str, default)) if isinstance(default, tuple) and not nargs else _words(default)
     text = f"{help} ({shown})".strip() if shown else help
-    made = Option(text, parse, choices, nargs, metavar, flag, const, shortcuts, recorded, absent)
+    made = Option(text, parse, choices, nargs, metavar, flag, const, shortcuts, recorded, absent, aliases)
     return dataclasses.field(default=default, metadata={"option": made})
 
 
@@ -239,6 +241,6 @@ def _add_flag(group: Any, field: dataclasses.Field, made: Option) -> None:
             options |= {"dest": field.name, "required": field.default is REQUIRED}
         if field.default is not REQUIRED:
             options["default"] = field.default
-        group.add_argument(flag, help=made.help, **options)
+        group.add_argument(flag, *made.aliases, help=made.help, **options)
     for shortcut, (value, text) in made.shortcuts.items():
         group.add_argument(shortcut, dest=field.name, action="store_const", const=value, help=text)

@@ -95,5 +95,5 @@ done
 
 python aggregate_results.py --input "$RESULTS_DIR/fid_results.csv" --output "$RESULTS_DIR/fid_table"
 python report.py --results "$RESULTS_DIR/fid_results.csv" --folder "$RESULTS_DIR" --output "$RESULTS_DIR/report.html"
-echo "Figures in $RESULTS_DIR: ${figures[*]}; trajectories: samples/*/trajectory.png"
+echo "Figures in $RESULTS_DIR: ${figures[*]}; trajectories: samples/*/figures/trajectory.png"
 echo "Report: $RESULTS_DIR/report.html"

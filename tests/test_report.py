@@ -172,7 +172,7 @@ EMPTY_MAP = {"t_grid": torch.arange(3), "fingerprint": "f"}
 
 
 def write_samples(folder, first=42_000_000, count=3):
-    write_png(folder / "grid.png", 5, (274, 70))
+    write_png(folder / "figures/grid.png", 5, (274, 70))
     for k in range(count):
         write_png(folder / f"{first + k:012d}.png", k, (8, 8))
     (folder / "settings.json").write_text('{"weights_fingerprint": "dualraw400", "eta": 0.5, "end": "clean"}')
@@ -358,7 +358,7 @@ def test_pictures_are_embedded_byte_for_byte_with_their_captions(place, page):
         with Image.open(io.BytesIO(data)) as picture:
             assert picture.size == (int(figure.one("img")["width"]), int(figure.one("img")["height"]))
         captions[data] = figure.one("figcaption").text
-    grid = place / "samples" / "lift_400ep_raw_dp_64_2" / "grid.png"
+    grid = place / "samples" / "lift_400ep_raw_dp_64_2" / "figures/grid.png"
     files = [*(place / name for name in PICTURES), grid]
     assert len(captions) == len(files) + 2  # two curves
     captions = {file.name: captions[file.read_bytes()] for file in files}

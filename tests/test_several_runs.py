@@ -63,7 +63,7 @@ def test_four_runs_of_equal_epochs_keep_all_that_is_theirs(stage, elsewhere, tin
     for run in RUNS.values():
         everything(stage, run)
         results = Path("results") / run
-        made = [*results.glob("*.*"), *results.glob("plan_*/*"), *results.glob("samples/*/*")]
+        made = [*results.glob("*.*"), *results.glob("plan_*/*"), *results.glob("samples/*/**/*")]
         kept[run] = {file: file.read_bytes() for file in made if file.is_file() and file.suffix != ".lock"}
         names = "heatmap_6_2ep.pth heatmap_6_2ep.png fid_results.csv schedule_optimal_4.json costs.csv grid.png"
         assert {file.name for file in kept[run]} >= set(names.split())

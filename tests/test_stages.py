@@ -523,7 +523,7 @@ def test_images_are_named_by_seed_and_cost_num_steps_calls(run, samples, path_ty
     assert schedule["model_fingerprint"] == load_model(checkpoint).fingerprint
     with Image.open(folder / f"{FIRST_SEED:012d}.png") as image:
         assert image.size == (16, 16) and len(np.unique(np.asarray(image))) > 20
-    with Image.open(folder / "grid.png") as grid:
+    with Image.open(folder / "figures/grid.png") as grid:
         assert grid.size == (5 * 18 + 2, 18 + 2)
 
 
@@ -626,7 +626,7 @@ def test_a_trajectory_is_drawn_and_changes_no_image(stage, run, samples, tmp_pat
     shutil.copytree(samples(path_type)[0], folder)
     before = images_in(folder)
     stage(generate_with_path_30, *run.generate_flags(folder, path_type), "--trajectory")
-    with Image.open(folder / "trajectory.png") as figure:
+    with Image.open(folder / "figures/trajectory.png") as figure:
         assert figure.width > figure.height > 50
     assert images_in(folder) == before
 

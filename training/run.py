@@ -19,6 +19,7 @@ from images.sources import Classes
 from networks.ema import USUAL_RAMPUP, ema_note
 from runtime.device import choose_kernels, is_out_of_memory
 from runtime.distributed import Processes
+from runtime.progress import Progress
 from runtime.safe_write import remove_temporaries, versions
 from runtime.settings import lines_of
 from training.memory import out_of_memory_message, peak_memory, training_memory
@@ -172,11 +173,9 @@ def _run(trainer: Trainer, images: ImageSet, stop: StopRequest) -> None:
         )
 
 
-def progress_bar(trainer: Trainer, total_steps: int) -> tqdm:
-    """Epoch, step, losses, images/s and the time left; a line now and then where nobody watches."""
-    seconds = 0.1 if sys.stderr.isatty() else 30
-    hidden = not trainer.processes.is_main
-    return tqdm(total=total_steps, initial=trainer.step, unit="step", mininterval=seconds, disable=hidden)
+def progress_bar(trainer: Trainer, total_steps: int) -> Progress:
+    """Epoch, step, losses, images/s and the time left."""
+    return Progress(total=total_steps, initial=trainer.step, unit="step", disable=not trainer.processes.is_main)
 
 
 class Clock:
@@ -194,7 +193,7 @@ class Clock:
         return self.steps * batch_size / (time.perf_counter() - self.start)
 
 
-def _loop(trainer: Trainer, log: RunLog | None, bar: tqdm, stop: StopRequest) -> bool:
+def _loop(trainer: Trainer, log: RunLog | None, bar: Progress, stop: StopRequest) -> bool:
     """Every step from the trainer's position on; returns whether a signal ended it."""
     settings, processes = trainer.settings, trainer.processes
     steps_per_epoch = len(trainer.batches)
@@ -231,7 +230,7 @@ def _loop(trainer: Trainer, log: RunLog | None, bar: tqdm, stop: StopRequest) ->
     return stopping
 
 
-def write_row(trainer: Trainer, log: RunLog | None, bar: tqdm, clock: Clock) -> None:
+def write_row(trainer: Trainer, log: RunLog | None, bar: Progress, clock: Clock) -> None:
     """Close the window of the log and show it everywhere."""
     row, curves = trainer.row()
     speed = {

@@ -684,7 +684,7 @@ def test_generating_with_and_without_a_compiler_gives_the_same_images(stage, tin
         )
         files = sorted((tmp_path / name).glob("[0-9]*.png"))
         pixels[name] = torch.stack([read_png(file) for file in files]).int()
-        assert len(files) == 3 and (tmp_path / name / "trajectory.png").exists()
+        assert len(files) == 3 and (tmp_path / name / "figures/trajectory.png").exists()
     assert (pixels["eager"] - pixels["graphs"]).abs().max() <= 1
     assert torch.equal(pixels["eager"], pixels["failing"])
 

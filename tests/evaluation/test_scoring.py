@@ -287,7 +287,7 @@ def save_images(folder, sizes, seed=0):
 
 def test_figures_beside_generated_images_are_none_of_them(stage, run, tmp_path):
     stage(generate_with_path_30, *run.generate_flags(tmp_path / "samples", count=3), "--trajectory")
-    assert (tmp_path / "samples/grid.png").exists() and (tmp_path / "samples/trajectory.png").exists()
+    assert (tmp_path / "samples/figures/grid.png").exists() and (tmp_path / "samples/figures/trajectory.png").exists()
     images = load_images(str(tmp_path / "samples"), 16, tmp_path / "cache", resize_filter=None)
     files = sorted((tmp_path / "samples").glob("[0-9]*.png"))
     np.testing.assert_array_equal(images.pixels, [read_png(file).numpy() for file in files])
