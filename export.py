@@ -3,14 +3,19 @@
     python export.py checkpoints/lift_dual_timestep_400ep.pth --ema exports/lift_400ep_ema
     python export.py checkpoints/baseline_400ep.pth exports/baseline_400ep --force
     python export.py --run NAME --ema exports/name
+    python export.py --run NAME --ema --schedule results/NAME/plan_14ep_ema/schedule_optimal_10.json exports/name
     hf upload NAME/lift exports/lift_400ep_ema
 
 Writes model.safetensors, config.json (everything needed to sample, and how the model was trained) and README.md (the
 model card). `LIFTDualTimestepModel.from_pretrained("exports/lift_400ep_ema")` gives the model back.
+
+And for machines that have PyTorch and nothing else: model.pt2, the network as a program of torch.export, schedule.json,
+the path that flags choose, noise.pt, the noise of eight seeds, and sample.py, which samples with these.
 """
 
 import runtime.startup  # noqa: F401
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +23,26 @@ from typing import Any
 import cli
 from checkpoint import LoadedModel, load_model
 from cli import CheckpointSettings
+from diffusion.sampler import SeededNoise, image_seeds, scale_shapes
 from images.sources import is_hub_id
 from networks.model_card import model_card
 from networks.pretrained import CONFIG_FILE, MODEL_KEYS, OPTIONAL_MODEL_KEYS, read_config, write_pretrained
+from networks.program import (
+    NOISE_FILE,
+    PROGRAM_FILE,
+    SCHEDULE_FILE,
+    SCRIPT_FILE,
+    noise_bytes,
+    program_bytes,
+    script_bytes,
+)
+from paths.path import Path as SamplingPath
+from paths.schedule_file import save_schedule
+from planning.choice import OnePathSettings, path_of_settings, path_type
+from planning.replay import made_for
 from runtime.settings import REQUIRED, option, parse_settings
 
+STORED_SEED, STORED_IMAGES = 42, 8  # Whose noise goes with an export.
 # Other entries of a checkpoint's config may hold places on the machine that trained.
 TRAINING_KEYS = (
     "limit", "holdout", "resize_filter", "background", "skip_bad_images", "flip", "data_fingerprint", "epochs",
@@ -32,14 +52,20 @@ TRAINING_KEYS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportSettings(CheckpointSettings):
-    """What is exported, and where to."""
+class ExportSettings(CheckpointSettings, OnePathSettings):
+    """What is exported, with which path, and where to."""
 
     checkpoint: str | None = option(
         None, "a checkpoint that training wrote", flag="checkpoint", metavar="CHECKPOINT", nargs="?"
     )
     output: str = option(REQUIRED, "folder", flag="output", metavar="OUT")
     force: bool = option(False, "replace the export that OUT holds")
+    path_type: str | None = option(
+        None,
+        "path of sample.py, a type of generate_with_path_30.py (image_diagonal of a residual pair, else diagonal)",
+        parse=path_type,
+        metavar="TYPE",
+    )
 
     def check(self) -> None:
         if self.checkpoint is None and self.run is None:
@@ -49,7 +75,8 @@ class ExportSettings(CheckpointSettings):
 
 def parse_args() -> ExportSettings:
     """The settings of this stage, from its flags."""
-    return parse_settings(ExportSettings, __doc__)
+    # Coarse images that are not predicted come from the clean fine one in sample.py.
+    return parse_settings(ExportSettings, __doc__, leave_out=("coarse_from",))
 
 
 def public_dataset_name(dataset: str) -> str:
@@ -67,7 +94,8 @@ def export_config(loaded: LoadedModel, checkpoint: str) -> dict[str, Any]:
         raise ValueError(f"Checkpoint {checkpoint} does not say its {', '.join(missing)}; train again to export.")
     dataset = {"dataset": public_dataset_name(config["dataset"])} if "dataset" in config else {}
     return (
-        {"class_name": type(loaded.model).__name__}
+        {name: getattr(loaded.model, name) for name in ("num_scales", "num_predictions")}
+        | {"class_name": type(loaded.model).__name__}
         | {key: config[key] for key in MODEL_KEYS}
         | {key: config[key] for key in OPTIONAL_MODEL_KEYS if config.get(key, "overcomplete") != "overcomplete"}
         | dataset
@@ -94,6 +122,39 @@ def check_output(folder: Path, force: bool) -> None:
         ) from error
 
 
+def standalone_files(settings: ExportSettings, loaded: LoadedModel) -> tuple[SamplingPath, dict[str, bytes]]:
+    """The path that the exported script follows, and its files by name."""
+    config, model = loaded.config, loaded.model
+    if settings.path_type is None:
+        tied = config["model_type"] == "dual" and loaded.scheduler.representation.image_lead > 0
+        settings = settings.but(path_type="image_diagonal" if tied else "diagonal")
+    path, _ = path_of_settings(settings, loaded)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / SCHEDULE_FILE
+        save_schedule(
+            path,
+            file,
+            loaded.scheduler.log_snr.numpy(),
+            solver={"name": "ddim", "eta": 0.0, "end": "clean"},
+            criterion=path.provenance.get("criterion"),
+            cost=path.provenance.get("cost"),
+            beta_schedule=config["beta_schedule"],
+            **made_for(path, loaded),
+        )
+        schedule = file.read_bytes()
+    shapes = scale_shapes(model.num_scales, config["channels"], config["resolution"])
+    # A coarse image that is not predicted is noised again at every point but the last.
+    shapes += shapes[1:] * (path.nfe - 1 if model.num_predictions < model.num_scales else 0)
+    seeds = image_seeds(STORED_SEED, STORED_IMAGES)
+    noise = SeededNoise(seeds)
+    return path, {
+        PROGRAM_FILE: program_bytes(model, config["channels"], config["resolution"]),
+        SCHEDULE_FILE: schedule,
+        NOISE_FILE: noise_bytes(seeds, [noise.draw(shape) for shape in shapes], path.points),
+        SCRIPT_FILE: script_bytes(),
+    }
+
+
 def main() -> None:
     """Export."""
     settings = parse_args()
@@ -102,10 +163,12 @@ def main() -> None:
     loaded = load_model(settings.checkpoint, settings.ema)
     config = export_config(loaded, settings.checkpoint)
     num_parameters = sum(p.numel() for p in loaded.model.parameters())
-    write_pretrained(folder, loaded.model, config, model_card(config, num_parameters))
+    path, files = standalone_files(settings, loaded)
+    write_pretrained(folder, loaded.model, config, model_card(config, num_parameters, nfe=path.nfe), files)
     print(
         f"{config['class_name']} with {num_parameters:,} parameters, {loaded.weights} weights of epoch "
-        f"{config['epoch']}, in {folder}: model.safetensors, config.json, README.md"
+        f"{config['epoch']}, in {folder}: model.safetensors, config.json, README.md, and for PyTorch alone "
+        f"{', '.join(files)}; path {path.kind} {path.fingerprint()}"
     )
 
 

@@ -3,6 +3,8 @@
 import textwrap
 from typing import Any
 
+import torch
+
 TEMPLATE = """\
 ---
 library_name: lift
@@ -25,29 +27,7 @@ tags:
 
 ## Sampling
 
-With the code of LIFT and its requirements at hand, in this folder, by `PYTHONPATH=path/to/LIFT python`:
-
-```python
-from data import to_uint8
-from runtime.device import select_device
-from {module} import {class_name}
-from paths.families import diagonal{shift}
-from figures.images import save_image_grid
-from diffusion.sampler import image_seeds, sample_seeds, scale_shapes
-from scheduler import DDIMScheduler
-
-device = select_device(None)  # The first GPU if there is one.
-model = {class_name}.from_pretrained(".").to(device)  # This folder; or the id of the model on the hub.
-config = model.config
-scheduler = DDIMScheduler(config["num_train_timesteps"], config["beta_schedule"], config["prediction_type"]{process})
-path = diagonal(18, num_scales=model.num_scales, num_train_timesteps=config["num_train_timesteps"])  # 18 network calls.
-{tie}shapes = scale_shapes(model.num_scales, config["channels"], config["resolution"])
-seeds = image_seeds(42, 8)  # An image depends on its seed alone.
-[(_, samples)] = sample_seeds(model.denoise, scheduler, path, seeds, shapes, len(seeds), device{feed})
-save_image_grid(to_uint8(samples.images[0]).cpu(), "samples.png", columns=4)
-```
-
-{paths}
+{sampling}
 
 ## Limitations
 
@@ -79,21 +59,38 @@ RESIDUAL_SCALES = (
     " Its fine scale is what the coarse one leaves: the image less its upsampled 2×2 mean, of which every 2×2 block "
     "sums to zero."
 )
-IMAGE_DIAGONAL = (
-    "path = log_snr_shift(path, scheduler.representation.image_lead, scheduler.log_snr.numpy())  "
-    "# Noise as on the image.\n"
-)
-TWO_CLOCKS = (
-    "On the diagonal both scales have the same timestep. `compute_heatmap_30.py` finds other paths, from the "
-    "checkpoint that this model was exported from; `load_schedule` of `paths/schedule_file.py` reads those of a "
-    "`schedule.json`."
-)
+STANDALONE = """\
+With PyTorch alone, in this folder:
+
+    python sample.py
+
+It writes eight images into `samples/`, along the {nfe} network calls of `schedule.json`; `--seeds` and `--schedule`
+choose others. Schedules are those that LIFT plans for this model (`schedule_*.json`, `samples/*/schedule.json`).
+{paths}To call the network from a program of your own, which needs no code of LIFT either:
+
+```python
+import torch
+
+network = torch.export.load("model.pt2").module()  # Written by PyTorch {version}.
+{example}
+```
+
+`sample.py` shows what to make of the predictions.
+
+"""
+IN_LIFT = """\
+In the code of LIFT, `{class_name}.from_pretrained("this folder, or its id on the hub")` gives the model back as a
+module."""
 COARSE_FEED = (
-    'The model reads the coarse image and does not predict it. With `coarse_from="x0"` that is the 2×2 mean of the '
-    "clean image that was predicted last, noised again to its own timestep; with "
-    '`coarse_from="noisy"` it is the 2×2 mean of the noisy fine image.'
+    "The model reads the coarse image and does not predict it: that is the 2×2 mean of the clean image that was\n"
+    "predicted last, noised again to its own timestep.\n"
 )
-ONE_CLOCK = "The diagonal, in any number of steps, is the only kind of path that this model can follow."
+ONE_CLOCK = "The diagonal, in any number of steps, is the only kind of path that this model can follow.\n"
+EXAMPLES = {
+    1: "[prediction] = network([x], [t])  # x: float32 [B, {channels}, {fine}, {fine}]; t: int64 [B].",
+    2: "{predictions} = network([x_{fine}, x_{coarse}], [t_{fine}, t_{coarse}])"
+    "  # x_{fine}: float32 [B, {channels}, {fine}, {fine}]; t_{fine}: int64 [B].",
+}
 APPROXIMATE_INPUT = (
     "- In training the coarse image was that of a real one, with noise of its own; in sampling it is made from the "
     "fine one and tells nothing more.\n"
@@ -149,13 +146,14 @@ def _ema(config: dict[str, Any]) -> str:
     return f"decay {config['ema_decay']:g} per step" + (f", half-life at most {ratio:g} of the steps" if ratio else "")
 
 
-def model_card(config: dict[str, Any], num_parameters: int) -> str:
-    """The card, Markdown with a YAML head, of a model by its config: `class_name`, `networks.pretrained.MODEL_KEYS`."""
+def model_card(config: dict[str, Any], num_parameters: int, standalone: bool = True, nfe: int = 18) -> str:
+    """The card, Markdown with a YAML head, of a model by its config: `class_name`, `networks.pretrained.MODEL_KEYS`.
+
+    standalone: whether the files of `networks.program` lie beside it; nfe: the calls of their schedule.
+    """
     class_name, fine = config["class_name"], config["resolution"]
     reads_more_than_it_predicts = class_name in ("SingleTimestepModel", "NoTimestepModel")
     is_residual = config.get("representation") == "residual"
-    tied = is_residual and class_name == "LIFTDualTimestepModel"
-    paths = ONE_CLOCK if class_name in ("BaselineModel", "LIFTBaselineModel") else TWO_CLOCKS
     said = config | {
         "description": DESCRIPTIONS[class_name].format(fine=fine, coarse=fine // 2),
         "num_parameters": num_parameters,
@@ -167,11 +165,16 @@ def model_card(config: dict[str, Any], num_parameters: int) -> str:
         fine=fine,
         introduction=textwrap.fill(INTRODUCTION.format(**said) + RESIDUAL_SCALES * is_residual, 120),
         training=_training_section(config),
-        module="baseline_model" if class_name == "BaselineModel" else "model",
-        process=', representation="residual"' if is_residual else "",
-        tie=IMAGE_DIAGONAL if tied else "",
-        shift=", log_snr_shift" if tied else "",
-        feed=', coarse_from="x0"' if reads_more_than_it_predicts else "",
-        paths=textwrap.fill(f"{COARSE_FEED} {paths}" if reads_more_than_it_predicts else paths, 120),
+        sampling=_sampling_section(config, reads_more_than_it_predicts, standalone, nfe),
         limitation=APPROXIMATE_INPUT if reads_more_than_it_predicts else "",
     )
+
+
+def _sampling_section(config: dict[str, Any], fine_alone: bool, standalone: bool, nfe: int) -> str:
+    class_name, fine = config["class_name"], config["resolution"]
+    sizes = {"channels": config["channels"], "fine": fine, "coarse": fine // 2}
+    predictions = "[prediction]" if fine_alone else "fine, coarse"
+    example = EXAMPLES[1 if class_name == "BaselineModel" else 2].format(predictions=predictions, **sizes)
+    paths = ONE_CLOCK if class_name in ("BaselineModel", "LIFTBaselineModel") else COARSE_FEED * fine_alone
+    alone = STANDALONE.format(nfe=nfe, version=torch.__version__, example=example, paths=paths)
+    return alone * standalone + IN_LIFT.format(class_name=class_name)

@@ -8,6 +8,7 @@ the schedule and the training; `huggingface_hub` uploads and downloads.
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,13 @@ def _require_hub() -> None:
 
 
 def write_pretrained(
-    folder: str | os.PathLike, model: nn.Module, config: dict[str, Any], card: str | None = None
+    folder: str | os.PathLike,
+    model: nn.Module,
+    config: dict[str, Any],
+    card: str | None = None,
+    further: Mapping[str, bytes] | None = None,  # files by name that belong to them
 ) -> dict[str, Any]:
-    """Write the weights of a model, `config` and a card into a folder: all of them, or on failure none.
+    """Write the weights of a model, `config`, a card and further files into a folder: all of them, or on failure none.
 
     config: JSON types; `class_name` and `weights_sha256` are added. If it holds the checksum of other weights, what it
     says beyond MODEL_KEYS is about those and is left out. card: None leaves the folder without one, or with the one it
@@ -63,7 +68,7 @@ def write_pretrained(
     if config.get("weights_sha256", checksum) != checksum:
         config = {key: config[key] for key in MODEL_KEYS + OPTIONAL_MODEL_KEYS if key in config}
     config = config | {"class_name": type(model).__name__, "weights_sha256": checksum}
-    contents = {CONFIG_FILE: f"{json.dumps(config, indent=2)}\n".encode()}
+    contents = {CONFIG_FILE: f"{json.dumps(config, indent=2)}\n".encode()} | (further or {})
     if card is not None:
         contents[CARD_FILE] = card.encode()
     contents[WEIGHTS_FILE] = weights
@@ -183,4 +188,4 @@ class PretrainedMixin(PyTorchModelHubMixin):
         """The card that `export.py` writes; for a model that was not exported, the one of huggingface_hub."""
         if not all(key in self.config for key in MODEL_KEYS):
             return super().generate_model_card(*args, **kwargs)
-        return ModelCard(model_card(self.config, sum(p.numel() for p in self.parameters())))
+        return ModelCard(model_card(self.config, sum(p.numel() for p in self.parameters()), standalone=False))

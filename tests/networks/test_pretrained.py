@@ -2,8 +2,8 @@
 
 import copy
 import hashlib
+import importlib.util
 import inspect
-import io
 import json
 import os
 import pickle
@@ -17,20 +17,22 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard, hub_mixin
-from PIL import Image
 from safetensors import safe_open
 
 import export
 from checkpoint import MODEL_CLASSES, build_model, load_model, save_checkpoint, weights_fingerprint
 from conftest import ROOT
-from data import to_uint8
+from data import read_png, to_uint8
 from diffusion.sampler import image_seeds, sample_seeds, scale_shapes
-from figures.images import image_grid
 from networks import pretrained
-from paths.families import diagonal
+from paths.families import diagonal, log_snr_shift
+from paths.path import Path as SamplingPath
+from paths.schedule_file import save_schedule
 from scheduler import DDIMScheduler
 
-FILES = ["README.md", "config.json", "model.safetensors"]
+ALONE = ["model.pt2", "noise.pt", "sample.py", "schedule.json"]
+LOADED = ["config.json", "model.safetensors"]
+FILES = sorted(["README.md", *LOADED, *ALONE])
 
 
 def config(model_type="dual", **changes):
@@ -63,7 +65,7 @@ def config(model_type="dual", **changes):
 
 def content(model_type="dual", ema=True, seed=0, **changes):
     torch.manual_seed(seed)
-    state = build_model(config(model_type)).state_dict()
+    state = build_model(config(model_type, **changes)).state_dict()
     ema_state = {name: value * 0.5 for name, value in state.items()} if ema else None
     return {
         "model_state": state,
@@ -72,6 +74,13 @@ def content(model_type="dual", ema=True, seed=0, **changes):
         "epoch": 300,
         "step": 12345,
     }
+
+
+@pytest.fixture(autouse=True)
+def program(request, monkeypatch):
+    """Tests that run no program do without, since exporting takes seconds; those that do name this fixture."""
+    if "program" not in inspect.signature(request.function).parameters:
+        monkeypatch.setattr(export, "program_bytes", lambda *args: b"program")
 
 
 @pytest.fixture
@@ -152,11 +161,15 @@ def test_both_orders_of_the_arguments_are_one_export(stage, tmp_path):
     names = sorted(file.name for file in (tmp_path / "a").iterdir())
     assert names == FILES
     a, b, raw = ([(tmp_path / out / name).read_bytes() for name in FILES] for out in ("a", "b", "raw"))
-    assert a == b and all(x != y for x, y in zip(a, raw, strict=True))
+    same_weights = [name for name, x, y in zip(FILES, a, b, strict=True) if x == y]
+    assert same_weights == FILES
+    independent = {"model.pt2", "noise.pt", "sample.py"}
+    assert {name for name, x, y in zip(FILES, a, raw, strict=True) if x == y} == independent
     parameters = sum(value.numel() for value in content()["model_state"].values())
     assert ended.output == (
         f"LIFTDualTimestepModel with {parameters:,} parameters, ema weights of epoch 300, in {tmp_path / 'a'}: "
-        "model.safetensors, config.json, README.md\n"
+        "model.safetensors, config.json, README.md, and for PyTorch alone model.pt2, schedule.json, noise.pt, "
+        f"sample.py; path diagonal {diagonal(18).fingerprint()}\n"
     )
 
 
@@ -166,6 +179,8 @@ def test_the_config_holds_what_sampling_needs_and_the_training(exported, model_t
     weights = (folder / "model.safetensors").read_bytes()
     assert read_json(folder / "config.json") == config(model_type) | {
         "class_name": MODEL_CLASSES[model_type].__name__,
+        "num_scales": MODEL_CLASSES[model_type].num_scales,
+        "num_predictions": MODEL_CLASSES[model_type].num_predictions,
         "epoch": 300,
         "step": 12345,
         "weights": "ema",
@@ -247,7 +262,12 @@ def test_what_is_pushed_is_what_was_exported(exported, hub, tmp_path):
     files = {name: (folder / name).read_bytes() for name in FILES}
     model.push_to_hub("me/lift")
     model.save_pretrained(tmp_path / "copy", push_to_hub=True, repo_id="me/copy")
-    assert hub == {"me/lift": files, "me/copy": files}
+    for repo in ("me/lift", "me/copy"):
+        card = hub[repo].pop("README.md").decode()
+        assert hub[repo] == {name: files[name] for name in LOADED}
+        # What PyTorch alone needs is pushed as the folder that export.py wrote, and not by a model.
+        assert card.partition("## Sampling")[0] == files["README.md"].decode().partition("## Sampling")[0]
+        assert "sample.py" not in card and "LIFTBaselineModel.from_pretrained(" in card
 
 
 def test_changed_weights_do_not_claim_the_old_training(exported, tmp_path):
@@ -280,7 +300,7 @@ def test_a_hub_id_is_downloaded(folder, monkeypatch):
     model = MODEL_CLASSES["dual"].from_pretrained("me/lift", revision="v1", token="secret")
     assert weights_fingerprint(model.state_dict()) == model.config["weights_fingerprint"]
     [(args, kwargs)] = asked
-    assert args == ("me/lift",) and sorted(kwargs["allow_patterns"]) == FILES[1:]
+    assert args == ("me/lift",) and sorted(kwargs["allow_patterns"]) == LOADED
     assert (kwargs["revision"], kwargs["token"], kwargs["local_files_only"]) == ("v1", "secret", False)
 
 
@@ -304,7 +324,7 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path, monkeypatch, name):
         MODEL_CLASSES["dual"].from_pretrained(name)
 
 
-@pytest.mark.parametrize("name", FILES[1:])
+@pytest.mark.parametrize("name", LOADED)
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=rf"^{re.escape(str(folder))} lacks {name}; "):
@@ -530,9 +550,8 @@ def test_every_card_describes_its_model(exported, model_type):
     assert f"# {MODEL_CLASSES[model_type].__name__}, 16×16" in text
     assert "number of images" not in text and "| mirrored at random | no |" in text
     assert "| weights in this folder | raw |" in text
-    assert ("compute_heatmap_30.py" in text) == (model_type in ("dual", "single_t", "no_t"))
     assert ("only kind of path" in text) == (model_type in ("baseline", "shared_t"))
-    for said in ("2×2 mean", "does not predict it", 'device, coarse_from="x0")', "- In training the coarse image was"):
+    for said in ("2×2 mean", "does not predict it", "- In training the coarse image was"):
         assert (said in " ".join(text.split())) == (model_type in ("single_t", "no_t"))
     assert max(map(len, snippet(folder).splitlines())) <= 120
     # A field that was not filled in would be left in braces.
@@ -545,20 +564,141 @@ def snippet(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("model_type", MODEL_CLASSES)
-def test_the_snippet_of_the_card_samples_the_exported_model(exported, monkeypatch, model_type):
-    settings = {"beta_schedule": "linear", "prediction_type": "v"}
-    folder = exported(model_type, "--ema", **settings)
+def test_the_snippet_of_the_card_calls_the_exported_network(program, exported, monkeypatch, model_type):
+    folder = exported(model_type, "--ema")
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    exec(compile(snippet(folder), "README.md", "exec"), {})
+    xs = inputs(model_type)[: MODEL_CLASSES[model_type].num_scales]
+    ts = [torch.tensor([5, 900]), torch.tensor([70, 3])]
+    # One clock reads the fine timestep.
+    names = {"x": xs[0], "t": ts[0], "x_16": xs[0], "x_8": xs[-1], "t_16": ts[0], "t_8": ts[-1]}
+    exec(compile(snippet(folder), "README.md", "exec"), names)
+    found = [names[name] for name in ("prediction", "fine", "coarse") if name in names]
     model = build_model(config(model_type)).eval()
     model.load_state_dict(content(model_type)["ema_state"])
-    path = diagonal(18, num_scales=model.num_scales)
-    shapes = scale_shapes(model.num_scales, 3, 16)
+    with torch.no_grad():
+        expected = model.denoise(tuple(xs), (ts[0], ts[0]) if model_type == "shared_t" else tuple(ts))
+    assert len(found) == len(expected) == model.num_predictions
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+# With PyTorch alone
+
+
+def load_script(folder):
+    """The exported script as a module."""
+    spec = importlib.util.spec_from_file_location("exported_sample", folder / "sample.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(folder, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, words)])
+    load_script(folder).main()
+
+
+def assert_those_of_lift(folder, model_type, path, seeds, settings, channels=3, **changes):
+    """The PNGs in a folder are those that the sampler of this project makes, up to one grey level."""
+    model = build_model(config(model_type, channels=channels, **changes)).eval()
+    model.load_state_dict(content(model_type, channels=channels, **changes)["ema_state"])
     scheduler = DDIMScheduler(**settings)
     feed = "x0" if model_type in ("single_t", "no_t") else None
-    arguments = (model.denoise, scheduler, path, image_seeds(42, 8), shapes, 8)
+    shapes = scale_shapes(model.num_scales, channels, 16)
+    arguments = (model.denoise, scheduler, path(model, scheduler), list(seeds), shapes, len(seeds))
     [(_, samples)] = sample_seeds(*arguments, coarse_from=feed)
-    expected = image_grid(to_uint8(samples.images[0]).numpy(), columns=4)
-    with Image.open(io.BytesIO((folder / "samples.png").read_bytes())) as image:
-        assert np.array_equal(np.asarray(image), expected)
+    expected = to_uint8(samples.images[0])
+    assert sorted(file.name for file in folder.iterdir()) == [f"{seed:012d}.png" for seed in seeds]
+    for seed, image in zip(seeds, expected, strict=True):
+        found = read_png(folder / f"{seed:012d}.png")
+        assert (found.int() - image.int()).abs().max() <= 1
+    assert expected.float().std() > 8
+
+
+EPSILON = {"beta_schedule": "cosine_clipped", "prediction_type": "epsilon"}
+VELOCITY = {"beta_schedule": "linear", "prediction_type": "v"}
+CLEAN_IMAGE = {"beta_schedule": "cosine_zero_terminal", "prediction_type": "x0"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("baseline", EPSILON),
+        ("baseline", CLEAN_IMAGE),
+        ("dual", VELOCITY),
+        ("shared_t", EPSILON),
+        ("single_t", CLEAN_IMAGE),
+        ("single_t", EPSILON),
+        ("no_t", VELOCITY),
+    ],
+)
+def test_the_exported_script_samples_what_lift_samples(program, exported, monkeypatch, tmp_path, model_type, settings):
+    folder = exported(model_type, "--ema", "--num_steps", 5, **settings)
+    run_script(folder, monkeypatch, "--output", tmp_path / "stored")
+    run_script(folder, monkeypatch, "--output", tmp_path / "others", "--seeds", 3, 11)
+
+    def path(model, scheduler):
+        return diagonal(5, num_scales=model.num_scales)
+
+    for place, seeds in (("stored", image_seeds(42, 8)), ("others", (3, 11))):
+        assert_those_of_lift(tmp_path / place, model_type, path, seeds, settings)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_residual_pairs_and_schedules_of_two_clocks(program, exported, monkeypatch, tmp_path, channels):
+    settings = {"beta_schedule": "cosine", "prediction_type": "v", "representation": "residual"}
+    changes = {"representation": "residual", "channels": channels}
+    folder = exported("dual", "--ema", **settings | changes)
+
+    def image_diagonal(model, scheduler):
+        return log_snr_shift(diagonal(18), np.log(4), scheduler.log_snr.numpy())
+
+    run_script(folder, monkeypatch, "--output", tmp_path / "tied")
+    assert_those_of_lift(tmp_path / "tied", "dual", image_diagonal, image_seeds(42, 8), settings, **changes)
+    two_clocks = SamplingPath(((999, 999), (999, 700), (600, 300), (250, 300), (80, 0), (0, 0)), "by hand", {})
+    table = DDIMScheduler(**settings).log_snr.numpy()
+    save_schedule(two_clocks, tmp_path / "s.json", table, {"name": "ddim", "eta": 0.0, "end": "clean"})
+    run_script(folder, monkeypatch, "--output", tmp_path / "apart", "--schedule", tmp_path / "s.json")
+    assert_those_of_lift(tmp_path / "apart", "dual", lambda *_: two_clocks, image_seeds(42, 8), settings, **changes)
+
+
+def test_a_schedule_may_end_at_the_last_noise_and_may_not_draw_any(program, exported, monkeypatch, tmp_path):
+    folder, path = exported("baseline", "--ema"), diagonal(4, num_scales=1)
+    table = DDIMScheduler().log_snr.numpy()
+    save_schedule(path, tmp_path / "t0.json", table, {"name": "ddim", "eta": 0.0, "end": "t0"})
+    save_schedule(path, tmp_path / "eta.json", table, {"name": "ddim", "eta": 1.0, "end": "clean"})
+    save_schedule(diagonal(4), tmp_path / "two.json", table, {"name": "ddim", "eta": 0.0, "end": "clean"})
+    run_script(folder, monkeypatch, "--schedule", tmp_path / "t0.json", "--output", tmp_path / "t0", "--seeds", 5)
+    model = build_model(config("baseline")).eval()
+    model.load_state_dict(content("baseline")["ema_state"])
+    [(_, samples)] = sample_seeds(model.denoise, DDIMScheduler(), path, [5], [(3, 16, 16)], 1, end="t0")
+    found = read_png(tmp_path / "t0/000000000005.png").int()
+    assert (found - to_uint8(samples.images[0])[0].int()).abs().max() <= 1
+    for name in ("eta", "two"):
+        with pytest.raises(SystemExit, match="another kind of model, or draws noise"):
+            run_script(folder, monkeypatch, "--schedule", tmp_path / f"{name}.json", "--output", tmp_path / name)
+
+
+def test_the_script_needs_nothing_but_pytorch(program, exported, tmp_path):
+    folder = exported("dual", "--ema", "--num_steps", 3)
+    # What a user may have in the same place.
+    (folder / "model.py").write_text("raise RuntimeError('the wrong model.py')\n")
+    (folder / "scheduler.py").write_text("raise RuntimeError('the wrong scheduler.py')\n")
+    block = "import sys, runpy; sys.modules |= dict.fromkeys(['numpy', 'PIL', 'torchvision', 'safetensors', 'scipy']); "
+    block += "sys.path[0] = '.'; sys.argv = ['sample.py', '--seeds', '42000000', '9', '9000']; "
+    block += "runpy.run_path('sample.py', run_name='__main__'); "
+    block += "print(sorted(name for name in sys.modules if name in ('model', 'scheduler', 'diffusion', 'runtime')))"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    names = sorted(file.name for file in (folder / "samples").iterdir())
+    assert names == ["000000000009.png", "000000009000.png", "000042000000.png"]
+    # Without NumPy seeds that are not stored make other images, from noise of PyTorch.
+    (folder / "samples/000000000009.png").unlink()
+    (folder / "samples/000000009000.png").unlink()
+    path = lambda *_: diagonal(3)  # noqa: E731
+    settings = {"beta_schedule": "cosine_clipped", "prediction_type": "epsilon"}
+    assert_those_of_lift(folder / "samples", "dual", path, [42000000], settings)
