@@ -87,6 +87,32 @@ def test_synthetic_images_are_those_of_the_generator(cache, monkeypatch):
     np.testing.assert_array_equal(load_images("synthetic", 16, cache).pixels, synthetic_images(5, 16))
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        np.zeros((6, 3, 16, 16), np.float32),
+        np.zeros((6, 3, 16, 16), np.int8),
+        np.zeros((6, 3, 32, 32), np.uint8),
+        np.zeros((6, 3, 16, 32), np.uint8),
+        np.zeros((6, 3, 16), np.uint8),
+        np.zeros(6, np.uint8),
+    ],
+)
+def test_an_array_of_another_kind_in_the_cache_is_no_answer(cache, other):
+    expected = np.array(load_images("synthetic", 16, cache, limit=6).pixels)
+    [file] = cache.glob("*.npy")
+    np.save(file, other)
+    np.testing.assert_array_equal(load_images("synthetic", 16, cache, limit=6).pixels, expected)
+
+
+@pytest.mark.parametrize("fingerprint", ["", "0123", "0" * 17])
+def test_a_fingerprint_of_another_length_in_the_cache_is_no_answer(cache, fingerprint):
+    images = load_images("synthetic", 16, cache, limit=6)
+    [file] = cache.glob("*.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"fingerprint": fingerprint}))
+    assert load_images("synthetic", 16, cache, limit=6).fingerprint == images.fingerprint
+
+
 def test_there_are_4096_synthetic_images_unless_told_otherwise(cache, monkeypatch):
     monkeypatch.setattr(data, "_synthetic_pixels", lambda count, side: np.zeros((count, 3, side, side), np.uint8))
     assert [len(load_images("synthetic", 16, cache, limit=limit)) for limit in (None, 1, 5000)] == [4096, 1, 5000]

@@ -169,6 +169,12 @@ def test_a_row_edited_into_nonsense_is_refused_and_left_alone(tmp_path, column, 
     assert file.read_bytes() == before
 
 
+@pytest.mark.parametrize(("column", "text"), [("nfe", "1"), ("num_images", "1"), ("seed", "0"), ("epoch", "0")])
+def test_the_least_count_is_one(tmp_path, column, text):
+    write_table(tmp_path / "results.csv", as_values(**{column: text}))
+    assert [row[column] for row in read_rows(tmp_path / "results.csv")] == [text]
+
+
 @pytest.mark.parametrize(
     ("edit", "count"),
     [

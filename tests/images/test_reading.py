@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import zipfile
 
 import numpy as np
@@ -69,6 +70,28 @@ def test_damaged_exif_harms_no_picture():
     plain = read(jpeg)
     for rubbish in (b"", b"II*\0", b"MM\0*\xff\xff\xff\xff", bytes(RNG.integers(0, 256, 60, dtype=np.uint8))):
         np.testing.assert_array_equal(read(encoded(COLOUR, "JPEG", quality=95, exif=b"Exif\0\0" + rubbish)), plain)
+
+
+def test_twelve_bits_use_all_of_the_range():
+    values = np.arange(4096).reshape(64, 64)
+    # Two values lie in three bytes. Tags: width, height, bits, compression, photometric, place, samples, rows, bytes.
+    first, second = values.reshape(-1, 2).T
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+    tags = {
+        256: 64,
+        257: 64,
+        258: 12,
+        259: 1,
+        262: 1,
+        273: 200,
+        277: 1,
+        278: 64,
+        279: len(packed),
+    }
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    image = read_image(head.ljust(200, b"\0") + packed)
+    np.testing.assert_array_equal(image, np.rint(values / 4095 * 255))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])

@@ -71,6 +71,8 @@ def test_path_is_frozen_and_keeps_its_own_provenance():
     assert path.provenance == {"seed": 1}
     with pytest.raises(AttributeError):
         path.kind = "b"
+    # A path may be in a set, whatever made it.
+    assert hash(path) == hash(Path(((1,), (0,)), "a", {"other": [2]}))
 
 
 # Grid

@@ -435,6 +435,9 @@ def test_a_cascade_on_a_map_is_near_the_best_by_the_closed_form(weight):
     assert true_cost(path.points) < best * (1.005 if weight else 1.02)
     coarser = kl_cascade(heatmap, LOG_SNR, 6, weight, num_lines=20)
     assert made["cost"] <= coarser.provenance["cost"] * (1 + 1e-9)
+    # Two lines at least for each step.
+    assert kl_cascade(heatmap, LOG_SNR, 6, weight, num_lines=3) == kl_cascade(heatmap, LOG_SNR, 6, weight, num_lines=12)
+    assert kl_cascade(heatmap, LOG_SNR, 6) == kl_cascade(heatmap, LOG_SNR, 6, 1.0)
 
 
 def plain_cost(snr):

@@ -10,7 +10,7 @@ import planning.heatmap
 from checkpoint import LoadedModel, save_checkpoint
 from data import ImageSet, fingerprint_array
 from paths.path import timestep_grid
-from planning.heatmap import MapSettings, compute, measure
+from planning.heatmap import MapSettings, compute, find_map, measure
 from planning.map_file import load_heatmap
 from runtime.distributed import Processes
 from scheduler import DDIMScheduler
@@ -157,3 +157,25 @@ def test_a_faster_precision_is_tried_on_three_lines(measured, monkeypatch, capsy
     precisions = [call["autocast"].args[1] for call in asked]
     assert precisions == ["bf16", "fp32", used] and content["used_precision"] == used
     assert f"bf16 differs from fp32 by at most {deviation:.2g} standard errors: {used}\n" in capsys.readouterr().out
+
+
+def test_the_map_of_a_checkpoint_is_the_usual_one_or_the_only_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, checkpoint = {"model_type": "dual", "run": "one"}, tmp_path / "checkpoints/one/lift_dual_timestep_4ep.pth"
+
+    def found():
+        return find_map(checkpoint, config, 4, "ema").name
+
+    folder = find_map(checkpoint, config, 4, "ema").parent
+    folder.mkdir(parents=True)
+    assert found() == "heatmap_30_4ep_ema.pth"
+    for other in ("heatmap_12_4ep.pth", "heatmap_12_14ep_ema.pth", "heatmap_x_4ep_ema.pth", "heatmap_1_2_4ep_ema.pth"):
+        (folder / other).touch()
+        assert found() == "heatmap_30_4ep_ema.pth"
+    (folder / "heatmap_12_4ep_ema.pth").touch()
+    assert found() == "heatmap_12_4ep_ema.pth"
+    (folder / "heatmap_9_4ep_ema.pth").touch()
+    assert found() == "heatmap_30_4ep_ema.pth"
+    (folder / "heatmap_9_4ep_ema.pth").unlink()
+    (folder / "heatmap_30_4ep_ema.pth").touch()
+    assert found() in ("heatmap_30_4ep_ema.pth",)

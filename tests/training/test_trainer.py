@@ -526,6 +526,7 @@ def test_a_snapshot_is_no_resume_file(refused, tiny, cache, tmp_path, straight):
         (["--device", "77"], 1, ("--device 77",)),
         (["--device", "tpu"], 1, ("--device tpu",)),
         (["--cuda_graphs"], 1, ("--cuda_graphs", "cpu")),
+        (["--cuda_graphs", "--compile"], 1, ("--cuda_graphs needs a compiled network on a GPU, not cpu",)),
         (["--epochs", 0], 2, ("--epochs", "'0'")),
         (["--seed", -1], 2, ("--seed", "'-1'")),
         (["--output_dir", __file__], 1, (__file__,)),

@@ -349,5 +349,6 @@ def test_a_point_says_what_is_wrong_with_it():
 
 def test_a_clean_end_is_refused_where_it_is_infinite():
     for function in (chain_kl, frozen_drift_output):
-        with pytest.raises(ValueError, match="finite"):
-            function(small_spectrum(), [0.0, INF])
+        for points in ([0.0, INF], [0.0, 1.0, INF], [0.0, 1.0, 2.0, INF]):
+            with pytest.raises(ValueError, match="finite"):
+                function(small_spectrum(), points)
