@@ -44,7 +44,9 @@ class StageSettings(EvaluationSettings):
 
     list_jobs: bool = option(False, "print one command per job and stop")
     write_reference: str | None = option(
-        None, "write the images that are compared with into this folder, for other tools, and stop", metavar="FOLDER"
+        None,
+        "write what images are compared with into this folder, all or --num_images of them, and stop",
+        metavar="FOLDER",
     )
 
 
@@ -83,8 +85,9 @@ def main() -> None:
         return
     if settings.write_reference:
         reference = Evaluation(settings, Processes(settings.device, PATIENCE)).reference(jobs[0])
-        write_images(reference, Path(settings.write_reference), settings.force)
-        print(f"{reference.count} images of the reference '{reference.name}' in {settings.write_reference}")
+        count = settings.num_images or reference.count
+        write_images(reference, Path(settings.write_reference), settings.num_images, settings.force)
+        print(f"{count} images of the reference '{reference.name}' in {settings.write_reference}")
         return
     for table in {job.output for job in jobs}:
         check_table(table)  # One that cannot be added to is refused before anything is computed.

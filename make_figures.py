@@ -115,6 +115,9 @@ class SamplesSettings(TitledSettings):
 
     inputs: tuple[str, ...] = _inputs("NAME=FOLDER of PNGs")
     columns: int = option(12, "images per row", parse=positive_int)
+    real: str | None = option(
+        None, "folder of training images for a first row, such as eval_fid_batch.py --write_reference writes"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,13 +209,23 @@ def read_samples(folder: Path, count: int) -> dict[str, np.ndarray]:
     return {file.name: read_png(file).numpy() for file in files}
 
 
+def first_images(folder: Path, count: int) -> np.ndarray:
+    """The first images of a folder, uint8 `[count, C, H, W]`; raises ValueError for fewer."""
+    images = list(read_samples(folder, count).values())
+    if len(images) < count:
+        raise ValueError(f"{folder} holds {len(images)} images for a row of {count}; write more, or lower --columns.")
+    return np.stack(images)
+
+
 def draw_samples(settings: SamplesSettings) -> None:
-    """Only seeds that every folder has are shown."""
+    """Only seeds that every folder has are shown, below as many training images."""
     rows = {name: read_samples(folder, settings.columns) for name, folder in named(settings.inputs).items()}
     shared = sorted(set.intersection(*(set(row) for row in rows.values())))
     if not shared:
         raise ValueError("The folders share no seed; generate them with the same --seed.")
     stacks = {name: np.stack([row[file] for file in shared]) for name, row in rows.items()}
+    if settings.real is not None:
+        stacks = {"Training images": first_images(Path(settings.real), len(shared))} | stacks
     plot_samples(stacks, settings.output, settings.title)
 
 

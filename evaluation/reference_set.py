@@ -17,7 +17,7 @@ from filelock import FileLock
 from data import BACKGROUND, ImageSet, load_images, save_png
 from evaluation.feature_metrics import FeatureMoments
 from evaluation.inception import Inception, stream
-from image_folder import claim, write_settings
+from image_folder import claim, evenly, write_settings
 from runtime.progress import Progress
 from runtime.safe_write import replacing
 
@@ -189,13 +189,16 @@ def load_reference(
     return from_images(images, name)
 
 
-def write_images(reference: ReferenceSet, folder: Path, force: bool = False) -> None:
+def write_images(reference: ReferenceSet, folder: Path, count: int | None = None, force: bool = False) -> None:
     """Write the images of a reference as PNGs, `000000.png` and on, for other tools; what is there is kept.
 
-    Raises ValueError for a file of statistics, and for a folder with images of another reference unless forced.
+    count: of so many, spread evenly over the set; None for all. Raises ValueError for a file of statistics, for more
+    images than there are, and for a folder with images of another reference unless forced.
     """
     pixels = reference.pixels
-    said = {"reference": reference.name, "reference_fingerprint": reference.fingerprint}
+    if count is not None:
+        pixels = pixels[evenly(count, len(pixels), f"the reference '{reference.name}'")]
+    said = {"reference": reference.name, "reference_fingerprint": reference.fingerprint, "count": len(pixels)}
     claim(folder, said, force, ("[0-9]*.png",))
     write_settings(folder, said)
     with Progress(total=len(pixels), desc=f"images of {reference.name}", unit="img") as bar:

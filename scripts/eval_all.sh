@@ -71,6 +71,10 @@ generate() {
     python generate_with_path_30.py "${flags[@]}" --precision "$PRECISION" ${DEVICE:+--device "$DEVICE"}
     samples+=("$title=$folder") schedules+=("$title=$folder/schedule.json")
 }
+real="$RESULTS_DIR/training_images"
+flags=(--checkpoint "$CHECKPOINT_DIR/lift_dual_timestep_${epoch}ep.pth" --write_reference "$real" --num_images 12)
+[[ $FORCE == 0 ]] || flags+=(--force)
+python eval_fid_batch.py "${flags[@]}" --cache_dir "$CACHE_DIR" --num_workers "$NUM_WORKERS"
 for weights in $WEIGHTS; do
     name=${epoch}ep_$weights
     samples=() schedules=()
@@ -79,7 +83,7 @@ for weights in $WEIGHTS; do
         generate lift_dual_timestep "$weights" "$path_type" "${titles[$path_type]:-LIFT $path_type}"
     done
     title="epoch $epoch, $weights weights"
-    python make_figures.py samples "${samples[@]}" --output "$RESULTS_DIR/samples_$name.png" \
+    python make_figures.py samples "${samples[@]}" --real "$real" --output "$RESULTS_DIR/samples_$name.png" \
         --title "$title, $NUM_STEPS network calls"
     python make_figures.py paths "${schedules[@]}" --output "$RESULTS_DIR/paths_$name.png" --title "$title"
     figures+=("samples_$name.png" "paths_$name.png")

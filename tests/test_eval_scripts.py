@@ -53,8 +53,11 @@ def test_everything_is_evaluated_with_the_defaults_of_the_stages(models):
     checkout = models(*(f"{stem}_{epoch}" for epoch in (1000, 200) for stem in ("baseline", "lift_dual_timestep")))
     ended, commands = run_script(checkout, "eval_all.sh")
     assert ended.returncode == 0, ended.stderr
-    [scored] = calls_of(commands, eval_fid_batch)
+    scored, written = calls_of(commands, eval_fid_batch)
     assert scored == defaults(eval_fid_batch) | {"path_type": PATHS}
+    # The images beside the samples are those of the training, for each of which there is a column.
+    assert written["write_reference"] == "results/training_images" and written["num_images"] == 12
+    assert written["checkpoint"] == ["checkpoints/lift_dual_timestep_1000ep.pth"]
     assert scored["model_type"] == ["baseline", "lift"] and scored["epochs"] is None
     heatmaps = calls_of(commands, compute_heatmap_30)
     for call, epoch in zip(heatmaps, (200, 1000), strict=True):
@@ -66,6 +69,7 @@ def test_everything_is_evaluated_with_the_defaults_of_the_stages(models):
     assert all("_1000ep" in call["checkpoint"] and call["trajectory"] for call in generated)
     figures = {call["figure"]: call for call in calls_of(commands, make_figures)}
     assert figures.keys() == {"scores", "samples", "paths"}
+    assert figures["samples"]["real"] == "results/training_images"
     assert len(figures["samples"]["inputs"]) == len(figures["paths"]["inputs"]) == len(generated) == 6
     [plan] = calls_of(commands, plan_path)
     assert plan == defaults(plan_path, "--heatmap", "results/heatmap_30_1000ep.pth")
@@ -81,7 +85,7 @@ def test_flags_of_eval_all_reach_every_stage(models):
     checkout = models("lift_dual_timestep_9")
     ended, commands = run_script(checkout, "eval_all.sh", "--multi-seed", "--force", "--ema", METRICS="swd")
     assert ended.returncode == 0 and "LIFT is scored alone" in ended.stderr
-    [scored] = calls_of(commands, eval_fid_batch)
+    scored, _ = calls_of(commands, eval_fid_batch)
     changes = {"model_type": ["lift"], "path_type": PATHS, "seeds": [42, 43, 44, 45, 46], "force": True}
     assert scored == defaults(eval_fid_batch) | changes | {"weights": ["ema"], "metrics": ["swd"]}
     [heatmap] = calls_of(commands, compute_heatmap_30)
@@ -99,7 +103,7 @@ def test_both_kinds_of_weights_and_several_numbers_of_steps(models, figured, nfe
     settings = {"WEIGHTS": "raw ema", "SCORED_STEPS": "6 10", "PATHS": "diagonal kl", "METRICS": "pr fid"}
     ended, commands = run_script(checkout, "eval_all.sh", **settings, NUM_STEPS=figured, NUM_IMAGES="500")
     assert ended.returncode == 0, ended.stderr
-    [scored] = calls_of(commands, eval_fid_batch)
+    scored, _ = calls_of(commands, eval_fid_batch)
     changes = {"weights": ["raw", "ema"], "num_steps": [6, 10], "path_type": ["diagonal", "kl"], "num_images": 500}
     assert scored == defaults(eval_fid_batch) | changes | {"metrics": ["pr", "fid"]}
     outputs = [call["output"] for call in calls_of(commands, compute_heatmap_30)]
@@ -160,7 +164,7 @@ def test_families_of_paths_reach_every_stage_under_names_that_are_files(models):
     (checkout / "plans").mkdir()
     ended, commands = run_script(checkout, "eval_all.sh", PATHS=" ".join(names), COARSE_FROM="x0 noisy", METRICS="swd")
     assert ended.returncode == 0, ended.stderr
-    [scored] = calls_of(commands, eval_fid_batch)
+    scored, _ = calls_of(commands, eval_fid_batch)
     assert scored["path_type"] == list(names) and scored["coarse_from"] == ["x0", "noisy"]
     generated = calls_of(commands, generate_with_path_30)
     assert [call["path_type"] for call in generated] == list(names)

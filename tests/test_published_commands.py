@@ -12,6 +12,7 @@ from torchvision import transforms
 import compute_heatmap_30
 import eval_fid_batch
 import generate_with_path_30
+import make_figures
 from conftest import HARDWARE
 from data import AFHQ64Dataset, load_images
 from evaluation.results_table import read_rows
@@ -49,15 +50,19 @@ def map_file(stage, run, tmp_path):
     return tmp_path / "heatmap_100ep.pth"
 
 
-def test_map_samples_and_fid_of_folders(stage, run, map_file, tmp_path, monkeypatch):
-    folder, real = tmp_path / "fid_dp64_100ep", tmp_path / "fid_real"
+def test_map_samples_and_fid_of_folders(stage, refused, run, map_file, tmp_path, monkeypatch):
+    folder, real, few = tmp_path / "fid_dp64_100ep", tmp_path / "fid_real", tmp_path / "few"
     flags = ["--checkpoint", run.lift, "--heatmap", map_file, "--output_dir", folder, "--path_type", "dp_64"]
     stage(generate_with_path_30, *flags, "--num_steps", 4, "--num_images", 12, *HARDWARE)
     assert (folder / "figures/grid.png").exists()
     flags = [*run.eval_flags(tmp_path / "scores.csv"), "--model_type", "lift", "--write_reference", real]
     output = stage(eval_fid_batch, *flags).output
     assert "12 images of the reference 'train'" in output and not (tmp_path / "scores.csv").exists()
+    stage(eval_fid_batch, *flags[:-1], few, "--num_images", 5)
     pixels = load_images("synthetic", 16, run.cache, limit=12).pixels.transpose(0, 2, 3, 1)
+    for k, index in enumerate((1, 3, 6, 8, 10)):  # Spread evenly: 12 (2k + 1) / 10.
+        np.testing.assert_array_equal(np.asarray(Image.open(few / f"{k:06d}.png")), pixels[index])
+    assert len(list(few.glob("*.png"))) == 5
     written = np.stack([np.asarray(Image.open(real / f"{k:06d}.png")) for k in range(12)])
     np.testing.assert_array_equal(written, pixels)
     # The other package opens every picture in both folders, which have to be of one size.
@@ -69,6 +74,18 @@ def test_map_samples_and_fid_of_folders(stage, run, map_file, tmp_path, monkeypa
     samples = np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))])
     assert len(samples) == 12
     assert found == pytest.approx(frechet(pixels / 255, samples / 255), rel=1e-3)
+    # Samples stand beside real images.
+    heights = {}
+    for name, more in (("alone", []), ("beside", ["--real", real])):
+        stage(make_figures, "samples", f"LIFT={folder}", "--columns", 4, *more, "--output", tmp_path / f"{name}.png")
+        with Image.open(tmp_path / f"{name}.png") as figure:
+            shown = np.asarray(figure.convert("RGB"))
+        heights[name] = len(shown)
+    assert heights["beside"] > heights["alone"] + 64
+    refused(
+        make_figures, "samples", f"LIFT={real}", "--columns", 12, "--real", few, "--output", tmp_path / "x.png",
+        says=["holds 5 images for a row of 12"],
+    )  # fmt: skip
 
 
 def test_real_images_are_kept_not_mixed_and_no_samples_of_lift(stage, run, held_out_folder, refused, tmp_path):

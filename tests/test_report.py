@@ -373,8 +373,10 @@ def test_pictures_are_embedded_byte_for_byte_with_their_captions(place, page):
         "end clean; 3 images in the folder, seeds 42000000 to 42000002."
     )
     assert "heatmap_30_1000ep.pth has not been drawn" in page
-    # Raw weights before EMA, error maps before paths before samples.
-    order = [page.index(captions[name].partition(" ")[2].partition(" ")[2][:60]) for name in PICTURES[4:]]
+    # Samples come first, raw weights before EMA.
+    names = (*PICTURES[7:], *PICTURES[4:7])
+    order = [page.index(captions[name].partition(" ")[2].partition(" ")[2][:60]) for name in names]
+    order.insert(2, page.index('<section id="scores"'))
     assert order == sorted(order)
 
 
