@@ -62,6 +62,7 @@ EMA_DECAY=${EMA_DECAY:-0.9999}
 SAVE_EVERY=${SAVE_EVERY:-200}
 SEED=${SEED:-42}
 TRAIN_ARGS=${TRAIN_ARGS:-}             # further flags of train_*.py, such as "--flip --resume"
+LIFT_ARGS=${LIFT_ARGS:-}               # of train_lift.py alone, such as "--representation residual"
 
 # Evaluation.
 NUM_IMAGES=${NUM_IMAGES:-}             # empty: as many as the reference has
@@ -86,6 +87,7 @@ GRID=${GRID:-30}
 K=${K:-4}
 HEATMAP_IMAGES=${HEATMAP_IMAGES:-16}
 GRID_SPACING=${GRID_SPACING:-uniform_t} # uniform_log_snr is better for kl paths
+MAP_ARGS=${MAP_ARGS:-}                 # further flags of compute_heatmap_30.py, such as "--maps mse --seen_only"
 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-64}
 EVAL_ARGS=${EVAL_ARGS:-}               # further flags of eval_fid_batch.py, such as "--inception_weights FILE"
 PARALLEL=${PARALLEL:-}                 # scoring jobs at a time; empty: one per visible GPU, or one process for all

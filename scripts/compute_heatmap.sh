@@ -17,6 +17,7 @@ for epoch in "$@"; do
         flags+=(--K "$K" --num_images "$HEATMAP_IMAGES" "${path_flags[@]}")
         [[ $weights == raw ]] || flags+=(--ema)
         [[ $FORCE == 0 ]] || flags+=(--force)
-        python compute_heatmap_30.py "${flags[@]}" "${hardware_flags[@]}"
+        # shellcheck disable=SC2086
+        python compute_heatmap_30.py "${flags[@]}" "${hardware_flags[@]}" $MAP_ARGS
     done
 done

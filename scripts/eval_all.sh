@@ -35,6 +35,8 @@ mapfile -t epochs < <(lift_epochs)
 # shellcheck disable=SC2086
 ! need_map $PATHS || ./scripts/compute_heatmap.sh "${epochs[@]}"
 evaluate "$models" "$PATHS"
+# What figures show of the baseline has a score too.
+[[ $models == lift || " $PATHS " == *" diagonal "* ]] || evaluate baseline diagonal
 
 # Figures: the scores, the losses, and for the last epoch paths and samples of equal seeds beside each other.
 epoch=${epochs[-1]}
@@ -58,7 +60,7 @@ if [[ -e $LOG_DIR/baseline/metrics.jsonl && -e $LOG_DIR/lift_dual_timestep/metri
 fi
 
 declare -A titles=([diagonal]="LIFT diagonal" [dp_64]="LIFT DP-64" [dp_total]="LIFT DP-Total")
-titles+=([kl_diagonal]="LIFT KL diagonal" [kl]="LIFT KL")
+titles+=([image_diagonal]="LIFT image diagonal" [kl_diagonal]="LIFT KL diagonal" [kl]="LIFT KL")
 # Samples of "$1" (a checkpoint's name) with weights "$2" along "$3", called "$4" in figures.
 generate() {
     local stem=$1 weights=$2 path_type=$3 title=$4
@@ -92,7 +94,9 @@ for weights in $WEIGHTS; do
         map=$(heatmap_name "$epoch" "$weights")
         flags=(--heatmap "$map" "${criterion_flags[@]}")
         [[ $FORCE == 0 ]] || flags+=(--force)
-        python plan_path.py "${flags[@]}"
+        # What every path costs is a long table.
+        python plan_path.py "${flags[@]}" >"$RESULTS_DIR/plan_$name.txt"
+        echo "what paths cost: $RESULTS_DIR/plan_$name.txt"
         figures+=("$(basename "$map" .pth).png" "$(basename "$map" .pth)_maps.png" "plan_$name*/*.png")
     fi
 done

@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
-# Set up, then run the whole main job on the built-in images with small models: under 10 minutes on 2 CPU cores.
+# Set up, then run the whole main job on built-in images of animals: under 10 minutes on 2 CPU cores.
 #
 #   ./scripts/quickstart.sh
 #
-# It is train.sh and eval_all.sh with other settings, each of which the environment can override as usual. The
-# score needs no downloaded weights. Run again, it finds what is done and goes on from there.
+# It is train.sh and eval_all.sh with other settings, each of which the environment can override as usual: models of
+# 3.6 million parameters at 32x32, LIFT with the residual pair. The score needs no downloaded weights. Run again, it finds
+# what is done and goes on from there.
 set -euo pipefail
 
-export DATASET=${DATASET:-synthetic} RESOLUTION=${RESOLUTION:-32} LIMIT=${LIMIT:-1024}
-export HIDDEN_DIMS=${HIDDEN_DIMS:-8,16,32,64} EPOCHS=${EPOCHS:-12} SAVE_EVERY=${SAVE_EVERY:-12}
-export BATCH_SIZE=${BATCH_SIZE:-16} LR=${LR:-2e-3} EMA_DECAY=${EMA_DECAY:-0.99} METRICS=${METRICS:-swd}
-export NUM_IMAGES=${NUM_IMAGES:-128} SEEDS=${SEEDS:-"42 43 44"} K=${K:-1} HEATMAP_IMAGES=${HEATMAP_IMAGES:-4}
-export CHECKPOINT_DIR=${CHECKPOINT_DIR:-checkpoints/quickstart} RESULTS_DIR=${RESULTS_DIR:-results/quickstart}
-export LOG_DIR=${LOG_DIR:-logs/quickstart} TRAIN_ARGS=${TRAIN_ARGS:---resume auto}
+export DATASET=${DATASET:-synthetic} RESOLUTION=${RESOLUTION:-32} LIMIT=${LIMIT:-2048}
+export HIDDEN_DIMS=${HIDDEN_DIMS:-16,32,64,128} EPOCHS=${EPOCHS:-14} SAVE_EVERY=${SAVE_EVERY:-${EPOCHS:-14}}
+export BATCH_SIZE=${BATCH_SIZE:-32} LR=${LR:-1e-3} EMA_DECAY=${EMA_DECAY:-0.995} METRICS=${METRICS:-swd}
+export NUM_IMAGES=${NUM_IMAGES:-256} SEEDS=${SEEDS:-"42 43 44"} K=${K:-1} HEATMAP_IMAGES=${HEATMAP_IMAGES:-16}
+export NUM_STEPS=${NUM_STEPS:-18} PATHS=${PATHS:-image_diagonal kl_diagonal kl}
+export GRID_SPACING=${GRID_SPACING:-uniform_log_snr} MAP_ARGS=${MAP_ARGS:---maps mse --seen_only}
+export RUN=${RUN:-quickstart} TRAIN_ARGS=${TRAIN_ARGS:---preset improved --resume auto}
+export LIFT_ARGS=${LIFT_ARGS:---representation residual}
 source "$(dirname "$0")/common.sh"
 [[ $# == 0 ]] || refuse "unknown argument '$1'"
 
@@ -20,3 +23,15 @@ source "$(dirname "$0")/common.sh"
 trap 'exit 130' INT
 ./scripts/train.sh both
 ./scripts/eval_all.sh --ema
+
+cat <<END
+
+Sliced Wasserstein distance to the training images, lower is better: a LIFT model beside a baseline of equal size, at
+$NUM_STEPS network calls each; mean and deviation over three sampling seeds of one training.
+
+look at    $RESULTS_DIR/samples_${EPOCHS}ep_ema.png   training images, and samples of equal seeds below them
+           $RESULTS_DIR/report.html              all of it on one page
+try next   DATASET=my_images RUN=mine ./scripts/quickstart.sh       your own pictures, of any size
+           EPOCHS=50 RUN=longer ./scripts/quickstart.sh             longer training, better images
+           ./scripts/train.sh --help                                the published experiment, on a GPU
+END

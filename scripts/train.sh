@@ -46,8 +46,10 @@ train() {
     [[ $stop_requests == 0 ]] || exit 0
     # The Ctrl-C of a terminal comes here as well as to pass_on_stop, which is enough.
     trap '' INT
+    local further=$TRAIN_ARGS
+    [[ $script != train_lift.py ]] || further+=" $LIFT_ARGS"
     # shellcheck disable=SC2086
-    exec "${launcher[@]}" "$script" "${training_flags[@]}" "$@" $TRAIN_ARGS
+    exec "${launcher[@]}" "$script" "${training_flags[@]}" "$@" $further
 }
 
 # The same on GPUs of its own, the first of which is number $1 of those that are visible.

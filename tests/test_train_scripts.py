@@ -169,6 +169,15 @@ def test_one_gpu_is_trained_on_without_torchrun(scripts):
     assert run.environment["RANK"] is None and scripts.events("torchrun") == []
 
 
+def test_some_flags_are_of_both_models_and_some_of_lift_alone(scripts):
+    settings = {"TRAIN_ARGS": "--preset improved", "LIFT_ARGS": "--representation residual --t_pairs band:2"}
+    assert scripts.end(scripts.start("scripts/train.sh", "both", **settings)).status == 0
+    baseline, lift = scripts.events("start")
+    assert parsed(baseline.command)[1] == defaults(train_baseline, "--preset", "improved")
+    flags = ("--preset", "improved", "--representation", "residual", "--t_pairs", "band:2")
+    assert parsed(lift.command)[1] == defaults(train_lift, *flags)
+
+
 def test_several_gpus_are_trained_on_through_torchrun(scripts):
     ended = scripts.end(scripts.start("scripts/train.sh", "both", GPUS_PER_JOB="4"))
     assert ended.status == 0, ended.err
@@ -366,6 +375,8 @@ def test_jobs_train_with_the_defaults_of_the_stages_and_resume(scripts, submit, 
 def test_jobs_take_the_settings_of_the_scripts(scripts, submit):
     settings = {"EPOCHS": "7", "HIDDEN_DIMS": "8,16", "LIMIT": "5", "DEVICE": "cpu", "TRAIN_ARGS": "--flip --resume"}
     assert scripts.end(submit("lift", **settings)).status == 0
+    assert scripts.end(submit("lift", LIFT_ARGS="--representation residual")).status == 0
+    assert parsed(scripts.events("start")[-1].command)[1]["representation"] == "residual"
     changes = {"epochs": 7, "hidden_dims": [8, 16], "limit": 5, "device": "cpu", "flip": True, "resume": "auto"}
     assert parsed(scripts.events("start")[0].command) == (train_lift, defaults(train_lift) | changes)
 

@@ -541,6 +541,11 @@ def test_the_card_says_how_the_model_was_trained(exported):
     assert "denoises images of 16×16 and 8×8 together, each with its own timestep." in prose
 
 
+def test_the_card_of_one_loss_says_no_weights_of_it(exported):
+    text = (exported("baseline", loss_weights=[1.0]) / "README.md").read_text()
+    assert "weights of the losses" not in text and "| batch size | 64 |" in text and "| seed | 42 |" in text
+
+
 @pytest.mark.parametrize("model_type", MODEL_CLASSES)
 def test_every_card_describes_its_model(exported, model_type):
     changes = {"dataset": "synthetic", "flip": False, "ema_decay": 0.0}

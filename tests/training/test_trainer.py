@@ -16,7 +16,7 @@ import train_baseline
 import train_lift
 from checkpoint import MODEL_CLASSES, build_model, checkpoint_file, load_model, read_checkpoint
 from conftest import LAST, LOG, RUN, assert_same, assert_same_run, list_files, read_log, run_stage
-from data import coarse, load_images, to_float
+from data import ImageSet, coarse, load_images, to_float
 from images.synthetic import synthetic_images
 from model import ResidualBlock
 from planning.regimes import TimestepPairs, resolve_regime
@@ -24,6 +24,7 @@ from runtime.device import resolve_precision
 from scheduler import DDIMScheduler
 from training.memory import for_batch, saved_bytes, training_memory
 from training.objective import diffusion_loss, draw_batch, step_generator, weighted_loss
+from training.run import describe
 from training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -774,3 +775,15 @@ def test_weights_and_biases_gets_the_settings_and_one_run_for_all_its_parts(
 def test_weights_and_biases_that_is_missing_is_named(refused, tiny, cache, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     refused(train_lift, *tiny(tmp_path), "--cache_dir", cache, "--wandb", says=("--wandb needs the wandb package",))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "prediction", "warned"),
+    [("cosine", "epsilon", True), ("cosine", "v", False), ("cosine_clipped", "epsilon", False)],
+)
+def test_noise_that_is_predicted_where_nothing_is_left_of_the_image_is_pointed_out(
+    trainer, schedule, prediction, warned
+):
+    run = trainer("--beta_schedule", schedule, "--prediction_type", prediction)
+    text = describe(run, ImageSet(np.zeros((8, 3, 16, 16), np.uint8), "black", "f" * 16))
+    assert ("has so little signal that a noise prediction says nothing" in text) == warned
