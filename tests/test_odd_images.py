@@ -291,10 +291,13 @@ def parquet(folder, columns):
     pyarrow.parquet.write_table(pyarrow.table(columns), folder / "train-00000-of-00001.parquet")
 
 
-@pytest.mark.parametrize("form", ["bytes", "struct", "struct of a path", "second"])
+@pytest.mark.parametrize("form", ["bytes", "struct", "struct of a path", "struct of a zip", "second"])
 def test_bytes_in_parquet(tmp_path, cache, form):
     contents = [png(pixels(k)) for k in range(3)]
     place = put(tmp_path / "elsewhere/1.png", contents[1])
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for k, content in enumerate(contents):
+            archive.writestr(f"a/{k}.png", content)
     columns = {
         "bytes": {"label": [0, 1, 2], "picture": contents},
         "struct": {"image": [{"bytes": content, "path": "a.png"} for content in contents]},
@@ -304,6 +307,10 @@ def test_bytes_in_parquet(tmp_path, cache, form):
                 {"bytes": None, "path": str(place)},
                 {"bytes": contents[2], "path": None},
             ]
+        },
+        "struct of a zip": {  # As the library names a file in an archive of the hub.
+            "image": [{"bytes": contents[0], "path": None}]
+            + [{"bytes": None, "path": f"zip://a/{k}.png::{tmp_path}/pictures.zip"} for k in (1, 2)]
         },
         "second": {"key": [b"1", b"2", b"3"], "jpg": contents},
     }[form]

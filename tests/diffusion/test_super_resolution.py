@@ -441,7 +441,11 @@ def test_held_out_images_are_measured(stage, refused, run, held_out, tmp_path):
 
 def test_images_of_training_come_with_a_note(stage, run, tmp_path):
     ended = stage(generate_sr, *flags_of(run.lift, run, "--on", "train", "--num_images", 3, "--ema", "--eta", 0.5))
-    assert "NOTE: THE NETWORK WAS TRAINED ON THESE IMAGES" in ended.output
+    assert "NOTE: THE NETWORK WAS TRAINED ON THESE IMAGES" in ended.output and "nothing shows" not in ended.output
+    flags = ["--on", "train", "--dataset", "synthetic", "--limit", 5, "--output", tmp_path / "others"]
+    ended = stage(generate_sr, *flags_of(run.lift, run, *flags))
+    assert "is not what the network was trained on, and nothing shows what it saw of it" in ended.output
+    assert "THE NETWORK WAS TRAINED" not in ended.output
     [row] = {(r["of"], r["num_images"], r["weights"], r["eta"]) for r in scores_of_default(tmp_path).values()}
     assert row == ("train", "3", "ema", "0.5")
 

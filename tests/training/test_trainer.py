@@ -592,6 +592,11 @@ def test_an_overflow_of_float16_halves_the_scale_and_skips_the_step(trainer):
     assert all(torch.equal(old, new) for old, new in zip(before, parameters_of(run.model), strict=True))
 
 
+def test_activations_are_kept_unless_asked_otherwise(trainer):
+    for flags, recompute in (((), False), (("--recompute",), True)):
+        assert trainer(*flags).model.unet.recompute is recompute
+
+
 def test_recomputed_activations_give_the_same_bits(stage, tiny, cache, tmp_path, straight):
     calls = []
     forward = ResidualBlock.forward
