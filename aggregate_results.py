@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import run_stage
-from evaluation.result_layout import layout_tables
+from evaluation.result_layout import MODEL_AND_PATH, layout_tables
 from evaluation.results_table import METRICS, aggregate, read_rows, write_csv
 from evaluation.table_text import render_markdown, write_tables
 from runtime.runs import SCORES_FILE, places, run_name
@@ -33,6 +33,7 @@ class TableSettings(Settings):
         "results/fid_table_NAME_NAME)",
     )
     metric: tuple[str, ...] = option(METRICS, "only these", choices=METRICS, nargs="+", shown="all that were measured")
+    brief: bool = option(False, "print the best of every model and path alone, of the first metric")
 
     def check(self) -> None:
         super().check()
@@ -71,7 +72,8 @@ def main() -> None:
     write_csv(f"{settings.output}.csv", aggregate(rows))
     for suffix in (".md", ".tex", "_tables.csv"):
         write_tables(f"{settings.output}{suffix}", tables)
-    print(render_markdown(tables))
+    shown = [table for table in tables if table.columns[0] == MODEL_AND_PATH][:1] if settings.brief else tables
+    print(render_markdown(shown))
 
 
 if __name__ == "__main__":

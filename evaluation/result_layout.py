@@ -20,6 +20,7 @@ from figures.scores import METRIC_TITLES
 
 WEIGHTS_TITLES = {"raw": "raw weights", "ema": "EMA weights"}
 ABLATIONS = ("single_t", "no_t")
+MODEL_AND_PATH = "model and path"  # The first column of tables with a line for each of them.
 
 
 class ValueLayout(NamedTuple):
@@ -290,7 +291,7 @@ def _best_table(field: str, what: str, results: Sequence[Result], said: str, bes
         for k, result in enumerate(best)
     )
     note = _note(field, best, f"The best epoch of each. {_mean_note(field)}{said}", rows)
-    labels = ("model and path", "weights", "best epoch", *(["images seen"] if counted else []))
+    labels = (MODEL_AND_PATH, "weights", "best epoch", *(["images seen"] if counted else []))
     return Table(_title(field, what, best[0]), note, (*labels, METRIC_TITLES[field]), len(labels), rows)
 
 

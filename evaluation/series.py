@@ -22,6 +22,7 @@ COLUMN_TITLES = {
     ("baseline", "kl_diagonal"): "Baseline KL diagonal",
     ("dual", "kl_diagonal"): "LIFT KL diagonal",
     ("dual", "kl"): "LIFT KL",
+    ("dual", "image_diagonal"): "LIFT image diagonal",
 }
 # What the path types are called beside the name of another model.
 PATH_TITLES = {path: title.removeprefix("LIFT ") for (model, path), title in COLUMN_TITLES.items() if model == "dual"}

@@ -95,13 +95,15 @@ for weights in $WEIGHTS; do
         flags=(--heatmap "$map" "${criterion_flags[@]}")
         [[ $FORCE == 0 ]] || flags+=(--force)
         # What every path costs is a long table.
+        mkdir -p "$RESULTS_DIR"
         python plan_path.py "${flags[@]}" >"$RESULTS_DIR/plan_$name.txt"
         echo "what paths cost: $RESULTS_DIR/plan_$name.txt"
         figures+=("$(basename "$map" .pth).png" "$(basename "$map" .pth)_maps.png" "plan_$name*/*.png")
     fi
 done
 
-python aggregate_results.py --input "$RESULTS_DIR/fid_results.csv" --output "$RESULTS_DIR/fid_table"
 python report.py --results "$RESULTS_DIR/fid_results.csv" --folder "$RESULTS_DIR" --output "$RESULTS_DIR/report.html"
+python aggregate_results.py --input "$RESULTS_DIR/fid_results.csv" --output "$RESULTS_DIR/fid_table" --brief
+echo "All tables: $RESULTS_DIR/fid_table.md"
 echo "Figures in $RESULTS_DIR: ${figures[*]}; trajectories: samples/*/figures/trajectory.png"
 echo "Report: $RESULTS_DIR/report.html"

@@ -11,7 +11,7 @@ set -euo pipefail
 export DATASET=${DATASET:-synthetic} RESOLUTION=${RESOLUTION:-32} LIMIT=${LIMIT:-2048}
 export HIDDEN_DIMS=${HIDDEN_DIMS:-16,32,64,128} EPOCHS=${EPOCHS:-14} SAVE_EVERY=${SAVE_EVERY:-${EPOCHS:-14}}
 export BATCH_SIZE=${BATCH_SIZE:-32} LR=${LR:-1e-3} EMA_DECAY=${EMA_DECAY:-0.995} METRICS=${METRICS:-swd}
-export NUM_IMAGES=${NUM_IMAGES:-256} SEEDS=${SEEDS:-"42 43 44"} K=${K:-1} HEATMAP_IMAGES=${HEATMAP_IMAGES:-16}
+export NUM_IMAGES=${NUM_IMAGES:-192} SEEDS=${SEEDS:-"42 43 44"} K=${K:-1} HEATMAP_IMAGES=${HEATMAP_IMAGES:-16}
 export NUM_STEPS=${NUM_STEPS:-18} PATHS=${PATHS:-image_diagonal kl_diagonal kl}
 export GRID_SPACING=${GRID_SPACING:-uniform_log_snr} MAP_ARGS=${MAP_ARGS:---maps mse --seen_only}
 export RUN=${RUN:-quickstart} TRAIN_ARGS=${TRAIN_ARGS:---preset improved --resume auto}
@@ -25,9 +25,6 @@ trap 'exit 130' INT
 ./scripts/eval_all.sh --ema
 
 cat <<END
-
-Sliced Wasserstein distance to the training images, lower is better: a LIFT model beside a baseline of equal size, at
-$NUM_STEPS network calls each; mean and deviation over three sampling seeds of one training.
 
 look at    $RESULTS_DIR/samples_${EPOCHS}ep_ema.png   training images, and samples of equal seeds below them
            $RESULTS_DIR/report.html              all of it on one page

@@ -73,12 +73,12 @@ def test_everything_is_evaluated_with_the_defaults_of_the_stages(models):
     assert len(figures["samples"]["inputs"]) == len(figures["paths"]["inputs"]) == len(generated) == 6
     [plan] = calls_of(commands, plan_path)
     assert plan == defaults(plan_path, "--heatmap", "results/heatmap_30_1000ep.pth")
-    assert calls_of(commands, aggregate_results) == [defaults(aggregate_results)]
+    assert calls_of(commands, aggregate_results) == [defaults(aggregate_results, "--brief")]
     assert calls_of(commands, report) == [defaults(report)]
     # Maps first, then all scores in one call, and what shows them last.
     order = [module for module, _ in calls_of(commands)]
     assert order[:4] == [compute_heatmap_30, compute_heatmap_30, eval_fid_batch, make_figures]
-    assert order[-2:] == [aggregate_results, report]
+    assert order[-2:] == [report, aggregate_results]
 
 
 def test_flags_of_eval_all_reach_every_stage(models):

@@ -204,6 +204,11 @@ def test_jobs_scored_by_an_earlier_version_are_skipped(stage, run, table, tmp_pa
     # The new seed says of the old ones how they were trained.
     output = stage(aggregate_results, "--input", file, "--output", tmp_path / "t").output
     assert "not recorded" not in output and output.count("(3) |") >= 3
+    # In brief the best of each model and path is printed, and all is written.
+    page = (tmp_path / "t.md").read_text()
+    brief = stage(aggregate_results, "--input", file, "--output", tmp_path / "t", "--brief").output
+    assert (tmp_path / "t.md").read_text() == page and len(brief) < len(page) / 2
+    assert brief.count("## ") == 1 and brief.count("\n| ") == 2 + 3 and "| Baseline | raw | 2 |" in brief
 
 
 def test_a_table_that_a_spreadsheet_saved_is_refused_before_anything_is_computed(
