@@ -3,4 +3,5 @@
 #
 #   ./scripts/eval_all_ema.sh [--multi-seed] [--force]
 set -euo pipefail
-exec "$(dirname "$0")/eval_all.sh" --ema "$@"
+source "$(dirname "$0")/common.sh"
+exec ./scripts/eval_all.sh --ema "$@"

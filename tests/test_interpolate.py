@@ -210,7 +210,7 @@ def test_frames_strip_and_animation(stage, refused, run, tmp_path):
     flags = flags_of(run.lift, "--frames", 5, "--output", "walk")
     ended = stage(interpolate, *flags, "--gif", "--batch_size", 4)
     assert "5 frames in walk: 5 new with 4 network calls each" in ended.output
-    assert "interpolation: 100%" in ended.notes
+    assert "interpolation: 5 of 5 images" in ended.notes
     frames = frames_in(tmp_path / "walk")
     assert len(frames) == 5 and not any(torch.equal(a, b) for a, b in zip(frames, frames[1:], strict=False))
     with Image.open(tmp_path / "walk/grid.png") as strip:

@@ -56,7 +56,6 @@ FOLDERS = [
     (aggregate_results, ["--input", "folder"], "folder is a folder, where a file is needed"),
     (aggregate_results, ["--input", "table.csv", "--output", "is"], "is.csv is a folder, where a file is needed"),
     (report, ["--results", "folder"], "Results table folder is a folder"),
-    (eval_fid_batch, [*SWD, "--output", "folder"], "folder is a folder, where a file is needed"),
     (eval_fid_batch, ["--metrics", "fid", "--inception_weights", "folder", *SWD[4:]], "file folder is a folder"),
     (eval_fid_batch, [*SWD, "--path_type", "schedule:folder"], "folder is a folder"),
     (train_lift, [*TINY, *PLACES, "--t_pairs", "path:folder"], "folder is a folder"),

@@ -468,7 +468,7 @@ def test_a_folder_is_enlarged(stage, run, held_out, tmp_path):
     flags = flags_of(held_out, run, "--input", "small")
     ended = stage(generate_sr, *flags, "--output", "big", "--batch_size", 3)
     assert "4 new with 4 network calls each" in ended.output and "grey levels at most" in ended.output
-    assert "super-resolution: 100%" in ended.notes
+    assert "super-resolution: 4 of 4 images" in ended.notes
     made = torch.stack([read_png(tmp_path / f"big/{name}.png") for name in "abcd"])
     # They are those that are measured.
     stage(generate_sr, *flags_of(held_out, run, "--output", "sr", "--batch_size", 3))
