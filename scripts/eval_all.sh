@@ -76,7 +76,9 @@ generate() {
 real="$RESULTS_DIR/training_images"
 flags=(--checkpoint "$CHECKPOINT_DIR/lift_dual_timestep_${epoch}ep.pth" --write_reference "$real" --num_images 12)
 [[ $FORCE == 0 ]] || flags+=(--force)
-python eval_fid_batch.py "${flags[@]}" --cache_dir "$CACHE_DIR" --num_workers "$NUM_WORKERS"
+# Where the images lie by now may be among the further flags.
+# shellcheck disable=SC2086
+python eval_fid_batch.py $EVAL_ARGS "${flags[@]}" --cache_dir "$CACHE_DIR" --num_workers "$NUM_WORKERS"
 for weights in $WEIGHTS; do
     name=${epoch}ep_$weights
     samples=() schedules=()

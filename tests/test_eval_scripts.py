@@ -81,6 +81,12 @@ def test_everything_is_evaluated_with_the_defaults_of_the_stages(models):
     assert order[-2:] == [report, aggregate_results]
 
 
+def test_images_that_have_moved_are_found_by_the_scores_and_by_what_stands_beside_samples(models):
+    ended, commands = run_script(models("lift_dual_timestep_9"), "eval_all.sh", EVAL_ARGS="--dataset elsewhere")
+    assert ended.returncode == 0, ended.stderr
+    assert [call["dataset"] for call in calls_of(commands, eval_fid_batch)] == ["elsewhere"] * 2
+
+
 def test_flags_of_eval_all_reach_every_stage(models):
     checkout = models("lift_dual_timestep_9")
     ended, commands = run_script(checkout, "eval_all.sh", "--multi-seed", "--force", "--ema", METRICS="swd")

@@ -178,4 +178,4 @@ def test_the_map_of_a_checkpoint_is_the_usual_one_or_the_only_other(tmp_path, mo
     assert found() == "heatmap_30_4ep_ema.pth"
     (folder / "heatmap_9_4ep_ema.pth").unlink()
     (folder / "heatmap_30_4ep_ema.pth").touch()
-    assert found() in ("heatmap_30_4ep_ema.pth",)
+    assert found() == "heatmap_30_4ep_ema.pth"
