@@ -9,17 +9,18 @@ fi
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Make .venv when it is missing and install a requirements file when it has changed since the last time.
+# Make .venv, or the folder "$2", when it is missing, and install a requirements file when it has changed since the last
+# time; further arguments go to pip.
 setup_environment() {
-    local requirements=$1
-    local stamp=".venv/installed-$requirements"
+    local requirements=$1 folder=${2:-.venv}
+    local stamp="$folder/installed-$requirements"
     if ! cmp -s <(cat requirements*.txt) "$stamp"; then
-        echo "setting up .venv from $requirements (several GB with PyTorch; once)" >&2
-        [[ -x .venv/bin/python ]] || "${PYTHON:-python3}" -m venv .venv
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+        echo "setting up $folder from $requirements (several GB with PyTorch; once)" >&2
+        [[ -x $folder/bin/python ]] || "${PYTHON:-python3}" -m venv "$folder"
+        "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements" "${@:3}"
         cat requirements*.txt >"$stamp"
     fi
-    export PATH="$PWD/.venv/bin:$PATH"
+    export PATH="$PWD/$folder/bin:$PATH"
 }
 
 refuse() {
