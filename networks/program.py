@@ -13,6 +13,7 @@ from torch import nn
 
 PROGRAM_FILE, NOISE_FILE, SCRIPT_FILE, SCHEDULE_FILE = "model.pt2", "noise.pt", "sample.py", "schedule.json"
 EXPORTED_BATCH = 2  # Any other size runs too; of 1 the exporter would make a constant.
+LARGEST_BATCH = 2**31 - 1  # PyTorch 2.6 asks for a bound.
 
 
 class _Network(nn.Module):
@@ -38,7 +39,7 @@ def program_bytes(model: nn.Module, channels: int, resolution: int) -> bytes:
     scales = range(model.num_scales)
     xs = [torch.zeros(EXPORTED_BATCH, channels, resolution >> s, resolution >> s) for s in scales]
     ts = [torch.zeros(EXPORTED_BATCH, dtype=torch.long) for _ in scales]
-    batch = torch.export.Dim("batch", min=1)
+    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     sizes = ([{0: batch} for _ in scales], [{0: batch} for _ in scales])
     stream = io.BytesIO()
     with torch.no_grad():

@@ -463,7 +463,8 @@ def _evaluate(
             # One pass per probe is as fast as vmap over the probes and holds 1/K of its gradients, and a
             # prediction that ignores one scale has a zero block there.
             grads = torch.autograd.grad(output, xs, w, retain_graph=not last, materialize_grads=True)
-            norms.append(torch.stack([_sum_of_squares(g) for g in grads]))  # [scales, S]
+            # PyTorch 2.6 gives zero blocks that want a gradient themselves.
+            norms.append(torch.stack([_sum_of_squares(g.detach()) for g in grads]))  # [scales, S]
     shape = (num_predictions, num_probes, len(xs), len(ts[0]))
     norms = torch.stack(norms).view(shape) if norms else torch.zeros(shape, dtype=torch.float64)
     with torch.no_grad():

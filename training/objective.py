@@ -21,7 +21,7 @@ LOSS_NAMES = {"loss_64": "fine loss", "loss_32": "coarse loss"}  # Key in files:
 
 def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
     """The random numbers of one training step, a function of seed and step only."""
-    mixed = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
+    mixed = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]) >> 1
     return torch.Generator(device).manual_seed(mixed)
 
 

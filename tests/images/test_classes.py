@@ -110,7 +110,7 @@ LABEL = datasets.ClassLabel(names=["cat", "dog", "wild", "yeti"])
         ({"class": ["b", "a", None, "c"]}, {"class": datasets.Value("string")}, [("class", "a", "b", "c")]),
         ({"label": [True, False, True, True]}, {"label": datasets.Value("bool")}, [("label", "False", "True")]),
         ({"label": [0.5, 0.1, 0.2, 0.3]}, {"label": datasets.Value("float32")}, []),
-        ({"labels": [[1], [2], [1], []]}, {"labels": datasets.List(datasets.Value("int64"))}, []),
+        ({"labels": [[1], [2], [1], []]}, {"labels": datasets.Sequence(datasets.Value("int64"))}, []),
         ({"caption": ["a", "b", "c", "d"]}, {"caption": datasets.Value("string")}, []),
         ({}, {}, []),
         (

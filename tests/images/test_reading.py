@@ -6,6 +6,7 @@ import struct
 import zipfile
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -170,6 +171,8 @@ def test_ordinary_images_are_as_pillow_converts_them(mode):
     for kind in ("PNG", "JPEG", "TIFF", "GIF"):
         if (kind, mode) in {("PNG", "CMYK"), ("PNG", "YCbCr"), ("JPEG", "P"), ("GIF", "CMYK"), ("GIF", "YCbCr")}:
             continue
+        if (kind, mode) == ("TIFF", "YCbCr") and int(PIL.__version__.split(".")[0]) < 12:
+            continue  # Pillow could not read its own.
         content = encoded(image, kind)
         with Image.open(io.BytesIO(content)) as opened:
             expected = np.asarray(opened.convert("RGB"))
