@@ -9,12 +9,12 @@
 set -euo pipefail
 
 export DATASET=${DATASET:-synthetic} RESOLUTION=${RESOLUTION:-32} LIMIT=${LIMIT:-2048}
-export HIDDEN_DIMS=${HIDDEN_DIMS:-16,32,64,128} EPOCHS=${EPOCHS:-14} SAVE_EVERY=${SAVE_EVERY:-${EPOCHS:-14}}
-export BATCH_SIZE=${BATCH_SIZE:-32} LR=${LR:-1e-3} EMA_DECAY=${EMA_DECAY:-0.995} METRICS=${METRICS:-swd}
+export HIDDEN_DIMS=${HIDDEN_DIMS:-16,32,64,128} EPOCHS=${EPOCHS:-16} SAVE_EVERY=${SAVE_EVERY:-${EPOCHS:-16}}
+export BATCH_SIZE=${BATCH_SIZE:-16} LR=${LR:-2e-3} EMA_DECAY=${EMA_DECAY:-0.995} METRICS=${METRICS:-swd}
 export NUM_IMAGES=${NUM_IMAGES:-192} SEEDS=${SEEDS:-"42 43 44"} K=${K:-1} HEATMAP_IMAGES=${HEATMAP_IMAGES:-16}
 export NUM_STEPS=${NUM_STEPS:-18} PATHS=${PATHS:-image_diagonal kl_diagonal kl}
 export GRID_SPACING=${GRID_SPACING:-uniform_log_snr} MAP_ARGS=${MAP_ARGS:---maps mse --seen_only}
-export RUN=${RUN:-quickstart} TRAIN_ARGS=${TRAIN_ARGS:---preset improved --resume auto}
+export RUN=${RUN:-quickstart} TRAIN_ARGS=${TRAIN_ARGS:---preset improved --lr_schedule cosine --resume auto}
 export LIFT_ARGS=${LIFT_ARGS:---representation residual}
 source "$(dirname "$0")/common.sh"
 [[ $# == 0 ]] || refuse "unknown argument '$1'"
