@@ -32,7 +32,9 @@ def describe_machine(device: torch.device) -> str:
     parts = [names[0], *features, f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads"]
     if device.type == "cuda":
         parts += [torch.cuda.get_device_name(device), f"CUDA {torch.version.cuda}"]
-    parts += [f"torch {torch.__version__}"] + [f"diffusers {diffusers.__version__}"] * (diffusers is not None)
+    parts.append(f"torch {torch.__version__}")
+    if diffusers is not None:
+        parts.append(f"diffusers {diffusers.__version__}")
     return ", ".join([*parts, date.today().isoformat()])
 
 

@@ -62,7 +62,8 @@ class Processes:
                 for name in ("MASTER_ADDR", "MASTER_PORT"):
                     if os.environ.get(name) == "":
                         raise ValueError(f"{name} is empty")
-                dist.init_process_group(backend, timeout=patience)
+                if not dist.is_initialized():  # By an earlier run of this process.
+                    dist.init_process_group(backend, timeout=patience)
             except ValueError as error:
                 raise ValueError(
                     f"The {self.count} processes cannot find each other ({error}); set MASTER_ADDR and MASTER_PORT, as "
@@ -125,4 +126,6 @@ class Processes:
         """Leave the group, all together: one that leaves early takes connections away from under the others."""
         if self.count > 1:
             self.any(False)
-            dist.destroy_process_group()
+            # Gloo ends with the process, since PyTorch 2.6 may wait for ever in taking it down.
+            if self.device.type == "cuda":
+                dist.destroy_process_group()
