@@ -27,7 +27,7 @@ from runtime.errors import need_file
 from runtime.reports import say_once
 from runtime.runs import hint_at_runs, places, results_of
 from runtime.safe_write import replacing, versions
-from scheduler import DDIMScheduler
+from scheduler import DDIMScheduler, Denoiser
 
 FORMAT_VERSION = 1
 MODEL_CLASSES = {
@@ -229,6 +229,11 @@ class LoadedModel(NamedTuple):
     config: dict[str, Any]
     fingerprint: str
     file: Path
+
+    @property
+    def denoise(self) -> Denoiser:
+        """The model as a denoiser of noisy images of its process."""
+        return self.scheduler.denoiser(self.model.denoise)
 
     @property
     def results(self) -> Path:

@@ -233,7 +233,7 @@ def coupling_of(
     log_snr = loaded.scheduler.log_snr
     t_64 = timestep_grid(settings.coupling_timesteps, len(log_snr), "uniform_log_snr", start, log_snr.numpy()).tolist()
     measured = measure_coupling(
-        loaded.model.denoise,
+        loaded.denoise,
         loaded.scheduler,
         to_float(torch.from_numpy(images.pixels[np.sort(chosen)])).to(device),
         t_64,

@@ -140,7 +140,7 @@ class Upscaler:
     def run(self, coarse_pixels: torch.Tensor) -> Iterator[tuple[slice, Upscaled]]:
         """`super_resolve` for uint8 `[N, C, H, W]` with a progress bar: the place of each batch, and the batch."""
         settings, (count, channels, height, width) = self.settings, coarse_pixels.shape
-        batch_size, denoise = min(settings.batch_size, count), self.loaded.model.denoise
+        batch_size, denoise = min(settings.batch_size, count), self.loaded.denoise
         if resolve_compile(self.device, settings.compile, count * self.path.nfe):
             shapes = [(channels, 2 * height, 2 * width), (channels, height, width)]
             denoise, note = compile_denoiser(denoise, shapes, batch_size, self.device, settings.precision)

@@ -118,7 +118,7 @@ def main() -> None:
             states.append([to_uint8(x[0]).cpu() for x in shown])
 
     batch_size = min(settings.batch_size, max(1, len(missing)))
-    denoise = loaded.model.denoise
+    denoise = loaded.denoise
     if missing and resolve_compile(device, settings.compile, len(missing) * path.nfe):
         denoise, note = compile_denoiser(denoise, shapes, batch_size, device, settings.precision)
         if note:

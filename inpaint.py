@@ -183,15 +183,6 @@ def jump_counts(num_steps: int, jump_length: int, jump_repeats: int) -> dict[int
     return dict.fromkeys(range(jump_length, num_steps, jump_length), jump_repeats - 1)
 
 
-def renoise(scheduler: DDIMScheduler, x: torch.Tensor, noise: torch.Tensor, t: int, t_back: int) -> torch.Tensor:
-    """A draw at the noisier timestep t_back of the diffusion that is at x at t: sqrt(r) x + sqrt(1 - r) noise.
-
-    r = abar(t_back) / abar(t); with neighbouring timesteps the last line but one of RePaint's algorithm 1.
-    """
-    ratio = scheduler.alphas_cumprod[t_back].item() / scheduler.alphas_cumprod[t].item()
-    return ratio**0.5 * x + (1 - ratio) ** 0.5 * noise
-
-
 def fit_means(x: torch.Tensor, means: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The image nearest to x `[B, C, 2H, 2W]` whose 2x2 means are `means` `[B, C, H, W]` where mask `[H, W]` is set."""
     return x + upsample_nearest((means - coarse(x)) * mask)
@@ -255,7 +246,7 @@ def repaint(
         if left.get(k, 0) > 0:
             left[k] -= 1
             back = zip(placed, path.points[k], path.points[k - jump_length], strict=True)
-            placed = [renoise(scheduler, x, draw(x.shape[1:]), t, u) if u > t else x for x, t, u in back]
+            placed = [scheduler.renoise(x, draw(x.shape[1:]), t, u) if u > t else x for x, t, u in back]
             k -= jump_length
         if coarse_from == "noisy":
             placed[1] = coarse(placed[0])
@@ -326,7 +317,7 @@ def main() -> None:
     settings = parse_args()
     device = select_device(settings.device)
     loaded = load_model(settings.checkpoint, settings.ema, device)
-    config, denoise = loaded.config, loaded.model.denoise
+    config, denoise = loaded.config, loaded.denoise
     weights = loaded.weights
     path, kind = path_of_settings(settings, loaded)
     feed = coarse_feed(loaded.model, settings.coarse_from)

@@ -195,7 +195,7 @@ def main() -> None:
         for chunk in chunks if missing else []:
             rows = [0, settings.frames - 1, *chunk]
             samples = interpolate(
-                loaded.model.denoise, loaded.scheduler, path, settings.seeds, shares[rows], shapes, settings.at, device,
+                loaded.denoise, loaded.scheduler, path, settings.seeds, shares[rows], shapes, settings.at, device,
                 settings.end, feed,
             )  # fmt: skip
             check_finite(samples.images[0], [names[k] for k in rows])

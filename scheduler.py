@@ -1,18 +1,33 @@
-"""Noise schedules, signal-to-noise ratio, prediction conversions and the DDIM step.
+"""Processes: two curves alpha and sigma over time, what networks predict of them, and the DDIM step.
 
-A variance-preserving diffusion (arXiv 2006.11239): `x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps` with
-`SNR_t = abar_t / (1 - abar_t)`. Tables are float64 and cast once, where they meet an image.
+`x_t = alpha_t x0 + sigma_t eps` with `SNR_t = alpha_t^2 / sigma_t^2`. Divided by alpha every process is the same
+diffusion, `x / alpha = x0 + (sigma / alpha) eps`, of which DDIM is Euler's method in sigma / alpha.
+
+    vp      sqrt(abar), sqrt(1 - abar)  variance preserving, with a noise schedule (arXiv 2006.11239)
+    sub_vp  sqrt(abar), 1 - abar        (arXiv 2011.13456, eq. 29)
+    ve      1, sigma                    variance exploding, log sigma even in t (arXiv 2011.13456, appendix C)
+    flow    1 - tau, tau                straight lines, tau = t / (T - 1) (arXiv 2209.03003, 2210.02747)
+
+Timesteps are numbers from 0 to T - 1; between whole ones log SNR is interpolated. Tables are float64 and cast once,
+where they meet an image.
 """
 
 import copy
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from scipy.interpolate import PchipInterpolator
 
 from images.representation import REPRESENTATIONS, Images
 
+Denoiser = Callable[[Images, Images], Images]
 CLEAN = -1
-PREDICTION_TYPES = ("epsilon", "x0", "v")
+PREDICTION_TYPES = ("epsilon", "x0", "v", "velocity", "score")
+PROCESSES = ("vp", "sub_vp", "ve", "flow")
+SCHEDULED_PROCESSES = ("vp", "sub_vp")  # Those that a noise schedule describes.
+VE_SIGMAS = (0.02, 100.0)  # Of images in [-1, 1]; twice those of arXiv 2011.13456, whose images are in [0, 1].
 ZERO_TERMINAL_SUFFIX = "_zero_terminal"
 
 
@@ -28,6 +43,26 @@ BETA_SCHEDULES = {
     "linear": lambda n: torch.linspace(1e-4, 0.02, n, dtype=torch.float64),
 }
 SCHEDULE_NAMES = tuple(BETA_SCHEDULES) + tuple(name + ZERO_TERMINAL_SUFFIX for name in BETA_SCHEDULES)
+
+
+def schedule_name(process: str, beta_schedule: str | None) -> str:
+    """One name for a process and its noise schedule: "cosine" of vp, "sub_vp_cosine", "ve", "flow".
+
+    This is what configs, maps and schedule files hold as `beta_schedule`.
+    """
+    if process not in SCHEDULED_PROCESSES:
+        return process
+    return beta_schedule if process == "vp" else f"{process}_{beta_schedule}"
+
+
+def split_schedule_name(name: str) -> tuple[str, str | None]:
+    """The process and the noise schedule of a name of `schedule_name`; the latter is None where there is none."""
+    if name in PROCESSES and name not in SCHEDULED_PROCESSES:
+        return name, None
+    return ("sub_vp", name.removeprefix("sub_vp_")) if name.startswith("sub_vp_") else ("vp", name)
+
+
+ALL_SCHEDULES = tuple(dict.fromkeys(schedule_name(process, name) for process in PROCESSES for name in SCHEDULE_NAMES))
 
 
 def make_alphas_cumprod(beta_schedule: str, num_train_timesteps: int = 1000) -> torch.Tensor:
@@ -48,35 +83,66 @@ def make_alphas_cumprod(beta_schedule: str, num_train_timesteps: int = 1000) -> 
     return alphas_cumprod
 
 
-def x0_from_epsilon(x, epsilon, alpha_bar):
-    """Clean image from noise: `(x - sqrt(1 - abar) eps) / sqrt(abar)`; needs abar > 0."""
-    return (x - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
+class Curves(NamedTuple):
+    """A process at some times: alpha, sigma, and their derivatives by tau = t / (T - 1), float64."""
+
+    alpha: torch.Tensor
+    sigma: torch.Tensor
+    d_alpha: torch.Tensor | None  # None where they are not asked for.
+    d_sigma: torch.Tensor | None
 
 
-def epsilon_from_x0(x, x0, alpha_bar):
-    """Noise from clean image: `(x - sqrt(abar) x0) / sqrt(1 - abar)`; needs abar < 1."""
-    return (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+def _scheduled_curves(process: str, log_snr: torch.Tensor, slope: torch.Tensor) -> Curves:
+    """vp or sub_vp from the log SNR of the schedule, log(abar / (1 - abar)), and its slope by tau."""
+    abar, rest = log_snr.sigmoid(), (-log_snr).sigmoid()
+    d_abar = abar * rest * slope
+    alpha = abar.sqrt()
+    d_alpha = alpha * rest * slope / 2
+    if process == "sub_vp":
+        return Curves(alpha, rest, d_alpha, -d_abar)
+    sigma = rest.sqrt()
+    return Curves(alpha, sigma, d_alpha, -sigma * abar * slope / 2)
 
 
-def x0_from_v(x, v, alpha_bar):
-    """Clean image from velocity: `sqrt(abar) x - sqrt(1 - abar) v` (arXiv 2202.00512, appendix D)."""
-    return alpha_bar.sqrt() * x - (1 - alpha_bar).sqrt() * v
+def _closed_curves(process: str, tau: torch.Tensor) -> Curves:
+    """ve or flow at tau in [0, 1]."""
+    one = torch.ones_like(tau)
+    if process == "flow":
+        return Curves(1 - tau, tau, -one, one)
+    low, high = VE_SIGMAS
+    sigma = low * (high / low) ** tau
+    return Curves(one, sigma, 0 * one, sigma * math.log(high / low))
 
 
-def v_from_x0_epsilon(x0, epsilon, alpha_bar):
-    """Velocity: `sqrt(abar) eps - sqrt(1 - abar) x0` (arXiv 2202.00512, appendix D)."""
-    return alpha_bar.sqrt() * epsilon - (1 - alpha_bar).sqrt() * x0
+def prediction_from(prediction_type: str, x0: torch.Tensor, epsilon: torch.Tensor, curves: Curves) -> torch.Tensor:
+    """What a network of a prediction type should return for a clean image and its noise at a time of a process.
+
+    "epsilon", "x0", "v": alpha eps - sigma x0 (arXiv 2202.00512, appendix D), "velocity": alpha' x0 + sigma' eps,
+    "score": -eps / sigma.
+    """
+    if prediction_type == "epsilon":
+        return epsilon
+    if prediction_type == "x0":
+        return x0
+    if prediction_type == "velocity":
+        return curves.d_alpha * x0 + curves.d_sigma * epsilon
+    return -epsilon / curves.sigma if prediction_type == "score" else curves.alpha * epsilon - curves.sigma * x0
 
 
 class DDIMScheduler:
-    """A noise schedule and the DDIM step between any two of its timesteps.
+    """A process and the DDIM step between any two of its times.
 
-    Attributes, float64 `[num_train_timesteps]`: `alphas_cumprod`, `snr` (0 to inf), `log_snr`.
-    `prediction_type` says what the network returns: "epsilon", "x0" or "v". `clip_sample` clamps every
-    predicted clean image to [-1, 1]. `representation`, of `images.representation.REPRESENTATIONS`, says what the scales
-    of an image are and which noise is theirs. Nothing is kept between calls and nothing moves between devices unless
-    `to(device)` is called. Raises ValueError for unknown names, and for ε-prediction on a schedule with zero
-    terminal SNR, where noise carries no information about the image.
+    Attributes, float64 `[num_train_timesteps]`: `alphas`, `sigmas`, `snr` (from 0), `log_snr`, and `alphas_cumprod`,
+    abar of the variance-preserving process of the same SNR. `prediction_type` says what the network returns: "epsilon",
+    "x0", "v" (alpha eps - sigma x0), "velocity" (alpha' x0 + sigma' eps, by tau = t / (T - 1)) or "score"
+    (-eps / sigma). `clip_sample` clamps every predicted clean image to [-1, 1]. `representation`, of
+    `images.representation.REPRESENTATIONS`, says what the scales of an image are and which noise is theirs.
+    `beta_schedule` is a name of SCHEDULE_NAMES, which vp and sub_vp have, or one of ALL_SCHEDULES, which says the
+    process too; the attribute of that name is the latter.
+
+    t is an int, int64 `[B]`, or, where it says so, float64 `[B]` from 0 to T - 1. Nothing is kept between calls and
+    nothing moves between devices unless `to(device)` is called. Raises ValueError for unknown names, and for
+    predictions of epsilon or score where the SNR ends at 0, where noise carries no information about the image.
     """
 
     def __init__(
@@ -86,82 +152,224 @@ class DDIMScheduler:
         prediction_type: str = "epsilon",
         clip_sample: bool = True,
         representation: str = "overcomplete",
+        process: str | None = None,
     ):
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
-                f"Unknown prediction type '{prediction_type}'; choose one of {', '.join(PREDICTION_TYPES)}."
-            )
-        if representation not in REPRESENTATIONS:
-            raise ValueError(f"Unknown representation '{representation}'; choose one of {', '.join(REPRESENTATIONS)}.")
+        if process is None:
+            process, beta_schedule = split_schedule_name(beta_schedule)
+        for kind, name, names in (
+            ("prediction type", prediction_type, PREDICTION_TYPES),
+            ("representation", representation, REPRESENTATIONS),
+            ("process", process, PROCESSES),
+        ):
+            if name not in names:
+                raise ValueError(f"Unknown {kind} '{name}'; choose one of {', '.join(names)}.")
         self.representation = REPRESENTATIONS[representation]
         self.num_train_timesteps = num_train_timesteps
-        self.beta_schedule = beta_schedule
+        self.beta_schedule = schedule_name(process, beta_schedule)
         self.prediction_type = prediction_type
         self.clip_sample = clip_sample
-        self.alphas_cumprod = make_alphas_cumprod(beta_schedule, num_train_timesteps)
-        if prediction_type == "epsilon" and self.alphas_cumprod[-1] == 0:
+        self.process = process
+        if process in SCHEDULED_PROCESSES:
+            schedule = make_alphas_cumprod(beta_schedule, num_train_timesteps)
+            log_snr = (schedule / (1 - schedule)).log()
+            finite = log_snr[log_snr.isfinite()].numpy()
+            slopes = PchipInterpolator(range(len(finite)), finite).derivative()(range(len(finite)))
+            # Of the noise schedule, by t; of those that end at zero SNR without the last.
+            self._nodes = torch.stack([torch.from_numpy(finite), torch.from_numpy(slopes)])  # [2, T or T - 1]
+        else:
+            self._nodes = torch.zeros(2, 0, dtype=torch.float64)
+        whole = self.curves(torch.arange(num_train_timesteps, dtype=torch.float64))
+        self.alphas, self.sigmas = whole.alpha, whole.sigma
+        if process == "vp":
+            self.alphas_cumprod = schedule
+            self.snr = schedule / (1 - schedule)
+            self.log_snr = self.snr.log()
+        else:
+            self.log_snr = self.log_snr_at(self.inside(torch.arange(num_train_timesteps)).double())
+            self.snr = self.log_snr.exp()
+            self.alphas_cumprod = self.alphas.square() / (self.alphas.square() + self.sigmas.square())
+        if prediction_type in ("epsilon", "score") and self.alphas[-1] == 0:
             raise ValueError(
-                f"Schedule '{beta_schedule}' ends at zero SNR, where noise prediction is undefined; "
-                "use prediction type v or x0."
+                f"The process '{self.process_name}' ends at zero SNR, where a prediction of {prediction_type} is "
+                "undefined; use prediction type v, velocity or x0."
             )
-        self.snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
-        self.log_snr = self.snr.log()
 
     @property
-    def process(self) -> str:
-        """What it is called in rows of results: variance preserving, and its noise schedule."""
-        return f"vp {self.beta_schedule}"
+    def process_name(self) -> str:
+        """What the process is called in rows of results, with its noise schedule if it has one."""
+        return " ".join(filter(None, split_schedule_name(self.beta_schedule)))
 
     def to(self, device: torch.device | str) -> "DDIMScheduler":
         """A copy whose tables live on `device`, so that indexing with timesteps there moves no data."""
         moved = copy.copy(self)
-        for name in ("alphas_cumprod", "snr", "log_snr"):
+        for name in ("alphas", "sigmas", "alphas_cumprod", "snr", "log_snr", "_nodes"):
             setattr(moved, name, getattr(self, name).to(device))
         return moved
 
+    def curves(self, t: torch.Tensor) -> Curves:
+        """The process at times t, float64 from 0 to T - 1 of any shape; raises ValueError outside."""
+        last = self.num_train_timesteps - 1
+        if ((t < 0) | (t > last)).any():
+            raise ValueError(f"Timesteps lie in 0..{last}; got {t.min().item():g} to {t.max().item():g}.")
+        if self.process not in SCHEDULED_PROCESSES:
+            return _closed_curves(self.process, t / last)
+        # Monotone cubic pieces (PCHIP) of log SNR.
+        values, slopes = self._nodes
+        k = t.floor().long().clamp(max=len(values) - 2)
+        u = t - k
+        y, d = (values[k], values[k + 1]), (slopes[k], slopes[k + 1])
+        c = 3 * (y[1] - y[0]) - 2 * d[0] - d[1]
+        e = d[0] + d[1] - 2 * (y[1] - y[0])
+        log_snr = y[0] + u * (d[0] + u * (c + u * e))
+        curves = _scheduled_curves(self.process, log_snr, (d[0] + u * (2 * c + u * 3 * e)) * last)
+        if len(values) > last:
+            return curves
+        # On the way to zero SNR sqrt(abar) falls in a straight line.
+        d_alpha = -values[-1].sigmoid().sqrt() * torch.ones_like(t)
+        alpha = d_alpha * (t - last)
+        sigma = (1 - alpha.square()) if self.process == "sub_vp" else (1 - alpha.square()).sqrt()
+        d_sigma = -2 * alpha * d_alpha if self.process == "sub_vp" else -alpha * d_alpha / sigma
+        ending = Curves(alpha, sigma, last * d_alpha, last * d_sigma)
+        return Curves(*(torch.where(t > last - 1, *pair) for pair in zip(ending, curves, strict=True)))
+
+    def log_snr_at(self, t: torch.Tensor) -> torch.Tensor:
+        """log SNR at times t, float64 from 0 to T - 1 of any shape."""
+        curves = self.curves(t)
+        return 2 * (curves.alpha.log() - curves.sigma.log())
+
+    def inside(self, t: torch.Tensor) -> torch.Tensor:
+        """Timesteps t as maps and plans take them, which count in log SNR: half a timestep inside the ends of flow.
+
+        There is no noise at its first timestep, and nothing else at its last.
+        """
+        return t.double().clamp(0.5, self.num_train_timesteps - 1.5) if self.process == "flow" else t
+
+    def time_of(self, log_snr: torch.Tensor) -> torch.Tensor:
+        """Times float64, like log_snr, at which the process has that log SNR; the ends of its range outside it."""
+        low = torch.zeros_like(log_snr)
+        high = torch.full_like(log_snr, self.num_train_timesteps - 1)
+        for _ in range(60):  # Halved down to the rounding of float64.
+            middle = (low + high) / 2
+            cleaner = self.log_snr_at(middle) > log_snr
+            low, high = torch.where(cleaner, middle, low), torch.where(cleaner, high, middle)
+        return (low + high) / 2
+
     def _alpha_bar(self, t: int | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """abar at t (an int, or `[B]`) in the dtype of x and shaped to broadcast against it; CLEAN gives 1."""
+        """abar at t (an int, or int64 `[B]`) in the dtype of x and shaped to broadcast against it; CLEAN gives 1."""
+        return self._looked_up(self.alphas_cumprod, 1.0, t, x)
+
+    def _looked_up(self, table: torch.Tensor, clean: float, t: int | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if isinstance(t, int):
             # It stays where the table is: a number on the host goes into a kernel of a GPU without a wait, a copy not.
-            return torch.as_tensor(1.0 if t == CLEAN else self.alphas_cumprod[t], dtype=x.dtype)
+            return torch.as_tensor(clean if t == CLEAN else table[t], dtype=x.dtype)
         # CLEAN looks up the last entry, which is then replaced.
-        values = torch.where(t == CLEAN, 1.0, self.alphas_cumprod[t])
+        values = torch.where(t == CLEAN, clean, table[t])
         return values.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
+    def scales(self, t: int | torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha and sigma at t, also a float64 `[B]`, in the dtype of x and shaped to broadcast against it.
+
+        CLEAN gives 1 and 0.
+        """
+        if isinstance(t, torch.Tensor) and t.is_floating_point():
+            curves = self.curves(t)
+            return tuple(each.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) for each in curves[:2])
+        if self.process == "vp":
+            alpha_bar = self._alpha_bar(t, x)
+            return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        return self._looked_up(self.alphas, 1.0, t, x), self._looked_up(self.sigmas, 0.0, t, x)
+
+    def _curves_like(self, t: int | torch.Tensor, x: torch.Tensor) -> Curves:
+        # Slopes are those of the velocity alone, and cost more than a look into a table.
+        if self.prediction_type != "velocity":
+            return Curves(*self.scales(t, x), None, None)
+        times = torch.as_tensor(t, dtype=torch.float64, device=self.alphas.device).reshape(-1)
+        slopes = (each.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) for each in self.curves(times)[2:])
+        return Curves(*self.scales(t, x), *slopes)
+
+    def prior(self, noise: torch.Tensor, t: int) -> torch.Tensor:
+        """What sampling starts from at timestep t: noise of the standard deviation that is left of the image and it."""
+        return noise * self.sigmas[t].to(noise.dtype) if self.process == "ve" else noise
+
+    def shown(self, x: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
+        """What a network is shown of x: x itself; of ve x / sqrt(1 + sigma^2), whose values are of unit size."""
+        return x * (1 + self.scales(t, x)[1].square()).rsqrt() if self.process == "ve" else x
+
+    def denoiser(self, denoise: Denoiser) -> Denoiser:
+        """A network as a denoiser of noisy images of this process: it is shown what `shown` makes of them."""
+        if self.process != "ve":
+            return denoise
+        return lambda xs, ts: denoise(tuple(self.shown(x, t) for x, t in zip(xs, ts, strict=True)), ts)
+
+    def renoise(self, x: torch.Tensor, noise: torch.Tensor, t: int, t_back: int) -> torch.Tensor:
+        """A draw at the noisier timestep t_back of the diffusion that is at x at t, with fresh noise like x.
+
+        In the variance-preserving process of the same SNR sqrt(r) x + sqrt(1 - r) noise, r = abar(t_back) / abar(t);
+        with neighbouring timesteps the last line but one of RePaint's algorithm 1 (arXiv 2201.09865).
+        """
+        ratio = self.alphas_cumprod[t_back].item() / self.alphas_cumprod[t].item()
+        size, size_back = (math.hypot(self.alphas[k].item(), self.sigmas[k].item()) for k in (t, t_back))
+        if self.process == "vp":
+            size = size_back = 1.0  # But for rounding.
+        return ratio**0.5 * (size_back / size) * x + (1 - ratio) ** 0.5 * size_back * noise
+
     def add_noise(self, x: torch.Tensor, noise: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
-        """`sqrt(abar_t) x + sqrt(1 - abar_t) noise`; x and noise `[B, C, H, W]`, t an int or int64 `[B]`."""
-        alpha_bar = self._alpha_bar(t, x)
-        return alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
+        """`alpha x + sigma noise`; x and noise `[B, C, H, W]`, t as in `scales`."""
+        alpha, sigma = self.scales(t, x)
+        return alpha * x + sigma * noise
 
     def target(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """What a network of this prediction type should return for clean x and noise at timesteps t `[B]`."""
-        if self.prediction_type == "epsilon":
-            return noise
+        return prediction_from(self.prediction_type, x, noise, self._curves_like(t, x))
+
+    def error_ratio(self, t: torch.Tensor) -> torch.Tensor:
+        """Squared error of the prediction per squared error of the clean image, at int64 t `[B]`, float64 `[B]`.
+
+        SNR for epsilon, (alpha^2 + sigma^2)^2 / sigma^2 for v, which is SNR + 1 where variance is preserved,
+        (alpha' - sigma' alpha / sigma)^2 for the velocity, SNR / sigma^2 for the score.
+        """
         if self.prediction_type == "x0":
-            return x
-        return v_from_x0_epsilon(x, noise, self._alpha_bar(t, x))
+            return torch.ones_like(self.snr[t])
+        if self.prediction_type == "epsilon":
+            return self.snr[t]
+        alpha, sigma, d_alpha, d_sigma = self.curves(t.to(self.alphas.dtype))
+        if self.prediction_type == "velocity":
+            return (d_alpha - d_sigma * alpha / sigma).square()
+        if self.prediction_type == "score":
+            return self.snr[t] / sigma.square()
+        return self.snr[t] + 1 if self.process == "vp" else (alpha.square() + sigma.square()).square() / sigma.square()
 
     def min_snr_weight(self, gamma: float, t: torch.Tensor) -> torch.Tensor:
         """Weights float64 `[B]` that make a loss in this prediction type min(SNR, gamma) times that of the clean image.
 
-        Min-SNR (arXiv 2303.09556, section 3.4): an error of the clean image counts SNR times in the noise and SNR + 1
-        times in the velocity. t: int64 `[B]`.
+        Min-SNR (arXiv 2303.09556, section 3.4). t: int64 `[B]`.
         """
-        snr = self.snr[t]
-        return snr.clamp(max=gamma) / {"epsilon": snr, "v": snr + 1, "x0": 1}[self.prediction_type]
+        return self.snr[t].clamp(max=gamma) / self.error_ratio(t)
 
     def predict_x0(self, prediction: torch.Tensor, t: int | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The clean image `[B, C, H, W]`, not clamped, that a prediction at (x, t) stands for."""
         if self.prediction_type == "x0":
             return prediction
-        convert = x0_from_epsilon if self.prediction_type == "epsilon" else x0_from_v
-        return convert(x, prediction, self._alpha_bar(t, x))
+        alpha, sigma, d_alpha, d_sigma = self._curves_like(t, x)
+        if self.prediction_type == "epsilon":
+            return (x - sigma * prediction) / alpha
+        if self.prediction_type == "score":
+            return (x + sigma.square() * prediction) / alpha
+        if self.prediction_type == "velocity":
+            return (d_sigma * x - sigma * prediction) / (d_sigma * alpha - sigma * d_alpha)
+        x0 = alpha * x - sigma * prediction  # arXiv 2202.00512, appendix D.
+        return x0 if self.process == "vp" else x0 / (alpha.square() + sigma.square())
 
     def predict_epsilon(self, prediction: torch.Tensor, t: int | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The noise `[B, C, H, W]`, not clamped, that a prediction at (x, t) stands for."""
         if self.prediction_type == "epsilon":
             return prediction
-        return epsilon_from_x0(x, self.predict_x0(prediction, t, x), self._alpha_bar(t, x))
+        return self.epsilon_of(self.predict_x0(prediction, t, x), t, x)
+
+    def epsilon_of(self, x0: torch.Tensor, t: int | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The noise in x whose clean image is x0: `(x - alpha x0) / sigma`; needs sigma > 0."""
+        alpha, sigma = self.scales(t, x)
+        return (x - alpha * x0) / sigma
 
     def predict_clean(self, predictions: Images, ts: tuple[int | torch.Tensor, ...], xs: Images) -> Images:
         """The clean scales that predictions at (xs, ts) stand for, clamped as one image if the schedule clamps.
@@ -218,12 +426,15 @@ class DDIMScheduler:
         self.check_step(t, t_next)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], from DDIM to DDPM; got {eta}.")
-        alpha_bar, alpha_bar_next = self._alpha_bar(t, x), self._alpha_bar(t_next, x)
-        epsilon = epsilon_from_x0(x, x0, alpha_bar)
+        epsilon = self.epsilon_of(x0, t, x)
+        alpha_next, sigma_next = self.scales(t_next, x)
         if eta == 0:
-            return alpha_bar_next.sqrt() * x0 + (1 - alpha_bar_next).sqrt() * epsilon
+            return alpha_next * x0 + sigma_next * epsilon
         if noise is None:
             raise ValueError(f"A step with eta = {eta} needs noise of the shape of x.")
+        # As in the variance-preserving process of the same SNR, and as much larger as this one is there.
+        alpha_bar, alpha_bar_next = self._alpha_bar(t, x), self._alpha_bar(t_next, x)
+        size = 1.0 if self.process == "vp" else (alpha_next.square() + sigma_next.square()).sqrt()
         variance = eta**2 * (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
         direction = (1 - alpha_bar_next - variance).clamp(min=0).sqrt() * epsilon
-        return alpha_bar_next.sqrt() * x0 + direction + variance.sqrt() * noise
+        return alpha_next * x0 + direction * size + variance.sqrt() * size * noise

@@ -78,7 +78,7 @@ def plain_map(loaded: LoadedModel, x_64: torch.Tensor, timesteps: np.ndarray) ->
                     for scale in (0, 1):
                         tangents = [zeros[0], zeros[1]]
                         tangents[scale] = probes[scale][k]
-                        columns = torch.func.jvp(lambda *x, ts=ts: loaded.model.denoise(x, ts), xs, tuple(tangents))[1]
+                        columns = torch.func.jvp(lambda *x, ts=ts: loaded.denoise(x, ts), xs, tuple(tangents))[1]
                         for out, column in enumerate(columns):
                             norms[2 * out + scale, k, i, j] = column.flatten(1).square().sum(1).cpu()
     errors = norms.mean(1).std(-1) / len(x_64) ** 0.5  # [4, n, n]
@@ -129,7 +129,7 @@ def main() -> None:
 
     def ours(timesteps: np.ndarray, num_probes: int, maps: str = "blocks", **options) -> dict[str, Any]:
         return error_map(
-            loaded.model.denoise, loaded.scheduler, x_64, timesteps, num_probes, batch_size=settings.batch_size,
+            loaded.denoise, loaded.scheduler, x_64, timesteps, num_probes, batch_size=settings.batch_size,
             autocast=functools.partial(autocast, device, precision), progress=False, maps=maps, **options,
         )  # fmt: skip
 

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 
 from paths.path import Path
 from runtime.device import autocast, compile_or_not, compiling_failed
-from scheduler import CLEAN, DDIMScheduler
+from scheduler import CLEAN, DDIMScheduler, Denoiser
 
 Images = tuple[torch.Tensor, ...]
-Denoiser = Callable[[Images, Images], Images]
 # Called at a point of a path with its index and images; what it returns, if anything, is gone on with instead.
 Callback = Callable[[int, Images], tuple[int, Images] | None]
 ENDS = ("clean", "t0")
@@ -140,7 +139,7 @@ def sample(
     draw: Callable[[Sequence[int]], torch.Tensor] | None = None,
     coarse_from: str | None = None,
 ) -> Samples:
-    """Sample along a path from white `noise`, one `[B, C, H, W]` tensor per scale, fine first.
+    """Sample along a path from standard normal `noise`, one `[B, C, H, W]` tensor per scale, fine first.
 
     The scales are those of `scheduler.representation`, to whose subspaces all noise is brought.
 
@@ -169,7 +168,7 @@ def sample(
         raise ValueError("A coarse image made of the clean one needs fresh noise; pass draw.")
     targets = [*path.points[1:-1], (CLEAN,) * path.num_scales if end == "clean" else path.points[-1]]
     representation = scheduler.representation
-    xs = representation.project(tuple(noise))
+    xs = representation.project(tuple(map(scheduler.prior, noise, path.points[0])))
     if coarse_from == "noisy":
         xs = (xs[0], *(_mean_like(xs[0], x) for x in xs[1:]))
     batch, device = len(xs[0]), xs[0].device
@@ -252,7 +251,7 @@ def sample_greedy(
         epsilons = tuple(tables.predict_epsilon(p, t, x) for p, t, x in zip(predictions, ts, xs, strict=True))
         return predictions, epsilons
 
-    xs = scheduler.representation.project(tuple(noise))
+    xs = scheduler.representation.project(tuple(tables.prior(each, rungs[0]) for each in noise))
     at = torch.zeros(len(noise[0]), 2, dtype=torch.long, device=ladder.device)
     nfe = torch.ones(len(at), dtype=torch.long, device=ladder.device)
     predictions, epsilons = evaluate(xs, at)

@@ -334,7 +334,7 @@ class Evaluation:
         settings, which = self.settings, (job.checkpoint, job.weights)
         if self._loaded is None or self._loaded[0] != which:
             loaded = load_model(job.checkpoint, job.weights == "ema", self.device)
-            config, denoise = loaded.config, loaded.model.denoise
+            config, denoise = loaded.config, loaded.denoise
             training, held_out = cli.load_image_parts(settings, config)
             if self._scorer is None or self._scorer.training.fingerprint != training.fingerprint:
                 self._scorer = self._new_scorer(self._reference(training, held_out, config), training)

@@ -73,7 +73,7 @@ def generate(
     batches = torch.arange(len(seeds)).split(batch_size)[processes.rank :: processes.count]
     mine = torch.cat(batches).tolist() if batches else []
     sampled = sample_seeds(
-        denoise or loaded.model.denoise, loaded.scheduler, path, [seeds[k] for k in mine], shapes,
+        denoise or loaded.denoise, loaded.scheduler, path, [seeds[k] for k in mine], shapes,
         batch_size, device, eta, end=end, coarse_from=coarse_feed(loaded.model, coarse_from),
     )  # fmt: skip
     pixels, features, nfe, broken = [torch.empty(0, *shapes[0], dtype=torch.uint8)], [], 0, None

@@ -50,7 +50,7 @@ def _lr_schedule(config: dict[str, Any]) -> str | None:
 TRAINING_COLUMNS = {
     "run": TrainingColumn(_setting("run"), "run {}"),
     "preset": TrainingColumn(lambda loaded, num_images: _preset(loaded.config), "{}"),
-    "process": TrainingColumn(lambda loaded, num_images: loaded.scheduler.process, "{}", told_by=("preset",)),
+    "process": TrainingColumn(lambda loaded, num_images: loaded.scheduler.process_name, "{}", told_by=("preset",)),
     "prediction": TrainingColumn(
         lambda loaded, num_images: loaded.scheduler.prediction_type, "{} prediction", told_by=("preset",)
     ),

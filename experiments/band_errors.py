@@ -91,7 +91,7 @@ def band_errors(
     if loaded.model.num_scales > 1:
         options["cells"] = cells
     content = error_map(
-        loaded.model.denoise,
+        loaded.denoise,
         loaded.scheduler,
         images,
         timesteps.tolist(),

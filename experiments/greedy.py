@@ -77,7 +77,7 @@ def main() -> None:
                 noise = [source.draw(shape, device) for shape in shapes]
                 with autocast(device, settings.precision):
                     rungs = [t for t, _ in base.points]
-                    samples = sample_greedy(loaded.model.denoise, loaded.scheduler, rungs, noise)
+                    samples = sample_greedy(loaded.denoise, loaded.scheduler, rungs, noise)
                 pixels.append(to_uint8(samples.images[0]).cpu())
                 calls += samples.nfe.tolist()
                 taken |= {tuple(map(tuple, points)) for points in samples.points.tolist()}

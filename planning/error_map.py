@@ -442,6 +442,7 @@ def _evaluate(
 ) -> Pair:
     # Returns ‖Jᵀw‖² [blocks, K, S] and the denoising errors [6 or 4, S].
     num_probes, num_predictions = len(probes[0]), len(probes)
+    ts = tuple(map(scheduler.inside, ts))
     xs = tuple(scheduler.add_noise(x, e, t) for x, e, t in zip(images, noise, ts, strict=True))
     with torch.set_grad_enabled(num_probes > 0):
         xs = tuple(x.requires_grad_(num_probes > 0) for x in xs)

@@ -269,7 +269,7 @@ def measure(
 
     def run(timesteps: np.ndarray, precision: str, **options) -> dict:
         return error_map(
-            loaded.model.denoise,
+            loaded.denoise,
             loaded.scheduler,
             x_64,
             timesteps.tolist(),

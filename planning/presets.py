@@ -8,6 +8,7 @@ from networks.ema import USUAL_RAMPUP
 
 PRESETS: dict[str, dict[str, Any]] = {
     "published": {
+        "process": "vp",
         "prediction_type": "epsilon",
         "beta_schedule": "cosine_clipped",
         "loss_weights": (1.0, 1.0),
@@ -15,12 +16,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "t_pairs": {"overcomplete": "independent", "residual": "independent"},
     },
     "improved": {
+        "process": "vp",
         "prediction_type": "v",
         "beta_schedule": "cosine",
         "loss_weights": "auto",
         "ema_rampup_ratio": USUAL_RAMPUP,
         "t_pairs": {"overcomplete": "band:diagonal,1", "residual": "band:image,1"},
     },
+}
+# Families of the field, with the process and the prediction that are theirs, and otherwise as `improved`.
+PRESETS |= {
+    "ddpm": PRESETS["improved"] | {"prediction_type": "epsilon", "beta_schedule": "linear"},  # arXiv 2006.11239
+    "sub_vp": PRESETS["improved"] | {"process": "sub_vp", "prediction_type": "epsilon", "beta_schedule": "linear"},
+    "ve": PRESETS["improved"] | {"process": "ve", "prediction_type": "epsilon", "beta_schedule": "ve"},
+    "flow": PRESETS["improved"] | {"process": "flow", "prediction_type": "velocity", "beta_schedule": "flow"},
 }
 COARSE_SHARE = 0.25  # Dimensions of the coarse scale, as a share of those of the image.
 
@@ -58,7 +67,7 @@ def fits_preset(preset: str, config: dict[str, Any]) -> bool:
     values = preset_values(preset, config["model_type"], representation)
     if values["loss_weights"] == "auto":
         values["loss_weights"] = balanced_weights(representation)
-    said = {"ema_rampup_ratio": 0.0} | config | {"loss_weights": loss_weights_of(config)}
+    said = {"ema_rampup_ratio": 0.0, "process": "vp"} | config | {"loss_weights": loss_weights_of(config)}
     return all(said.get(name) == value for name, value in values.items() if name != "t_pairs")
 
 
@@ -75,7 +84,7 @@ def preset_help() -> str:
         weights, pairs = preset["loss_weights"], preset["t_pairs"]
         weights = weights if isinstance(weights, str) else ",".join(f"{weight:g}" for weight in weights)
         pairs = " or ".join(f"{regime} ({kind})" for kind, regime in pairs.items())
-        names = ("prediction_type", "beta_schedule", "ema_rampup_ratio")
-        flags = " ".join(f"--{name} {preset[name] or 0}" for name in names)
+        names = ("process", "prediction_type", "beta_schedule", "ema_rampup_ratio")
+        flags = " ".join(f"--{name} {preset[name] or 0}" for name in names if preset[name] != "vp")
         texts.append(f"{name}: {flags} --loss_weights {weights}, for dual models --t_pairs {pairs}")
     return "; ".join(texts)

@@ -13,7 +13,7 @@ from checkpoint import LoadedModel
 from paths.path import Path
 from paths.schedule_file import load_schedule, log_snr_of
 from runtime.reports import say_once
-from scheduler import SCHEDULE_NAMES, DDIMScheduler
+from scheduler import ALL_SCHEDULES, DDIMScheduler
 
 DEFAULT_TIMESTEPS = 1000  # Of files that do not say.
 ROUNDING = 1e-6  # Of log SNR, absolute and relative.
@@ -99,7 +99,7 @@ def _check_unaltered(path: Path, file: str) -> None:
     ):
         if type(value) is not int or value < least:
             raise ValueError(f"Schedule {file} was changed after it was saved: its {key} is {value}; save it again.")
-    if name not in SCHEDULE_NAMES:  # It does not say, or is of a later version.
+    if name not in ALL_SCHEDULES:  # It does not say, or is of a later version.
         return
     expected, said = DDIMScheduler(count, name, "v").log_snr.numpy()[points], log_snr_of(path)
     differs = ~np.isclose(said, expected, ROUNDING, ROUNDING)

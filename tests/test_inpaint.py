@@ -14,7 +14,7 @@ from conftest import HARDWARE, STEPS, results_of
 from data import coarse, load_images, read_png, save_png, split_holdout, to_float, to_uint8
 from diffusion.sampler import COARSE_FEEDS, coarse_feed, sample_seeds, scale_shapes
 from diffusion.super_resolution import make_consistent, noise_seeds, super_resolution_path, super_resolve
-from inpaint import MASKS, jump_counts, load_mask, renoise, repaint, scale_masks
+from inpaint import MASKS, jump_counts, load_mask, repaint, scale_masks
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
 from paths.families import diagonal
 from paths.path import Path
@@ -165,9 +165,9 @@ def test_noise_upon_noise_is_noise_at_once(beta_schedule, t, t_back):
     scheduler = DDIMScheduler(beta_schedule=beta_schedule, prediction_type="v")
     one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     # The weights of image, first and second noise.
-    image = renoise(scheduler, scheduler.add_noise(one, zero, t), zero, t, t_back)
-    noises = [renoise(scheduler, scheduler.add_noise(zero, one, t), zero, t, t_back)]
-    noises.append(renoise(scheduler, zero, one, t, t_back))
+    image = scheduler.renoise(scheduler.add_noise(one, zero, t), zero, t, t_back)
+    noises = [scheduler.renoise(scheduler.add_noise(zero, one, t), zero, t, t_back)]
+    noises.append(scheduler.renoise(zero, one, t, t_back))
     torch.testing.assert_close(image, scheduler.add_noise(one, zero, t_back), rtol=1e-9, atol=1e-12)
     variance = scheduler.add_noise(zero, one, t_back).square()
     torch.testing.assert_close(sum(x.square() for x in noises), variance, rtol=1e-9, atol=1e-12)

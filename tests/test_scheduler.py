@@ -11,11 +11,7 @@ from scheduler import (
     PREDICTION_TYPES,
     SCHEDULE_NAMES,
     DDIMScheduler,
-    epsilon_from_x0,
     make_alphas_cumprod,
-    v_from_x0_epsilon,
-    x0_from_epsilon,
-    x0_from_v,
 )
 
 REFERENCE_NAMES = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -92,10 +88,11 @@ def test_conversions_undo_each_other():
     for t in (0, 10, 500, 999):
         abar = make_alphas_cumprod("cosine_clipped")[t]
         x = abar.sqrt() * x0 + (1 - abar).sqrt() * epsilon
-        v = v_from_x0_epsilon(x0, epsilon, abar)
-        torch.testing.assert_close(x0_from_epsilon(x, epsilon, abar), x0)
-        torch.testing.assert_close(epsilon_from_x0(x, x0, abar), epsilon)
-        torch.testing.assert_close(x0_from_v(x, v, abar), x0)
+        v = abar.sqrt() * epsilon - (1 - abar).sqrt() * x0
+        schedulers = {name: DDIMScheduler(prediction_type=name) for name in ("epsilon", "x0", "v")}
+        for name, prediction in (("epsilon", epsilon), ("x0", x0), ("v", v)):
+            torch.testing.assert_close(schedulers[name].predict_x0(prediction, t, x), x0)
+            torch.testing.assert_close(schedulers[name].predict_epsilon(prediction, t, x), epsilon)
         # (x, v) is (x0, epsilon) turned by an angle, so it has the same length.
         torch.testing.assert_close(x**2 + v**2, x0**2 + epsilon**2)
 
@@ -124,7 +121,7 @@ def test_noise_is_added_per_image_at_its_own_timestep():
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("prediction_type", REFERENCE_NAMES)
 @pytest.mark.parametrize("name", ["cosine_clipped", "linear", "cosine_zero_terminal"])
 def test_steps_equal_those_of_diffusers(name, prediction_type, clip, eta):
     if name == "cosine_zero_terminal" and prediction_type == "epsilon":
@@ -172,7 +169,7 @@ def test_step_is_euler_in_sigma_hat():
 @pytest.mark.parametrize("name", SCHEDULE_NAMES)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_step_with_the_true_answer_lands_on_the_noisy_image(prediction_type, name, dtype):
-    if prediction_type == "epsilon" and name != "cosine_clipped":
+    if prediction_type in ("epsilon", "score") and name != "cosine_clipped":
         prediction_type = prediction_type_for(name)
     scheduler = DDIMScheduler(beta_schedule=name, prediction_type=prediction_type)
     x0, noise = images(dtype=dtype)
@@ -182,7 +179,7 @@ def test_step_with_the_true_answer_lands_on_the_noisy_image(prediction_type, nam
         got = scheduler.step(answer, t, t_next, scheduler.add_noise(x0, noise, ts))
         assert got.dtype == dtype
         tolerance = 8 * torch.finfo(dtype).eps
-        if prediction_type == "epsilon":  # Rounding of x is divided by the little signal that x holds.
+        if prediction_type in ("epsilon", "score"):  # Rounding of x is divided by the little signal that x holds.
             tolerance /= scheduler.alphas_cumprod[t].sqrt().item()
         torch.testing.assert_close(got, scheduler.add_noise(x0, noise, t_next), rtol=0, atol=tolerance)
 
@@ -292,9 +289,15 @@ def test_nothing_moves_or_changes_in_place():
             r"^Unknown beta schedule 'cosin'; choose one of cosine_clipped, .*zero_terminal\.$",
         ),
         ({"beta_schedule": "_zero_terminal"}, r"^Unknown beta schedule '_zero_terminal'; choose one of "),
-        ({"prediction_type": "eps"}, r"^Unknown prediction type 'eps'; choose one of epsilon, x0, v\.$"),
+        (
+            {"prediction_type": "eps"},
+            r"^Unknown prediction type 'eps'; choose one of epsilon, x0, v, velocity, score\.$",
+        ),
         ({"representation": "haar"}, r"^Unknown representation 'haar'; choose one of overcomplete, residual\.$"),
-        ({"beta_schedule": "cosine_zero_terminal"}, r"'cosine_zero_terminal' ends at zero SNR.*use .* v or x0\.$"),
+        (
+            {"beta_schedule": "cosine_zero_terminal"},
+            r"'vp cosine_zero_terminal' ends at zero SNR.*use .* v, velocity or x0\.$",
+        ),
     ],
 )
 def test_wrong_settings_are_named(options, message):

@@ -68,14 +68,14 @@ def diffusion_loss(
     Each is a mean over the dimensions of its scale: a residual has three for every four pixels.
     """
     x_64, x_32, noise_64, noise_32, t_64, t_32 = batch
-    z_64 = scheduler.add_noise(x_64, noise_64, t_64)  # [B, C, H, W]
+    z_64 = scheduler.shown(scheduler.add_noise(x_64, noise_64, t_64), t_64)  # [B, C, H, W]
     inputs = {
         "baseline": lambda z_32: (z_64, t_64),
         "dual": lambda z_32: (z_64, z_32, t_64, t_32),
         "shared_t": lambda z_32: (z_64, z_32, t_64),
         "single_t": lambda z_32: (z_64, z_32, t_64),
         "no_t": lambda z_32: (z_64, z_32),
-    }[model_type](scheduler.add_noise(x_32, noise_32, t_32))
+    }[model_type](scheduler.shown(scheduler.add_noise(x_32, noise_32, t_32), t_32))
     predictions = network(*inputs)
     targets = [scheduler.target(x_64, noise_64, t_64)]
     if isinstance(predictions, tuple):

@@ -18,7 +18,13 @@ from planning.presets import PRESETS, balanced_weights, preset_help, preset_valu
 from planning.regimes import check_regime, default_regime, parse_regime
 from runtime.runs import derived_name, is_same, resume_folder, run_name
 from runtime.settings import REQUIRED, Settings, option
-from scheduler import PREDICTION_TYPES, SCHEDULE_NAMES
+from scheduler import (
+    ALL_SCHEDULES,
+    PREDICTION_TYPES,
+    PROCESSES,
+    schedule_name,
+    split_schedule_name,
+)
 
 REPLAN_EVERY, REPLAN_IMAGES = 10, 16  # Epochs and images, unless told otherwise.
 # What only models of two scales have; the stage of the baseline has no flags for them.
@@ -110,7 +116,12 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
     hidden_dims: tuple[int, ...] = option(
         (64, 128, 256, 512), "channels per level", parse=cli.hidden_dims, recorded=True
     )
-    beta_schedule: str | None = option(None, "(that of the preset)", choices=SCHEDULE_NAMES, recorded=True)
+    process: str | None = option(
+        None, "the two curves of image and noise (that of the preset)", choices=PROCESSES, recorded=True, absent="vp"
+    )
+    beta_schedule: str | None = option(
+        None, "noise schedule of vp and sub_vp (that of the preset)", choices=ALL_SCHEDULES, recorded=True
+    )
     prediction_type: str | None = option(None, "(that of the preset)", choices=PREDICTION_TYPES, recorded=True)
     min_snr_gamma: float | None = option(
         None,
@@ -171,6 +182,7 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
             self._derive(output_dir=str(folder), resume="required")
         predictions = MODEL_CLASSES[self.model_type].num_predictions
         preset = preset_values(self.preset, self.model_type, self.representation)
+        self._derive_process(preset)
         self._derive(**{name: value for name, value in preset.items() if getattr(self, name) is None})
         if self.loss_weights == "auto":
             self._derive(loss_weights=balanced_weights(self.representation) if predictions > 1 else (1.0,))
@@ -191,6 +203,20 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         if self.run is None:
             named = self.model_type, self.representation, self.preset, self.resolution, self.dataset, self.seed
             self._derive(run=derived_name(*named))
+
+    def _derive_process(self, preset: dict[str, Any]) -> None:
+        """Both have a value in the end, the noise schedule the name that says the process too."""
+        said, schedule = split_schedule_name(self.beta_schedule or preset["beta_schedule"])
+        process = self.process or (preset["process"] if self.beta_schedule is None or said == "vp" else said)
+        if self.beta_schedule is not None and process != said and (process, said) != ("sub_vp", "vp"):
+            raise ValueError(
+                f"--beta_schedule {self.beta_schedule} is no noise schedule of --process {process}; leave one of them "
+                "out."
+            )
+        if self.process is None:
+            self._derive(process=process)
+        if self.beta_schedule != (name := schedule_name(process, schedule)):
+            self._derive(beta_schedule=name)
 
     @property
     def is_named(self) -> bool:

@@ -368,7 +368,7 @@ class Trainer:
         model = (self.model if self.ema is None else self.ema).eval()
         try:
             curve, path = replan(
-                model.denoise,
+                self.scheduler.denoiser(model.denoise),
                 self.scheduler,
                 images,
                 self.pairs.state["log_snr_32"].numpy(),
@@ -419,7 +419,15 @@ class Trainer:
             path = log_snr_shift(path, self.scheduler.representation.image_lead, log_snr)
         shapes = scale_shapes(model.num_scales, self.config["channels"], self.config["resolution"])
         seeds = image_seeds(self.settings.seed, GRID_IMAGES)
-        arguments = (model.denoise, self.scheduler, path, seeds, shapes, GRID_IMAGES, self.device)
+        arguments = (
+            self.scheduler.denoiser(model.denoise),
+            self.scheduler,
+            path,
+            seeds,
+            shapes,
+            GRID_IMAGES,
+            self.device,
+        )
         try:
             with autocast(self.device, self.config["precision"]):
                 [(_, samples)] = sample_seeds(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from images.representation import REPRESENTATIONS
-from scheduler import DDIMScheduler, epsilon_from_x0, v_from_x0_epsilon
+from scheduler import Curves, DDIMScheduler, prediction_from
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # Fine first.
 
@@ -27,6 +27,10 @@ class PosteriorMean(nn.Module):
         self.prediction_type = scheduler.prediction_type
         # A table of abar would lose 1 - abar if the module is cast to float32; log SNR does not.
         self.register_buffer("log_snr", scheduler.log_snr.clone())
+        whole = scheduler.curves(torch.arange(len(scheduler.log_snr), dtype=torch.float64))
+        # sqrt(alpha^2 + sigma^2), by which this process is larger than the variance-preserving one of the same SNR.
+        self.register_buffer("size", (whole.alpha.square() + whole.sigma.square()).sqrt())
+        self.register_buffer("slopes", torch.stack(whole[2:], 1))  # [T, 2]
 
     def posterior_mean(self, xs: Pair, log_snrs: Pair) -> torch.Tensor:
         raise NotImplementedError
@@ -35,17 +39,16 @@ class PosteriorMean(nn.Module):
         xs = tuple(x.to(torch.promote_types(x.dtype, self.log_snr.dtype)) for x in (x_64, x_32))
         xs = self.representation.project(xs)  # What is outside the space of the fine scale is not seen.
         log_snrs = tuple(self.log_snr[t][:, None, None, None] for t in (t_64, t_32))  # [S, 1, 1, 1]
-        x0_64 = self.posterior_mean(xs, log_snrs)  # [S, C, H, W]
+        preserving = tuple(x / self.size[t][:, None, None, None] for x, t in zip(xs, (t_64, t_32), strict=True))
+        x0_64 = self.posterior_mean(preserving, log_snrs)  # [S, C, H, W]
         x0s = self.representation.split(x0_64)  # The mean of the coarse image is the coarse mean.
-        predictions = map(self._prediction, xs, x0s, log_snrs)
+        predictions = map(self._prediction, xs, x0s, (t_64, t_32))
         return tuple(p.to(x.dtype) for p, x in zip(predictions, (x_64, x_32), strict=True))
 
-    def _prediction(self, x: torch.Tensor, x0: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
-        if self.prediction_type == "x0":
-            return x0
-        alpha_bar = log_snr.sigmoid()
-        epsilon = epsilon_from_x0(x, x0, alpha_bar)
-        return epsilon if self.prediction_type == "epsilon" else v_from_x0_epsilon(x0, epsilon, alpha_bar)
+    def _prediction(self, x: torch.Tensor, x0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        alpha, sigma = (self.size[t] * scale for scale in signal_and_noise(self.log_snr[t]))
+        curves = Curves(*(each[:, None, None, None] for each in (alpha, sigma, *self.slopes[t].T)))
+        return prediction_from(self.prediction_type, x0, (x - curves.alpha * x0) / curves.sigma, curves)
 
     def denoise(self, xs: Pair, ts: Pair) -> Pair:
         """Two scales, two clocks, the form the sampler and the error map call."""
