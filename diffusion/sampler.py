@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from diffusion.solvers import Ddim, Solver, Step
 from paths.path import Path
 from runtime.device import autocast, compile_or_not, compiling_failed
 from scheduler import CLEAN, DDIMScheduler, Denoiser
@@ -138,6 +139,7 @@ def sample(
     end: str = "clean",
     draw: Callable[[Sequence[int]], torch.Tensor] | None = None,
     coarse_from: str | None = None,
+    solver: Solver | None = None,
 ) -> Samples:
     """Sample along a path from standard normal `noise`, one `[B, C, H, W]` tensor per scale, fine first.
 
@@ -145,8 +147,9 @@ def sample(
 
     denoise: `(xs, ts) -> predictions`, one tensor per scale each, ts int64 `[B]`, called once at every point
         but the last. A scale whose timestep does not move keeps its image, except that with `end="clean"` the
-        last step takes every scale to clean. eta: 0 DDIM to 1 ancestral; above 0, `draw(shape)` supplies
-        fresh noise `[B, C, H, W]` for shape `(C, H, W)`, scale by scale. callback: called as `(k, images)` at
+        last step takes every scale to clean. solver: of `diffusion.solvers`, which may call it further times; None:
+        DDIM with eta, 0 DDIM to 1 ancestral. Where noise is needed on the way, `draw(shape)` supplies it,
+        `[B, C, H, W]` for shape `(C, H, W)`, scale by scale. callback: called as `(k, images)` at
         every point k; where it returns `(k', images')`, sampling goes on from point k' <= k with those images.
     coarse_from: for a denoiser that reads all scales and predicts the first alone, one of COARSE_FEEDS. The other
         images are then made anew after every call. "x0": the mean of the predicted clean image over the pixels of
@@ -166,6 +169,11 @@ def sample(
         raise ValueError(f"Unknown coarse feed '{coarse_from}'; choose one of {', '.join(COARSE_FEEDS)}.")
     if coarse_from == "x0" and draw is None:
         raise ValueError("A coarse image made of the clean one needs fresh noise; pass draw.")
+    solver = Ddim(eta) if solver is None else solver
+    if coarse_from is not None and solver.calls(path.nfe) != path.nfe:
+        raise ValueError(f"{solver.name} calls the network between points, where it has no coarse image to read.")
+    if solver.draws and draw is None:
+        raise ValueError(f"{solver.name} draws noise at every step; pass draw.")
     targets = [*path.points[1:-1], (CLEAN,) * path.num_scales if end == "clean" else path.points[-1]]
     representation = scheduler.representation
     xs = representation.project(tuple(map(scheduler.prior, noise, path.points[0])))
@@ -173,14 +181,10 @@ def sample(
         xs = (xs[0], *(_mean_like(xs[0], x) for x in xs[1:]))
     batch, device = len(xs[0]), xs[0].device
     k = nfe = 0
-    while True:
-        if callback is not None and (moved := callback(k, xs)) is not None:
-            if not 0 <= moved[0] <= k:
-                raise ValueError(f"A callback at point {k} must go on from point 0 to {k}, not from {moved[0]}.")
-            k, xs = moved
-        if k == path.nfe:
-            return Samples(representation.finished(xs), nfe)
-        point, next_point = path.points[k], targets[k]
+    solver.start()
+
+    def evaluate(xs: Images, point: tuple[int, ...]) -> Images:
+        nonlocal nfe
         ts = tuple(torch.full((batch,), t, dtype=torch.long, device=device) for t in point)
         predictions = denoise(xs, ts)
         nfe += 1
@@ -190,18 +194,28 @@ def sample(
                 f"coarse_from = {coarse_from}."
             )
         predictions = tuple(prediction.to(x.dtype) for x, prediction in zip(xs, predictions, strict=False))
-        moves = [t_next != t for t, t_next in zip(point, next_point, strict=True)]
+        return scheduler.predict_clean(predictions, point, xs)
+
+    while True:
+        if callback is not None and (moved := callback(k, xs)) is not None:
+            if not 0 <= moved[0] <= k:
+                raise ValueError(f"A callback at point {k} must go on from point 0 to {k}, not from {moved[0]}.")
+            if moved[0] < k:
+                solver.start()
+            k, xs = moved
+        if k == path.nfe:
+            return Samples(representation.finished(xs), nfe)
+        point, next_point = path.points[k], targets[k]
+        x0s = evaluate(xs, point)
+        moves = [t_next != t for t, t_next in zip(point, next_point, strict=True)][: len(x0s)]
         for t, t_next in itertools.compress(zip(point, next_point, strict=True), moves):
             scheduler.check_step(t, t_next)
-        x0s = scheduler.predict_clean(predictions, point, xs)
-        fresh = (None,) * len(x0s)
-        if eta > 0 and draw is not None:
-            drawn = tuple(draw(x.shape[1:]) if move else x for x, move in zip(xs, moves[: len(x0s)], strict=False))
-            fresh = representation.project(drawn)
-        stepped = tuple(
-            scheduler.step_from(x0, t, t_next, x, eta, fresh_noise) if move else x
-            for x, x0, t, t_next, move, fresh_noise in zip(xs, x0s, point, next_point, moves, fresh, strict=False)
-        )
+
+        def fresh(xs: Images = xs, moves: list[bool] = moves) -> Images:
+            drawn = (draw(x.shape[1:]) if move else x for x, move in zip(xs, moves, strict=False))
+            return representation.project(tuple(drawn))
+
+        stepped = solver.step(Step(scheduler, point, next_point, xs, x0s, evaluate, fresh))
         if coarse_from == "noisy":
             stepped += tuple(_mean_like(stepped[0], x) for x in xs[1:])
         elif coarse_from == "x0":
@@ -303,6 +317,7 @@ def sample_seeds(
     callback: Callback | None = None,
     end: str = "clean",
     coarse_from: str | None = None,
+    solver: Solver | None = None,
 ) -> Iterator[tuple[Sequence[int], Samples]]:
     """`sample` batch by batch, with the noise of each seed: image k depends on `seeds[k]` alone.
 
@@ -318,7 +333,7 @@ def sample_seeds(
     following = prepare(0) if starts else None
     for start in starts:
         chosen, draw, noise = following
-        samples = sample(denoise, scheduler, path, noise, eta, callback, end, draw, coarse_from)
+        samples = sample(denoise, scheduler, path, noise, eta, callback, end, draw, coarse_from, solver)
         if start != starts[-1]:
             # A GPU is still at work on these images, and the host has nothing else to do.
             following = prepare(start + batch_size)

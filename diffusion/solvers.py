@@ -1,0 +1,402 @@
+"""Solvers: how images get from one point of a path to the next.
+
+A solver is asked for one step at a time. It knows the images at the point and the clean images that the denoiser sees
+in them; it may ask the denoiser again, draw noise, and keep what it needs of the steps before. Every scale moves in its
+own time, and one whose timestep rests keeps its image. With x̂ = x / alpha, σ̂ = sigma / alpha and λ = -log σ̂ every
+process is the same diffusion, dx̂/dσ̂ = ε, so that no solver knows which one it works for.
+
+    ddim            Euler's method in σ̂, with `eta` on the way to `ancestral` (arXiv 2010.02502)
+    ancestral       the chain of DDPM, with the larger or the smaller variance (arXiv 2006.11239, section 3.2)
+    heun            the trapezoidal rule in σ̂, two calls a step (arXiv 2206.00364, algorithm 1)
+    dpmpp_2m        DPM-Solver++ of second order, one call a step (arXiv 2211.01095, algorithm 2)
+    dpmpp_3m        the same of third order: the clean image as a parabola in λ, integrated exactly
+    unipc           a predictor of second order, corrected to third, one call a step (arXiv 2302.04867, B(h) = e^h - 1)
+    euler_maruyama  the reverse stochastic equation (arXiv 2011.13456, eq. 6)
+    pc              that, and a step of Langevin dynamics after it, two calls a step (arXiv 2011.13456, algorithm 1)
+    langevin        Langevin dynamics at every point, and one denoising at the end (arXiv 1907.05600, algorithm 1)
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from images.representation import Images
+from scheduler import CLEAN, DDIMScheduler
+
+VARIANCES = ("beta", "beta_tilde")
+PC_SNR = 0.16  # Of the corrector of `pc` (arXiv 2011.13456, appendix G).
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a solver is given: xs at `point`, the clean images x0s seen there, and where to go.
+
+    x0s has the scales that the denoiser predicts, of which the solver returns the next images. `evaluate(xs, point)`
+    calls the denoiser once more, `draw()` gives standard normal noise like xs, scale by scale for those that move.
+    """
+
+    scheduler: DDIMScheduler
+    point: tuple[int, ...]
+    next_point: tuple[int, ...]
+    xs: Images
+    x0s: Images
+    evaluate: Callable[[Images, tuple[int, ...]], Images]
+    draw: Callable[[], Images]
+
+    def each(self, move: Callable[..., torch.Tensor], *more: Sequence) -> Images:
+        """`move(scale, x, x0, t, t_next, *more)` for the scales that move; the others keep their image."""
+        groups = zip(range(len(self.x0s)), self.xs, self.x0s, self.point, self.next_point, *more, strict=False)
+        return tuple(move(*group) if group[3] != group[4] else group[1] for group in groups)
+
+
+class Level(NamedTuple):
+    """alpha, sigma and half the log SNR of a timestep, as numbers."""
+
+    alpha: float
+    sigma: float
+    log_snr: float  # log(alpha / sigma), the λ of arXiv 2211.01095
+
+    @property
+    def ratio(self) -> float:
+        """sigma / alpha."""
+        return self.sigma / self.alpha if self.alpha else math.inf
+
+
+def level_of(scheduler: DDIMScheduler, t: int) -> Level:
+    """The level of a timestep, or of CLEAN."""
+    if t == CLEAN:
+        return Level(1.0, 0.0, math.inf)
+    alpha, sigma = scheduler.alphas[t].item(), scheduler.sigmas[t].item()
+    if not alpha or not sigma:
+        return Level(alpha, sigma, math.inf if alpha else -math.inf)
+    return Level(alpha, sigma, math.log(alpha) - math.log(sigma))
+
+
+def exponential_step(x: torch.Tensor, x0: torch.Tensor, now: Level, after: Level) -> torch.Tensor:
+    """x at the next level if its clean image were x0 on all the way: Euler's step (arXiv 2211.01095, eq. 9)."""
+    keep = after.sigma / now.sigma
+    return keep * x + (after.alpha - now.alpha * keep) * x0
+
+
+class Solver:
+    """Euler's method and what all solvers share. One object serves one walk; `start` begins another."""
+
+    name = "ddim"
+    draws = False  # Whether it needs noise on the way.
+
+    def start(self) -> None:
+        """Forget the walk before."""
+
+    def calls(self, num_steps: int) -> int:
+        """Network calls of a walk of so many steps that lands on the clean image."""
+        return num_steps
+
+    def step(self, step: Step) -> Images:
+        """The images at the next point."""
+        raise NotImplementedError
+
+
+class Ddim(Solver):
+    """DDIM with eta from 0, deterministic, to 1, ancestral with the smaller variance."""
+
+    def __init__(self, eta: float = 0.0):
+        self.eta, self.draws = eta, eta > 0
+
+    def step(self, step: Step) -> Images:
+        fresh = step.draw() if self.draws else (None,) * len(step.x0s)
+        return step.each(
+            lambda _, x, x0, t, t_next, noise: step.scheduler.step_from(x0, t, t_next, x, self.eta, noise), fresh
+        )
+
+
+class Ancestral(Solver):
+    """The chain of DDPM on the points of a path: its posterior mean, and noise of variance beta or beta tilde."""
+
+    name, draws = "ancestral", True
+
+    def __init__(self, variance: str = "beta_tilde"):
+        if variance not in VARIANCES:
+            raise ValueError(f"Unknown variance '{variance}'; choose one of {', '.join(VARIANCES)}.")
+        self.variance = variance
+
+    def step(self, step: Step) -> Images:
+        scheduler = step.scheduler
+
+        def move(_, x, x0, t, t_next, noise):
+            if self.variance == "beta_tilde" or t_next == CLEAN:
+                return scheduler.step_from(x0, t, t_next, x, 1.0, noise)
+            now, after = level_of(scheduler, t), level_of(scheduler, t_next)
+            # 1 - abar / abar' where variance is preserved, and as much larger as alpha^2 + sigma^2 is.
+            abar, abar_next = (1 / (1 + level.ratio**2) for level in (now, after))
+            deviation = math.sqrt(1 - abar / abar_next) * math.hypot(after.alpha, after.sigma)
+            return scheduler.step_from(x0, t, t_next, x, 1.0, torch.zeros_like(x)) + deviation * noise
+
+        return step.each(move, step.draw())
+
+
+class Heun(Solver):
+    """Euler's step, a call at its end, and the step again with the mean of both slopes; the last is Euler's."""
+
+    name = "heun"
+
+    def calls(self, num_steps: int) -> int:
+        return 2 * num_steps - 1
+
+    def step(self, step: Step) -> Images:
+        levels = [[level_of(step.scheduler, t) for t in point] for point in (step.point, step.next_point)]
+
+        def euler(scale, x, x0, *_):
+            return exponential_step(x, x0, levels[0][scale], levels[1][scale])
+
+        there = step.each(euler)
+        # Onto the clean image, and from pure noise, where a slope in σ̂ says nothing.
+        if CLEAN in step.next_point or any(level.alpha == 0 for level in levels[0]):
+            return there
+        x0s_there = step.evaluate(there, step.next_point)
+
+        def move(scale, x, x0, t, t_next, end, x0_end):
+            now, after = levels[0][scale], levels[1][scale]
+            slopes = (x / now.alpha - x0) / now.ratio + (end / after.alpha - x0_end) / after.ratio
+            return after.alpha * (x / now.alpha + (after.ratio - now.ratio) / 2 * slopes)
+
+        return step.each(move, there, x0s_there)
+
+
+class Multistep(Solver):
+    """Solvers that remember the clean images seen at the points before, scale by scale.
+
+    A scale that rests forgets: what it saw before says nothing of where its image goes once it moves again.
+    """
+
+    order = 1
+
+    def start(self) -> None:
+        self.seen: list[list[tuple[float, torch.Tensor]]] = []  # For each scale (λ, x0), newest first.
+
+    def _remember(self, step: Step) -> list[list[tuple[float, torch.Tensor]]]:
+        before = self.seen or [[] for _ in step.x0s]
+        seen = [
+            [(level_of(step.scheduler, t).log_snr, x0), *old][: self.order]
+            for t, x0, old in zip(step.point, step.x0s, before, strict=False)
+        ]
+        rests = [t == t_next for t, t_next in zip(step.point, step.next_point, strict=True)]
+        self.seen = [[] if rest else list(one) for one, rest in zip(seen, rests, strict=False)]
+        # At infinite λ there is no distance.
+        return [[one[0], *(old for old in one[1:] if math.isfinite(old[0] - one[0][0]))] for one in seen]
+
+
+class Dpmpp2M(Multistep):
+    """DPM-Solver++(2M): the clean image half a step on, in a line through the last two."""
+
+    name, order = "dpmpp_2m", 2
+
+    def step(self, step: Step) -> Images:
+        seen = self._remember(step)
+
+        def move(scale, x, x0, t, t_next):
+            now, after = level_of(step.scheduler, t), level_of(step.scheduler, t_next)
+            h = after.log_snr - now.log_snr
+            if len(seen[scale]) == 2 and math.isfinite(h):
+                before, x0_before = seen[scale][1]
+                x0 = x0 + h / (2 * (now.log_snr - before)) * (x0 - x0_before)
+            return exponential_step(x, x0, now, after)
+
+        return step.each(move)
+
+
+class Dpmpp3M(Multistep):
+    """The clean image as the parabola in λ through the last three, integrated exactly; lines and constants before that.
+
+    arXiv 2211.01095 has the expansion. Its published code halves the term of second order, and so does not reach third
+    order; this does.
+    """
+
+    name, order = "dpmpp_3m", 3
+
+    def step(self, step: Step) -> Images:
+        seen = self._remember(step)
+
+        def move(scale, x, x0, t, t_next):
+            now, after = level_of(step.scheduler, t), level_of(step.scheduler, t_next)
+            h = after.log_snr - now.log_snr
+            moved = exponential_step(x, x0, now, after)
+            if len(seen[scale]) == 1 or not math.isfinite(h):
+                return moved
+            (here, _), (before, x0_before), *older = seen[scale]
+            slope = (x0 - x0_before) / (here - before)
+            # e^-h times the integrals of e^u u and e^u u^2 from 0 to h.
+            first, second = h + math.expm1(-h), h * h - 2 * h - 2 * math.expm1(-h)
+            if older:
+                oldest, x0_oldest = older[0]
+                bend = (slope - (x0_before - x0_oldest) / (before - oldest)) / (here - oldest)
+                slope = slope + bend * (here - before)
+                moved = moved + after.alpha * second * bend
+            return moved + after.alpha * first * slope
+
+        return step.each(move)
+
+
+class _Moved(NamedTuple):
+    """The step of a scale that UniPC is to correct."""
+
+    x: torch.Tensor
+    now: Level
+    after: Level
+    seen: list[tuple[float, torch.Tensor]]
+    end: torch.Tensor
+
+
+class UniPC(Multistep):
+    """UniPC-2 with B(h) = e^h - 1: every call first corrects the step that led to it, then serves the next."""
+
+    name, order = "unipc", 2
+
+    def start(self) -> None:
+        super().start()
+        self.before: dict[int, _Moved] = {}
+
+    def step(self, step: Step) -> Images:
+        corrected = list(step.xs)
+        for scale, x0 in enumerate(step.x0s):
+            # An image that is another one by now, since something was painted into it, is not to be corrected.
+            if scale in self.before and self.before[scale].end is step.xs[scale]:
+                corrected[scale] = self._corrected(x0, self.before[scale])
+        seen = self._remember(step)
+        self.before = {}
+
+        def move(scale, x, x0, t, t_next):
+            x, now, after = corrected[scale], level_of(step.scheduler, t), level_of(step.scheduler, t_next)
+            h = after.log_snr - now.log_snr
+            moved = exponential_step(x, x0, now, after)
+            if not math.isfinite(h):
+                return moved
+            if len(seen[scale]) == 2:
+                before, x0_before = seen[scale][1]
+                moved = moved - after.alpha * math.expm1(-h) * h / (now.log_snr - before) * (x0 - x0_before) / 2
+            self.before[scale] = _Moved(x, now, after, seen[scale], moved)
+            return moved
+
+        return step.each(move)
+
+    @staticmethod
+    def _corrected(x0_there: torch.Tensor, moved: _Moved) -> torch.Tensor:
+        x, now, after, ((_, x0), *older), _ = moved
+        h = after.log_snr - now.log_snr
+        # Differences to the clean image at the start of the step, by their places in it: those before, then its end.
+        places = [*((log_snr - now.log_snr) / h for log_snr, _ in older), 1.0]
+        phi = math.expm1(-h) / -h - 1
+        sides, factorial = [], 1
+        for k in range(1, len(places) + 1):
+            sides.append(phi * factorial / math.expm1(-h))
+            factorial *= k + 1
+            phi = phi / -h - 1 / factorial
+        weights = [0.5]
+        if older:
+            weights = np.linalg.solve([[place**k for place in places] for k in range(len(places))], sides)
+        ends = [*(other for _, other in older), x0_there]
+        change = sum(float(w) / p * (end - x0) for w, p, end in zip(weights, places, ends, strict=True))
+        return exponential_step(x, x0, now, after) - after.alpha * math.expm1(-h) * change
+
+
+class EulerMaruyama(Solver):
+    """The reverse equation dx = (f x + g^2 ε / sigma) dt + g dw, with f dt = d log alpha, g^2 dt = -2 sigma^2 dλ.
+
+    The last step lands on the clean image that is seen.
+    """
+
+    name, draws = "euler_maruyama", True
+
+    def step(self, step: Step) -> Images:
+        def move(_, x, x0, t, t_next, noise):
+            now, after = level_of(step.scheduler, t), level_of(step.scheduler, t_next)
+            if t_next == CLEAN:
+                return x0
+            if now.alpha == 0:
+                raise ValueError(f"{self.name} cannot start at timestep {t}, where there is no signal; start below it.")
+            rise = 2 * (after.log_snr - now.log_snr)
+            epsilon = (x - now.alpha * x0) / now.sigma
+            drift = math.log(after.alpha / now.alpha) * x - now.sigma * rise * epsilon
+            return x + drift + now.sigma * math.sqrt(rise) * noise
+
+        return step.each(move, step.draw())
+
+
+class PredictorCorrector(EulerMaruyama):
+    """Euler-Maruyama, then a step of Langevin dynamics at the point reached, of a length set by its noise and score."""
+
+    name = "pc"
+
+    def calls(self, num_steps: int) -> int:
+        return 2 * num_steps - 1
+
+    def step(self, step: Step) -> Images:
+        there = super().step(step)
+        if CLEAN in step.next_point:
+            return there
+        x0s = step.evaluate(there, step.next_point)
+
+        def correct(scale, x, x0, t, t_next, reached, x0_there, noise):
+            level = level_of(step.scheduler, t_next)
+            score = (level.alpha * x0_there - reached) / level.sigma**2
+            lengths = [each.flatten(1).norm(dim=1) for each in (noise, score)]
+            size = (2 * (PC_SNR * lengths[0] / lengths[1]) ** 2)[:, None, None, None]
+            return reached + size * score + (2 * size).sqrt() * noise
+
+        return step.each(correct, there, x0s, step.draw())
+
+
+class Langevin(Solver):
+    """At every point `rounds` steps x̂ + a score + sqrt(2 a) z with a = rate σ̂^2, then x̂ as it is at the next level."""
+
+    name, draws = "langevin", True
+
+    def __init__(self, rounds: int = 5, rate: float = 0.1):
+        self.rounds, self.rate = rounds, rate
+
+    def calls(self, num_steps: int) -> int:
+        return num_steps * self.rounds + 1
+
+    def step(self, step: Step) -> Images:
+        scheduler, xs, x0s = step.scheduler, step.xs, step.x0s
+        for k in range(self.rounds):
+            if k:
+                x0s = step.evaluate(xs, step.point)
+
+            def move(_, __, ___, t, t_next, x, x0, noise):
+                now = level_of(scheduler, t)
+                pull = self.rate * (now.alpha * x0 - x)  # a score, times alpha
+                return x + pull + math.sqrt(2 * self.rate) * now.sigma * noise
+
+            xs = step.each(move, xs, x0s, step.draw())
+        if CLEAN in step.next_point:
+            x0s = step.evaluate(xs, step.point)
+            return step.each(lambda _, __, ___, t, t_next, x0: x0, x0s)
+
+        def carry(_, __, ___, t, t_next, x):
+            return x * (level_of(scheduler, t_next).alpha / level_of(scheduler, t).alpha)
+
+        return step.each(carry, xs)
+
+
+SOLVERS: dict[str, Callable[..., Solver]] = {
+    "ddim": Ddim,
+    "ancestral": Ancestral,
+    "heun": Heun,
+    "dpmpp_2m": Dpmpp2M,
+    "dpmpp_3m": Dpmpp3M,
+    "unipc": UniPC,
+    "euler_maruyama": EulerMaruyama,
+    "pc": PredictorCorrector,
+    "langevin": Langevin,
+}
+
+
+def make_solver(name: str, **options) -> Solver:
+    """A solver by its name; options: `eta` of ddim, `variance` of ancestral, `rounds` and `rate` of langevin."""
+    if name not in SOLVERS:
+        raise ValueError(f"Unknown solver '{name}'; choose one of {', '.join(SOLVERS)}.")
+    return SOLVERS[name](**options)
