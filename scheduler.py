@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from scipy.interpolate import PchipInterpolator
 
@@ -169,24 +170,19 @@ class DDIMScheduler:
         self.prediction_type = prediction_type
         self.clip_sample = clip_sample
         self.process = process
+        times = torch.arange(num_train_timesteps, dtype=torch.float64)
+        self._nodes: torch.Tensor | None = None
         if process in SCHEDULED_PROCESSES:
-            schedule = make_alphas_cumprod(beta_schedule, num_train_timesteps)
-            log_snr = (schedule / (1 - schedule)).log()
-            finite = log_snr[log_snr.isfinite()].numpy()
-            slopes = PchipInterpolator(range(len(finite)), finite).derivative()(range(len(finite)))
-            # Of the noise schedule, by t; of those that end at zero SNR without the last.
-            self._nodes = torch.stack([torch.from_numpy(finite), torch.from_numpy(slopes)])  # [2, T or T - 1]
-        else:
-            self._nodes = torch.zeros(2, 0, dtype=torch.float64)
-        whole = self.curves(torch.arange(num_train_timesteps, dtype=torch.float64))
-        self.alphas, self.sigmas = whole.alpha, whole.sigma
-        if process == "vp":
-            self.alphas_cumprod = schedule
-            self.snr = schedule / (1 - schedule)
+            self.alphas_cumprod = make_alphas_cumprod(beta_schedule, num_train_timesteps)
+            rest = 1 - self.alphas_cumprod
+            self.alphas, self.sigmas = self.alphas_cumprod.sqrt(), rest if process == "sub_vp" else rest.sqrt()
+            self.snr = self.alphas_cumprod / (rest if process == "vp" else rest.square())
             self.log_snr = self.snr.log()
         else:
-            self.log_snr = self.log_snr_at(self.inside(torch.arange(num_train_timesteps)).double())
+            self.alphas, self.sigmas = self.curves(times)[:2]
+            self.log_snr = self.log_snr_at(self.inside(times))
             self.snr = self.log_snr.exp()
+        if process != "vp":
             self.alphas_cumprod = self.alphas.square() / (self.alphas.square() + self.sigmas.square())
         if prediction_type in ("epsilon", "score") and self.alphas[-1] == 0:
             raise ValueError(
@@ -202,8 +198,9 @@ class DDIMScheduler:
     def to(self, device: torch.device | str) -> "DDIMScheduler":
         """A copy whose tables live on `device`, so that indexing with timesteps there moves no data."""
         moved = copy.copy(self)
-        for name in ("alphas", "sigmas", "alphas_cumprod", "snr", "log_snr", "_nodes"):
+        for name in ("alphas", "sigmas", "alphas_cumprod", "snr", "log_snr"):
             setattr(moved, name, getattr(self, name).to(device))
+        moved._nodes = None
         return moved
 
     def curves(self, t: torch.Tensor) -> Curves:
@@ -214,7 +211,7 @@ class DDIMScheduler:
         if self.process not in SCHEDULED_PROCESSES:
             return _closed_curves(self.process, t / last)
         # Monotone cubic pieces (PCHIP) of log SNR.
-        values, slopes = self._nodes
+        values, slopes = self._schedule_nodes()
         k = t.floor().long().clamp(max=len(values) - 2)
         u = t - k
         y, d = (values[k], values[k + 1]), (slopes[k], slopes[k + 1])
@@ -231,6 +228,16 @@ class DDIMScheduler:
         d_sigma = -2 * alpha * d_alpha if self.process == "sub_vp" else -alpha * d_alpha / sigma
         ending = Curves(alpha, sigma, last * d_alpha, last * d_sigma)
         return Curves(*(torch.where(t > last - 1, *pair) for pair in zip(ending, curves, strict=True)))
+
+    def _schedule_nodes(self) -> torch.Tensor:
+        """log SNR of the noise schedule and its slope at whole t, `[2, T]`; without the last t where that is -inf."""
+        if self._nodes is None:
+            schedule = make_alphas_cumprod(split_schedule_name(self.beta_schedule)[1], self.num_train_timesteps)
+            values = (schedule / (1 - schedule)).log()
+            values = values[values.isfinite()].numpy()
+            slopes = PchipInterpolator(range(len(values)), values).derivative()(range(len(values)))
+            self._nodes = torch.from_numpy(np.stack([values, slopes])).to(self.alphas.device)
+        return self._nodes
 
     def log_snr_at(self, t: torch.Tensor) -> torch.Tensor:
         """log SNR at times t, float64 from 0 to T - 1 of any shape."""

@@ -27,7 +27,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Families of the field, with the process and the prediction that are theirs, and otherwise as `improved`.
 PRESETS |= {
     "ddpm": PRESETS["improved"] | {"prediction_type": "epsilon", "beta_schedule": "linear"},  # arXiv 2006.11239
-    "sub_vp": PRESETS["improved"] | {"process": "sub_vp", "prediction_type": "epsilon", "beta_schedule": "linear"},
+    "sub_vp": PRESETS["improved"]
+    | {"process": "sub_vp", "prediction_type": "epsilon", "beta_schedule": "sub_vp_linear"},
     "ve": PRESETS["improved"] | {"process": "ve", "prediction_type": "epsilon", "beta_schedule": "ve"},
     "flow": PRESETS["improved"] | {"process": "flow", "prediction_type": "velocity", "beta_schedule": "flow"},
 }

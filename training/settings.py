@@ -207,6 +207,7 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
     def _derive_process(self, preset: dict[str, Any]) -> None:
         """Both have a value in the end, the noise schedule the name that says the process too."""
         said, schedule = split_schedule_name(self.beta_schedule or preset["beta_schedule"])
+        schedule = schedule or PRESETS["improved"]["beta_schedule"]
         process = self.process or (preset["process"] if self.beta_schedule is None or said == "vp" else said)
         if self.beta_schedule is not None and process != said and (process, said) != ("sub_vp", "vp"):
             raise ValueError(

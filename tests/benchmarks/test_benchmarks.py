@@ -149,7 +149,7 @@ def test_the_plain_way_measures_the_same_blocks():
 
     scheduler, t_grid = DDIMScheduler(), [900, 300]
     x = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    loaded = SimpleNamespace(scheduler=scheduler, model=SimpleNamespace(denoise=denoise))
+    loaded = SimpleNamespace(scheduler=scheduler, denoise=denoise)
     plain = bench_heatmap.plain_map(loaded, x, torch.tensor(t_grid))
     ours = error_map(denoise, scheduler, x, t_grid, 1, batch_size=3, progress=False, maps="blocks")["jacobian_se"]
     for block in BLOCKS:

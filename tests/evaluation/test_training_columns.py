@@ -72,7 +72,9 @@ def test_a_preset_is_known_by_what_it_sets(preset, model_type, representation):
     # The pairs of timesteps are in a column of their own.
     if model_type == "dual":
         assert describe_training(loaded(**chosen, t_pairs="same", without=["preset"]), None)["preset"] == preset
-    changes = [{"prediction_type": "x0"}, {"beta_schedule": "linear"}]
+    changes = [{"prediction_type": "x0"}, {"process": "ve" if preset == "flow" else "flow", "prediction_type": "v"}]
+    if preset not in ("ve", "flow"):
+        changes.append({"beta_schedule": "cosine" if "linear" in PRESETS[preset]["beta_schedule"] else "linear"})
     changes += [{"loss_weights": (1.0, 0.5)}] if MODEL_CLASSES[model_type].num_predictions > 1 else []
     for change in changes:
         assert describe_training(loaded(**chosen | change, without=["preset"]), None)["preset"] == ""

@@ -33,8 +33,8 @@ def loaded_model(representation, num_scales=2):
         return denoiser.denoise((xs[0], torch.zeros_like(xs[0][..., ::2, ::2])), (ts[0], noisiest))[:1]
 
     denoise = denoiser.denoise if num_scales == 2 else of_one_scale
-    model = SimpleNamespace(denoise=denoise, num_predictions=num_scales, num_scales=num_scales)
-    return SimpleNamespace(model=model, scheduler=scheduler, config={}), denoiser
+    model = SimpleNamespace(num_predictions=num_scales, num_scales=num_scales)
+    return SimpleNamespace(model=model, denoise=denoise, scheduler=scheduler, config={}), denoiser
 
 
 @pytest.mark.parametrize(
