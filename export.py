@@ -161,6 +161,11 @@ def main() -> None:
     folder = Path(settings.output)
     check_output(folder, settings.force)
     loaded = load_model(settings.checkpoint, settings.ema)
+    if loaded.scheduler.process != "vp":
+        raise ValueError(
+            f"{settings.checkpoint} is of the process '{loaded.scheduler.process}', and sample.py knows that which "
+            "preserves variance alone; export a model of --process vp."
+        )
     config = export_config(loaded, settings.checkpoint)
     num_parameters = sum(p.numel() for p in loaded.model.parameters())
     path, files = standalone_files(settings, loaded)

@@ -70,6 +70,8 @@ def prepare_output(
         "path_fingerprint": path.fingerprint(),
         "eta": settings.eta,
         "end": settings.end,
+        # As folders of earlier versions have it, which were all made by DDIM.
+        **({} if settings.solver == "ddim" else {"solver": settings.solver_label}),
         "precision": resolve_precision(device, settings.precision),
     }
     feed = coarse_feed(loaded.model, settings.coarse_from)
@@ -81,7 +83,7 @@ def prepare_output(
         path,
         folder / "schedule.json",
         loaded.scheduler.log_snr.numpy(),
-        solver={"name": "ddim", "eta": settings.eta, "end": settings.end},
+        solver=settings.solver_entry,
         criterion=path.provenance.get("criterion"),
         cost=path.provenance.get("cost"),
         beta_schedule=loaded.config["beta_schedule"],
@@ -103,7 +105,9 @@ def main() -> None:
     weights = loaded.weights
     path, kind = path_of_settings(settings, loaded)
     feed = coarse_feed(loaded.model, settings.coarse_from)
-    name = "_".join([Path(settings.checkpoint).stem, weights, kind, str(path.nfe), *([feed] if feed else [])])
+    further = [feed] if feed else []
+    further += [settings.solver] if settings.solver != "ddim" else []
+    name = "_".join([Path(settings.checkpoint).stem, weights, kind, str(path.nfe), *further])
     folder = Path(settings.output or loaded.results / "samples" / short_name(name))
     seeds = image_seeds(settings.seed, settings.num_images)
     prepare_output(folder, path, loaded, settings, device)
@@ -133,10 +137,10 @@ def main() -> None:
             shapes,
             batch_size,
             device,
-            settings.eta,
-            callback,
-            settings.end,
-            feed,
+            callback=callback,
+            end=settings.end,
+            coarse_from=feed,
+            solver=settings.make_solver(),
         )
 
     nfe = 0

@@ -206,12 +206,12 @@ def sample(
         if k == path.nfe:
             return Samples(representation.finished(xs), nfe)
         point, next_point = path.points[k], targets[k]
-        x0s = evaluate(xs, point)
-        moves = [t_next != t for t, t_next in zip(point, next_point, strict=True)][: len(x0s)]
+        moves = [t_next != t for t, t_next in zip(point, next_point, strict=True)]
         for t, t_next in itertools.compress(zip(point, next_point, strict=True), moves):
             scheduler.check_step(t, t_next)
+        x0s = evaluate(xs, point)
 
-        def fresh(xs: Images = xs, moves: list[bool] = moves) -> Images:
+        def fresh(xs: Images = xs[: len(x0s)], moves: list[bool] = moves) -> Images:  # noqa: B008
             drawn = (draw(x.shape[1:]) if move else x for x, move in zip(xs, moves, strict=False))
             return representation.project(tuple(drawn))
 

@@ -28,6 +28,7 @@ from images.representation import Images
 from scheduler import CLEAN, DDIMScheduler
 
 VARIANCES = ("beta", "beta_tilde")
+LANGEVIN_ROUNDS = 5
 PC_SNR = 0.16  # Of the corrector of `pc` (arXiv 2011.13456, appendix G).
 
 
@@ -91,8 +92,8 @@ class Solver:
     def start(self) -> None:
         """Forget the walk before."""
 
-    def calls(self, num_steps: int) -> int:
-        """Network calls of a walk of so many steps that lands on the clean image."""
+    def calls(self, num_steps: int, end: str = "clean") -> int:
+        """Network calls of a walk of so many steps that lands on the clean image, or with `end="t0"` on timestep 0."""
         return num_steps
 
     def step(self, step: Step) -> Images:
@@ -118,7 +119,7 @@ class Ancestral(Solver):
 
     name, draws = "ancestral", True
 
-    def __init__(self, variance: str = "beta_tilde"):
+    def __init__(self, variance: str = "beta"):
         if variance not in VARIANCES:
             raise ValueError(f"Unknown variance '{variance}'; choose one of {', '.join(VARIANCES)}.")
         self.variance = variance
@@ -143,8 +144,8 @@ class Heun(Solver):
 
     name = "heun"
 
-    def calls(self, num_steps: int) -> int:
-        return 2 * num_steps - 1
+    def calls(self, num_steps: int, end: str = "clean") -> int:
+        return 2 * num_steps - (end == "clean")
 
     def step(self, step: Step) -> Images:
         levels = [[level_of(step.scheduler, t) for t in point] for point in (step.point, step.next_point)]
@@ -153,13 +154,14 @@ class Heun(Solver):
             return exponential_step(x, x0, levels[0][scale], levels[1][scale])
 
         there = step.each(euler)
-        # Onto the clean image, and from pure noise, where a slope in σ̂ says nothing.
-        if CLEAN in step.next_point or any(level.alpha == 0 for level in levels[0]):
+        if CLEAN in step.next_point:
             return there
         x0s_there = step.evaluate(there, step.next_point)
 
         def move(scale, x, x0, t, t_next, end, x0_end):
             now, after = levels[0][scale], levels[1][scale]
+            if not now.alpha or not after.sigma:  # Where a slope in σ̂ says nothing, the mean of both clean images.
+                return exponential_step(x, (x0 + x0_end) / 2, now, after)
             slopes = (x / now.alpha - x0) / now.ratio + (end / after.alpha - x0_end) / after.ratio
             return after.alpha * (x / now.alpha + (after.ratio - now.ratio) / 2 * slopes)
 
@@ -330,8 +332,8 @@ class PredictorCorrector(EulerMaruyama):
 
     name = "pc"
 
-    def calls(self, num_steps: int) -> int:
-        return 2 * num_steps - 1
+    def calls(self, num_steps: int, end: str = "clean") -> int:
+        return 2 * num_steps - (end == "clean")
 
     def step(self, step: Step) -> Images:
         there = super().step(step)
@@ -354,11 +356,11 @@ class Langevin(Solver):
 
     name, draws = "langevin", True
 
-    def __init__(self, rounds: int = 5, rate: float = 0.1):
+    def __init__(self, rounds: int = LANGEVIN_ROUNDS, rate: float = 0.1):
         self.rounds, self.rate = rounds, rate
 
-    def calls(self, num_steps: int) -> int:
-        return num_steps * self.rounds + 1
+    def calls(self, num_steps: int, end: str = "clean") -> int:
+        return num_steps * self.rounds + (end == "clean")
 
     def step(self, step: Step) -> Images:
         scheduler, xs, x0s = step.scheduler, step.xs, step.x0s

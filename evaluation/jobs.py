@@ -248,14 +248,17 @@ class Evaluation:
         scorer = self._scorer
         is_training_set = loaded.config.get("data_fingerprint") in (None, scorer.training.fingerprint)
         trained = describe_training(loaded, len(scorer.training) if is_training_set else None)
-        solver = "" if (chosen.eta, chosen.end) == (0.0, "clean") else f"-eta{chosen.eta!r}-{chosen.end}"
+        if chosen.solver == "ddim":  # As rows of earlier versions have it.
+            solver = "" if (chosen.eta, chosen.end) == (0.0, "clean") else f"-eta{chosen.eta!r}-{chosen.end}"
+        else:
+            solver = f"-{chosen.solver_label.replace(' ', '-')}"
         # Images depend on where the network's coarse image comes from as they do on the solver.
         solver += f"-{job.coarse_from}" if job.coarse_from else ""
         key = {
             "checkpoint_fingerprint": loaded.fingerprint,
             "weights": loaded.weights,
             "path_fingerprint": path.fingerprint() + solver,
-            "nfe": path.nfe,
+            "nfe": chosen.make_solver().calls(path.nfe, chosen.end),
             "seed": job.seed,
             "num_images": scorer.num_images,
             "reference_fingerprint": scorer.reference.fingerprint,
@@ -282,7 +285,7 @@ class Evaluation:
             self.processes,
             chosen.batch_size,
             chosen.precision,
-            chosen.eta,
+            chosen.make_solver(),
             chosen.end,
             scorer.inception if any_features else None,
             denoise,
@@ -305,7 +308,7 @@ class Evaluation:
                 "coarse_from": job.coarse_from,
                 "regime": loaded.config.get("t_pairs") or default_regime(loaded.config["model_type"]),
                 "representation": loaded.scheduler.representation.name if loaded.model.num_scales > 1 else "",
-                "solver": chosen.solver,
+                "solver": chosen.solver_label,
                 **trained,
                 "seconds": round(sampling_seconds + time.perf_counter() - start, 1),
                 "checkpoint": job.checkpoint.name,

@@ -15,6 +15,7 @@ import torch
 from checkpoint import LoadedModel
 from data import ImageSet, distinct_images, to_uint8
 from diffusion.sampler import Denoiser, coarse_feed, sample_seeds, scale_shapes
+from diffusion.solvers import Solver
 from evaluation.feature_metrics import (
     MANIFOLD_K,
     MIN_EXTRAPOLATED_FEATURES,
@@ -56,7 +57,7 @@ def generate(
     processes: Processes,
     batch_size: int = 64,
     precision: str = "auto",
-    eta: float = 0.0,
+    solver: Solver | None = None,  # None: DDIM
     end: str = "clean",
     inception: Inception | None = None,
     denoise: Denoiser | None = None,  # what is called in place of the model itself, such as its compiled form
@@ -74,7 +75,7 @@ def generate(
     mine = torch.cat(batches).tolist() if batches else []
     sampled = sample_seeds(
         denoise or loaded.denoise, loaded.scheduler, path, [seeds[k] for k in mine], shapes,
-        batch_size, device, eta, end=end, coarse_from=coarse_feed(loaded.model, coarse_from),
+        batch_size, device, end=end, coarse_from=coarse_feed(loaded.model, coarse_from), solver=solver,
     )  # fmt: skip
     pixels, features, nfe, broken = [torch.empty(0, *shapes[0], dtype=torch.uint8)], [], 0, None
     with (

@@ -102,8 +102,9 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("samples"))
     args = parser.parse_args()
     config, schedule = (json.loads(file.read_text()) for file in (HERE / "config.json", args.schedule))
-    if schedule["num_scales"] != config["num_scales"] or schedule["solver"]["eta"] != 0:
-        raise SystemExit(f"error: {args.schedule} is of another kind of model, or draws noise at every step (eta).")
+    solver = schedule["solver"]
+    if schedule["num_scales"] != config["num_scales"] or (solver["name"], solver.get("eta")) != ("ddim", 0):
+        raise SystemExit(f"error: {args.schedule} is of another kind of model, or of a solver other than DDIM.")
     stored = torch.load(HERE / "noise.pt", weights_only=True)
     if schedule["points"] != stored["points"] and config["num_predictions"] < config["num_scales"]:
         stored["seeds"] = []  # Noise is drawn on the way, as often as the schedule says.

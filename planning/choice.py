@@ -3,12 +3,14 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path as FilePath
+from typing import Any
 
 import numpy as np
 
 import cli
 from checkpoint import MODEL_CLASSES, LoadedModel
 from diffusion.sampler import COARSE_FEEDS, ENDS, coarse_feed
+from diffusion.solvers import LANGEVIN_ROUNDS, SOLVERS, VARIANCES, Solver, make_solver
 from paths.families import cascade, diagonal, heuristic, lead, log_snr_shift
 from paths.path import SPACINGS, Path
 from paths.schedule_file import load_schedule
@@ -50,15 +52,54 @@ class EndSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SolverSettings(EndSettings):
-    """How a step of a path is taken, and where the last one lands."""
+    """How a step of a path is taken, and where the last one lands.
+
+    Raises ValueError for a setting that belongs to another solver.
+    """
 
     group = "path"
-    eta: float = option(0.0, "0 DDIM to 1 ancestral", parse=cli.unit_interval)
+    solver: str = option(
+        "ddim", "how a step is taken; heun and pc call the network twice a step", choices=tuple(SOLVERS)
+    )
+    eta: float = option(0.0, "of ddim: 0 DDIM to 1 ancestral", parse=cli.unit_interval)
+    variance: str | None = option(None, f"of ancestral ({VARIANCES[0]})", choices=VARIANCES)
+    langevin_rounds: int | None = option(
+        None, f"of langevin: steps at every point ({LANGEVIN_ROUNDS})", parse=cli.positive_int, metavar="M"
+    )
+
+    def check(self) -> None:
+        super().check()
+        for name, solver, given in (
+            ("eta", "ddim", self.eta > 0),
+            ("variance", "ancestral", self.variance is not None),
+            ("langevin_rounds", "langevin", self.langevin_rounds is not None),
+        ):
+            if given and self.solver != solver:
+                raise ValueError(f"--{name} belongs to --solver {solver}, not to {self.solver}; leave it out.")
 
     @property
-    def solver(self) -> str:
-        """What it is called in rows of results."""
-        return f"ddim eta {self.eta:g} {self.end}"
+    def solver_options(self) -> dict[str, Any]:
+        """What a solver of that name takes."""
+        return {
+            "ddim": {"eta": self.eta},
+            "ancestral": {"variance": self.variance or VARIANCES[0]},
+            "langevin": {"rounds": self.langevin_rounds or LANGEVIN_ROUNDS},
+        }.get(self.solver, {})
+
+    def make_solver(self) -> Solver:
+        """One for a walk at a time."""
+        return make_solver(self.solver, **self.solver_options)
+
+    @property
+    def solver_label(self) -> str:
+        """What it is called in rows of results, such as "ddim eta 0 clean"."""
+        options = (f"{name} {value:g}" if name != "variance" else value for name, value in self.solver_options.items())
+        return " ".join([self.solver, *options, self.end])
+
+    @property
+    def solver_entry(self) -> dict[str, Any]:
+        """What it is called in schedule files."""
+        return {"name": self.solver, **self.solver_options, "end": self.end}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -680,7 +680,7 @@ def test_a_schedule_may_end_at_the_last_noise_and_may_not_draw_any(program, expo
     found = read_png(tmp_path / "t0/000000000005.png").int()
     assert (found - to_uint8(samples.images[0])[0].int()).abs().max() <= 1
     for name in ("eta", "two"):
-        with pytest.raises(SystemExit, match="another kind of model, or draws noise"):
+        with pytest.raises(SystemExit, match="another kind of model, or of a solver"):
             run_script(folder, monkeypatch, "--schedule", tmp_path / f"{name}.json", "--output", tmp_path / name)
 
 
