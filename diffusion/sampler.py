@@ -211,9 +211,10 @@ def sample(
             scheduler.check_step(t, t_next)
         x0s = evaluate(xs, point)
 
-        def fresh(xs: Images = xs[: len(x0s)], moves: list[bool] = moves) -> Images:  # noqa: B008
-            drawn = (draw(x.shape[1:]) if move else x for x, move in zip(xs, moves, strict=False))
-            return representation.project(tuple(drawn))
+        moving = list(zip(xs, moves, strict=True))[: len(x0s)]
+
+        def fresh(moving: list[tuple[torch.Tensor, bool]] = moving) -> Images:
+            return representation.project(tuple(draw(x.shape[1:]) if move else x for x, move in moving))
 
         stepped = solver.step(Step(scheduler, point, next_point, xs, x0s, evaluate, fresh))
         if coarse_from == "noisy":

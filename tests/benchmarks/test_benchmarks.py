@@ -11,11 +11,13 @@ import torch
 import bench_eval
 import bench_heatmap
 import bench_settings
+import bench_solvers
 import bench_train
 import machine
 import train_lift
 from baseline_model import BaselineModel
 from diffusion.sampler import image_seeds, sample
+from diffusion.solvers import SOLVERS
 from model import LIFTDualTimestepModel
 from paths.families import diagonal
 from planning.error_map import BLOCKS, error_map
@@ -27,6 +29,12 @@ TINY = ("--resolution", 16, "--hidden_dims", "8,16", "--device", "cpu")
 def test_bench_settings_prints_a_row_for_each_combination(stage):
     output = stage(bench_settings, *TINY, "--batch_size", 2, "--rounds", 1).output
     assert output.count("| fp32 |") == output.count("| bf16 |") == 4
+
+
+def test_bench_solvers_prints_a_row_for_each(stage):
+    output = stage(bench_solvers, *TINY, "--batch_size", 2, "--rounds", 1, "--num_steps", 2).output
+    for name in SOLVERS:
+        assert output.count(f"| {name} | ") == 1
 
 
 def test_bench_train_prints_and_writes_a_report_of_all_models(stage, tmp_path):
