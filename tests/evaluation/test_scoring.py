@@ -20,6 +20,7 @@ from cli import DataSettings
 from conftest import TINY, run_stage
 from data import ImageSet, fingerprint_array, load_images, read_png, split_holdout, to_float
 from diffusion.sampler import image_seeds
+from diffusion.solvers import Ddim
 from evaluation.feature_metrics import kernel_distance
 from evaluation.inception import Features
 from evaluation.pixel_metrics import NearestNeighbours
@@ -56,7 +57,7 @@ def generate_sizes(file, processes):
     path = diagonal(NFE, num_scales=loaded.model.num_scales)
     results = []
     for count, batch_size in SIZES:
-        options = {"precision": "fp32", "eta": 0.5, "inception": Colours()}
+        options = {"precision": "fp32", "solver": Ddim(0.5), "inception": Colours()}
         results.append(generate(loaded, path, image_seeds(7, count), processes, batch_size, **options))
     return [result and numbers(result) for result in results]
 
