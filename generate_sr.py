@@ -48,6 +48,7 @@ from image_folder import claim, claim_images, evenly, read_folder, write_setting
 from paths.families import diagonal
 from paths.path import SPACINGS
 from paths.path import Path as SamplingPath
+from planning.choice import SolverSettings
 from planning.regimes import off_regime_note
 from runtime.device import autocast, resolve_compile, resolve_precision, select_device
 from runtime.progress import Progress
@@ -71,13 +72,15 @@ class FinePathSettings(Settings):
     """The path of the fine clock; the coarse one stands at the clean image."""
 
     group = "path"
-    num_steps: int = option(18, "steps, each one network call", parse=cli.positive_int)
+    num_steps: int = option(18, "steps", parse=cli.positive_int)
     spacing: str = option("uniform_t", "of the fine timesteps", choices=SPACINGS)
     start: int | None = option(None, "first fine timestep, of pure noise (the noisiest)", parse=cli.positive_int)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuperResolutionSettings(CheckpointSettings, FinePathSettings, DataSettings, CompileSettings, HardwareSettings):
+class SuperResolutionSettings(
+    CheckpointSettings, FinePathSettings, SolverSettings, DataSettings, CompileSettings, HardwareSettings
+):
     """What is enlarged, or on what the model is measured."""
 
     input: str | None = option(None, "folder of images of the coarse size, to enlarge")
@@ -88,7 +91,6 @@ class SuperResolutionSettings(CheckpointSettings, FinePathSettings, DataSettings
     num_images: int | None = option(None, "evenly over those there are (all)", parse=cli.positive_int, metavar="N")
     batch_size: int = option(64, "images per network call", parse=cli.positive_int)
     seed: int = option(42, "the noise of an image depends on this and its pixels", parse=cli.seed)
-    eta: float = option(0.0, "0 DDIM to 1 ancestral", parse=cli.unit_interval)
     no_consistency: bool = option(False, "with --input: keep what the network returns")
     output: str | None = option(
         None, "folder (super_resolution/{checkpoint}_{weights}_{steps}[_{input}] in the run's results)"
@@ -132,7 +134,7 @@ class Upscaler:
         self.said = {
             "weights_fingerprint": self.loaded.fingerprint,
             "path_fingerprint": self.path.fingerprint(),
-            "eta": settings.eta,
+            **settings.solver_said,
             "seed": settings.seed,
             "precision": resolve_precision(self.device, settings.precision),
         }
@@ -149,7 +151,7 @@ class Upscaler:
         seeds = noise_seeds(coarse_pixels, settings.seed)
         batches = super_resolve(
             denoise, self.loaded.scheduler, self.path, to_float(coarse_pixels), seeds, batch_size,
-            self.device, settings.eta,
+            self.device, solver=settings.make_solver(),
         )  # fmt: skip
         start = 0
         with (

@@ -29,7 +29,7 @@ from figures.images import plot_trajectory, save_image_grid
 from image_folder import claim, write_settings
 from paths.path import Path as SamplingPath
 from paths.schedule_file import save_schedule
-from planning.choice import OnePathSettings, SolverSettings, path_of_settings
+from planning.choice import OnePathSettings, WalkSettings, path_of_settings
 from planning.replay import made_for
 from runtime.device import autocast, resolve_compile, resolve_precision, select_device
 from runtime.progress import Progress
@@ -41,7 +41,7 @@ FIGURES = "figures"  # The folder of what is no sample, within that of the sampl
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSettings(CheckpointSettings, OnePathSettings, SolverSettings, CompileSettings, HardwareSettings):
+class SamplingSettings(CheckpointSettings, OnePathSettings, WalkSettings, CompileSettings, HardwareSettings):
     """What is sampled, along which path, and where it goes."""
 
     num_images: int = option(64, parse=cli.positive_int)
@@ -68,10 +68,8 @@ def prepare_output(
     said = {
         "weights_fingerprint": loaded.fingerprint,
         "path_fingerprint": path.fingerprint(),
-        "eta": settings.eta,
+        **settings.solver_said,
         "end": settings.end,
-        # As folders of earlier versions have it, which were all made by DDIM.
-        **({} if settings.solver == "ddim" else {"solver": settings.solver_label}),
         "precision": resolve_precision(device, settings.precision),
     }
     feed = coarse_feed(loaded.model, settings.coarse_from)

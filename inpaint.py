@@ -48,6 +48,7 @@ from diffusion.sampler import (
     sample,
     scale_shapes,
 )
+from diffusion.solvers import Solver
 from diffusion.super_resolution import noise_seeds
 from evaluation.given_images import evaluation_images
 from figures.images import plot_samples
@@ -56,7 +57,7 @@ from image_folder import claim_images, evenly, read_folder
 from images.reading import UnreadableImageError, WrongSizeError, read_bytes, read_mask
 from images.representation import RESIDUAL, upsample_nearest
 from paths.path import Path as SamplingPath
-from planning.choice import OnePathSettings, path_of_settings
+from planning.choice import OnePathSettings, SolverSettings, path_of_settings
 from runtime.device import autocast, resolve_compile, resolve_precision, select_device
 from runtime.progress import Progress
 from runtime.safe_write import short_name
@@ -76,9 +77,12 @@ UNKNOWN_GREY = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class InpaintingSettings(CheckpointSettings, OnePathSettings, DataSettings, CompileSettings, HardwareSettings):
+class InpaintingSettings(
+    CheckpointSettings, OnePathSettings, SolverSettings, DataSettings, CompileSettings, HardwareSettings
+):
     """What is painted into which images, and how."""
 
+    usual_eta = 1.0  # As published.
     mask: str = option(
         REQUIRED,
         "PNG of the fine or the coarse size, white where known; or what is painted: the central quarter (center), half "
@@ -101,7 +105,6 @@ class InpaintingSettings(CheckpointSettings, OnePathSettings, DataSettings, Comp
     free_fine: bool = option(
         False, "with a coarse mask: put nothing into the fine image on the way, as in super-resolution"
     )
-    eta: float = option(1.0, "0 DDIM to 1 ancestral, as published", parse=cli.unit_interval)
     jump_length: int = option(3, "points that a jump goes back", parse=cli.positive_int)
     jump_repeats: int = option(5, "passes over each stretch; 1 is no jump", parse=cli.positive_int)
     output: str | None = option(None, "folder (one named after all of these in inpainting of the run's results)")
@@ -200,6 +203,7 @@ def repaint(
     jump_repeats: int = 1,
     coarse_from: str | None = None,
     free_fine: bool = False,
+    solver: Solver | None = None,  # None: DDIM with eta
 ) -> Samples:
     """Sample along a path with what is known put in at every point (RePaint, arXiv 2201.09865, algorithm 1).
 
@@ -253,7 +257,9 @@ def repaint(
         return k, representation.project(tuple(placed))
 
     noise = [draw(image.shape[1:]) for image in known]
-    (painted, *rest), nfe = sample(denoise, scheduler, path, noise, eta, place, draw=draw, coarse_from=coarse_from)
+    (painted, *rest), nfe = sample(
+        denoise, scheduler, path, noise, eta, place, draw=draw, coarse_from=coarse_from, solver=solver
+    )
     # A sum of residual and mean is rounded.
     painted = torch.where(pixels, images, painted) if is_residual else painted
     return Samples((painted, *rest), nfe)
@@ -339,7 +345,7 @@ def main() -> None:
         "path_fingerprint": path.fingerprint(),
         "mask_fingerprint": fingerprint_array(mask.numpy()),
         "resize_filter": config["resize_filter"] if settings.resize else None,
-        "eta": settings.eta,
+        **settings.solver_said,
         "jump_length": settings.jump_length if jumps else None,
         "jump_repeats": settings.jump_repeats,
         "free_fine": settings.free_fine,
@@ -352,7 +358,7 @@ def main() -> None:
     missing = claim_images(folder, said, prints, settings.force, (FIGURE_FILE,))
 
     batch_size = min(settings.batch_size, max(1, len(missing)))
-    calls = path.nfe + settings.jump_length * sum(jumps.values())
+    calls = settings.make_solver().calls(path.nfe + settings.jump_length * sum(jumps.values()))
     if missing and resolve_compile(device, settings.compile, len(missing) * calls):
         shapes = scale_shapes(loaded.model.num_scales, config["channels"], config["resolution"])
         denoise, note = compile_denoiser(denoise, shapes, batch_size, device, settings.precision)
@@ -365,7 +371,7 @@ def main() -> None:
             own_seeds = [noise_seeds(results[name][0][None], results[name][1])[0] for name in missing]
             batches = inpaint(
                 denoise, loaded.scheduler, path, to_float(pixels), masks, own_seeds, batch_size, device,
-                eta=settings.eta, jump_length=settings.jump_length, jump_repeats=settings.jump_repeats,
+                solver=settings.make_solver(), jump_length=settings.jump_length, jump_repeats=settings.jump_repeats,
                 coarse_from=feed, free_fine=settings.free_fine,
             )  # fmt: skip
             for samples in batches:

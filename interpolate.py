@@ -36,12 +36,13 @@ from diffusion.sampler import (
     sample,
     scale_shapes,
 )
+from diffusion.solvers import Ddim, Solver
 from figures.images import image_grid, save_image_grid
 from figures.style import even_columns
 from image_folder import claim_images
 from images.own import GIF_COMMENT
 from paths.path import Path as SamplingPath
-from planning.choice import EndSettings, OnePathSettings, path_of_settings
+from planning.choice import OnePathSettings, WalkSettings, path_of_settings
 from runtime.device import autocast, resolve_precision, select_device
 from runtime.progress import Progress
 from runtime.safe_write import replacing, short_name
@@ -59,7 +60,7 @@ def image_seed(text: str) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterpolationSettings(CheckpointSettings, OnePathSettings, EndSettings, HardwareSettings):
+class InterpolationSettings(CheckpointSettings, OnePathSettings, WalkSettings, HardwareSettings):
     """Between which images, along which path, in how many frames."""
 
     seeds: tuple[int, int] = option(
@@ -120,8 +121,9 @@ def interpolate(
     device: torch.device | str = "cpu",
     end: str = "clean",
     coarse_from: str | None = None,
+    solver: Solver | None = None,  # None: DDIM
 ) -> Samples:
-    """Sample with DDIM what lies between the states of two seeds at point `at` of a path, scale by scale.
+    """Sample what lies between the states of two seeds at point `at` of a path, scale by scale.
 
     Rows 0 and 1 are the images that `sample_seeds` makes of the two seeds. What a coarse feed draws lies between what
     it draws for the two. Raises ValueError for an `at` that is no point of the path before the last, or other first
@@ -130,7 +132,7 @@ def interpolate(
     check_point(at, path)
     if weights[:2].tolist() != [0, 1]:
         raise ValueError(f"The first two weights must be 0 and 1, the ends, not {weights[:2].tolist()}.")
-    source = SeededNoise(seeds)
+    source, solver = SeededNoise(seeds), solver or Ddim()
 
     def draw(shape: Sequence[int]) -> torch.Tensor:
         return slerp(*source.draw(shape, device), weights)
@@ -138,13 +140,16 @@ def interpolate(
     def meet(k: int, xs: Images) -> tuple[int, Images] | None:
         if k != at:
             return None
+        solver.start()  # What was seen before was seen of other images.
         fine = slerp(xs[0][0], xs[0][1], weights)
         if coarse_from == "noisy":
             return k, (fine, coarse(fine))
         return k, (fine, *(slerp(x[0], x[1], weights) for x in xs[1:]))
 
     noise = [draw(shape) for shape in shapes]
-    return sample(denoise, scheduler, path, noise, 0.0, meet, end, draw, coarse_from)
+    return sample(
+        denoise, scheduler, path, noise, callback=meet, end=end, draw=draw, coarse_from=coarse_from, solver=solver
+    )
 
 
 def save_gif(frames: torch.Tensor, file: Path) -> None:
@@ -180,6 +185,8 @@ def main() -> None:
         "seeds": list(settings.seeds),
         "frames": settings.frames,
         "at": settings.at,
+        # Folders of earlier versions do not say; they were all made by DDIM without noise.
+        **({} if settings.solver_words == "ddim eta 0" else settings.solver_said),
         "end": settings.end,
         "coarse_from": feed,
         "precision": resolve_precision(device, settings.precision),
@@ -196,7 +203,7 @@ def main() -> None:
             rows = [0, settings.frames - 1, *chunk]
             samples = interpolate(
                 loaded.denoise, loaded.scheduler, path, settings.seeds, shares[rows], shapes, settings.at, device,
-                settings.end, feed,
+                settings.end, feed, settings.make_solver(),
             )  # fmt: skip
             check_finite(samples.images[0], [names[k] for k in rows])
             for k, pixels in zip(rows, to_uint8(samples.images[0]).cpu(), strict=True):

@@ -20,6 +20,7 @@ from PIL import Image
 import data
 from data import fingerprint_array, to_float, to_uint8
 from diffusion.sampler import IMAGES_PER_SEED, Denoiser, Images, SeededNoise, check_finite, image_seeds, sample
+from diffusion.solvers import Solver
 from images.representation import upsample_nearest
 from paths.path import Path
 from scheduler import DDIMScheduler
@@ -80,6 +81,7 @@ def super_resolve(
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     eta: float = 0.0,
+    solver: Solver | None = None,  # None: DDIM with eta
 ) -> Iterator[Upscaled]:
     """Fine images of twice the size, batch by batch, from noise and the coarse images, which every call sees as given.
 
@@ -97,7 +99,7 @@ def super_resolve(
         def restore(k: int, xs: Images, given: torch.Tensor = given) -> tuple[int, Images]:
             return k, (xs[0], given)
 
-        (fine, _), nfe = sample(denoise, scheduler, path, (draw(shape), given), eta, restore, draw=draw)
+        (fine, _), nfe = sample(denoise, scheduler, path, (draw(shape), given), eta, restore, draw=draw, solver=solver)
         check_finite(fine, range(start, start + len(fine)))
         yield Upscaled(fine, nfe)
 

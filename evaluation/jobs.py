@@ -41,7 +41,7 @@ from evaluation.training_columns import describe_training
 from paths.optimal import check_steps
 from paths.path import Path as SamplingPath
 from paths.schedule_file import load_schedule
-from planning.choice import ONE_CLOCK, SeveralPathsSettings, SolverSettings, check_followed, choose_path, why_not
+from planning.choice import ONE_CLOCK, SeveralPathsSettings, WalkSettings, check_followed, choose_path, why_not
 from planning.heatmap import MissingMapSettings, compute_missing, heatmap_file
 from planning.path_types import parse_path_type
 from planning.regimes import default_regime, off_regime_note
@@ -71,7 +71,7 @@ class MetricSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(MetricSettings, MissingMapSettings, SeveralPathsSettings, SolverSettings, CompileSettings):
+class EvaluationSettings(MetricSettings, MissingMapSettings, SeveralPathsSettings, WalkSettings, CompileSettings):
     """Which checkpoints are sampled, how, and how they are scored."""
 
     run: tuple[str, ...] | None = option(None, "score what these runs have", parse=run_name, metavar="NAME", nargs="+")

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -51,17 +51,20 @@ class EndSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolverSettings(EndSettings):
-    """How a step of a path is taken, and where the last one lands.
+class SolverSettings(Settings):
+    """How a step of a path is taken.
 
     Raises ValueError for a setting that belongs to another solver.
     """
 
     group = "path"
+    usual_eta: ClassVar[float] = 0.0
     solver: str = option(
         "ddim", "how a step is taken; heun and pc call the network twice a step", choices=tuple(SOLVERS)
     )
-    eta: float = option(0.0, "of ddim: 0 DDIM to 1 ancestral", parse=cli.unit_interval)
+    eta: float | None = option(
+        None, "of ddim: 0 DDIM to 1 ancestral (0; of inpaint.py 1, as published)", parse=cli.unit_interval
+    )
     variance: str | None = option(None, f"of ancestral ({VARIANCES[0]})", choices=VARIANCES)
     langevin_rounds: int | None = option(
         None, f"of langevin: steps at every point ({LANGEVIN_ROUNDS})", parse=cli.positive_int, metavar="M"
@@ -69,13 +72,11 @@ class SolverSettings(EndSettings):
 
     def check(self) -> None:
         super().check()
-        for name, solver, given in (
-            ("eta", "ddim", self.eta > 0),
-            ("variance", "ancestral", self.variance is not None),
-            ("langevin_rounds", "langevin", self.langevin_rounds is not None),
-        ):
-            if given and self.solver != solver:
+        for name, solver in (("eta", "ddim"), ("variance", "ancestral"), ("langevin_rounds", "langevin")):
+            if getattr(self, name) is not None and self.solver != solver:
                 raise ValueError(f"--{name} belongs to --solver {solver}, not to {self.solver}; leave it out.")
+        if self.solver == "ddim" and self.eta is None:
+            self._derive(eta=self.usual_eta)
 
     @property
     def solver_options(self) -> dict[str, Any]:
@@ -91,10 +92,27 @@ class SolverSettings(EndSettings):
         return make_solver(self.solver, **self.solver_options)
 
     @property
+    def solver_words(self) -> str:
+        """What it is called, such as "ddim eta 0"."""
+        options = (f"{name} {value:g}" if name != "variance" else value for name, value in self.solver_options.items())
+        return " ".join([self.solver, *options])
+
+    @property
+    def solver_said(self) -> dict[str, Any]:
+        """What a folder of images says of it; those of earlier versions, all made by DDIM, have eta alone."""
+        return {"eta": self.eta} | ({} if self.solver == "ddim" else {"solver": self.solver_words})
+
+
+@dataclass(frozen=True, kw_only=True)
+class WalkSettings(SolverSettings, EndSettings):
+    """How a step of a path is taken, and where the last one lands."""
+
+    group = "path"
+
+    @property
     def solver_label(self) -> str:
         """What it is called in rows of results, such as "ddim eta 0 clean"."""
-        options = (f"{name} {value:g}" if name != "variance" else value for name, value in self.solver_options.items())
-        return " ".join([self.solver, *options, self.end])
+        return f"{self.solver_words} {self.end}"
 
     @property
     def solver_entry(self) -> dict[str, Any]:
