@@ -25,7 +25,7 @@ from checkpoint import LoadedModel, load_model
 from cli import CheckpointSettings
 from diffusion.sampler import SeededNoise, image_seeds, scale_shapes
 from images.sources import is_hub_id
-from networks.model_card import model_card
+from networks.model_card import PREDICTIONS, model_card
 from networks.pretrained import CONFIG_FILE, MODEL_KEYS, OPTIONAL_MODEL_KEYS, read_config, write_pretrained
 from networks.program import (
     NOISE_FILE,
@@ -161,10 +161,11 @@ def main() -> None:
     folder = Path(settings.output)
     check_output(folder, settings.force)
     loaded = load_model(settings.checkpoint, settings.ema)
-    if loaded.scheduler.process != "vp":
+    process, prediction = loaded.scheduler.process, loaded.scheduler.prediction_type
+    if process != "vp" or prediction not in PREDICTIONS:
         raise ValueError(
-            f"{settings.checkpoint} is of the process '{loaded.scheduler.process}', and sample.py knows that which "
-            "preserves variance alone; export a model of --process vp."
+            f"{settings.checkpoint} is of the process '{process}' and predicts {prediction}, and sample.py knows vp "
+            f"with {', '.join(PREDICTIONS)} alone; export another model."
         )
     config = export_config(loaded, settings.checkpoint)
     num_parameters = sum(p.numel() for p in loaded.model.parameters())

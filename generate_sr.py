@@ -143,7 +143,7 @@ class Upscaler:
         """`super_resolve` for uint8 `[N, C, H, W]` with a progress bar: the place of each batch, and the batch."""
         settings, (count, channels, height, width) = self.settings, coarse_pixels.shape
         batch_size, denoise = min(settings.batch_size, count), self.loaded.denoise
-        if resolve_compile(self.device, settings.compile, count * self.path.nfe):
+        if resolve_compile(self.device, settings.compile, count * settings.make_solver().calls(self.path.nfe)):
             shapes = [(channels, 2 * height, 2 * width), (channels, height, width)]
             denoise, note = compile_denoiser(denoise, shapes, batch_size, self.device, settings.precision)
             if note:
@@ -286,7 +286,7 @@ def main() -> None:
     """Enlarge a folder, or measure."""
     settings = parse_args()
     upscaler = Upscaler(settings)
-    name = f"{Path(settings.checkpoint).stem}_{upscaler.loaded.weights}_{settings.num_steps}"
+    name = f"{Path(settings.checkpoint).stem}_{upscaler.loaded.weights}_{settings.num_steps}{settings.solver_suffix}"
     results = upscaler.loaded.results / "super_resolution"
     if settings.input is None:
         measure(upscaler, Path(settings.output or results / name))

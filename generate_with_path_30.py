@@ -103,9 +103,8 @@ def main() -> None:
     weights = loaded.weights
     path, kind = path_of_settings(settings, loaded)
     feed = coarse_feed(loaded.model, settings.coarse_from)
-    further = [feed] if feed else []
-    further += [settings.solver] if settings.solver != "ddim" else []
-    name = "_".join([Path(settings.checkpoint).stem, weights, kind, str(path.nfe), *further])
+    name = "_".join([Path(settings.checkpoint).stem, weights, kind, str(path.nfe), *([feed] if feed else [])])
+    name += settings.solver_suffix
     folder = Path(settings.output or loaded.results / "samples" / short_name(name))
     seeds = image_seeds(settings.seed, settings.num_images)
     prepare_output(folder, path, loaded, settings, device)
@@ -121,7 +120,7 @@ def main() -> None:
 
     batch_size = min(settings.batch_size, max(1, len(missing)))
     denoise = loaded.denoise
-    if missing and resolve_compile(device, settings.compile, len(missing) * path.nfe):
+    if missing and resolve_compile(device, settings.compile, len(missing) * settings.make_solver().calls(path.nfe)):
         denoise, note = compile_denoiser(denoise, shapes, batch_size, device, settings.precision)
         if note:
             print(note)

@@ -334,6 +334,7 @@ def main() -> None:
     jumps = jump_counts(path.nfe, settings.jump_length, settings.jump_repeats)
     images = read_images(settings, loaded)
     name = f"{Path(settings.checkpoint).stem}_{weights}_{kind}_{path.nfe}_{Path(settings.mask).stem}"
+    name += settings.solver_suffix
     words = (settings.mask_scale, feed, Path(settings.input).resolve().name if settings.input else None)
     name += "".join(f"_{word}" for word in words if word)
     folder = Path(settings.output or loaded.results / "inpainting" / short_name(name))

@@ -125,7 +125,8 @@ def interpolate(
 ) -> Samples:
     """Sample what lies between the states of two seeds at point `at` of a path, scale by scale.
 
-    Rows 0 and 1 are the images that `sample_seeds` makes of the two seeds. What a coarse feed draws lies between what
+    Rows 0 and 1 are the images that `sample_seeds` makes of the two seeds, but for what a solver that remembers earlier
+    points forgets at point `at`. What a coarse feed draws lies between what
     it draws for the two. Raises ValueError for an `at` that is no point of the path before the last, or other first
     weights, and what `sample` raises.
     """
@@ -177,6 +178,7 @@ def main() -> None:
     first, last = settings.seeds
     name = f"{Path(settings.checkpoint).stem}_{weights}_{kind}_{path.nfe}_{first}_{last}{f'_{feed}' if feed else ''}"
     name += f"_at{settings.at}" if settings.at else ""
+    name += settings.solver_suffix
     folder = Path(settings.output or loaded.results / "interpolation" / short_name(name))
 
     said = {

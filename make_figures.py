@@ -37,7 +37,7 @@ from planning.path_types import path_type
 from planning.regimes import TimestepPairs, default_regime, parse_regime, resolve_regime
 from runtime.errors import need_file
 from runtime.settings import REQUIRED, Settings, option, parse_command
-from scheduler import SCHEDULE_NAMES, DDIMScheduler
+from scheduler import ALL_SCHEDULES, DDIMScheduler
 from training.run_log import METRICS_FILE, read_metrics
 
 STAGES_OF_A_RUN = 100  # At which the width of a band that changes is drawn from.
@@ -133,7 +133,7 @@ class TimestepPairsSettings(TitledSettings):
     """Histograms of pairs of timesteps."""
 
     inputs: tuple[str, ...] = _inputs("regime as of train_lift.py --t_pairs")
-    beta_schedule: str = option("cosine_clipped", choices=SCHEDULE_NAMES)
+    beta_schedule: str = option("cosine_clipped", choices=ALL_SCHEDULES)
     num_pairs: int = option(200_000, "draws of each", parse=positive_int)
 
 

@@ -141,8 +141,8 @@ class DDIMScheduler:
     `beta_schedule` is a name of SCHEDULE_NAMES, which vp and sub_vp have, or one of ALL_SCHEDULES, which says the
     process too; the attribute of that name is the latter.
 
-    t is an int, int64 `[B]`, or, where it says so, float64 `[B]` from 0 to T - 1. Nothing is kept between calls and
-    nothing moves between devices unless `to(device)` is called. Raises ValueError for unknown names, and for
+    t is an int, int64 `[B]`, or, where it says so, float64 `[B]` from 0 to T - 1. No call changes what another returns,
+    and nothing moves between devices unless `to(device)` is called. Raises ValueError for unknown names, and for
     predictions of epsilon or score where the SNR ends at 0, where noise carries no information about the image.
     """
 
@@ -155,8 +155,8 @@ class DDIMScheduler:
         representation: str = "overcomplete",
         process: str | None = None,
     ):
-        if process is None:
-            process, beta_schedule = split_schedule_name(beta_schedule)
+        said, beta_schedule = split_schedule_name(beta_schedule)
+        process = process or said
         for kind, name, names in (
             ("prediction type", prediction_type, PREDICTION_TYPES),
             ("representation", representation, REPRESENTATIONS),
@@ -171,7 +171,7 @@ class DDIMScheduler:
         self.clip_sample = clip_sample
         self.process = process
         times = torch.arange(num_train_timesteps, dtype=torch.float64)
-        self._nodes: torch.Tensor | None = None
+        self._nodes = self._slopes = None  # Made when they are first asked for.
         if process in SCHEDULED_PROCESSES:
             self.alphas_cumprod = make_alphas_cumprod(beta_schedule, num_train_timesteps)
             rest = 1 - self.alphas_cumprod
@@ -200,7 +200,7 @@ class DDIMScheduler:
         moved = copy.copy(self)
         for name in ("alphas", "sigmas", "alphas_cumprod", "snr", "log_snr"):
             setattr(moved, name, getattr(self, name).to(device))
-        moved._nodes = None
+        moved._nodes = moved._slopes = None
         return moved
 
     def curves(self, t: torch.Tensor) -> Curves:
@@ -238,6 +238,13 @@ class DDIMScheduler:
             slopes = PchipInterpolator(range(len(values)), values).derivative()(range(len(values)))
             self._nodes = torch.from_numpy(np.stack([values, slopes])).to(self.alphas.device)
         return self._nodes
+
+    def _slope_tables(self) -> torch.Tensor:
+        """Derivatives of alpha and sigma by tau at whole t, `[2, T]`."""
+        if self._slopes is None:
+            times = torch.arange(self.num_train_timesteps, dtype=torch.float64, device=self.alphas.device)
+            self._slopes = torch.stack(self.curves(times)[2:])
+        return self._slopes
 
     def log_snr_at(self, t: torch.Tensor) -> torch.Tensor:
         """log SNR at times t, float64 from 0 to T - 1 of any shape."""
@@ -287,16 +294,18 @@ class DDIMScheduler:
         return self._looked_up(self.alphas, 1.0, t, x), self._looked_up(self.sigmas, 0.0, t, x)
 
     def _curves_like(self, t: int | torch.Tensor, x: torch.Tensor) -> Curves:
-        # Slopes are those of the velocity alone, and cost more than a look into a table.
         if self.prediction_type != "velocity":
             return Curves(*self.scales(t, x), None, None)
-        times = torch.as_tensor(t, dtype=torch.float64, device=self.alphas.device).reshape(-1)
-        slopes = (each.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) for each in self.curves(times)[2:])
-        return Curves(*self.scales(t, x), *slopes)
+        if isinstance(t, torch.Tensor) and t.is_floating_point():
+            return Curves(*(each.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) for each in self.curves(t)))
+        return Curves(*self.scales(t, x), *(self._looked_up(table, 0.0, t, x) for table in self._slope_tables()))
 
     def prior(self, noise: torch.Tensor, t: int) -> torch.Tensor:
-        """What sampling starts from at timestep t: noise of the standard deviation that is left of the image and it."""
-        return noise * self.sigmas[t].to(noise.dtype) if self.process == "ve" else noise
+        """What sampling starts from at timestep t: noise as large as a noisy image, of ve as large as its noise."""
+        if self.process == "vp":
+            return noise
+        size = self.sigmas[t] if self.process == "ve" else torch.hypot(self.alphas[t], self.sigmas[t])
+        return noise * size.to(noise.dtype)
 
     def shown(self, x: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
         """What a network is shown of x: x itself; of ve x / sqrt(1 + sigma^2), whose values are of unit size."""
@@ -306,7 +315,15 @@ class DDIMScheduler:
         """A network as a denoiser of noisy images of this process: it is shown what `shown` makes of them."""
         if self.process != "ve":
             return denoise
-        return lambda xs, ts: denoise(tuple(self.shown(x, t) for x, t in zip(xs, ts, strict=True)), ts)
+        tables: dict[torch.device, DDIMScheduler] = {}
+
+        def call(xs: Images, ts: Images) -> Images:
+            device = xs[0].device
+            if device not in tables:
+                tables[device] = self.to(device)
+            return denoise(tuple(map(tables[device].shown, xs, ts)), ts)
+
+        return call
 
     def renoise(self, x: torch.Tensor, noise: torch.Tensor, t: int, t_back: int) -> torch.Tensor:
         """A draw at the noisier timestep t_back of the diffusion that is at x at t, with fresh noise like x.
@@ -330,7 +347,7 @@ class DDIMScheduler:
         return prediction_from(self.prediction_type, x, noise, self._curves_like(t, x))
 
     def error_ratio(self, t: torch.Tensor) -> torch.Tensor:
-        """Squared error of the prediction per squared error of the clean image, at int64 t `[B]`, float64 `[B]`.
+        """Squared error of the prediction for each of the clean image, at whole t int64 `[B]`; float64 `[B]`.
 
         SNR for epsilon, (alpha^2 + sigma^2)^2 / sigma^2 for v, which is SNR + 1 where variance is preserved,
         (alpha' - sigma' alpha / sigma)^2 for the velocity, SNR / sigma^2 for the score.
@@ -339,8 +356,9 @@ class DDIMScheduler:
             return torch.ones_like(self.snr[t])
         if self.prediction_type == "epsilon":
             return self.snr[t]
-        alpha, sigma, d_alpha, d_sigma = self.curves(t.to(self.alphas.dtype))
+        alpha, sigma = self.alphas[t], self.sigmas[t]
         if self.prediction_type == "velocity":
+            d_alpha, d_sigma = self._slope_tables()[:, t]
             return (d_alpha - d_sigma * alpha / sigma).square()
         if self.prediction_type == "score":
             return self.snr[t] / sigma.square()
@@ -433,15 +451,22 @@ class DDIMScheduler:
         self.check_step(t, t_next)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], from DDIM to DDPM; got {eta}.")
+        if eta > 0 and noise is None:
+            raise ValueError(f"A step with eta = {eta} needs noise of the shape of x.")
+        if isinstance(t_next, int) and t_next == CLEAN:
+            return x0  # Also where there was no noise any more of which a direction could be derived.
         epsilon = self.epsilon_of(x0, t, x)
         alpha_next, sigma_next = self.scales(t_next, x)
         if eta == 0:
             return alpha_next * x0 + sigma_next * epsilon
-        if noise is None:
-            raise ValueError(f"A step with eta = {eta} needs noise of the shape of x.")
-        # As in the variance-preserving process of the same SNR, and as much larger as this one is there.
-        alpha_bar, alpha_bar_next = self._alpha_bar(t, x), self._alpha_bar(t_next, x)
-        size = 1.0 if self.process == "vp" else (alpha_next.square() + sigma_next.square()).sqrt()
-        variance = eta**2 * (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
-        direction = (1 - alpha_bar_next - variance).clamp(min=0).sqrt() * epsilon
-        return alpha_next * x0 + direction * size + variance.sqrt() * size * noise
+        if self.process == "vp":
+            alpha_bar, alpha_bar_next = self._alpha_bar(t, x), self._alpha_bar(t_next, x)
+            variance = eta**2 * (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
+            direction = (1 - alpha_bar_next - variance).clamp(min=0).sqrt() * epsilon
+            return alpha_next * x0 + direction + variance.sqrt() * noise
+        # The same, of the share of the noise that is left; in float64, as little noise is lost beside the image.
+        wide = torch.empty([0] * x.ndim, dtype=torch.float64)
+        (alpha, sigma), (after, left) = self.scales(t, wide), self.scales(t_next, wide)
+        drawn = eta**2 * (1 - (left * alpha / (sigma * after)).square())
+        kept = (1 - drawn).clamp(min=0).sqrt().to(x.dtype)
+        return alpha_next * x0 + sigma_next * (kept * epsilon + drawn.sqrt().to(x.dtype) * noise)

@@ -50,7 +50,7 @@ def main() -> None:
     settings = parse_args()
     device = select_device(settings.device)
     model = LIFTDualTimestepModel(settings.hidden_dims).to(device, memory_format=memory_format(device)).eval()
-    scheduler, path = DDIMScheduler().to(device), diagonal(settings.num_steps)
+    scheduler, path = DDIMScheduler(), diagonal(settings.num_steps)
     shapes = scale_shapes(2, 3, settings.resolution)
     calls: list[float] = []
 

@@ -146,8 +146,8 @@ def sample(
     The scales are those of `scheduler.representation`, to whose subspaces all noise is brought.
 
     denoise: `(xs, ts) -> predictions`, one tensor per scale each, ts int64 `[B]`, called once at every point
-        but the last. A scale whose timestep does not move keeps its image, except that with `end="clean"` the
-        last step takes every scale to clean. solver: of `diffusion.solvers`, which may call it further times; None:
+        but the last, and as often besides as the solver asks. A scale whose timestep does not move keeps its image,
+        except that with `end="clean"` the last step takes every scale to clean. solver: of `diffusion.solvers`; None:
         DDIM with eta, 0 DDIM to 1 ancestral. Where noise is needed on the way, `draw(shape)` supplies it,
         `[B, C, H, W]` for shape `(C, H, W)`, scale by scale. callback: called as `(k, images)` at
         every point k; where it returns `(k', images')`, sampling goes on from point k' <= k with those images.
@@ -170,7 +170,7 @@ def sample(
     if coarse_from == "x0" and draw is None:
         raise ValueError("A coarse image made of the clean one needs fresh noise; pass draw.")
     solver = Ddim(eta) if solver is None else solver
-    if coarse_from is not None and solver.calls(path.nfe) != path.nfe:
+    if coarse_from is not None and solver.calls_between:
         raise ValueError(f"{solver.name} calls the network between points, where it has no coarse image to read.")
     if solver.draws and draw is None:
         raise ValueError(f"{solver.name} draws noise at every step; pass draw.")

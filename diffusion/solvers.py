@@ -29,6 +29,7 @@ from scheduler import CLEAN, DDIMScheduler
 
 VARIANCES = ("beta", "beta_tilde")
 LANGEVIN_ROUNDS = 5
+LONGEST_HEUN_FALL = 10  # Of σ̂ in a step of Heun's method.
 PC_SNR = 0.16  # Of the corrector of `pc` (arXiv 2011.13456, appendix G).
 
 
@@ -79,6 +80,8 @@ def level_of(scheduler: DDIMScheduler, t: int) -> Level:
 
 def exponential_step(x: torch.Tensor, x0: torch.Tensor, now: Level, after: Level) -> torch.Tensor:
     """x at the next level if its clean image were x0 on all the way: Euler's step (arXiv 2211.01095, eq. 9)."""
+    if not after.sigma:
+        return x0
     keep = after.sigma / now.sigma
     return keep * x + (after.alpha - now.alpha * keep) * x0
 
@@ -88,6 +91,7 @@ class Solver:
 
     name = "ddim"
     draws = False  # Whether it needs noise on the way.
+    calls_between = False  # Whether it calls the network more than once a step.
 
     def start(self) -> None:
         """Forget the walk before."""
@@ -140,9 +144,13 @@ class Ancestral(Solver):
 
 
 class Heun(Solver):
-    """Euler's step, a call at its end, and the step again with the mean of both slopes; the last is Euler's."""
+    """Euler's step, a call at its end, and the step again with the mean of both slopes; the last is Euler's.
 
-    name = "heun"
+    Where σ̂ falls by more than LONGEST_HEUN_FALL, as from pure noise, it is the exponential step with the mean of both
+    clean images, which is of second order too.
+    """
+
+    name, calls_between = "heun", True
 
     def calls(self, num_steps: int, end: str = "clean") -> int:
         return 2 * num_steps - (end == "clean")
@@ -160,7 +168,8 @@ class Heun(Solver):
 
         def move(scale, x, x0, t, t_next, end, x0_end):
             now, after = levels[0][scale], levels[1][scale]
-            if not now.alpha or not after.sigma:  # Where a slope in σ̂ says nothing, the mean of both clean images.
+            # Over so long a step slopes in σ̂ say nothing, and the mean of both clean images does.
+            if not after.sigma or now.ratio > LONGEST_HEUN_FALL * after.ratio:
                 return exponential_step(x, (x0 + x0_end) / 2, now, after)
             slopes = (x / now.alpha - x0) / now.ratio + (end / after.alpha - x0_end) / after.ratio
             return after.alpha * (x / now.alpha + (after.ratio - now.ratio) / 2 * slopes)
@@ -253,7 +262,10 @@ class _Moved(NamedTuple):
 
 
 class UniPC(Multistep):
-    """UniPC-2 with B(h) = e^h - 1: every call first corrects the step that led to it, then serves the next."""
+    """UniPC-2 with B(h) = e^h - 1: every call first corrects the step that led to it, then serves the next.
+
+    A scale that comes to rest keeps its image as it is, and what is painted into is not corrected: of second order.
+    """
 
     name, order = "unipc", 2
 
@@ -315,10 +327,10 @@ class EulerMaruyama(Solver):
     def step(self, step: Step) -> Images:
         def move(_, x, x0, t, t_next, noise):
             now, after = level_of(step.scheduler, t), level_of(step.scheduler, t_next)
-            if t_next == CLEAN:
+            if not after.sigma:
                 return x0
-            if now.alpha == 0:
-                raise ValueError(f"{self.name} cannot start at timestep {t}, where there is no signal; start below it.")
+            if not now.alpha:  # Of pure noise nothing is kept.
+                return after.alpha * x0 + after.sigma * noise
             rise = 2 * (after.log_snr - now.log_snr)
             epsilon = (x - now.alpha * x0) / now.sigma
             drift = math.log(after.alpha / now.alpha) * x - now.sigma * rise * epsilon
@@ -330,7 +342,7 @@ class EulerMaruyama(Solver):
 class PredictorCorrector(EulerMaruyama):
     """Euler-Maruyama, then a step of Langevin dynamics at the point reached, of a length set by its noise and score."""
 
-    name = "pc"
+    name, calls_between = "pc", True
 
     def calls(self, num_steps: int, end: str = "clean") -> int:
         return 2 * num_steps - (end == "clean")
@@ -343,6 +355,8 @@ class PredictorCorrector(EulerMaruyama):
 
         def correct(scale, x, x0, t, t_next, reached, x0_there, noise):
             level = level_of(step.scheduler, t_next)
+            if not level.sigma:
+                return reached
             score = (level.alpha * x0_there - reached) / level.sigma**2
             lengths = [each.flatten(1).norm(dim=1) for each in (noise, score)]
             size = (2 * (PC_SNR * lengths[0] / lengths[1]) ** 2)[:, None, None, None]
@@ -354,7 +368,7 @@ class PredictorCorrector(EulerMaruyama):
 class Langevin(Solver):
     """At every point `rounds` steps x̂ + a score + sqrt(2 a) z with a = rate σ̂^2, then x̂ as it is at the next level."""
 
-    name, draws = "langevin", True
+    name, draws, calls_between = "langevin", True, True
 
     def __init__(self, rounds: int = LANGEVIN_ROUNDS, rate: float = 0.1):
         self.rounds, self.rate = rounds, rate
@@ -378,10 +392,11 @@ class Langevin(Solver):
             x0s = step.evaluate(xs, step.point)
             return step.each(lambda _, __, ___, t, t_next, x0: x0, x0s)
 
-        def carry(_, __, ___, t, t_next, x):
-            return x * (level_of(scheduler, t_next).alpha / level_of(scheduler, t).alpha)
+        def carry(_, __, ___, t, t_next, x, x0):
+            now, after = level_of(scheduler, t), level_of(scheduler, t_next)
+            return x * (after.alpha / now.alpha) if now.alpha else exponential_step(x, x0, now, after)
 
-        return step.each(carry, xs)
+        return step.each(carry, xs, x0s)
 
 
 SOLVERS: dict[str, Callable[..., Solver]] = {

@@ -95,7 +95,7 @@ APPROXIMATE_INPUT = (
     "- In training the coarse image was that of a real one, with noise of its own; in sampling it is made from the "
     "fine one and tells nothing more.\n"
 )
-PREDICTIONS = {"epsilon": "the noise", "x0": "the clean image", "v": "the velocity v"}
+PREDICTIONS = {"epsilon": "the noise", "x0": "the clean image", "v": "v (arXiv 2202.00512)"}
 
 
 def _training_section(config: dict[str, Any]) -> str:

@@ -103,7 +103,7 @@ def main():
     args = parser.parse_args()
     config, schedule = (json.loads(file.read_text()) for file in (HERE / "config.json", args.schedule))
     solver = schedule["solver"]
-    if schedule["num_scales"] != config["num_scales"] or (solver["name"], solver.get("eta")) != ("ddim", 0):
+    if schedule["num_scales"] != config["num_scales"] or (solver.get("name", "ddim"), solver.get("eta")) != ("ddim", 0):
         raise SystemExit(f"error: {args.schedule} is of another kind of model, or of a solver other than DDIM.")
     stored = torch.load(HERE / "noise.pt", weights_only=True)
     if schedule["points"] != stored["points"] and config["num_predictions"] < config["num_scales"]:

@@ -60,7 +60,9 @@ class SolverSettings(Settings):
     group = "path"
     usual_eta: ClassVar[float] = 0.0
     solver: str = option(
-        "ddim", "how a step is taken; heun and pc call the network twice a step", choices=tuple(SOLVERS)
+        "ddim",
+        "how a step is taken; heun, pc and langevin call the network more than once a step",
+        choices=tuple(SOLVERS),
     )
     eta: float | None = option(
         None, "of ddim: 0 DDIM to 1 ancestral (0; of inpaint.py 1, as published)", parse=cli.unit_interval
@@ -98,6 +100,11 @@ class SolverSettings(Settings):
         return " ".join([self.solver, *options])
 
     @property
+    def solver_suffix(self) -> str:
+        """What names of folders add for it; nothing for DDIM."""
+        return "" if self.solver == "ddim" else f"_{self.solver}"
+
+    @property
     def solver_said(self) -> dict[str, Any]:
         """What a folder of images says of it; those of earlier versions, all made by DDIM, have eta alone."""
         return {"eta": self.eta} | ({} if self.solver == "ddim" else {"solver": self.solver_words})
@@ -133,7 +140,7 @@ class StepSettings(PathSettings):
     """What decides a path of one number of steps, other than its type."""
 
     group = "path"
-    num_steps: int = option(18, "steps, each one network call", parse=cli.positive_int)
+    num_steps: int = option(18, "steps, each one network call by DDIM", parse=cli.positive_int)
 
 
 _TYPES = f"{', '.join(PATH_TYPES)}; {'; '.join(f'{name}:{words}' for name, words in PATH_FAMILIES.items())}"
@@ -159,7 +166,9 @@ class SeveralPathsSettings(PathSettings):
 
     group = "path"
     path_type: tuple[str, ...] = option(("diagonal",), _TYPES, parse=path_type, metavar="TYPE", nargs="+")
-    num_steps: tuple[int, ...] = option((18,), "steps, each one network call", parse=cli.positive_int, nargs="+")
+    num_steps: tuple[int, ...] = option(
+        (18,), "steps, each one network call by DDIM", parse=cli.positive_int, nargs="+"
+    )
 
 
 def why_not(model_type: str, path_type: str) -> str:

@@ -46,9 +46,9 @@ def measure_coupling(
     """The denoising error of the fine image of a two-scale denoiser under every coarse input of CONDITIONS.
 
     `denoise`, its inputs, and the noise drawn from `seed` are those of `planning.error_map.error_map`: at equal images
-    and seed `own` and `own_at_0` are its cells (t_64, t_64) and (t_64, 0). Every condition sees the same fine images
-    and noise; `noise` is the noise of `own` alone, and `shuffled` goes by one cycle through all images in an order
-    drawn from `seed`, so that nobody is given its own. Costs n c ⌈B / batch_size⌉ calls.
+    and seed `own` and `own_at_0` are its cells (t_64, t_64) and (t_64, 0), but at the ends of flow. Every condition
+    sees the same fine images and noise; `noise` is the noise of `own` alone, and `shuffled` goes by one cycle through
+    all images in an order drawn from `seed`, so that nobody is given its own. Costs n c ⌈B / batch_size⌉ calls.
 
     Returns, on the CPU: t_64 int64 `[n]`; t_32 int64 `[n, c]`; mse_64 and clipped_mse_64 float64 `[n, c, B]`, the
     squared error ‖x_64 - x̂_64‖² of every image (of its residual, in that representation), summed over its values, in
@@ -147,7 +147,8 @@ def _coarse_input(
     if condition == "clean":
         return x_32, 0
     if condition == "noise":
-        return noise_32, scheduler.num_train_timesteps - 1
+        last = scheduler.num_train_timesteps - 1
+        return scheduler.prior(noise_32, last), last
     t_32 = 0 if condition.endswith("_at_0") else t_64
     own = scheduler.add_noise(x_32, noise_32, t_32)
     return own[partner] if condition.startswith("shuffled") else own, t_32

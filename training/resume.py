@@ -147,7 +147,7 @@ def _compare(settings: TrainingSettings, identity: dict[str, Any], saved: dict[s
     """Raise ValueError, naming the first setting that differs from a saved one."""
     saved = settings.before_choices() | saved
     # What follows from another flag comes last, so that the flag is named.
-    for key in sorted(identity, key=lambda key: (key == "data_fingerprint", key == "epochs", key)):
+    for key in sorted(identity, key=lambda key: (key in ("data_fingerprint", "epochs", "beta_schedule"), key)):
         if saved.get(key) != identity[key]:
             file = " (--t_pairs with the schedule file of its path)" if "path:" in str(saved.get(key)) else ""
             raise ValueError(

@@ -211,8 +211,8 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         process = self.process or (preset["process"] if self.beta_schedule is None or said == "vp" else said)
         if self.beta_schedule is not None and process != said and (process, said) != ("sub_vp", "vp"):
             raise ValueError(
-                f"--beta_schedule {self.beta_schedule} is no noise schedule of --process {process}; leave one of them "
-                "out."
+                f"--beta_schedule {self.beta_schedule} is no noise schedule of the process '{process}'; leave it out, "
+                "or pass another --process."
             )
         if self.process is None:
             self._derive(process=process)

@@ -27,9 +27,10 @@ class PosteriorMean(nn.Module):
         self.prediction_type = scheduler.prediction_type
         # A table of abar would lose 1 - abar if the module is cast to float32; log SNR does not.
         self.register_buffer("log_snr", scheduler.log_snr.clone())
-        whole = scheduler.curves(torch.arange(len(scheduler.log_snr), dtype=torch.float64))
+        self._scheduler = scheduler.to("cpu")
+        whole = scheduler.curves(scheduler.inside(torch.arange(len(scheduler.log_snr))).double())
         # sqrt(alpha^2 + sigma^2), by which this process is larger than the variance-preserving one of the same SNR.
-        self.register_buffer("size", (whole.alpha.square() + whole.sigma.square()).sqrt())
+        self.register_buffer("size", torch.hypot(whole.alpha, whole.sigma))
         self.register_buffer("slopes", torch.stack(whole[2:], 1))  # [T, 2]
 
     def posterior_mean(self, xs: Pair, log_snrs: Pair) -> torch.Tensor:
@@ -38,16 +39,26 @@ class PosteriorMean(nn.Module):
     def forward(self, x_64: torch.Tensor, x_32: torch.Tensor, t_64: torch.Tensor, t_32: torch.Tensor) -> Pair:
         xs = tuple(x.to(torch.promote_types(x.dtype, self.log_snr.dtype)) for x in (x_64, x_32))
         xs = self.representation.project(xs)  # What is outside the space of the fine scale is not seen.
-        log_snrs = tuple(self.log_snr[t][:, None, None, None] for t in (t_64, t_32))  # [S, 1, 1, 1]
-        preserving = tuple(x / self.size[t][:, None, None, None] for x, t in zip(xs, (t_64, t_32), strict=True))
+        places = [self._at(t) for t in (t_64, t_32)]
+        log_snrs = tuple(log_snr[:, None, None, None] for log_snr, *_ in places)  # [S, 1, 1, 1]
+        preserving = tuple(x / size[:, None, None, None] for x, (_, size, _) in zip(xs, places, strict=True))
         x0_64 = self.posterior_mean(preserving, log_snrs)  # [S, C, H, W]
         x0s = self.representation.split(x0_64)  # The mean of the coarse image is the coarse mean.
-        predictions = map(self._prediction, xs, x0s, (t_64, t_32))
+        predictions = map(self._prediction, xs, x0s, places)
         return tuple(p.to(x.dtype) for p, x in zip(predictions, (x_64, x_32), strict=True))
 
-    def _prediction(self, x: torch.Tensor, x0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        alpha, sigma = (self.size[t] * scale for scale in signal_and_noise(self.log_snr[t]))
-        curves = Curves(*(each[:, None, None, None] for each in (alpha, sigma, *self.slopes[t].T)))
+    def _at(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # log SNR [S], size [S] and slopes [S, 2] at times that may lie between whole ones.
+        if not t.is_floating_point():
+            return self.log_snr[t], self.size[t], self.slopes[t]
+        curves = self._scheduler.curves(t.cpu().double())
+        found = 2 * (curves.alpha / curves.sigma).log(), torch.hypot(*curves[:2]), torch.stack(curves[2:], 1)
+        return tuple(each.to(self.log_snr) for each in found)
+
+    def _prediction(self, x: torch.Tensor, x0: torch.Tensor, place: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        log_snr, size, slopes = place
+        alpha, sigma = (size * scale for scale in signal_and_noise(log_snr))
+        curves = Curves(*(each[:, None, None, None] for each in (alpha, sigma, *slopes.T)))
         return prediction_from(self.prediction_type, x0, (x - curves.alpha * x0) / curves.sigma, curves)
 
     def denoise(self, xs: Pair, ts: Pair) -> Pair:

@@ -314,7 +314,7 @@ def test_the_process_makes_no_difference(name):
     noise = [torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(side)).double() for side in (8, 4)]
     one = sample(denoiser(plain), plain, path, noise, solver=make_solver(name))
     # Its noise at the start is sigma z, as a process with sigma = 1 there has it.
-    start = [x * other.sigmas[-1] for x in noise]
+    start = [x * other.sigmas[-1] / torch.hypot(other.alphas[-1], other.sigmas[-1]) for x in noise]
     two = sample(denoiser(other), other, path, start, solver=make_solver(name))
     for a, b in zip(one.images, two.images, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -378,6 +378,55 @@ def test_a_jump_back_forgets_what_was_seen(name):
     assert back.nfe == 7 and torch.equal(back.images[0], alone.images[0])
 
 
+ENDS = {  # Of the schedule: no noise at its first timestep, and nothing else, or next to nothing, at its last.
+    "flow": {"process": "flow", "prediction_type": "velocity"},
+    "sub_vp": {"process": "sub_vp", "prediction_type": "x0", "beta_schedule": "cosine"},
+    "zero terminal": {"prediction_type": "v", "beta_schedule": "cosine_zero_terminal"},
+}
+
+
+@pytest.mark.parametrize("end", ["clean", "t0"])
+@pytest.mark.parametrize("schedule", ENDS)
+@pytest.mark.parametrize("name", [*SOLVERS, "ddim of eta 1"])
+def test_all_that_is_sampled_is_finite_at_both_ends_of_a_process(name, schedule, end):
+    """Also where one scale has arrived long before the other, and where the end is no noise at all."""
+    scheduler = DDIMScheduler(clip_sample=False, **ENDS[schedule])
+
+    def denoise(xs, ts):
+        found = []
+        for x, t in zip(xs, ts, strict=True):
+            alpha, sigma = scheduler.scales(t, x)
+            x0 = x * alpha * 0.25 / (alpha**2 * 0.25 + sigma**2)
+            noise = (x - alpha * x0) / sigma.clamp(min=1e-6)
+            found.append(scheduler.target(x0, noise, t))
+        return tuple(found)
+
+    path = path_of([(999, 999), (900, 700), (600, 200), (300, 0), (100, 0), (3, 0), (0, 0)])
+    draw = SeededNoise([1, 2, 3]).draw
+    noise = [draw((3, side, side)).double() for side in (16, 8)]
+    solver = make_solver("ddim", eta=1.0) if name == "ddim of eta 1" else make_solver(name)
+    wide = lambda shape: draw(shape).double()  # noqa: E731
+    found = sample(denoise, scheduler, path, noise, draw=wide, end=end, solver=solver)
+    for image in found.images:
+        assert image.isfinite().all()
+        # Of the others so few steps make nothing.
+        assert name in ("euler_maruyama", "pc", "langevin") or image.std() < 1
+
+
+@pytest.mark.parametrize("process", ["sub_vp", "ve"])
+def test_the_chain_is_that_of_the_same_snr_however_little_noise_there_is(process):
+    """In float32, which has no digits for 1 - abar there."""
+    scheduler = DDIMScheduler(1000, "linear", "x0", clip_sample=False, process=process)
+    x0, noise, fresh = (torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(k)) for k in range(3))
+    for t, t_next in ((3, 1), (1, 0), (40, 3)):
+        x = scheduler.add_noise(x0, noise, t)
+        found = scheduler.step_from(x0, t, t_next, x, 1.0, fresh) - scheduler.scales(t_next, x)[0] * x0
+        ratio = (level_of(scheduler, t_next).ratio / level_of(scheduler, t).ratio) ** 2
+        sigma = scheduler.sigmas[t_next].item()
+        expected = sigma * (math.sqrt(ratio) * noise + math.sqrt(1 - ratio) * fresh)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * sigma + 1e-6)
+
+
 def test_what_does_not_go_together_is_named():
     with pytest.raises(ValueError, match="Unknown solver 'plms'; choose one of ddim, ancestral, heun,"):
         make_solver("plms")
@@ -386,6 +435,9 @@ def test_what_does_not_go_together_is_named():
     scheduler, path, noise = linear(), path_of([(999,), (500,), (0,)]), [torch.zeros(1, 3, 4, 4)]
     with pytest.raises(ValueError, match="euler_maruyama draws noise at every step; pass draw"):
         sample(white(scheduler), scheduler, path, noise, solver=make_solver("euler_maruyama"))
-    flow = DDIMScheduler(prediction_type="velocity", process="flow")
-    with pytest.raises(ValueError, match="pc cannot start at timestep 999, where there is no signal; start below it"):
-        sample(white(flow), flow, path, noise, draw=SeededNoise([0]).draw, solver=make_solver("pc"))
+    for name in ("heun", "pc", "langevin"):
+        with pytest.raises(ValueError, match=f"{name} calls the network between points, where it has no coarse image"):
+            two = path_of([(999, 999), (0, 0)])
+            noise = [torch.zeros(1, 3, side, side) for side in (8, 4)]
+            draw = SeededNoise([0]).draw
+            sample(white(scheduler), scheduler, two, noise, draw=draw, coarse_from="x0", solver=make_solver(name))

@@ -20,6 +20,7 @@ from huggingface_hub import ModelCard, hub_mixin
 from safetensors import safe_open
 
 import export
+import train_baseline
 from checkpoint import MODEL_CLASSES, build_model, load_model, save_checkpoint, weights_fingerprint
 from conftest import ROOT
 from data import read_png, to_uint8
@@ -707,3 +708,10 @@ def test_the_script_needs_nothing_but_pytorch(program, exported, tmp_path):
     path = lambda *_: diagonal(3)  # noqa: E731
     settings = {"beta_schedule": "cosine_clipped", "prediction_type": "epsilon"}
     assert_those_of_lift(folder / "samples", "dual", path, [42000000], settings)
+
+
+@pytest.mark.parametrize("flags", [["--preset", "flow"], ["--preset", "improved", "--prediction_type", "velocity"]])
+def test_what_the_script_does_not_know_is_not_exported(stage, refused, tiny, tmp_path, flags):
+    stage(train_baseline, *tiny(tmp_path / "run"), *flags)
+    [file] = (tmp_path / "run").rglob("baseline_2ep.pth")
+    refused(export, file, tmp_path / "export", says=("sample.py knows vp", "velocity"))

@@ -46,7 +46,7 @@ def test_process_and_schedule_follow_from_what_is_given(given, process, schedule
     "given", [{"process": "flow", "beta_schedule": "linear"}, {"process": "vp", "beta_schedule": "ve"}]
 )
 def test_a_schedule_of_another_process_is_refused(given):
-    with pytest.raises(ValueError, match="is no noise schedule of --process"):
+    with pytest.raises(ValueError, match="is no noise schedule of the process"):
         settings(**given)
 
 

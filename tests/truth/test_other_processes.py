@@ -8,6 +8,7 @@ import torch
 from diffusion.sampler import sample
 from images.representation import REPRESENTATIONS
 from paths.path import Path
+from planning.error_map import error_map
 from scheduler import PREDICTION_TYPES, DDIMScheduler
 from truth.gaussian import GaussianDenoiser
 
@@ -65,3 +66,14 @@ def test_ddim_lands_on_the_same_images(process):
     expected = sample(GaussianDenoiser(other, *variances()).denoise, other, path, start)
     for one, two in zip(found.images, expected.images, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("process", ["sub_vp", "ve", "flow"])
+def test_their_maps_are_positive_to_both_ends(process):
+    """Where times lie between whole ones."""
+    scheduler = DDIMScheduler(1000, "cosine", "velocity", False, "overcomplete", process)
+    denoiser = GaussianDenoiser(scheduler, *variances())
+    images = denoiser.draw(20, torch.Generator().manual_seed(0))
+    grid = [999, 600, 300, 0]
+    content = error_map(denoiser.denoise, scheduler, images.double(), grid, maps="mse", progress=False)
+    assert (content["mse_64"] > 0).all() and content["mse_64"].isfinite().all()
