@@ -132,9 +132,9 @@ class Ancestral(Solver):
         scheduler = step.scheduler
 
         def move(_, x, x0, t, t_next, noise):
-            if self.variance == "beta_tilde" or t_next == CLEAN:
-                return scheduler.step_from(x0, t, t_next, x, 1.0, noise)
             now, after = level_of(scheduler, t), level_of(scheduler, t_next)
+            if self.variance == "beta_tilde" or not after.sigma:  # Where no noise is left, none is drawn.
+                return scheduler.step_from(x0, t, t_next, x, 1.0, noise)
             # 1 - abar / abar' where variance is preserved, and as much larger as alpha^2 + sigma^2 is.
             abar, abar_next = (1 / (1 + level.ratio**2) for level in (now, after))
             deviation = math.sqrt(1 - abar / abar_next) * math.hypot(after.alpha, after.sigma)

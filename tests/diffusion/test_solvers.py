@@ -413,6 +413,15 @@ def test_all_that_is_sampled_is_finite_at_both_ends_of_a_process(name, schedule,
         assert name in ("euler_maruyama", "pc", "langevin") or image.std() < 1
 
 
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+def test_the_chain_draws_no_noise_where_none_is_left(variance):
+    """A scale of flow that arrives at timestep 0 is the clean image that was seen there."""
+    scheduler = DDIMScheduler(prediction_type="velocity", process="flow")
+    x, x0, noise = (torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(k)) for k in range(3))
+    step = Step(scheduler, (300,), (0,), (x,), (x0,), None, lambda: (noise,))
+    torch.testing.assert_close(Ancestral(variance).step(step)[0], x0)
+
+
 @pytest.mark.parametrize("process", ["sub_vp", "ve"])
 def test_the_chain_is_that_of_the_same_snr_however_little_noise_there_is(process):
     """In float32, which has no digits for 1 - abar there."""
