@@ -1,13 +1,12 @@
 """The single-scale baseline: the UNet of `model.py` on the fine image alone."""
 
 import torch
-from torch import nn
 
-from model import TimestepEmbedder, UNet, check_hidden_dims
-from networks.pretrained import PretrainedMixin
+from images.representation import Images
+from model import ScaleModel, TimestepEmbedder, UNet, check_hidden_dims
 
 
-class BaselineModel(nn.Module, PretrainedMixin):
+class BaselineModel(ScaleModel):
     """Noise predictor for one scale: `forward(x_64 [B, C, H, W], t [B])` -> `eps_64 [B, C, H, W]`.
 
     H and W must be multiples of `2 ** len(hidden_dims)`; t lies in [0, 999]. Raises ValueError otherwise.
@@ -15,6 +14,10 @@ class BaselineModel(nn.Module, PretrainedMixin):
 
     num_scales = 1
     num_predictions = 1
+    one_clock = True
+    description = (
+        "the single-scale reference that LIFT is compared with: a UNet that denoises images of {fine} at one timestep"
+    )
 
     def __init__(self, hidden_dims: tuple[int, ...] = (64, 128, 256, 512), channels: int = 3):
         super().__init__()
@@ -26,6 +29,6 @@ class BaselineModel(nn.Module, PretrainedMixin):
     def forward(self, x_64: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return self.unet(x_64, self.embed(t))
 
-    def denoise(self, xs, ts):
-        """The form the sampler calls: `((x_64,), (t,))` -> `(eps_64,)`."""
-        return (self(xs[0], ts[0]),)
+    def inputs(self, xs: Images, ts: Images) -> Images:
+        """The first of the scales, and its clock."""
+        return xs[0], ts[0]

@@ -47,7 +47,8 @@ STORED_SEED, STORED_IMAGES = 42, 8  # Whose noise goes with an export.
 TRAINING_KEYS = (
     "limit", "holdout", "resize_filter", "background", "skip_bad_images", "flip", "data_fingerprint", "epochs",
     "batch_size", "lr", "lr_schedule", "weight_decay", "grad_clip", "ema_decay", "ema_rampup_ratio", "t_pairs",
-    "loss_weights", "min_snr_gamma", "seed", "precision", "epoch", "step", "weights",
+    "loss_weights", "min_snr_gamma", "timestep_weights", "t_law", "times", "seed", "precision", "epoch", "step",
+    "weights",
 )  # fmt: skip
 
 
@@ -170,7 +171,7 @@ def main() -> None:
     config = export_config(loaded, settings.checkpoint)
     num_parameters = sum(p.numel() for p in loaded.model.parameters())
     path, files = standalone_files(settings, loaded)
-    write_pretrained(folder, loaded.model, config, model_card(config, num_parameters, nfe=path.nfe), files)
+    write_pretrained(folder, loaded.model, config, model_card(config, loaded.model, nfe=path.nfe), files)
     print(
         f"{config['class_name']} with {num_parameters:,} parameters, {loaded.weights} weights of epoch "
         f"{config['epoch']}, in {folder}: model.safetensors, config.json, README.md, and for PyTorch alone "

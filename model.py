@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from images.representation import REPRESENTATIONS
+from images.representation import REPRESENTATIONS, Images
 from networks.pretrained import PretrainedMixin
 
 NUM_GROUPS = 8
@@ -189,20 +189,40 @@ class UNet(nn.Module):
         return self.head(h)  # [B, out, H, W]
 
 
-class _TwoScaleModel(nn.Module, PretrainedMixin):
-    """What the four two-scale models share: joining the scales at the input, splitting at the output.
+class ScaleModel(nn.Module, PretrainedMixin):
+    """A network that denoises an image in one or two scales; what a class says of itself is all that others ask.
 
-    Every model also answers to `denoise(xs, ts)`, the form the sampler and the error map call: one noisy
-    image and one `[B]` timestep tensor per scale, fine first, to one prediction per predicted scale.
-    `num_scales` and `num_predictions` say how many these are. In the residual `representation` the fine input and its
-    prediction are projected to the subspace of details, so that the network knows of nothing else and its Jacobian
-    neither. Raises ValueError for the widths that `check_hidden_dims` refuses, for a representation that is unknown or
-    that the predictions do not compose, for image sizes the UNet refuses, and for a coarse image that is not half the
-    fine one.
+    `num_scales` it reads and `num_predictions` of them, from the fine one on, it predicts. `one_clock`: its scales have
+    one timestep, or it has one scale. `description`, with {fine} and {coarse} for sizes, is what its card calls it.
     """
 
     num_scales = 2
     num_predictions = 2
+    one_clock = False
+    description: str
+
+    def inputs(self, xs: Images, ts: Images) -> Images:
+        """What `forward` takes, of one noisy image and one `[B]` timestep tensor per scale, fine first."""
+        raise NotImplementedError
+
+    def denoise(self, xs: Images, ts: Images, network: nn.Module | None = None) -> Images:
+        """The form that samplers, maps and training call: noisy images and timesteps by scale to predictions by scale.
+
+        network: what is called in place of the model, such as its compiled form.
+        """
+        predictions = (self if network is None else network)(*self.inputs(xs, ts))
+        return predictions if isinstance(predictions, tuple) else (predictions,)
+
+
+class _TwoScaleModel(ScaleModel):
+    """What the four two-scale models share: joining the scales at the input, splitting at the output.
+
+    In the residual `representation` the fine input and its prediction are projected to the subspace of details, so that
+    the network knows of nothing else and its Jacobian neither. Raises ValueError for the widths that
+    `check_hidden_dims` refuses, for a representation that is unknown or that the predictions do not compose, for image
+    sizes the UNet refuses, and for a coarse image that is not half the fine one.
+    """
+
     knows_time = True
 
     def __init__(
@@ -250,6 +270,10 @@ class LIFTDualTimestepModel(_TwoScaleModel):
     embedding; the pair is combined by Linear-SiLU-Linear.
     """
 
+    description = (
+        "the LIFT model: one UNet that denoises images of {fine} and {coarse} together, each with its own timestep"
+    )
+
     def __init__(
         self,
         hidden_dims: tuple[int, ...] = (64, 128, 256, 512),
@@ -266,35 +290,47 @@ class LIFTDualTimestepModel(_TwoScaleModel):
         t = self.combine(torch.cat([self.embed(t_64), self.embed(t_32)], dim=1))  # [B, T]
         return self._predict(x_64, x_32, t)
 
-    def denoise(self, xs, ts):
+    def inputs(self, xs: Images, ts: Images) -> Images:
         """Two scales, two clocks."""
-        return self(*xs, *ts)
+        return *xs, *ts
 
 
 class LIFTBaselineModel(_TwoScaleModel):
     """Both scales denoised together with one shared timestep: `(x_64, x_32, t [B])` -> `(eps_64, eps_32)`."""
 
+    one_clock = True
+    description = "an ablation: one UNet that denoises images of {fine} and {coarse} together at one shared timestep"
+
     def forward(self, x_64: torch.Tensor, x_32: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._predict(x_64, x_32, self.embed(t))
 
-    def denoise(self, xs, ts):
-        """Two scales, one clock; raises ValueError off the diagonal, which this model was never shown."""
-        if not torch.equal(ts[0], ts[1]):
+    def inputs(self, xs: Images, ts: Images) -> Images:
+        """Two scales, one clock."""
+        return *xs, ts[0]
+
+    def denoise(self, xs: Images, ts: Images, network: nn.Module | None = None) -> Images:
+        """Raises ValueError off the diagonal, which this model was never shown."""
+        # Training, which draws equal timesteps, is not to wait for a GPU.
+        if network is None and not torch.equal(ts[0], ts[1]):
             raise ValueError("A model with one shared timestep can only follow a diagonal path.")
-        return self(*xs, ts[0])
+        return super().denoise(xs, ts, network)
 
 
 class SingleTimestepModel(_TwoScaleModel):
     """Ablation that knows t_64 only: `(x_64, x_32, t_64 [B])` -> `eps_64 [B, C, H, W]`."""
 
     num_predictions = 1
+    description = (
+        "an ablation: a UNet that sees images of {fine} and {coarse}, denoises the fine one and knows the timestep of "
+        "that one alone"
+    )
 
     def forward(self, x_64: torch.Tensor, x_32: torch.Tensor, t_64: torch.Tensor) -> torch.Tensor:
         return self._predict(x_64, x_32, self.embed(t_64))
 
-    def denoise(self, xs, ts):
-        """Reads two scales and predicts the fine one; the coarse timestep is not used."""
-        return (self(*xs, ts[0]),)
+    def inputs(self, xs: Images, ts: Images) -> Images:
+        """Both scales; the coarse timestep is not used."""
+        return *xs, ts[0]
 
 
 class NoTimestepModel(_TwoScaleModel):
@@ -302,10 +338,13 @@ class NoTimestepModel(_TwoScaleModel):
 
     num_predictions = 1
     knows_time = False
+    description = (
+        "an ablation: a UNet that sees images of {fine} and {coarse}, denoises the fine one and knows no timestep"
+    )
 
     def forward(self, x_64: torch.Tensor, x_32: torch.Tensor) -> torch.Tensor:
         return self._predict(x_64, x_32, None)
 
-    def denoise(self, xs, ts):
-        """Reads two scales and predicts the fine one; no timestep is used."""
-        return (self(*xs),)
+    def inputs(self, xs: Images, ts: Images) -> Images:
+        """Both scales; no timestep is used."""
+        return tuple(xs)

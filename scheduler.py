@@ -204,9 +204,9 @@ class DDIMScheduler:
         return moved
 
     def curves(self, t: torch.Tensor) -> Curves:
-        """The process at times t, float64 from 0 to T - 1 of any shape; raises ValueError outside."""
+        """The process at times t, float64 from 0 to T - 1 of any shape; raises ValueError outside, but not on GPUs."""
         last = self.num_train_timesteps - 1
-        if ((t < 0) | (t > last)).any():
+        if t.device.type == "cpu" and ((t < 0) | (t > last)).any():  # A GPU would have to be waited for.
             raise ValueError(f"Timesteps lie in 0..{last}; got {t.min().item():g} to {t.max().item():g}.")
         if self.process not in SCHEDULED_PROCESSES:
             return _closed_curves(self.process, t / last)
@@ -245,6 +245,18 @@ class DDIMScheduler:
             times = torch.arange(self.num_train_timesteps, dtype=torch.float64, device=self.alphas.device)
             self._slopes = torch.stack(self.curves(times)[2:])
         return self._slopes
+
+    def snr_at(self, t: torch.Tensor) -> torch.Tensor:
+        """SNR at times t, int64 or float64 of any shape; float64."""
+        if not t.is_floating_point():
+            return self.snr[t]
+        curves = self.curves(t)
+        return (curves.alpha / curves.sigma).square()
+
+    def snr_slope(self, t: torch.Tensor) -> torch.Tensor:
+        """The derivative of SNR by tau = t / (T - 1), at times t int64 or float64; float64."""
+        alpha, sigma, d_alpha, d_sigma = self.curves(t.double())
+        return 2 * alpha * (d_alpha * sigma - alpha * d_sigma) / sigma**3
 
     def log_snr_at(self, t: torch.Tensor) -> torch.Tensor:
         """log SNR at times t, float64 from 0 to T - 1 of any shape."""
@@ -347,29 +359,33 @@ class DDIMScheduler:
         return prediction_from(self.prediction_type, x, noise, self._curves_like(t, x))
 
     def error_ratio(self, t: torch.Tensor) -> torch.Tensor:
-        """Squared error of the prediction for each of the clean image, at whole t int64 `[B]`; float64 `[B]`.
+        """Squared error of the prediction for each of the clean image, at t int64 or float64 `[B]`; float64 `[B]`.
 
         SNR for epsilon, (alpha^2 + sigma^2)^2 / sigma^2 for v, which is SNR + 1 where variance is preserved,
         (alpha' - sigma' alpha / sigma)^2 for the velocity, SNR / sigma^2 for the score.
         """
+        snr = self.snr_at(t)
         if self.prediction_type == "x0":
-            return torch.ones_like(self.snr[t])
+            return torch.ones_like(snr)
         if self.prediction_type == "epsilon":
-            return self.snr[t]
-        alpha, sigma = self.alphas[t], self.sigmas[t]
+            return snr
+        if t.is_floating_point():
+            alpha, sigma, *slopes = self.curves(t)
+        else:
+            alpha, sigma = self.alphas[t], self.sigmas[t]
         if self.prediction_type == "velocity":
-            d_alpha, d_sigma = self._slope_tables()[:, t]
+            d_alpha, d_sigma = slopes if t.is_floating_point() else self._slope_tables()[:, t]
             return (d_alpha - d_sigma * alpha / sigma).square()
         if self.prediction_type == "score":
-            return self.snr[t] / sigma.square()
-        return self.snr[t] + 1 if self.process == "vp" else (alpha.square() + sigma.square()).square() / sigma.square()
+            return snr / sigma.square()
+        return snr + 1 if self.process == "vp" else (alpha.square() + sigma.square()).square() / sigma.square()
 
     def min_snr_weight(self, gamma: float, t: torch.Tensor) -> torch.Tensor:
         """Weights float64 `[B]` that make a loss in this prediction type min(SNR, gamma) times that of the clean image.
 
-        Min-SNR (arXiv 2303.09556, section 3.4). t: int64 `[B]`.
+        Min-SNR (arXiv 2303.09556, section 3.4). t: int64 or float64 `[B]`.
         """
-        return self.snr[t].clamp(max=gamma) / self.error_ratio(t)
+        return self.snr_at(t).clamp(max=gamma) / self.error_ratio(t)
 
     def predict_x0(self, prediction: torch.Tensor, t: int | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The clean image `[B, C, H, W]`, not clamped, that a prediction at (x, t) stands for."""

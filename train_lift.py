@@ -13,13 +13,14 @@ import runtime.startup  # noqa: F401
 from dataclasses import dataclass
 from functools import partial
 
+from checkpoint import MODEL_CLASSES
 from cli import run_stage
 from runtime.settings import option, parse_settings
 from training.resume import stored_settings
 from training.run import train
 from training.settings import TrainingSettings
 
-MODEL_TYPES = ("dual", "shared_t", "single_t", "no_t")
+MODEL_TYPES = tuple(name for name, kind in MODEL_CLASSES.items() if kind.num_scales > 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ visit each combination once so that a busy machine slows all alike. Prints a Mar
 step, and the ratio to fp32, contiguous, math attention, eager.
 """
 
+import functools
 import itertools
 import statistics
 import sys
@@ -25,11 +26,11 @@ import cli
 from cli import HardwareSettings
 from machine import WARM_UP_STEPS, synchronize
 from model import LIFTDualTimestepModel
-from planning.regimes import TimestepPairs, resolve_regime
+from planning.regimes import resolve_regime
 from runtime.device import autocast, select_device
 from runtime.settings import option, parse_settings
 from scheduler import DDIMScheduler
-from training.objective import diffusion_loss, draw_batch
+from training.objective import Denoising
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 # Fused means what PyTorch chooses, which falls back to math where no fused kernel fits.
@@ -70,7 +71,7 @@ class Contestant:
         torch.manual_seed(0)
         model = LIFTDualTimestepModel(hidden_dims).to(device, memory_format=LAYOUTS[layout])
         self.parameters = list(model.parameters())
-        self.model = torch.compile(model) if compiled else model
+        self.model, self.network = model, torch.compile(model) if compiled else model
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
         self.seconds: list[float] = []
 
@@ -79,8 +80,9 @@ class Contestant:
         generator = torch.Generator(self.device).manual_seed(0)
         start = time.perf_counter()
         with sdpa_kernel(BACKENDS[self.backend]), autocast(self.device, self.precision):
-            batch = draw_batch(TimestepPairs(resolve_regime(None, "dual"), scheduler), x_64, x_32, generator)
-            losses = diffusion_loss(self.model, "dual", scheduler, batch)
+            objective = Denoising(resolve_regime(None, "dual"), scheduler)
+            batch = objective.draw(x_64, x_32, generator)
+            losses = objective.losses(functools.partial(self.model.denoise, network=self.network), batch)
             self.optimizer.zero_grad(set_to_none=True)
             sum(values.mean() for values in losses.values()).backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)

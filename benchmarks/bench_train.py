@@ -51,14 +51,14 @@ from checkpoint import MODEL_CLASSES, build_model
 from cli import HardwareSettings
 from data import ImageSet, coarse, to_float
 from machine import WARM_UP_STEPS, describe_machine, diffusers, matmul_peak, synchronize, turns
-from model import ATTENTION_MIN_CHANNELS, NUM_GROUPS
-from planning.regimes import TimestepPairs, resolve_regime
+from model import ATTENTION_MIN_CHANNELS, NUM_GROUPS, ScaleModel
+from planning.regimes import resolve_regime
 from runtime.device import AUTOCAST_DTYPES, choose_kernels, resolve_precision, select_device
 from runtime.distributed import Processes
 from runtime.reports import markdown_table, print_report
 from runtime.settings import option, parse_settings
 from scheduler import DDIMScheduler
-from training.objective import diffusion_loss, draw_batch
+from training.objective import Denoising
 from training.settings import TrainingSettings
 
 EPOCH_IMAGES = 13_700  # As many as the cat faces.
@@ -68,7 +68,7 @@ STEPS_PER_TURN = {"cpu": 1, "cuda": 10}
 # Functions of training.trainer, and what their time is called.
 PARTS = {
     "draw": "noise",
-    "diffusion_loss": "forward",
+    "losses": "forward",
     "_backward": "backward",
     "_update": "optimizer",
     "_average": "EMA",
@@ -153,7 +153,7 @@ class Plain:
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         self.scheduler, self.generator = DDIMScheduler().to(device), torch.Generator(device)
-        self.pairs = TimestepPairs(resolve_regime(None, settings.model_type), self.scheduler)
+        self.objective = Denoising(resolve_regime(None, settings.model_type), self.scheduler)
         gpu = device.type == "cuda"
         workers = settings.num_workers if gpu else 0  # On a CPU they would take cores from the network.
         options = {"num_workers": workers, "persistent_workers": gpu, "pin_memory": gpu, "collate_fn": two_scales}
@@ -163,8 +163,7 @@ class Plain:
     def step(self) -> None:
         """One training step."""
         x_64, x_32 = (x.to(self.device) for x in next(self.batches))
-        batch = draw_batch(self.pairs, x_64, x_32, self.generator)
-        losses = diffusion_loss(self.model, self.settings.model_type, self.scheduler, batch)
+        losses = self.objective.losses(self.model.denoise, self.objective.draw(x_64, x_32, self.generator))
         loss = sum(values.mean() for values in losses.values())
         self.optimizer.zero_grad()
         loss.backward()
@@ -193,7 +192,7 @@ class Ours:
         trainer = self.trainer
         batch = trainer.draw(*next(self.batches)).rows(slice(1))
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            losses = diffusion_loss(trainer.model, trainer.model_type, trainer.scheduler, batch)
+            losses = trainer.objective.losses(trainer.model.denoise, batch)
             forward = counter.get_total_flops()
             sum(values.mean() for values in losses.values()).backward()
         num_parameters = sum(p.numel() for p in trainer.parameters)
@@ -201,13 +200,14 @@ class Ours:
         return Measured(num_parameters, forward, counter.get_total_flops(), images_per_second, graph)
 
 
-class DiffusersBaseline(nn.Module):
+class DiffusersBaseline(ScaleModel):
     """`diffusers.UNet2DModel` in the form of the baseline model, with as many parameters.
 
     Widths and places of attention are ours, but the last width is changed until the parameters fit.
     """
 
-    num_scales, num_predictions = BaselineModel.num_scales, BaselineModel.num_predictions
+    num_scales, num_predictions, one_clock = 1, 1, True
+    inputs = BaselineModel.inputs
 
     def __init__(self, hidden_dims: tuple[int, ...], channels: int):
         super().__init__()
@@ -290,7 +290,7 @@ def time_parts(ours: Ours, max_steps: int, max_seconds: float) -> dict[str, floa
         batch = watch.timed("data", next)(ours.batches)
         with ExitStack() as stack:
             for name, part in PARTS.items():
-                owner = training.trainer if name == "diffusion_loss" else trainer
+                owner = trainer.objective if name == "losses" else trainer
                 stack.enter_context(mock.patch.object(owner, name, watch.timed(part, getattr(owner, name))))
             watch.timed("rest", trainer.train_step)(*batch)
         rows.append(watch.seconds)

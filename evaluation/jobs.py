@@ -41,7 +41,7 @@ from evaluation.training_columns import describe_training
 from paths.optimal import check_steps
 from paths.path import Path as SamplingPath
 from paths.schedule_file import load_schedule
-from planning.choice import ONE_CLOCK, SeveralPathsSettings, WalkSettings, check_followed, choose_path, why_not
+from planning.choice import SeveralPathsSettings, WalkSettings, check_followed, choose_path, why_not
 from planning.heatmap import MissingMapSettings, compute_missing, heatmap_file
 from planning.path_types import parse_path_type
 from planning.regimes import default_regime, off_regime_note
@@ -156,7 +156,7 @@ def find_jobs(settings: EvaluationSettings) -> list[Job]:
     followed = {job.path_type for job in jobs}
     for (name, path_type), reason in refused.items():
         # That one clock keeps to the diagonal, beside models of two, goes without saying.
-        if name not in ONE_CLOCK or path_type not in followed:
+        if not MODEL_CLASSES[name].one_clock or path_type not in followed:
             print(f"note: left out: {reason}", file=sys.stderr)
     for job in jobs:
         if job.path_type.startswith("dp"):

@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from checkpoint import MODEL_CLASSES
 from evaluation.results_table import ERROR_BAR_FIELDS, VALUE_FIELDS, natural_order
 from evaluation.series import Result, Row, Series, named_results, parameters_note
 from evaluation.table_text import Cell, Table
 from figures.scores import METRIC_TITLES
 
 WEIGHTS_TITLES = {"raw": "raw weights", "ema": "EMA weights"}
-ABLATIONS = ("single_t", "no_t")
 MODEL_AND_PATH = "model and path"  # The first column of tables with a line for each of them.
 
 
@@ -82,6 +82,9 @@ PUBLISHED_TRAINING = {
     "batch_size": "64",
     "hidden_dims": "[64,128,256,512]",
     "min_snr_gamma": "none",
+    "timestep_weights": "published",
+    "t_law": "uniform",
+    "times": "whole",
     "flip": "no",
 }
 
@@ -127,6 +130,7 @@ def layout_tables(rows: Iterable[Row]) -> list[Table]:
     if not results:
         raise ValueError("There is no result to lay out: evaluate a checkpoint first.")
     published = read_published()
+    ablated = [name for name, model in MODEL_CLASSES.items() if model.num_predictions < model.num_scales]
     tables = []
     for field in (field for field in VALUE_FIELDS if field not in ERROR_BAR_FIELDS):
         measured = [result for result in results if result[f"{field}_mean"] is not None]
@@ -136,7 +140,7 @@ def layout_tables(rows: Iterable[Row]) -> list[Table]:
             if VALUE_LAYOUTS[field].better is None:
                 continue
             tables.append(_best_table(field, "best epochs", setting, "", partial(_published_text, field, published)))
-            ablations = [result for result in setting if result["model_type"] in ABLATIONS]
+            ablations = [result for result in setting if result["model_type"] in ablated]
             if ablations:
                 tables.append(_ablation_table(field, ablations, published))
             tables += _improvement_tables(field, setting)

@@ -61,6 +61,11 @@ TRAINING_COLUMNS = {
         of_model=True,
     ),
     "min_snr_gamma": TrainingColumn(_choice("min_snr_gamma"), "min-SNR {}"),
+    "timestep_weights": TrainingColumn(
+        _setting("timestep_weights", "published"), "timestep weights {}", told_by=("preset",)
+    ),
+    "t_law": TrainingColumn(_setting("t_law", "uniform"), "{} timesteps", told_by=("preset",)),
+    "times": TrainingColumn(_setting("times", "whole"), "{} times", told_by=("preset",)),
     "lr": TrainingColumn(_setting("lr"), "lr {}", "number"),
     "lr_schedule": TrainingColumn(lambda loaded, num_images: _lr_schedule(loaded.config), "lr {}"),
     "batch_size": TrainingColumn(_setting("batch_size"), "batch size {}", "count"),

@@ -4,6 +4,7 @@ import textwrap
 from typing import Any
 
 import torch
+from torch import nn
 
 TEMPLATE = """\
 ---
@@ -37,18 +38,6 @@ tags:
 - This card holds no score: `eval_fid_batch.py` of LIFT measures FID and sliced Wasserstein distance.
 {limitation}"""
 
-DESCRIPTIONS = {
-    "BaselineModel": "the single-scale reference that LIFT is compared with: a UNet that denoises images of "
-    "{fine}×{fine} at one timestep",
-    "LIFTDualTimestepModel": "the LIFT model: one UNet that denoises images of {fine}×{fine} and "
-    "{coarse}×{coarse} together, each with its own timestep",
-    "LIFTBaselineModel": "an ablation: one UNet that denoises images of {fine}×{fine} and {coarse}×{coarse} together "
-    "at one shared timestep",
-    "SingleTimestepModel": "an ablation: a UNet that sees images of {fine}×{fine} and {coarse}×{coarse}, denoises the "
-    "fine one and knows the timestep of that one alone",
-    "NoTimestepModel": "an ablation: a UNet that sees images of {fine}×{fine} and {coarse}×{coarse}, denoises the "
-    "fine one and knows no timestep",
-}
 INTRODUCTION = (
     "LIFT (Learned Independent Frequency Timesteps) denoises an image and its half-size version together, each with "
     "its own timestep, and samples along a path through the plane of the two timesteps. This is {description}. It has "
@@ -113,6 +102,8 @@ def _training_section(config: dict[str, Any]) -> str:
         ("pairs of timesteps", "{t_pairs}", ("t_pairs",)),
         ("weights of the losses, fine and coarse", "{weighed}", ("loss_weights",)),
         ("min-SNR weights of the timesteps", "gamma {min_snr_gamma:g}", ("min_snr_gamma",)),
+        ("weights of the timesteps", "{timestep_weights}", ("timestep_weights",)),
+        ("timesteps", "{t_law}, {times} numbers", ("t_law", "times")),
         ("EMA", "{ema}", ("ema_decay",)),
         ("precision", "{precision}", ("precision",)),
         ("seed", "{seed}", ("seed",)),
@@ -146,17 +137,17 @@ def _ema(config: dict[str, Any]) -> str:
     return f"decay {config['ema_decay']:g} per step" + (f", half-life at most {ratio:g} of the steps" if ratio else "")
 
 
-def model_card(config: dict[str, Any], num_parameters: int, standalone: bool = True, nfe: int = 18) -> str:
-    """The card, Markdown with a YAML head, of a model by its config: `class_name`, `networks.pretrained.MODEL_KEYS`.
+def model_card(config: dict[str, Any], model: nn.Module, standalone: bool = True, nfe: int = 18) -> str:
+    """The card, Markdown with a YAML head, of a model and its config: `class_name`, `networks.pretrained.MODEL_KEYS`.
 
     standalone: whether the files of `networks.program` lie beside it; nfe: the calls of their schedule.
     """
     class_name, fine = config["class_name"], config["resolution"]
-    reads_more_than_it_predicts = class_name in ("SingleTimestepModel", "NoTimestepModel")
+    reads_more_than_it_predicts = model.num_predictions < model.num_scales
     is_residual = config.get("representation") == "residual"
     said = config | {
-        "description": DESCRIPTIONS[class_name].format(fine=fine, coarse=fine // 2),
-        "num_parameters": num_parameters,
+        "description": model.description.format(fine=f"{fine}×{fine}", coarse=f"{fine // 2}×{fine // 2}"),
+        "num_parameters": sum(p.numel() for p in model.parameters()),
         "hidden_dims": ", ".join(map(str, config["hidden_dims"])),
         "prediction": PREDICTIONS[config["prediction_type"]],
     }
@@ -165,16 +156,17 @@ def model_card(config: dict[str, Any], num_parameters: int, standalone: bool = T
         fine=fine,
         introduction=textwrap.fill(INTRODUCTION.format(**said) + RESIDUAL_SCALES * is_residual, 120),
         training=_training_section(config),
-        sampling=_sampling_section(config, reads_more_than_it_predicts, standalone, nfe),
+        sampling=_sampling_section(config, model, standalone, nfe),
         limitation=APPROXIMATE_INPUT if reads_more_than_it_predicts else "",
     )
 
 
-def _sampling_section(config: dict[str, Any], fine_alone: bool, standalone: bool, nfe: int) -> str:
+def _sampling_section(config: dict[str, Any], model: nn.Module, standalone: bool, nfe: int) -> str:
     class_name, fine = config["class_name"], config["resolution"]
+    fine_alone = model.num_predictions < model.num_scales
     sizes = {"channels": config["channels"], "fine": fine, "coarse": fine // 2}
     predictions = "[prediction]" if fine_alone else "fine, coarse"
-    example = EXAMPLES[1 if class_name == "BaselineModel" else 2].format(predictions=predictions, **sizes)
-    paths = ONE_CLOCK if class_name in ("BaselineModel", "LIFTBaselineModel") else COARSE_FEED * fine_alone
+    example = EXAMPLES[model.num_scales].format(predictions=predictions, **sizes)
+    paths = ONE_CLOCK if model.one_clock else COARSE_FEED * fine_alone
     alone = STANDALONE.format(nfe=nfe, version=torch.__version__, example=example, paths=paths)
     return alone * standalone + IN_LIFT.format(class_name=class_name)

@@ -188,4 +188,4 @@ class PretrainedMixin(PyTorchModelHubMixin):
         """The card that `export.py` writes; for a model that was not exported, the one of huggingface_hub."""
         if not all(key in self.config for key in MODEL_KEYS):
             return super().generate_model_card(*args, **kwargs)
-        return ModelCard(model_card(self.config, sum(p.numel() for p in self.parameters()), standalone=False))
+        return ModelCard(model_card(self.config, self, standalone=False))

@@ -23,9 +23,6 @@ from planning.regimes import off_regime_note, seen_range
 from planning.replay import replay_for
 from runtime.settings import Settings, option
 
-# Their scales share one timestep.
-ONE_CLOCK = ("baseline", "shared_t")
-
 
 @dataclass(frozen=True, kw_only=True)
 class CriterionSettings(Settings):
@@ -180,14 +177,14 @@ def why_not(model_type: str, path_type: str) -> str:
     if kind.name == "schedule":
         path = load_schedule(kind.parameters[0])
         two_clocks = any(len(set(point)) > 1 for point in path.points)
-        if path.num_scales == model.num_scales and not (two_clocks and model_type in ONE_CLOCK):
+        if path.num_scales == model.num_scales and not (two_clocks and model.one_clock):
             return ""
         return (
             f"Schedule {kind.parameters[0]} moves {path.num_scales} scale(s){' by two clocks' if two_clocks else ''}, "
             f"which a '{model_type}' model cannot follow; pass one made for it."
         )
     one_clock = ("diagonal", "kl_diagonal") if model.num_scales == 1 else ("diagonal",)
-    if kind.name not in one_clock and model_type in ONE_CLOCK:
+    if kind.name not in one_clock and model.one_clock:
         return (
             f"--path_type {path_type} needs a model with two clocks, but this one is '{model_type}'; use --path_type "
             f"{' or '.join(one_clock)}."

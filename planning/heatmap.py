@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 import cli
-from checkpoint import LoadedModel, load_model, peek, read_checkpoint
+from checkpoint import MODEL_CLASSES, LoadedModel, load_model, peek, read_checkpoint
 from cli import CheckpointSettings, DataSettings, HardwareSettings
 from data import ImageSet, to_float
 from paths.optimal import check_steps, find_optimal_paths_all_steps
@@ -34,8 +34,6 @@ from runtime.runs import results_of
 from runtime.safe_write import beside
 from runtime.settings import option
 
-# A shared_t model has two scales and one timestep, which is neither a plane nor one scale.
-MAPPED_MODELS = ("baseline", "dual", "single_t", "no_t")
 # What a heatmap's published paths were found with, beside the map itself.
 PATH_SETTINGS = ("factor", "normalisation", "num_steps", "max_jump")
 
@@ -174,10 +172,11 @@ def compute(
     device = processes.device
     loaded = load_model(settings.checkpoint, settings.ema, device)
     model_type = loaded.config["model_type"]
-    if model_type not in MAPPED_MODELS:
+    if loaded.model.one_clock and loaded.model.num_scales > 1:  # Neither a plane nor one scale.
+        mapped = (name for name, kind in MODEL_CLASSES.items() if not (kind.one_clock and kind.num_scales > 1))
         raise ValueError(
             f"{settings.checkpoint} is a '{model_type}' model, but an error map needs one scale, or two that may be "
-            f"at any two timesteps; pass a checkpoint of one of {', '.join(MAPPED_MODELS)}."
+            f"at any two timesteps; pass a checkpoint of one of {', '.join(mapped)}."
         )
     if loaded.model.num_scales == 1:
         settings = settings.but(maps="mse", coarse=None)

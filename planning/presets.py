@@ -13,6 +13,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "beta_schedule": "cosine_clipped",
         "loss_weights": (1.0, 1.0),
         "ema_rampup_ratio": 0.0,
+        "timestep_weights": "published",
+        "t_law": "uniform",
+        "times": "whole",
         "t_pairs": {"overcomplete": "independent", "residual": "independent"},
     },
     "improved": {
@@ -21,29 +24,42 @@ PRESETS: dict[str, dict[str, Any]] = {
         "beta_schedule": "cosine",
         "loss_weights": "auto",
         "ema_rampup_ratio": USUAL_RAMPUP,
+        "timestep_weights": "published",
+        "t_law": "uniform",
+        "times": "whole",
         "t_pairs": {"overcomplete": "band:diagonal,1", "residual": "band:image,1"},
     },
 }
-# Families of the field, with the process and the prediction that are theirs, and otherwise as `improved`.
+# Families of the field, with what is theirs, and otherwise as `improved`. The loss of scores, weighed by sigma^2, is
+# that of the noise.
+_NOISE = PRESETS["improved"] | {"prediction_type": "epsilon", "timestep_weights": "sigma2"}
 PRESETS |= {
-    "ddpm": PRESETS["improved"] | {"prediction_type": "epsilon", "beta_schedule": "linear"},  # arXiv 2006.11239
-    "sub_vp": PRESETS["improved"]
-    | {"process": "sub_vp", "prediction_type": "epsilon", "beta_schedule": "sub_vp_linear"},
-    "ve": PRESETS["improved"] | {"process": "ve", "prediction_type": "epsilon", "beta_schedule": "ve"},
-    "flow": PRESETS["improved"] | {"process": "flow", "prediction_type": "velocity", "beta_schedule": "flow"},
+    "ddpm": _NOISE | {"beta_schedule": "linear", "timestep_weights": "published"},  # arXiv 2006.11239
+    "ncsn": _NOISE | {"process": "ve", "beta_schedule": "ve"},  # arXiv 1907.05600, levels and all
+    "vp": _NOISE | {"beta_schedule": "linear", "times": "real"},  # arXiv 2011.13456, as the next two
+    "sub_vp": _NOISE | {"process": "sub_vp", "beta_schedule": "sub_vp_linear", "times": "real"},
+    "ve": _NOISE | {"process": "ve", "beta_schedule": "ve", "times": "real"},
+    "flow": PRESETS["improved"]  # arXiv 2209.03003, 2210.02747
+    | {"process": "flow", "prediction_type": "velocity", "beta_schedule": "flow", "times": "real"},
 }
+# What configs from before there was a choice stand for.
+EARLIER_VALUES = {
+    "ema_rampup_ratio": 0.0, "process": "vp", "timestep_weights": "published", "t_law": "uniform", "times": "whole",
+}  # fmt: skip
 COARSE_SHARE = 0.25  # Dimensions of the coarse scale, as a share of those of the image.
 
 
 def preset_values(preset: str, model_type: str, representation: str) -> dict[str, Any]:
     """What a preset means for a type of model, setting by setting.
 
-    Pairs of timesteps are None for models other than dual, which have pairs of their own, and a model of one
-    prediction has nothing to weigh.
+    Pairs of timesteps are None for models that do not predict two scales by two clocks, which have pairs of their own,
+    and a model of one prediction has nothing to weigh.
     """
     values = PRESETS[preset]
-    pairs = values["t_pairs"][representation] if model_type == "dual" else None
-    weights = values["loss_weights"] if MODEL_CLASSES[model_type].num_predictions > 1 else (1.0,)
+    model = MODEL_CLASSES[model_type]
+    two_clocks = model.num_predictions > 1 and not model.one_clock
+    pairs = values["t_pairs"][representation] if two_clocks else None
+    weights = values["loss_weights"] if model.num_predictions > 1 else (1.0,)
     return values | {"loss_weights": weights, "t_pairs": pairs}
 
 
@@ -68,7 +84,7 @@ def fits_preset(preset: str, config: dict[str, Any]) -> bool:
     values = preset_values(preset, config["model_type"], representation)
     if values["loss_weights"] == "auto":
         values["loss_weights"] = balanced_weights(representation)
-    said = {"ema_rampup_ratio": 0.0, "process": "vp"} | config | {"loss_weights": loss_weights_of(config)}
+    said = EARLIER_VALUES | config | {"loss_weights": loss_weights_of(config)}
     return all(said.get(name) == value for name, value in values.items() if name != "t_pairs")
 
 

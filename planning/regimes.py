@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from checkpoint import MODEL_CLASSES
 from paths.path import Path
 from paths.schedule_file import load_schedule
 from scheduler import DDIMScheduler
@@ -50,7 +51,10 @@ NOISE_OF_MEANS = math.log(4)  # By which the log SNR of the 2x2 mean of a noisy 
 
 def default_regime(model_type: str) -> str | None:
     """What a model is trained with unless told otherwise; None for the baseline, which has one scale."""
-    return {"baseline": None, "shared_t": "same"}.get(model_type, "independent")
+    model = MODEL_CLASSES[model_type]
+    if model.num_scales == 1:
+        return None
+    return "same" if model.one_clock else "independent"
 
 
 class Regime(NamedTuple):
@@ -143,7 +147,7 @@ def check_regime(text: str | None, model_type: str) -> None:
     regime = parse_regime(text)
     if default_regime(model_type) == "same" and regime.name != "same":
         raise ValueError(f"a model with one shared timestep cannot be trained with --t_pairs {text}; leave it out.")
-    if regime.name == "follow" and model_type != "dual":
+    if regime.name == "follow" and MODEL_CLASSES[model_type].num_predictions == 1:
         raise ValueError(
             f"--t_pairs {text} plans by the errors of both scales; a '{model_type}' model has one, so use band."
         )
@@ -187,10 +191,17 @@ def pair_probabilities(config: dict[str, Any], log_snr: torch.Tensor, progress: 
         return _around(*_places(regime, config, log_snr), regime.width(progress), log_snr)
     if regime.name == "independent":
         return torch.full((count, count), 1 / count**2, dtype=torch.float64)
+    return _by_leader(regime, config, log_snr).sum(0)
+
+
+def _by_leader(regime: Regime, config: dict[str, Any], log_snr: torch.Tensor) -> torch.Tensor:
+    # The probability of every pair where the fine clock leads, and where the coarse one does: [2, T, T], sum 1.
+    count = len(log_snr)
     if regime.name == "path":
         pairs = _along(config["t_pairs_points"])
         index = pairs @ torch.tensor([count, 1])
-        return (torch.bincount(index, minlength=count**2) / len(index)).double().view(count, count)
+        fine = (torch.bincount(index, minlength=count**2) / len(index)).double().view(count, count)
+        return torch.stack([fine, torch.zeros_like(fine)])
     t = torch.arange(count, dtype=torch.float64)
     if regime.name == "same":
         belongs = [t[:, None] == t, t[:, None] == t]
@@ -202,7 +213,7 @@ def pair_probabilities(config: dict[str, Any], log_snr: torch.Tensor, progress: 
         belongs = [_distances(log_snr) <= regime.parameter] * 2
     # Row: the leading clock. Column: the other one.
     fine_leads, coarse_leads = ((rows / rows.sum(1, keepdim=True) / count) for rows in (b.double() for b in belongs))
-    return (fine_leads + coarse_leads.T) / 2
+    return torch.stack([fine_leads, coarse_leads.T]) / 2
 
 
 def _nearest(values: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -277,16 +288,16 @@ class TimestepPairs:
         self._log_snr = scheduler.log_snr
         self._regime = None if config["t_pairs"] is None else parse_regime(config["t_pairs"])
         self._progress = 1.0
-        self._places = self._before = self._cumulative = None
+        self._places = self._before = self._by_leader = self._cumulative = None
         name = "independent" if self._regime is None else self._regime.name
         if self._regime is not None and self._regime.around is not None:
             self._places = _places(self._regime, config, self._log_snr)
             self._before = self._places[1]
         # Each by itself or all equal is drawn as published runs did, which goes on with their random numbers.
         elif name not in ("independent", "same"):
-            cumulative = pair_probabilities(config, self._log_snr.cpu()).flatten().cumsum(0)
-            self._cumulative = (cumulative / cumulative[-1]).to(self._log_snr.device)
-        self._same = name == "same"
+            self._by_leader = _by_leader(self._regime, config, self._log_snr.cpu()).to(self._log_snr.device)
+            self._cumulative = _cumulative(self._by_leader.sum(0).flatten())
+        self.same = name == "same"  # Whether both clocks are always equal.
 
     def at(self, progress: float) -> "TimestepPairs":
         """The draws when this share of the run, 0 to 1, is over."""
@@ -328,10 +339,45 @@ class TimestepPairs:
             return t_64[place], first + (uniform * (after - first)).long()
         if self._cumulative is None:
             t_64, t_32 = torch.randint(count, (2, batch), **options)
-            return t_64, t_64 if self._same else t_32
+            return t_64, t_64 if self.same else t_32
         uniform = torch.rand(batch, dtype=torch.float64, **options)
         index = torch.searchsorted(self._cumulative, uniform, right=True)  # [B]
         return index // count, index % count
+
+    def draw_by(
+        self, densities: torch.Tensor, batch: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """t_64 and t_32 as of `draw`, where the clock that leads is not uniform; and how much likelier that made them.
+
+        densities: float64 `[2, T]`, how likely each timestep of the fine and of the coarse clock is, relative to
+        uniform. Where clocks are independent both lead, where they are equal and in a band around a path the fine one.
+        The third value, float64 `[B]`, is the probability of the pair as a multiple of that of `draw`.
+        """
+        count = len(self._log_snr)
+        uniform = torch.rand(2, batch, dtype=torch.float64, generator=generator, device=self._log_snr.device)
+        if self._places is not None:
+            t_64, targets = self._places  # [M] each
+            weights = densities[0][t_64]
+            place = torch.searchsorted(_cumulative(weights), uniform[0], right=True)
+            first, after = _interval(targets[place], self._regime.width(self._progress), self._log_snr)  # [B] each
+            t_32 = first + (uniform[1] * (after - first)).long()
+            return t_64[place], t_32, weights[place] / weights.mean()
+        if self._by_leader is None:
+            both = torch.searchsorted(_cumulative(densities), uniform, right=True)  # [2, B]
+            relative = densities.gather(1, both) / densities.mean(1, keepdim=True)
+            if self.same:
+                return both[0], both[0], relative[0]
+            # A model of one scale is not shown the coarse clock.
+            return *both, relative[0] if self._regime is None else relative.prod(0)
+        led = self._by_leader[0] * densities[0][:, None] + self._by_leader[1] * densities[1]  # [T, T]
+        index = torch.searchsorted(_cumulative(led.flatten()), uniform[0], right=True)
+        relative = (led / led.sum()).flatten()[index] / self._by_leader.sum(0).flatten()[index]
+        return index // count, index % count, relative
+
+
+def _cumulative(weights: torch.Tensor) -> torch.Tensor:
+    sums = weights.cumsum(-1)
+    return sums / sums[..., -1:]
 
 
 def _regime_of(config: dict[str, Any]) -> str | None:

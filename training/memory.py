@@ -9,7 +9,6 @@ from torch import nn
 
 from checkpoint import bytes_of
 from runtime.device import autocast
-from training.objective import diffusion_loss
 from training.settings import TrainingSettings
 from training.trainer import Trainer
 
@@ -67,7 +66,7 @@ def training_memory(trainer: Trainer) -> dict[str, int]:
         def forward() -> dict[str, torch.Tensor]:
             batch = trainer.draw(*next(trainer.batches.epoch(0))).rows(slice(images))
             with autocast(trainer.device, trainer.config["precision"]):
-                return diffusion_loss(trainer.model, trainer.model_type, trainer.scheduler, batch)
+                return trainer.objective.losses(trainer.model.denoise, batch)
 
         return saved_bytes(trainer.model, forward, recomputed)
 

@@ -1,21 +1,23 @@
 """What a training step shows the network, and what it minimises.
 
+An objective draws what a step shows, from random numbers of its own seed and number, computes losses image by image,
+and says how they add up. What it learns in the course of a run is its `state`, which checkpoints hold. The trainer asks
+for nothing else, so that a family of models is an objective, and not another loop.
+
 Shapes: B images of a step, C channels, H x W pixels of the fine scale.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from images.representation import OVERCOMPLETE, Overcomplete
 from planning.regimes import TimestepPairs
-from scheduler import DDIMScheduler
+from scheduler import DDIMScheduler, Denoiser
+from training.timesteps import IMPORTANCE, UNIFORM, Importance, densities, prediction_weight
 
-SCALES = ("64", "32")
 LOSS_NAMES = {"loss_64": "fine loss", "loss_32": "coarse loss"}  # Key in files: what people read.
 
 
@@ -32,76 +34,122 @@ class TrainingBatch(NamedTuple):
     x_32: torch.Tensor  # [B, C, H/2, W/2]
     noise_64: torch.Tensor  # [B, C, H, W]
     noise_32: torch.Tensor  # [B, C, H/2, W/2]
-    t_64: torch.Tensor  # [B]
+    t_64: torch.Tensor  # [B], int64, or float64 where times are real
     t_32: torch.Tensor  # [B]
+    share: torch.Tensor | None = None  # [B], what the loss of each image counts for how it was drawn; None: 1
 
     def rows(self, rows: slice) -> "TrainingBatch":
         """Some of the images."""
-        return TrainingBatch(*(field[rows] for field in self))
+        return TrainingBatch(*(None if field is None else field[rows] for field in self))
+
+    def clock(self, loss: str) -> torch.Tensor:
+        """The timesteps `[B]` that a loss belongs to, by its name."""
+        return self.t_64 if loss == "loss_64" else self.t_32
 
 
-def draw_batch(
-    pairs: TimestepPairs,
-    x_64: torch.Tensor,
-    x_32: torch.Tensor,
-    generator: torch.Generator,
-    representation: Overcomplete = OVERCOMPLETE,
-) -> TrainingBatch:
-    """Noise and timesteps for clean images x_64 `[B, C, H, W]` and x_32 `[B, C, H/2, W/2]`, their 2x2 mean.
+class Denoising:
+    """Squared errors of predictions at timesteps of a regime, for one scale and for two.
 
-    Each scale has its own noise, and the timesteps are pairs of the regime. Images and noise of the fine scale are
-    those of the representation.
+    config: of a run, with `t_pairs`, `t_pairs_points`, `loss_weights` and, if they are not the published ones,
+    `t_law`, `times`, `timestep_weights`, `min_snr_gamma`. Draws happen on the device of the tables of the scheduler.
     """
-    device = x_64.device
-    t_64, t_32 = pairs.draw(len(x_64), generator)  # [B] twice
-    noise_64 = torch.randn(x_64.shape, generator=generator, device=device)  # [B, C, H, W]
-    noise_32 = torch.randn(x_32.shape, generator=generator, device=device)  # [B, C, H/2, W/2]
-    clean, noise = map(representation.project, ((x_64, x_32), (noise_64, noise_32)))
-    return TrainingBatch(*clean, *noise, t_64, t_32)
 
+    def __init__(self, config: dict[str, Any], scheduler: DDIMScheduler):
+        self.scheduler = scheduler
+        self.pairs = TimestepPairs(config, scheduler)
+        self._loss_weights = config.get("loss_weights", [1.0] * len(LOSS_NAMES))
+        self._weight = prediction_weight(config, scheduler)
+        self._real = config.get("times", "whole") == "real"
+        law, device = config.get("t_law", UNIFORM), scheduler.log_snr.device
+        self._importance = Importance(scheduler.num_train_timesteps, device) if law == IMPORTANCE else None
+        self._densities = None if law in (UNIFORM, IMPORTANCE) else densities(law, scheduler).expand(2, -1)
 
-def diffusion_loss(
-    network: nn.Module, model_type: str, scheduler: DDIMScheduler, batch: TrainingBatch
-) -> dict[str, torch.Tensor]:
-    """Squared error of every image per predicted scale, `loss_64` and where predicted `loss_32`, float32 `[B]`.
+    def draw(
+        self,
+        x_64: torch.Tensor,  # [B, C, H, W]
+        x_32: torch.Tensor,  # [B, C, H/2, W/2], its 2x2 mean
+        generator: torch.Generator,
+        progress: float = 0.0,  # the share of the run that is over
+    ) -> TrainingBatch:
+        """Noise and timesteps for clean images: pairs of the regime, with the leading clock by its law.
 
-    Each is a mean over the dimensions of its scale: a residual has three for every four pixels.
-    """
-    x_64, x_32, noise_64, noise_32, t_64, t_32 = batch
-    z_64 = scheduler.shown(scheduler.add_noise(x_64, noise_64, t_64), t_64)  # [B, C, H, W]
-    inputs = {
-        "baseline": lambda z_32: (z_64, t_64),
-        "dual": lambda z_32: (z_64, z_32, t_64, t_32),
-        "shared_t": lambda z_32: (z_64, z_32, t_64),
-        "single_t": lambda z_32: (z_64, z_32, t_64),
-        "no_t": lambda z_32: (z_64, z_32),
-    }[model_type](scheduler.shown(scheduler.add_noise(x_32, noise_32, t_32), t_32))
-    predictions = network(*inputs)
-    targets = [scheduler.target(x_64, noise_64, t_64)]
-    if isinstance(predictions, tuple):
-        targets.append(scheduler.target(x_32, noise_32, t_32))
-    else:
-        predictions = (predictions,)
-    shares = (scheduler.representation.fine_share, 1.0)
-    return {
-        f"loss_{scale}": F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1) / share  # [B]
-        for scale, prediction, target, share in zip(SCALES, predictions, targets, shares, strict=False)
-    }
+        Each scale has its own noise. Images and noise of the fine scale are those of the representation.
+        """
+        device, representation = x_64.device, self.scheduler.representation
+        t_64, t_32, share = self._timesteps(len(x_64), generator, progress)  # [B] each
+        noise_64 = torch.randn(x_64.shape, generator=generator, device=device)  # [B, C, H, W]
+        noise_32 = torch.randn(x_32.shape, generator=generator, device=device)  # [B, C, H/2, W/2]
+        clean, noise = map(representation.project, ((x_64, x_32), (noise_64, noise_32)))
+        return TrainingBatch(*clean, *noise, t_64, t_32, share)
 
+    def _timesteps(
+        self, batch: int, generator: torch.Generator, progress: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        pairs = self.pairs.at(progress)
+        law = self._densities if self._importance is None else self._importance.densities()
+        if law is None:
+            (t_64, t_32), likelier = pairs.draw(batch, generator), None
+        else:
+            t_64, t_32, likelier = pairs.draw_by(law, batch, generator)
+        if self._real:
+            count = self.scheduler.num_train_timesteps
+            within = torch.rand(2, batch, dtype=torch.float64, generator=generator, device=t_64.device)
+            t_64, t_32 = ((t + u) * ((count - 1) / count) for t, u in zip((t_64, t_32), within, strict=True))
+            t_32 = t_64 if pairs.same else t_32
+        return t_64, t_32, None if self._importance is None else 1 / likelier
 
-def weighted_loss(
-    losses: dict[str, torch.Tensor],  # of `diffusion_loss`
-    batch: TrainingBatch,
-    scheduler: DDIMScheduler,
-    loss_weights: Sequence[float],  # one for each predicted scale
-    min_snr_gamma: float | None = None,  # None: all timesteps alike
-) -> torch.Tensor:
-    """What a step minimises: the means of the losses over images, weighed by scale and by timestep.
+    def losses(self, denoise: Denoiser, batch: TrainingBatch) -> dict[str, torch.Tensor]:
+        """Squared error of every image per predicted scale, `loss_64` and where predicted `loss_32`, float32 `[B]`.
 
-    With `min_snr_gamma` timesteps are weighed by `DDIMScheduler.min_snr_weight`.
-    """
-    total = torch.zeros((), device=batch.x_64.device)
-    for weight, values, t in zip(loss_weights, losses.values(), (batch.t_64, batch.t_32), strict=False):
-        by_image = values if min_snr_gamma is None else values * scheduler.min_snr_weight(min_snr_gamma, t).to(values)
-        total = total + weight * by_image.mean()
-    return total
+        denoise: a network, which is shown noisy images as it is to see them. Each loss is a mean over the dimensions of
+        its scale: a residual has three for every four pixels.
+        """
+        scheduler = self.scheduler
+        scales = [(batch.x_64, batch.noise_64, batch.t_64), (batch.x_32, batch.noise_32, batch.t_32)]
+        zs = tuple(scheduler.shown(scheduler.add_noise(x, noise, t), t) for x, noise, t in scales)
+        predictions = denoise(zs, (batch.t_64, batch.t_32))
+        shares = (scheduler.representation.fine_share, 1.0)
+        return {
+            name: F.mse_loss(prediction.float(), scheduler.target(*scale), reduction="none").flatten(1).mean(1) / share
+            for name, prediction, scale, share in zip(LOSS_NAMES, predictions, scales, shares, strict=False)
+        }  # [B] each
+
+    def minimised(self, losses: dict[str, torch.Tensor], batch: TrainingBatch) -> torch.Tensor:
+        """What a step minimises: the mean over images of their losses, weighed by scale and by timestep."""
+        total = torch.zeros((), device=batch.x_64.device)
+        for weight, values in zip(self._loss_weights, self._by_timestep(losses, batch), strict=False):
+            by_image = values if batch.share is None else values * batch.share.to(values)
+            total = total + weight * by_image.mean()
+        return total
+
+    def _by_timestep(self, losses: dict[str, torch.Tensor], batch: TrainingBatch) -> list[torch.Tensor]:
+        if self._weight is None:
+            return list(losses.values())
+        return [values * self._weight(batch.clock(name)).to(values) for name, values in losses.items()]
+
+    def observe(
+        self,
+        losses: dict[str, torch.Tensor],
+        batch: TrainingBatch,
+        good: torch.Tensor,  # whether the step was taken
+        total: Callable[[torch.Tensor], torch.Tensor],  # sums over processes
+    ) -> None:
+        """Learn from the losses of a step, of this process's share of the images."""
+        if self._importance is not None:
+            weighed = zip(self._loss_weights, self._by_timestep(losses, batch), strict=False)
+            by_image = sum(weight * values for weight, values in weighed)
+            self._importance.observe(by_image, (batch.t_64, batch.t_32), good, total)
+
+    @property
+    def state(self) -> dict[str, torch.Tensor] | None:
+        """What a run that goes on from here has to know, other than `pairs.state`; None for nothing."""
+        return None if self._importance is None else self._importance.state
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        if saved.get("regime_state") is not None:
+            for name in ("before_32", "log_snr_32"):
+                self.pairs = self.pairs.moved_to(saved["regime_state"][name])
+        if self._importance is not None:
+            device = self.scheduler.log_snr.device
+            self._importance.state = {name: value.to(device) for name, value in saved["objective_state"].items()}

@@ -18,14 +18,10 @@ from planning.presets import PRESETS, balanced_weights, preset_help, preset_valu
 from planning.regimes import check_regime, default_regime, parse_regime
 from runtime.runs import derived_name, is_same, resume_folder, run_name
 from runtime.settings import REQUIRED, Settings, option
-from scheduler import (
-    ALL_SCHEDULES,
-    PREDICTION_TYPES,
-    PROCESSES,
-    schedule_name,
-    split_schedule_name,
-)
+from scheduler import ALL_SCHEDULES, PREDICTION_TYPES, PROCESSES, schedule_name, split_schedule_name
+from training.timesteps import TIMESTEP_WEIGHTS, UNIFORM, law_name, parse_law
 
+TIMES = ("whole", "real")
 REPLAN_EVERY, REPLAN_IMAGES = 10, 16  # Epochs and images, unless told otherwise.
 # What only models of two scales have; the stage of the baseline has no flags for them.
 TWO_SCALE_SETTINGS = ("t_pairs", "replan_every", "replan_images", "loss_weights", "representation")
@@ -131,6 +127,32 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         recorded=True,
         absent=None,
     )
+    timestep_weights: str | None = option(
+        None,
+        "what errors count at each timestep: published, as much in the prediction; sigma2, as much in the noise; edm, "
+        "SNR + 4 in the clean image, for v, velocity and x0; likelihood, what the bound of the likelihood says; for "
+        "min-SNR --min_snr_gamma (that of the preset)",
+        choices=TIMESTEP_WEIGHTS,
+        recorded=True,
+        absent="published",
+    )
+    t_law: str | None = option(
+        None,
+        "how often timesteps are drawn: uniform, log_normal:M,S of sigma / alpha (-1.2,1.2), logit_normal:M,S of "
+        "t / (T - 1) (0,1), importance by the size of the loss, which is divided by it again; of the clock that leads "
+        "in --t_pairs (that of the preset)",
+        parse=cli.checked(parse_law),
+        metavar="LAW",
+        recorded=True,
+        absent=UNIFORM,
+    )
+    times: str | None = option(
+        None,
+        "timesteps to train at: whole numbers, or all real ones between them (those of the preset)",
+        choices=TIMES,
+        recorded=True,
+        absent="whole",
+    )
     t_pairs: str | None = option(
         None,
         "pairs of fine and coarse timesteps to train on: independent, same, shift:D, heuristic:F, band:W, path:FILE, "
@@ -184,6 +206,12 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         preset = preset_values(self.preset, self.model_type, self.representation)
         self._derive_process(preset)
         self._derive(**{name: value for name, value in preset.items() if getattr(self, name) is None})
+        if self.min_snr_gamma is not None and self.timestep_weights != "published":
+            if "timestep_weights" not in self._derived:
+                raise ValueError("--min_snr_gamma and --timestep_weights exclude each other; leave one of them out.")
+            self._derive(timestep_weights="published")
+        if law_name(self.t_law) != self.t_law:
+            self._derive(t_law=law_name(self.t_law))
         if self.loss_weights == "auto":
             self._derive(loss_weights=balanced_weights(self.representation) if predictions > 1 else (1.0,))
         if len(self.loss_weights) != predictions or (predictions == 1 and self.loss_weights != (1.0,)):

@@ -35,7 +35,7 @@ from images.sources import is_here
 from networks.ema import ema_decay_after
 from paths.families import diagonal, log_snr_shift
 from paths.schedule_file import save_schedule
-from planning.regimes import TimestepPairs, parse_regime, resolve_regime
+from planning.regimes import parse_regime, resolve_regime
 from planning.replanning import replan
 from planning.replay import replay
 from runtime.device import (
@@ -48,7 +48,7 @@ from runtime.device import (
 )
 from runtime.distributed import Processes
 from runtime.safe_write import versions
-from training.objective import LOSS_NAMES, TrainingBatch, diffusion_loss, draw_batch, step_generator, weighted_loss
+from training.objective import LOSS_NAMES, Denoising, TrainingBatch, step_generator
 from training.resume import earlier_run
 from training.run_log import RunLog
 from training.settings import REPLAN_EVERY, REPLAN_IMAGES, TrainingSettings
@@ -111,7 +111,7 @@ class Trainer:
             if settings.precision == "auto":
                 self.config["precision"] = saved["config"]["precision"]
         self.scheduler = self.scheduler.to(self.device)
-        self.pairs = TimestepPairs(self.config, self.scheduler)
+        self.objective = Denoising(self.config, self.scheduler)
         self.batches = TwoScaleBatches(images, settings.batch_size, settings.seed, self.device, settings.flip)
         if settings.batch_size % (processes.count * settings.accumulate):
             raise ValueError(
@@ -195,9 +195,7 @@ class Trainer:
         self.window = {name: value.to(self.device) for name, value in saved["window"].items()}
         self.bad_steps = {name: value.to(self.device) for name, value in saved["bad_steps"].items()}
         self.unwritten_rows = saved["unwritten_rows"]
-        if saved.get("regime_state") is not None:
-            for name in ("before_32", "log_snr_32"):
-                self.pairs = self.pairs.moved_to(saved["regime_state"][name])
+        self.objective.restore(saved)
 
     def prepare(self) -> None:
         """Compile the network and share it among the processes; before the first step."""
@@ -224,14 +222,14 @@ class Trainer:
         """This process's share of a step: noise is drawn for all images of the step, so that shares do not matter."""
         generator = step_generator(self.settings.seed, self.step, self.device)
         progress = min(1.0, self.step / max(1, self.settings.epochs * len(self.batches) - 1))
-        batch = draw_batch(self.pairs.at(progress), x_64, x_32, generator, self.scheduler.representation)
+        batch = self.objective.draw(x_64, x_32, generator, progress)
         return batch.rows(self.processes.share(len(x_64)))
 
     def _backward(self, part: TrainingBatch, network: nn.Module) -> dict[str, torch.Tensor]:
         """Add the gradient of one part to that of the step; returns the losses per image."""
         with autocast(self.device, self.config["precision"]):
-            losses = diffusion_loss(network, self.model_type, self.scheduler, part)
-        loss = weighted_loss(losses, part, self.scheduler, self.settings.loss_weights, self.settings.min_snr_gamma)
+            losses = self.objective.losses(functools.partial(self.model.denoise, network=network), part)
+        loss = self.objective.minimised(losses, part)
         self.scaler.scale(loss / self.settings.accumulate).backward()
         return {name: values.detach() for name, values in losses.items()}
 
@@ -274,6 +272,7 @@ class Trainer:
         means = sums[:, 0].sum(1) / self.settings.batch_size  # [scales]
         grad_norm, good = self._update(means.sum())
         self._average()
+        self.objective.observe(losses, batch, good, self.processes.sum)
         self.step += 1
         values = dict(zip(losses, means, strict=True)) | {"grad_norm": grad_norm}
         self._count(values | {"good_steps": good.float(), "bins": sums}, good)
@@ -281,7 +280,7 @@ class Trainer:
 
     def _bin_sums(self, losses: torch.Tensor, batch: TrainingBatch, name: str) -> torch.Tensor:
         """Sum and number of the losses `[B]` of a scale whose timestep is in each bin: `[2, bins]`."""
-        t = batch.t_64 if name == "loss_64" else batch.t_32
+        t = batch.clock(name).long()
         bins = F.one_hot(t * TIMESTEP_BINS // self.scheduler.num_train_timesteps, TIMESTEP_BINS).float()  # [B, bins]
         # A product would spread a loss that is not finite over all bins.
         return torch.stack([torch.where(bins > 0, losses[:, None], 0).sum(0), bins.sum(0)])
@@ -336,7 +335,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "steps_per_epoch": len(self.batches),
-            "regime_state": self.pairs.state,
+            "regime_state": self.objective.pairs.state,
         }
 
     def save_resume_file(self) -> None:
@@ -344,6 +343,7 @@ class Trainer:
         rest = {
             "optimizer": self.optimizer.state_dict(),
             "lr_schedule": self.lr_schedule.state_dict(),
+            "objective_state": self.objective.state,
             "loss_scaler": self.scaler.state_dict(),
             "window": self.window,
             "bad_steps": self.bad_steps,
@@ -365,21 +365,21 @@ class Trainer:
             len(self.batches.pixels), self.config["replan_images"], replace=False
         )
         images = to_float(self.batches.pixels[torch.from_numpy(np.sort(chosen)).to(self.device)])  # [B, C, H, W]
-        model = (self.model if self.ema is None else self.ema).eval()
+        model, pairs = (self.model if self.ema is None else self.ema).eval(), self.objective.pairs
         try:
             curve, path = replan(
                 self.scheduler.denoiser(model.denoise),
                 self.scheduler,
                 images,
-                self.pairs.state["log_snr_32"].numpy(),
-                self.pairs.follow_width,
+                pairs.state["log_snr_32"].numpy(),
+                pairs.follow_width,
                 self.settings.seed,
                 lambda: autocast(self.device, self.config["precision"]),
                 self.processes,
             )
         finally:
             self.model.train()
-        self.pairs = self.pairs.moved_to(torch.from_numpy(curve))
+        self.objective.pairs = pairs.moved_to(torch.from_numpy(curve))
         if not self.processes.is_main:
             return
         file = self.log_dir / f"path_{self.epoch}ep.json"

@@ -28,7 +28,7 @@ def test_the_rows_of_the_tests_have_every_column():
 def test_every_setting_is_said():
     model = loaded(
         lr=1e-5, batch_size=10, weight_decay=0.5, grad_clip=2.0, ema_decay=0.0, seed=7, resolution=16, flip=True,
-        min_snr_gamma=5.0, lr_schedule="cosine", epochs=40, loss_weights=(1.0, 0.25), prediction_type="x0",
+        timestep_weights="sigma2", t_law="log_normal", times="real", lr_schedule="cosine", epochs=40, loss_weights=(1.0, 0.25), prediction_type="x0",
         beta_schedule="linear", ema_rampup_ratio=0.25, t_pairs="follow:2", replan_every=7, replan_images=30,
         more={"run": "mine"},
     )  # fmt: skip
@@ -38,7 +38,10 @@ def test_every_setting_is_said():
         "process": "vp linear",
         "prediction": "x0",
         "loss_weights": "[1,0.25]",
-        "min_snr_gamma": "5",
+        "min_snr_gamma": "none",
+        "timestep_weights": "sigma2",
+        "t_law": "log_normal:-1.2,1.2",
+        "times": "real",
         "lr": "1e-05",
         "lr_schedule": "cosine over 40 epochs",
         "batch_size": "10",
@@ -73,7 +76,7 @@ def test_a_preset_is_known_by_what_it_sets(preset, model_type, representation):
     if model_type == "dual":
         assert describe_training(loaded(**chosen, t_pairs="same", without=["preset"]), None)["preset"] == preset
     changes = [{"prediction_type": "x0"}, {"process": "ve" if preset == "flow" else "flow", "prediction_type": "v"}]
-    if preset not in ("ve", "flow"):
+    if preset not in ("ncsn", "ve", "flow"):
         changes.append({"beta_schedule": "cosine" if "linear" in PRESETS[preset]["beta_schedule"] else "linear"})
     changes += [{"loss_weights": (1.0, 0.5)}] if MODEL_CLASSES[model_type].num_predictions > 1 else []
     for change in changes:
@@ -85,6 +88,7 @@ def test_a_preset_is_known_by_what_it_sets(preset, model_type, representation):
 def test_an_old_checkpoint_says_what_it_can():
     """Those from before there were choices made them as published."""
     new = ["representation", "loss_weights", "min_snr_gamma", "run", "preset", "data_fingerprint", "ema_rampup_ratio"]
+    new += ["timestep_weights", "t_law", "times"]
     old = loaded(without=new)
     said, new = describe_training(old, None), describe_training(loaded(more={"preset": "published"}), 99)
     silent = {name: "" for name in ("run", "training_images", "training_data")}

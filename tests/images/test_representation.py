@@ -32,8 +32,9 @@ from planning.choice import PathSettings, choose_path
 from planning.error_map import error_map, largest_deviation
 from planning.map_file import load_heatmap
 from planning.map_paths import KLProblem, kl_refined
+from planning.regimes import resolve_regime
 from scheduler import PREDICTION_TYPES, DDIMScheduler
-from training.objective import TrainingBatch, diffusion_loss, draw_batch
+from training.objective import Denoising, TrainingBatch
 from truth.gaussian import GaussianDenoiser, Spectrum, exact_heatmap, jacobian_maps
 
 BOTH = pytest.mark.parametrize("kind", REPRESENTATIONS.values(), ids=REPRESENTATIONS)
@@ -149,6 +150,11 @@ class FixedPairs:
     def __init__(self, t_64, t_32):
         self.ts = t_64, t_32
 
+    same = False
+
+    def at(self, progress):
+        return self
+
     def draw(self, batch, generator):
         return tuple(torch.full((batch,), t) for t in self.ts)
 
@@ -164,9 +170,8 @@ def test_the_loss_is_that_of_the_image_where_the_clocks_are_tied(prediction_type
     batch = TrainingBatch(*clean, *noise, t_64, t_32)
     wrong = RESIDUAL.split(error)
     targets = [scheduler.target(x, n, t) for x, n, t in zip(clean, noise, (t_64, t_32), strict=True)]
-    losses = diffusion_loss(
-        lambda *_: tuple(t + e for t, e in zip(targets, wrong, strict=True)), "dual", scheduler, batch
-    )
+    objective = Denoising(resolve_regime(None, "dual"), scheduler)
+    losses = objective.losses(lambda *_: tuple(t + e for t, e in zip(targets, wrong, strict=True)), batch)
     # 9 and 3 dimensions of every 12 of the image.
     total = 0.75 * losses["loss_64"] + 0.25 * 4 * losses["loss_32"]
     assert torch.allclose(total, error.square().flatten(1).mean(1))
@@ -175,7 +180,9 @@ def test_the_loss_is_that_of_the_image_where_the_clocks_are_tied(prediction_type
 @BOTH
 def test_training_draws_images_and_noise_of_the_representation(kind):
     x_64 = normal(2, 3, 8, 8)
-    batch = draw_batch(FixedPairs(9, 5), x_64, F.avg_pool2d(x_64, 2), torch.Generator().manual_seed(0), kind)
+    objective = Denoising(resolve_regime(None, "dual"), DDIMScheduler(representation=kind.name))
+    objective.pairs = FixedPairs(9, 5)
+    batch = objective.draw(x_64, F.avg_pool2d(x_64, 2), torch.Generator().manual_seed(0))
     assert_same((batch.x_64, batch.x_32), kind.split(x_64))
     mean = F.avg_pool2d(batch.noise_64, 2).abs().max()
     assert mean < 1e-6 if kind is RESIDUAL else mean > 0.1

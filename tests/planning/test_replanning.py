@@ -265,7 +265,7 @@ def test_a_run_draws_from_where_its_band_is(trainer):
     run.step = 3
     assert run.replan_due
     run.replan()
-    curve = run.pairs.state["log_snr_32"]
+    curve = run.objective.pairs.state["log_snr_32"]
     batches = [run.draw(*next(run.batches.epoch(0))) for run.step in range(50)]
     t_64, t_32 = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("t_64", "t_32"))
     assert ((SCHEDULER.log_snr[t_32] - curve[t_64]).abs() <= 0.5 + STEP).all() and (t_64 != t_32).any()
@@ -277,7 +277,7 @@ def test_a_run_replans_after_so_many_epochs_and_its_checkpoints_hold_the_path_be
     assert len(run.batches) == 3
     due = [run.step for run.step in range(20) if run.replan_due]
     assert due == [6, 12, 18]
-    curves, calls = [run.pairs.state["log_snr_32"].numpy()], []
+    curves, calls = [run.objective.pairs.state["log_snr_32"].numpy()], []
     with watched(training.trainer, "replan", calls):
         for run.step in (6, 12):
             run.replan()
@@ -338,7 +338,7 @@ def test_a_full_disk_costs_the_file_of_a_path_alone(trainer, capsys):
     with mock.patch("training.trainer.save_schedule", side_effect=OSError("disk full")):
         run.replan()
     assert "path_0ep.json could not be written (disk full)" in capsys.readouterr().err
-    assert np.abs(run.pairs.state["log_snr_32"].numpy() - LOG_SNR).max() > 0
+    assert np.abs(run.objective.pairs.state["log_snr_32"].numpy() - LOG_SNR).max() > 0
 
 
 def test_a_run_replans_on_all_of_its_images_at_most(trainer):

@@ -19,11 +19,11 @@ from conftest import LAST, LOG, RUN, assert_same, assert_same_run, list_files, r
 from data import ImageSet, coarse, load_images, to_float
 from images.synthetic import synthetic_images
 from model import ResidualBlock
-from planning.regimes import TimestepPairs, resolve_regime
+from planning.regimes import resolve_regime
 from runtime.device import resolve_precision
 from scheduler import DDIMScheduler
 from training.memory import for_batch, saved_bytes, training_memory
-from training.objective import diffusion_loss, draw_batch, step_generator, weighted_loss
+from training.objective import Denoising, step_generator
 from training.run import describe
 from training.trainer import Trainer
 
@@ -69,8 +69,9 @@ def shown(model_type, x_64, x_32, seed=0, answer=torch.zeros_like, prediction_ty
 
 def mean_losses(model, model_type, scheduler, x_64, x_32, generator):
     """Every loss of a batch drawn by a generator, after checking that there is one per image."""
-    pairs = TimestepPairs(resolve_regime(None, model_type), scheduler)
-    losses = diffusion_loss(model, model_type, scheduler, draw_batch(pairs, x_64, x_32, generator))
+    objective = Denoising(resolve_regime(None, model_type), scheduler)
+    denoise = functools.partial(MODEL_CLASSES[model_type]((8,)).denoise, network=model)
+    losses = objective.losses(denoise, objective.draw(x_64, x_32, generator))
     assert all(values.shape == (len(x_64),) for values in losses.values())
     return {name: values.mean() for name, values in losses.items()}
 
@@ -116,12 +117,12 @@ def test_the_target_equals_the_one_derived_from_what_the_model_saw(model_type, p
 def test_a_step_minimises_the_losses_weighed_by_scale_and_timestep(trainer):
     run = trainer("--loss_weights", "0.5,3", "--min_snr_gamma", 5)
     batch = run.draw(*next(run.batches.epoch(0)))
-    losses = diffusion_loss(run.model, "dual", run.scheduler, batch)
+    losses = run.objective.losses(run.model.denoise, batch)
     expected = 0.0
     for weight, name, t in ((0.5, "loss_64", batch.t_64), (3, "loss_32", batch.t_32)):
         snr = run.scheduler.snr[t]
         expected += weight * (losses[name] * torch.where(snr < 5, 1, 5 / snr)).mean().item()
-    found = weighted_loss(losses, batch, run.scheduler, run.settings.loss_weights, run.settings.min_snr_gamma)
+    found = run.objective.minimised(losses, batch)
     assert found.item() == pytest.approx(expected, rel=1e-6)
     assert found.item() != pytest.approx(sum(values.mean().item() for values in losses.values()), rel=0.05)
     # What is logged stays comparable between runs.
@@ -446,7 +447,7 @@ def test_the_log_of_a_run_with_other_settings_is_not_touched(refused, stage, tin
 
 def test_a_run_that_ended_before_its_first_save_starts_again(stage, tiny, cache, tmp_path, straight):
     flags = [*tiny(tmp_path), "--cache_dir", cache, *RUN, "--epochs", 4]
-    with mock.patch("training.trainer.diffusion_loss", mock.Mock(side_effect=MemoryError)):
+    with mock.patch("training.objective.Denoising.losses", mock.Mock(side_effect=MemoryError)):
         assert "out of memory" in run_stage(train_lift, *flags).message
     # Nothing was computed, so that nothing is in the way.
     with mock.patch.object(Trainer, "save_resume_file", mock.Mock(side_effect=KeyboardInterrupt)):
@@ -667,7 +668,7 @@ def test_cuda_graphs_and_parts_exclude_each_other(trainer):
 def test_out_of_memory_names_the_batch_and_the_flags_that_help(refused, tiny, cache, tmp_path, straight, error):
     straight()
     flags = [*tiny(tmp_path), "--cache_dir", cache, *RUN, "--accumulate", 2]
-    with mock.patch("training.trainer.diffusion_loss", mock.Mock(side_effect=error)):
+    with mock.patch("training.objective.Denoising.losses", mock.Mock(side_effect=error)):
         message = run_stage(train_lift, *flags).message
     for part in ("out of memory", "batch of 4", "--accumulate 4", "--recompute", "--precision", "--hidden_dims"):
         assert part in message
@@ -676,7 +677,7 @@ def test_out_of_memory_names_the_batch_and_the_flags_that_help(refused, tiny, ca
 
 def test_other_errors_of_the_device_are_not_taken_for_a_lack_of_memory(tiny, cache, tmp_path, straight):
     straight()
-    with mock.patch("training.trainer.diffusion_loss", mock.Mock(side_effect=RuntimeError("illegal access"))):
+    with mock.patch("training.objective.Denoising.losses", mock.Mock(side_effect=RuntimeError("illegal access"))):
         message = run_stage(train_lift, *tiny(tmp_path), "--cache_dir", cache).message
     assert message == "error: illegal access"
 
@@ -747,7 +748,7 @@ def test_bins_are_means_over_the_images_whose_timestep_is_in_them(trainer):
     run = trainer("--batch_size", 12)
     batch = run.draw(*next(run.batches.epoch(0)))
     with torch.no_grad():
-        losses = diffusion_loss(run.model, "dual", run.scheduler, batch)
+        losses = run.objective.losses(run.model.denoise, batch)
     run_steps(run, 1)
     row, curves = run.row()
     expected = {}
