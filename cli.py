@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import MODEL_CLASSES, checkpoint_of_run
-from data import BACKGROUND, RESIZE_FILTERS, ImageSet, load_images, split_holdout
+from data import BACKGROUND, RESIZE_FILTER, RESIZE_FILTERS, ImageSet, load_images, split_holdout
 from images.reading import parse_colour
 from images.sources import is_here, is_hub_id
 from runtime.device import PRECISIONS
@@ -162,7 +162,7 @@ class TrainingDataSettings(DataSettings):
     group = "data"
     dataset: str = option("huggan/AFHQv2", "hub id, folder, or synthetic", recorded=True)
     resolution: int = option(64, "side of the fine image", parse=positive_int, recorded=True)
-    resize_filter: str = option("bilinear", choices=tuple(RESIZE_FILTERS), recorded=True)
+    resize_filter: str = option(RESIZE_FILTER, choices=tuple(RESIZE_FILTERS), recorded=True)
     background: str = option(
         BACKGROUND,
         "colour under transparent parts, by name or as #rrggbb",
@@ -171,9 +171,25 @@ class TrainingDataSettings(DataSettings):
         recorded=True,
         absent=BACKGROUND,
     )
+    pad: str | None = option(
+        None,
+        "in place of a resize pad images evenly to --resolution, with a colour (black); an odd rest goes to the right "
+        "and the bottom (off)",
+        parse=colour,
+        metavar="COLOUR",
+        nargs="?",
+        const="black",
+        recorded=True,
+        absent=None,
+    )
     holdout: int | None = option(
         None, "images kept out of training, evenly over the set (none)", parse=positive_int, metavar="N", recorded=True
     )
+
+    def check(self) -> None:
+        super().check()
+        if self.pad is not None and self.resize_filter != RESIZE_FILTER:
+            raise ValueError("--pad resizes nothing; leave it or --resize_filter out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,6 +300,7 @@ def _load_image_parts(settings: DataSettings, defaults: dict, inherited: dict) -
         skip_bad_images=settings.skip_bad_images or defaults["skip_bad_images"],
         num_workers=settings.num_workers,
         background=defaults.get("background", BACKGROUND),
+        pad=defaults.get("pad"),
     )
     holdout = settings.holdout or inherited.get("holdout")
     return (images, None) if holdout is None else split_holdout(images, holdout)

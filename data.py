@@ -21,7 +21,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from images.own import IMAGE_TEXT, png_info
-from images.reading import UnreadableImageError, WrongSizeError, parse_colour, read_image, reads_as_ever
+from images.reading import (
+    TooLargeError,
+    UnreadableImageError,
+    WrongSizeError,
+    parse_colour,
+    read_image,
+    reads_as_ever,
+)
 from images.sources import Classes, Source, open_source
 from images.synthetic import synthetic_images
 from runtime.progress import Progress
@@ -34,6 +41,7 @@ RESIZE_FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "box": Image.Resampling.BOX,
 }
+RESIZE_FILTER = "bilinear"
 DECODE_CHUNK = 512
 SYNTHETIC_DEFAULT_IMAGES = 4096
 # Figures that generate_with_path_30.py of earlier versions drew into the folder of its images.
@@ -97,14 +105,37 @@ def fit(image: Image.Image, resolution: int, resample: Image.Resampling) -> Imag
     return image.crop((left, top, left + resolution, top + resolution))
 
 
+def padded(image: Image.Image, resolution: int, colour: tuple[int, int, int]) -> Image.Image:
+    """An image of mode L or RGB in the middle of a square of one colour; an odd rest goes to the right and the bottom.
+
+    Grey remains grey if the colour is grey as well, or none of it shows. Raises TooLargeError for a side beyond the
+    resolution.
+    """
+    if max(image.size) > resolution:
+        raise TooLargeError(f"is {image.width}x{image.height} and does not fit into {resolution}x{resolution}")
+    if image.size == (resolution, resolution):
+        return image
+    is_grey = image.mode == "L" and len(set(colour)) == 1
+    square = Image.new("L" if is_grey else "RGB", (resolution, resolution), colour[0] if is_grey else colour)
+    square.paste(image, tuple((resolution - side) // 2 for side in image.size))
+    return square
+
+
 def _decode(
-    content: bytes, resolution: int, resize_filter: str | None, background: tuple[int, int, int]
+    content: bytes,
+    resolution: int,
+    resize_filter: str | None,
+    background: tuple[int, int, int],
+    pad: tuple[int, int, int] | None,
 ) -> tuple[np.ndarray, bool]:
     """An image of the training set, uint8 `[3, R, R]`, and if it is grey."""
-    image = read_image(content, (resolution, resolution) if resize_filter is None else None, background)
+    must_fit = resize_filter is None and pad is None
+    image = read_image(content, (resolution, resolution) if must_fit else None, background)
+    if pad is not None:
+        image = padded(image, resolution, pad)
     grey = image.mode == "L"
     image = image.convert("RGB")
-    if resize_filter is not None:
+    if resize_filter is not None and pad is None:
         image = fit(image, resolution, RESIZE_FILTERS[resize_filter])
     return np.asarray(image).transpose(2, 0, 1), grey
 
@@ -115,6 +146,7 @@ def _decode_all(
     resolution: int,
     resize_filter: str | None,
     background: tuple[int, int, int],
+    pad: tuple[int, int, int] | None,
     skip_bad_images: bool,
     num_workers: int,
 ) -> np.ndarray:
@@ -122,11 +154,13 @@ def _decode_all(
 
     def attempt(i: int) -> tuple[np.ndarray, bool] | Exception:
         try:
-            return _decode(source.read(i), resolution, resize_filter, background)
+            return _decode(source.read(i), resolution, resize_filter, background, pad)
         except (UnreadableImageError, WrongSizeError) as error:
             # A new one, because the frames of what was raised hold the image.
             return type(error)(str(error))
 
+    # What keeps its size is a reference, of which no image is to be missing because it is too large.
+    may_skip = (UnreadableImageError,) if resize_filter is None else (UnreadableImageError, TooLargeError)
     pixels = np.empty((count, 3, resolution, resolution), np.uint8)
     kept, all_grey = 0, True
     with ThreadPoolExecutor(max(1, num_workers)) as pool, Progress(total=count, desc="decoding", unit="img") as bar:
@@ -137,20 +171,21 @@ def _decode_all(
                     pixels[kept], grey = result
                     all_grey &= grey
                     kept += 1
-                elif isinstance(result, WrongSizeError):
-                    raise ValueError(
-                        f"{source.describe(i)} {result}; name a folder of images of that size, which generate_with_"
-                        "path_30.py writes, or pass it as --dataset, which resizes."
-                    )
-                elif skip_bad_images:
+                elif skip_bad_images and isinstance(result, may_skip):
                     tqdm.write(printable(f"skipped {source.describe(i)}: {result}"))
                 else:
-                    raise ValueError(
-                        f"{source.describe(i)} cannot be read ({result}); repair or remove it, or pass "
-                        "--skip_bad_images."
-                    )
+                    raise ValueError(f"{source.describe(i)} {_refusal(result, resize_filter is not None)}")
             bar.update(len(chunk))
     return pixels[:kept, :1] if all_grey else pixels[:kept]
+
+
+def _refusal(error: UnreadableImageError | WrongSizeError, of_training: bool) -> str:
+    if isinstance(error, UnreadableImageError):
+        return f"cannot be read ({error}); repair or remove it, or pass --skip_bad_images."
+    if isinstance(error, TooLargeError) and of_training:
+        return f"{error}, to which --pad pads; leave --pad out or raise --resolution, or pass --skip_bad_images."
+    way_out = "remove the image" if isinstance(error, TooLargeError) else "pass it as --dataset, which resizes"
+    return f"{error}; name a folder of images of that size, which generate_with_path_30.py writes, or {way_out}."
 
 
 def _all_read_as_ever(source: Source, count: int, num_workers: int) -> bool:
@@ -205,10 +240,11 @@ def load_images(
     resolution: int = 64,
     cache_dir: str | os.PathLike = "cache",
     limit: int | None = None,
-    resize_filter: str | None = "bilinear",
+    resize_filter: str | None = RESIZE_FILTER,
     skip_bad_images: bool = False,
     num_workers: int = 4,
     background: str = BACKGROUND,
+    pad: str | None = None,
 ) -> ImageSet:
     """Load a data set at one resolution, decoding it once and keeping the pixels in `cache_dir`.
 
@@ -220,11 +256,13 @@ def load_images(
     resize_filter: one of RESIZE_FILTERS, or None for images that are to be of that size already, beside which
         SAMPLE_FIGURES may lie.
     background: the colour under what is transparent, by name or as #rrggbb.
+    pad: the colour to pad images with evenly to that size, in place of a resize.
     A set of grey images stays grey; everything else becomes RGB. Shorter side to `resolution`, then a centre crop.
 
-    Raises ValueError for a bad resolution, an unreadable image (unless skipped), one of another size where none is to
-    be resized, or fewer images than `limit`, FileNotFoundError for a missing folder, RuntimeError for a data set that
-    cannot be loaded, OSError if the cache cannot be written or the system has no more files to give.
+    Raises ValueError for a bad resolution, an unreadable image or one too large to be padded (unless skipped), one of
+    another size where none is to be resized, or fewer images than `limit`, FileNotFoundError for a missing folder,
+    RuntimeError for a data set that cannot be loaded, OSError if the cache cannot be written or the system has no more
+    files to give.
     """
     if resolution < 16 or resolution % 16:
         raise ValueError(f"--resolution {resolution} must be a positive multiple of 16, such as 32 or 64.")
@@ -232,6 +270,7 @@ def load_images(
         raise ValueError(f"--limit {limit} must be at least 1.")
     colour = parse_colour(background)
     synthetic = dataset == "synthetic"
+    pad_colour = None if pad is None or synthetic else parse_colour(pad)
     if synthetic:
         count = limit or SYNTHETIC_DEFAULT_IMAGES
         # Two images of each class, so that a change of the drawing code is not answered from the cache.
@@ -244,6 +283,8 @@ def load_images(
     label = f"{key}|{resolution}|{resize_filter}|{count}|{skip_bad_images}"
     if colour != parse_colour(BACKGROUND) and not synthetic:
         label += f"|{colour}"
+    if pad_colour is not None:
+        label += f"|pad {pad_colour}"
     # The colon before a config would part a file from its streams in some file systems.
     name = Path(dataset).name if Path(dataset).exists() else Path(dataset).name.replace(":", "-")
     # Names end at 255 bytes, of which suffixes and the name beside that is written first take up to 41.
@@ -263,11 +304,14 @@ def load_images(
             if synthetic:
                 pixels = _synthetic_pixels(count, resolution)
             else:
-                pixels = _decode_all(source, count, resolution, resize_filter, colour, skip_bad_images, num_workers)
+                pixels = _decode_all(
+                    source, count, resolution, resize_filter, colour, pad_colour, skip_bad_images, num_workers
+                )
             if len(pixels) == 0:
                 raise ValueError(f"Dataset '{dataset}' holds no readable image.")
             info = {"dataset": dataset, "fingerprint": fingerprint_array(pixels), "resolution": resolution}
-            info |= {"resize_filter": resize_filter} | ({} if synthetic else {"reading": READING})
+            info |= {"resize_filter": resize_filter} if pad_colour is None else {"pad": pad}
+            info |= {} if synthetic else {"reading": READING}
             _write_cache(pixels_file, pixels, info_file, info)
     classes = () if synthetic else source.classes(count)
     return ImageSet(np.load(pixels_file, mmap_mode="r"), dataset, info["fingerprint"], classes)

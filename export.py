@@ -45,7 +45,7 @@ from runtime.settings import REQUIRED, option, parse_settings
 STORED_SEED, STORED_IMAGES = 42, 8  # Whose noise goes with an export.
 # Other entries of a checkpoint's config may hold places on the machine that trained.
 TRAINING_KEYS = (
-    "limit", "holdout", "resize_filter", "background", "skip_bad_images", "flip", "data_fingerprint", "epochs",
+    "limit", "holdout", "resize_filter", "background", "pad", "skip_bad_images", "flip", "data_fingerprint", "epochs",
     "batch_size", "lr", "lr_schedule", "weight_decay", "grad_clip", "ema_decay", "ema_rampup_ratio", "t_pairs",
     "loss_weights", "min_snr_gamma", "timestep_weights", "t_law", "times", "seed", "precision", "epoch", "step",
     "weights",

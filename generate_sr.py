@@ -25,7 +25,7 @@ import torch
 import cli
 from checkpoint import load_model
 from cli import CheckpointSettings, CompileSettings, DataSettings, HardwareSettings
-from data import BACKGROUND, coarse, fingerprint_array, save_png, to_float, to_uint8
+from data import coarse, fingerprint_array, save_png, to_float, to_uint8
 from diffusion.sampler import compile_denoiser
 from diffusion.super_resolution import (
     Quality,
@@ -44,7 +44,7 @@ from evaluation.given_images import evaluation_images
 from evaluation.table_file import csv_line
 from figures.images import plot_super_resolution
 from figures.style import WEIGHTS_TITLES
-from image_folder import claim, claim_images, evenly, read_folder, write_settings
+from image_folder import as_in_training, claim, claim_images, evenly, read_folder, write_settings
 from paths.families import diagonal
 from paths.path import SPACINGS
 from paths.path import Path as SamplingPath
@@ -85,7 +85,9 @@ class SuperResolutionSettings(
 
     input: str | None = option(None, "folder of images of the coarse size, to enlarge")
     resize: bool = option(
-        False, "bring images of --input to the coarse size of the model: their shorter side, then the centre"
+        False,
+        "bring images of --input to the coarse size of the model: their shorter side, then the centre; of one trained "
+        "with --pad pad them",
     )
     on: str | None = option(None, "images to measure on (holdout)", choices=("holdout", "train"))
     num_images: int | None = option(None, "evenly over those there are (all)", parse=cli.positive_int, metavar="N")
@@ -167,15 +169,15 @@ class Upscaler:
 def enlarge(upscaler: Upscaler, source: Path, folder: Path) -> None:
     """A PNG of twice the size for every image of a folder, unless it is there already."""
     settings, config = upscaler.settings, upscaler.loaded.config
-    background = config.get("background", BACKGROUND)
-    resize_filter = config["resize_filter"] if settings.resize else None
-    images = read_folder(source, config["resolution"] // 2, config["channels"], background, resize_filter)
+    reading = as_in_training(config, settings.resize)
+    images = read_folder(source, config["resolution"] // 2, config["channels"], **reading)
     if folder.resolve() == source.resolve():
         raise ValueError(f"--output {folder} is the folder of the input, which would be overwritten; pass another.")
     if settings.num_images:
         names = list(images)
         images = {names[k]: images[names[k]] for k in evenly(settings.num_images, len(names), str(source))}
-    said = upscaler.said | {"of": "input", "consistent": not settings.no_consistency, "resize_filter": resize_filter}
+    said = upscaler.said | {"of": "input", "consistent": not settings.no_consistency}
+    said |= {name: reading[name] for name in ("resize_filter", "pad")}
     prints = {name: fingerprint_array(pixels.numpy()) for name, pixels in images.items()}
     missing = claim_images(folder, said, prints, settings.force, (METRICS_FILE, FIGURE_FILE))
 

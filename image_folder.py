@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from data import BACKGROUND, RESIZE_FILTERS, fit
+from data import BACKGROUND, RESIZE_FILTERS, fit, padded
 from images.own import WRITTEN_BY_LIFT, Origin, by_origin, start_of
 from images.reading import (
+    TooLargeError,
     UnreadableImageError,
     WrongSizeError,
     find_images,
@@ -25,19 +26,28 @@ from runtime.safe_write import replacing
 SETTINGS_FILE = "settings.json"
 
 
+def as_in_training(config: dict[str, Any], resize: bool) -> dict[str, str | None]:
+    """How `read_folder` is to read images for a model of this config, brought to its size as in training or not."""
+    pad = config.get("pad") if resize else None
+    resize_filter = config["resize_filter"] if resize and pad is None else None
+    return {"background": config.get("background", BACKGROUND), "resize_filter": resize_filter, "pad": pad}
+
+
 def read_folder(
     folder: Path,
     size: int,
     channels: int,
     background: str = BACKGROUND,
     resize_filter: str | None = None,  # one of RESIZE_FILTERS: fit images of another size, as those of the training
+    pad: str | None = None,  # a colour: pad smaller images instead
 ) -> dict[str, torch.Tensor]:
     """The images of a folder by name without suffix, in order, uint8 `[C, size, size]`; of its subfolders, none.
 
     Colour becomes grey and grey becomes colour where the model wants it, and what is transparent shows the background.
     Hidden files and files that are no images are left out, and so are figures that LIFT drew, beside anything else.
     Raises FileNotFoundError for a missing folder, ValueError for one without images, an image that is unreadable, of
-    more than 16 bits or of another size that is not to be changed, and for two whose names differ in the suffix alone.
+    more than 16 bits or of another size that is not to be changed or too large to be padded, and for two whose names
+    differ in the suffix alone.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"--input {folder} is not a folder; name one of {size}x{size} images.")
@@ -53,14 +63,18 @@ def read_folder(
             raise ValueError(f"{file} has the name of another image but for its suffix; rename it.")
         try:
             image = read_image(
-                read_bytes(file), None if resize_filter else (size, size), parse_colour(background)
-            ).convert("RGB" if channels == 3 else "L")
+                read_bytes(file), None if resize_filter or pad else (size, size), parse_colour(background)
+            )
+            if pad is not None:
+                image = padded(image, size, parse_colour(pad))
         except (UnreadableImageError, WrongSizeError) as error:
             is_size = isinstance(error, WrongSizeError)
+            others = "smaller ones are padded" if isinstance(error, TooLargeError) else "--resize brings others"
             raise ValueError(
                 f"{file} cannot be used ({f'it {error}' if is_size else error}); this model takes 8-bit images of "
-                f"{size}x{size} pixels{', to which --resize brings others' if is_size else ''}."
+                f"{size}x{size} pixels{f', to which {others}' if is_size else ''}."
             ) from error
+        image = image.convert("RGB" if channels == 3 else "L")
         pixels = np.array(fit(image, size, RESIZE_FILTERS[resize_filter]) if resize_filter else image)
         images[file.stem] = torch.from_numpy(pixels).view(size, size, channels).permute(2, 0, 1)
     report_left_out(folder, +left_out)

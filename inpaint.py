@@ -36,7 +36,7 @@ from PIL import Image
 import cli
 from checkpoint import LoadedModel, load_model
 from cli import CheckpointSettings, CompileSettings, DataSettings, HardwareSettings
-from data import BACKGROUND, coarse, fingerprint_array, fit, read_png, save_png, to_float, to_uint8
+from data import coarse, fingerprint_array, fit, padded, read_png, save_png, to_float, to_uint8
 from diffusion.sampler import (
     Denoiser,
     Images,
@@ -53,8 +53,8 @@ from diffusion.super_resolution import noise_seeds
 from evaluation.given_images import evaluation_images
 from figures.images import plot_samples
 from figures.style import WEIGHTS_TITLES
-from image_folder import claim_images, evenly, read_folder
-from images.reading import UnreadableImageError, WrongSizeError, read_bytes, read_mask
+from image_folder import as_in_training, claim_images, evenly, read_folder
+from images.reading import TooLargeError, UnreadableImageError, WrongSizeError, read_bytes, read_mask
 from images.representation import RESIDUAL, upsample_nearest
 from paths.path import Path as SamplingPath
 from planning.choice import OnePathSettings, SolverSettings, path_of_settings
@@ -93,7 +93,9 @@ class InpaintingSettings(
     )
     input: str | None = option(None, "folder of images of the fine size")
     resize: bool = option(
-        False, "bring images of --input and a mask in a file to the size of the model: shorter side, then the centre"
+        False,
+        "bring images of --input and a mask in a file to the size of the model: shorter side, then the centre; of one "
+        "trained with --pad pad them, with what is known",
     )
     on: str | None = option(None, "images of the data set (holdout if there are any)", choices=("holdout", "train"))
     num_images: int | None = option(
@@ -125,13 +127,14 @@ def parse_args() -> InpaintingSettings:
     return parse_settings(InpaintingSettings, __doc__)
 
 
-def load_mask(mask: str, scale: str | None, resolution: int, resize: bool = False) -> torch.Tensor:
+def load_mask(mask: str, scale: str | None, resolution: int, resize: bool = False, pad: bool = False) -> torch.Tensor:
     """What is known, bool `[n, n]`: a mask by name, for the fine or the coarse scale, or that of an image file.
 
     resize: bring a file to a scale as `fit` does images, by nearest neighbours. Without a scale that is the fine one,
-    unless the file has the size of the coarse one.
+    unless the file has the size of the coarse one. pad: do so as `padded` does images, whose margins are known.
 
-    Raises FileNotFoundError for neither, ValueError for a file that is no image, or of neither size if not resized.
+    Raises FileNotFoundError for neither, ValueError for a file that is no image, or of neither size if not resized, or
+    too large to be padded.
     """
     sizes = {"fine": resolution, "coarse": resolution // 2}
     if mask in MASKS:
@@ -141,15 +144,18 @@ def load_mask(mask: str, scale: str | None, resolution: int, resize: bool = Fals
     squares = tuple((size, size) for size in sizes.values())
     try:
         levels = read_mask(read_bytes(Path(mask)), None if resize else squares)
+        if resize and (scale is not None or levels.shape not in squares):
+            drawn, size = Image.fromarray(levels), sizes[scale or "fine"]
+            brought = padded(drawn, size, (255,) * 3) if pad else fit(drawn, size, Image.Resampling.NEAREST)
+            levels = np.asarray(brought)
     except (UnreadableImageError, WrongSizeError) as error:
         is_size = isinstance(error, WrongSizeError)
         fine, half = (f"{size}x{size}" for size in sizes.values())
+        others = "smaller ones are padded" if isinstance(error, TooLargeError) else "--resize brings others to it"
         raise ValueError(
             f"--mask {mask} cannot be used ({f'it {error}' if is_size else error}); this model takes an 8-bit image of "
-            f"{fine} pixels, or of {half} for the coarse scale{'; --resize brings others to it' if is_size else ''}."
+            f"{fine} pixels, or of {half} for the coarse scale{f'; {others}' if is_size else ''}."
         ) from error
-    if resize and (scale is not None or levels.shape not in squares):
-        levels = np.asarray(fit(Image.fromarray(levels), sizes[scale or "fine"], Image.Resampling.NEAREST))
     return torch.from_numpy(levels > 127)
 
 
@@ -297,9 +303,8 @@ def read_images(settings: InpaintingSettings, loaded: LoadedModel) -> dict[str, 
         pixels = evaluation_images(settings, loaded, settings.checkpoint, on, settings.num_images)
         few = evenly(settings.num_images or min(FIGURE_IMAGES, len(pixels)), len(pixels), "the data set")
         return {f"{k:04d}": image for k, image in enumerate(pixels[few])}
-    background = config.get("background", BACKGROUND)
-    resize_filter = config["resize_filter"] if settings.resize else None
-    images = read_folder(Path(settings.input), config["resolution"], config["channels"], background, resize_filter)
+    reading = as_in_training(config, settings.resize)
+    images = read_folder(Path(settings.input), config["resolution"], config["channels"], **reading)
     names = list(images)
     return {names[k]: images[names[k]] for k in evenly(settings.num_images or len(names), len(names), settings.input)}
 
@@ -327,7 +332,8 @@ def main() -> None:
     weights = loaded.weights
     path, kind = path_of_settings(settings, loaded)
     feed = coarse_feed(loaded.model, settings.coarse_from)
-    mask = load_mask(settings.mask, settings.mask_scale, config["resolution"], settings.resize)
+    pad = config.get("pad") is not None
+    mask = load_mask(settings.mask, settings.mask_scale, config["resolution"], settings.resize, pad)
     masks = scale_masks(mask, config["resolution"], loaded.model.num_scales, feed)
     if settings.free_fine and len(mask) == config["resolution"]:
         raise ValueError("--free_fine is for a mask of the coarse scale, and this one is of the fine; leave it out.")
@@ -345,7 +351,7 @@ def main() -> None:
         "weights_fingerprint": loaded.fingerprint,
         "path_fingerprint": path.fingerprint(),
         "mask_fingerprint": fingerprint_array(mask.numpy()),
-        "resize_filter": config["resize_filter"] if settings.resize else None,
+        **{name: as_in_training(config, settings.resize)[name] for name in ("resize_filter", "pad")},
         **settings.solver_said,
         "jump_length": settings.jump_length if jumps else None,
         "jump_repeats": settings.jump_repeats,

@@ -368,6 +368,7 @@ class Evaluation:
             self.settings.cache_dir,
             self.settings.num_workers,
             config.get("background", BACKGROUND),
+            config.get("pad"),
         )
 
     def _new_scorer(self, reference: ReferenceSet, training: ImageSet) -> Scorer:

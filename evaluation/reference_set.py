@@ -155,15 +155,18 @@ def load_reference(
     cache_dir: str | os.PathLike = "cache",
     num_workers: int = 4,
     background: str = BACKGROUND,
+    pad: str | None = None,
 ) -> ReferenceSet:
     """The reference at `place`: a folder of images, or a statistics file as pytorch-fid, EDM and LIFT write them.
 
     Args:
-        place: a folder of images of `resolution` x `resolution` pixels, which are not resized; or an `.npz` file that
-            holds `mu` [D] and `sigma` [D, D], and possibly the number of images `n`.
+        place: a folder of images of `resolution` x `resolution` pixels, which are not resized, or of smaller ones if
+            they are padded; or an `.npz` file that holds `mu` [D] and `sigma` [D, D], and possibly the number of
+            images `n`.
         channels: of the model's images, 1 for grey and 3 for colour, which those of a folder must have.
         cache_dir: folder of the decoded images.
         background: the colour under what is transparent in the images of a folder.
+        pad: the colour to pad smaller images of a folder with, as those of the training were, if any.
 
     Raises:
         FileNotFoundError: there is nothing at `place`.
@@ -178,7 +181,7 @@ def load_reference(
     if not Path(place).is_dir():
         raise FileNotFoundError(f"There is no reference {place}: pass a folder of images or an .npz statistics file.")
     images = load_images(
-        name, resolution, cache_dir, resize_filter=None, num_workers=num_workers, background=background
+        name, resolution, cache_dir, resize_filter=None, num_workers=num_workers, background=background, pad=pad
     )
     if images.channels != channels:
         kinds = {1: "grey", 3: "in colour"}

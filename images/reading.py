@@ -49,6 +49,10 @@ class WrongSizeError(ValueError):
     """An image is not of the size it is to have."""
 
 
+class TooLargeError(WrongSizeError):
+    """An image does not fit into the square that it is to be padded to."""
+
+
 @functools.cache
 def image_suffixes() -> frozenset[str]:
     """Suffixes of the formats that Pillow reads by itself, in lower case with their dot."""

@@ -112,7 +112,7 @@ def _training_section(config: dict[str, Any]) -> str:
         ("fingerprint of the images", "`{data_fingerprint}`", ("data_fingerprint",)),
     ]  # fmt: skip
     said = config | {
-        "made": "drawn by LIFT at" if config.get("dataset") == "synthetic" else "resized and cropped at the centre to",
+        "made": _made(config),
         "ema": _ema(config),
         "weighed": ", ".join(f"{weight:g}" for weight in config.get("loss_weights") or ()),
         "flip": "yes" if config.get("flip") else "no",
@@ -128,6 +128,12 @@ def _training_section(config: dict[str, Any]) -> str:
     if not lines:
         return "How these weights were trained is not recorded."
     return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _made(config: dict[str, Any]) -> str:
+    if config.get("dataset") == "synthetic":
+        return "drawn by LIFT at"
+    return f"padded with {config['pad']} to" if config.get("pad") else "resized and cropped at the centre to"
 
 
 def _ema(config: dict[str, Any]) -> str:

@@ -542,6 +542,12 @@ def test_the_card_says_how_the_model_was_trained(exported):
     assert "denoises images of 16×16 and 8×8 together, each with its own timestep." in prose
 
 
+def test_the_card_says_how_images_came_to_their_size(exported):
+    folder = exported("baseline", dataset="digits", pad="black")
+    assert "| images | `digits`, padded with black to 16×16 |" in (folder / "README.md").read_text()
+    assert json.loads((folder / "config.json").read_text())["pad"] == "black"
+
+
 def test_the_card_of_one_loss_says_no_weights_of_it(exported):
     text = (exported("baseline", loss_weights=[1.0]) / "README.md").read_text()
     assert "weights of the losses" not in text and "| batch size | 64 |" in text and "| seed | 42 |" in text
