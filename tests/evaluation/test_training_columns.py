@@ -28,7 +28,8 @@ def test_the_rows_of_the_tests_have_every_column():
 def test_every_setting_is_said():
     model = loaded(
         lr=1e-5, batch_size=10, weight_decay=0.5, grad_clip=2.0, ema_decay=0.0, seed=7, resolution=16, flip=True,
-        timestep_weights="sigma2", t_law="log_normal", times="real", lr_schedule="cosine", epochs=40, loss_weights=(1.0, 0.25), prediction_type="x0",
+        timestep_weights="sigma2", t_law="log_normal", times="real", lr_schedule="cosine", epochs=40,
+        loss_weights=(1.0, 0.25), prediction_type="x0",
         beta_schedule="linear", ema_rampup_ratio=0.25, t_pairs="follow:2", replan_every=7, replan_images=30,
         more={"run": "mine"},
     )  # fmt: skip
