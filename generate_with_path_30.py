@@ -140,10 +140,10 @@ def main() -> None:
             solver=settings.make_solver(),
         )
 
-    nfe = 0
+    calls = 0
     with autocast(device, settings.precision), Progress(total=len(missing), unit="img", desc=name) as bar:
         for chosen, samples in run(missing):
-            nfe = samples.nfe
+            calls += samples.nfe * len(chosen)
             check_finite(samples.images[0], [f"of seed {seed}" for seed in chosen])
             for seed, pixels in zip(chosen, to_uint8(samples.images[0]).cpu(), strict=True):
                 save_png(pixels, png_file(folder, seed))
@@ -156,7 +156,9 @@ def main() -> None:
             plot_trajectory(fine, coarse, path.points, folder / FIGURES / "trajectory.png")
     shown = [read_png(png_file(folder, seed)) for seed in seeds[:GRID_IMAGES]]
     save_image_grid(torch.stack(shown).numpy(), folder / FIGURES / "grid.png", columns=8)
-    made = f"{len(missing)} new with {nfe} network calls each" if missing else "all there already"
+    made = "all there already"
+    if missing:
+        made = f"{len(missing)} new with {round(calls / len(missing))} network calls each"
     print(f"{settings.num_images} images in {folder}: {made}; path {path.kind} {path.fingerprint()}")
 
 

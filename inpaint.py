@@ -48,7 +48,7 @@ from diffusion.sampler import (
     sample,
     scale_shapes,
 )
-from diffusion.solvers import Solver
+from diffusion.step import Solver
 from diffusion.super_resolution import noise_seeds
 from evaluation.given_images import evaluation_images
 from figures.images import plot_samples
@@ -365,7 +365,8 @@ def main() -> None:
     missing = claim_images(folder, said, prints, settings.force, (FIGURE_FILE,))
 
     batch_size = min(settings.batch_size, max(1, len(missing)))
-    calls = settings.make_solver().calls(path.nfe + settings.jump_length * sum(jumps.values()))
+    solver = settings.make_solver()
+    along, calls = (solver.calls(steps) for steps in (path.nfe, path.nfe + settings.jump_length * sum(jumps.values())))
     if missing and resolve_compile(device, settings.compile, len(missing) * calls):
         shapes = scale_shapes(loaded.model.num_scales, config["channels"], config["resolution"])
         denoise, note = compile_denoiser(denoise, shapes, batch_size, device, settings.precision)
@@ -378,7 +379,7 @@ def main() -> None:
             own_seeds = [noise_seeds(results[name][0][None], results[name][1])[0] for name in missing]
             batches = inpaint(
                 denoise, loaded.scheduler, path, to_float(pixels), masks, own_seeds, batch_size, device,
-                solver=settings.make_solver(), jump_length=settings.jump_length, jump_repeats=settings.jump_repeats,
+                solver=solver, jump_length=settings.jump_length, jump_repeats=settings.jump_repeats,
                 coarse_from=feed, free_fine=settings.free_fine,
             )  # fmt: skip
             for samples in batches:
@@ -388,11 +389,13 @@ def main() -> None:
                     start += 1
                 bar.update(len(samples.images[0]))
 
-    title = f"Inpainting along {path.kind}, {calls} network calls, epoch {config['epoch']}, "
-    draw_figure(images, mask, seeds, folder, title + WEIGHTS_TITLES[weights])
+    counted = f"{'at least ' * solver.adaptive}{calls} network calls"
+    title = f"Inpainting along {path.kind}, {counted}, epoch {config['epoch']}, {WEIGHTS_TITLES[weights]}"
+    draw_figure(images, mask, seeds, folder, title)
     made = "all there already"
     if missing:
-        made = f"{len(missing)} new with {nfe} network calls each, {path.nfe} of the path and {nfe - path.nfe} by jumps"
+        made = f"{len(missing)} new with {nfe} network calls each"
+        made += "" if solver.adaptive else f", {along} of the path and {nfe - along} by jumps"
     print(f"{len(results)} images in {folder}: {made}; path {path.kind} {path.fingerprint()}")
 
 

@@ -36,7 +36,8 @@ from diffusion.sampler import (
     sample,
     scale_shapes,
 )
-from diffusion.solvers import Ddim, Solver
+from diffusion.solvers import Ddim
+from diffusion.step import Solver
 from figures.images import image_grid, save_image_grid
 from figures.style import even_columns
 from image_folder import claim_images
@@ -201,12 +202,14 @@ def main() -> None:
     chunks = [inner[s : s + settings.batch_size - 2] for s in range(0, len(inner), settings.batch_size - 2)] or [[]]
     shapes = scale_shapes(loaded.model.num_scales, config["channels"], config["resolution"])
     with autocast(device, settings.precision), Progress(total=len(missing), unit="img", desc="interpolation") as bar:
+        nfe = 0
         for chunk in chunks if missing else []:
             rows = [0, settings.frames - 1, *chunk]
             samples = interpolate(
                 loaded.denoise, loaded.scheduler, path, settings.seeds, shares[rows], shapes, settings.at, device,
                 settings.end, feed, settings.make_solver(),
             )  # fmt: skip
+            nfe = samples.nfe
             check_finite(samples.images[0], [names[k] for k in rows])
             for k, pixels in zip(rows, to_uint8(samples.images[0]).cpu(), strict=True):
                 file = folder / f"{names[k]}.png"
@@ -221,7 +224,7 @@ def main() -> None:
         save_gif(frames, folder / GIF_FILE)
     elif missing:  # An animation of other frames would be left.
         (folder / GIF_FILE).unlink(missing_ok=True)
-    made = f"{len(missing)} new with {path.nfe} network calls each" if missing else "all there already"
+    made = f"{len(missing)} new with {nfe} network calls each" if missing else "all there already"
     print(f"{settings.frames} frames in {folder}: {made}; path {path.kind} {path.fingerprint()}")
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from diffusion.solvers import Ddim, Solver, Step
+from diffusion.solvers import Ddim
+from diffusion.step import Solver, Step
 from paths.path import Path
 from runtime.device import autocast, compile_or_not, compiling_failed
 from scheduler import CLEAN, DDIMScheduler, Denoiser
@@ -32,7 +33,7 @@ class Samples(NamedTuple):
     """What `sample` returns: one `[B, C, H, W]` tensor per scale, fine first, and the calls it took."""
 
     images: Images
-    nfe: int
+    nfe: int  # For each image; of an adaptive solver the mean over the images, rounded.
 
 
 def check_finite(images: torch.Tensor, names: Sequence[object]) -> None:
@@ -180,21 +181,23 @@ def sample(
     if coarse_from == "noisy":
         xs = (xs[0], *(_mean_like(xs[0], x) for x in xs[1:]))
     batch, device = len(xs[0]), xs[0].device
-    k = nfe = 0
+    k = seen = 0
     solver.start()
+    tables = functools.cache(lambda: scheduler.to(device))
 
-    def evaluate(xs: Images, point: tuple[int, ...]) -> Images:
-        nonlocal nfe
-        ts = tuple(torch.full((batch,), t, dtype=torch.long, device=device) for t in point)
+    def evaluate(xs: Images, point: tuple[int | torch.Tensor, ...]) -> Images:
+        nonlocal seen
+        count, is_real = len(xs[0]), isinstance(point[0], torch.Tensor)
+        ts = point if is_real else tuple(torch.full((count,), t, dtype=torch.long, device=device) for t in point)
         predictions = denoise(xs, ts)
-        nfe += 1
+        seen += count
         if len(predictions) != (path.num_scales if coarse_from is None else 1):
             raise ValueError(
                 f"The denoiser predicts {len(predictions)} of {path.num_scales} scales, which does not go with "
                 f"coarse_from = {coarse_from}."
             )
         predictions = tuple(prediction.to(x.dtype) for x, prediction in zip(xs, predictions, strict=False))
-        return scheduler.predict_clean(predictions, point, xs)
+        return (tables() if is_real else scheduler).predict_clean(predictions, point, xs)
 
     while True:
         if callback is not None and (moved := callback(k, xs)) is not None:
@@ -204,7 +207,7 @@ def sample(
                 solver.start()
             k, xs = moved
         if k == path.nfe:
-            return Samples(representation.finished(xs), nfe)
+            return Samples(representation.finished(xs), round(seen / batch))
         point, next_point = path.points[k], targets[k]
         moves = [t_next != t for t, t_next in zip(point, next_point, strict=True)]
         for t, t_next in itertools.compress(zip(point, next_point, strict=True), moves):

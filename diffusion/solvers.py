@@ -14,95 +14,25 @@ process is the same diffusion, dx̂/dσ̂ = ε, so that no solver knows which on
     euler_maruyama  the reverse stochastic equation (arXiv 2011.13456, eq. 6)
     pc              that, and a step of Langevin dynamics after it, two calls a step (arXiv 2011.13456, algorithm 1)
     langevin        Langevin dynamics at every point, and one denoising at the end (arXiv 1907.05600, algorithm 1)
+    ode             the probability-flow equation to a tolerance, in steps of its own (`adaptive`)
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from diffusion.adaptive import Ode
+from diffusion.step import Level, Solver, Step, exponential_step, level_of
 from images.representation import Images
-from scheduler import CLEAN, DDIMScheduler
+from scheduler import CLEAN
 
 VARIANCES = ("beta", "beta_tilde")
 LANGEVIN_ROUNDS = 5
 LONGEST_HEUN_FALL = 10  # Of σ̂ in a step of Heun's method.
 PC_SNR = 0.16  # Of the corrector of `pc` (arXiv 2011.13456, appendix G).
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a solver is given: xs at `point`, the clean images x0s seen there, and where to go.
-
-    x0s has the scales that the denoiser predicts, of which the solver returns the next images. `evaluate(xs, point)`
-    calls the denoiser once more, `draw()` gives standard normal noise like xs, scale by scale for those that move.
-    """
-
-    scheduler: DDIMScheduler
-    point: tuple[int, ...]
-    next_point: tuple[int, ...]
-    xs: Images
-    x0s: Images
-    evaluate: Callable[[Images, tuple[int, ...]], Images]
-    draw: Callable[[], Images]
-
-    def each(self, move: Callable[..., torch.Tensor], *more: Sequence) -> Images:
-        """`move(scale, x, x0, t, t_next, *more)` for the scales that move; the others keep their image."""
-        groups = zip(range(len(self.x0s)), self.xs, self.x0s, self.point, self.next_point, *more, strict=False)
-        return tuple(move(*group) if group[3] != group[4] else group[1] for group in groups)
-
-
-class Level(NamedTuple):
-    """alpha, sigma and half the log SNR of a timestep, as numbers."""
-
-    alpha: float
-    sigma: float
-    log_snr: float  # log(alpha / sigma), the λ of arXiv 2211.01095
-
-    @property
-    def ratio(self) -> float:
-        """sigma / alpha."""
-        return self.sigma / self.alpha if self.alpha else math.inf
-
-
-def level_of(scheduler: DDIMScheduler, t: int) -> Level:
-    """The level of a timestep, or of CLEAN."""
-    if t == CLEAN:
-        return Level(1.0, 0.0, math.inf)
-    alpha, sigma = scheduler.alphas[t].item(), scheduler.sigmas[t].item()
-    if not alpha or not sigma:
-        return Level(alpha, sigma, math.inf if alpha else -math.inf)
-    return Level(alpha, sigma, math.log(alpha) - math.log(sigma))
-
-
-def exponential_step(x: torch.Tensor, x0: torch.Tensor, now: Level, after: Level) -> torch.Tensor:
-    """x at the next level if its clean image were x0 on all the way: Euler's step (arXiv 2211.01095, eq. 9)."""
-    if not after.sigma:
-        return x0
-    keep = after.sigma / now.sigma
-    return keep * x + (after.alpha - now.alpha * keep) * x0
-
-
-class Solver:
-    """Euler's method and what all solvers share. One object serves one walk; `start` begins another."""
-
-    name = "ddim"
-    draws = False  # Whether it needs noise on the way.
-    calls_between = False  # Whether it calls the network more than once a step.
-
-    def start(self) -> None:
-        """Forget the walk before."""
-
-    def calls(self, num_steps: int, end: str = "clean") -> int:
-        """Network calls of a walk of so many steps that lands on the clean image, or with `end="t0"` on timestep 0."""
-        return num_steps
-
-    def step(self, step: Step) -> Images:
-        """The images at the next point."""
-        raise NotImplementedError
 
 
 class Ddim(Solver):
@@ -409,11 +339,12 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "euler_maruyama": EulerMaruyama,
     "pc": PredictorCorrector,
     "langevin": Langevin,
+    "ode": Ode,
 }
 
 
 def make_solver(name: str, **options) -> Solver:
-    """A solver by its name; options: `eta` of ddim, `variance` of ancestral, `rounds` and `rate` of langevin."""
+    """A solver by its name, with the options of its class: eta, variance, rounds and rate, tolerance and max_calls."""
     if name not in SOLVERS:
         raise ValueError(f"Unknown solver '{name}'; choose one of {', '.join(SOLVERS)}.")
     return SOLVERS[name](**options)

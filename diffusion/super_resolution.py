@@ -20,7 +20,7 @@ from PIL import Image
 import data
 from data import fingerprint_array, to_float, to_uint8
 from diffusion.sampler import IMAGES_PER_SEED, Denoiser, Images, SeededNoise, check_finite, image_seeds, sample
-from diffusion.solvers import Solver
+from diffusion.step import Solver
 from images.representation import upsample_nearest
 from paths.path import Path
 from scheduler import DDIMScheduler

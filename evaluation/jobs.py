@@ -32,6 +32,7 @@ from checkpoint import (
 )
 from cli import CompileSettings
 from data import BACKGROUND, ImageSet
+from diffusion.adaptive import MOST_CALLS
 from diffusion.sampler import COARSE_FEEDS, Denoiser, coarse_feed, compile_denoiser, image_seeds, scale_shapes
 from evaluation.inception import NUM_FEATURES, RESIZES, Inception, load_inception
 from evaluation.reference_set import ReferenceSet, from_images, load_reference
@@ -41,7 +42,14 @@ from evaluation.training_columns import describe_training
 from paths.optimal import check_steps
 from paths.path import Path as SamplingPath
 from paths.schedule_file import load_schedule
-from planning.choice import SeveralPathsSettings, WalkSettings, check_followed, choose_path, why_not
+from planning.choice import (
+    SeveralPathsSettings,
+    WalkSettings,
+    check_followed,
+    choose_path,
+    solver_problem,
+    why_not,
+)
 from planning.heatmap import MissingMapSettings, compute_missing, heatmap_file
 from planning.path_types import parse_path_type
 from planning.regimes import default_regime, off_regime_note
@@ -93,6 +101,14 @@ class EvaluationSettings(MetricSettings, MissingMapSettings, SeveralPathsSetting
     weights: tuple[str, ...] = option(
         ("raw",), choices=("raw", "ema"), nargs="+", shortcuts={"--ema": (("ema",), "score the EMA weights alone")}
     )
+    num_calls: tuple[int, ...] | None = option(
+        None,
+        "network calls, in place of --num_steps: the most steps that do with so many; of ode the most for an image "
+        f"({MOST_CALLS})",
+        parse=cli.positive_int,
+        metavar="N",
+        nargs="+",
+    )
     seeds: tuple[int, ...] = option(
         (42,), parse=cli.seed, nargs="+", shortcuts={"--multi-seed": (PUBLISHED_SEEDS, "seeds 42 to 46")}
     )
@@ -111,6 +127,8 @@ class EvaluationSettings(MetricSettings, MissingMapSettings, SeveralPathsSetting
             raise ValueError("--run, --checkpoint and --checkpoint_dir exclude each other; name one of them")
         if self.checkpoint is not None and (self.model_type or self.epochs):
             raise ValueError("--model_type and --epochs choose from a folder; leave them out beside --checkpoint")
+        if self.num_calls is not None and self.solver == "ode" and len(self.num_calls) > 1:
+            raise ValueError("--num_calls is the limit of --solver ode, which has one; pass --tolerance to take fewer")
         if self.output is not None and (Path(self.output).is_dir() or not Path(self.output).suffix):
             self._derive(output=str(Path(self.output) / SCORES_FILE))
 
@@ -139,7 +157,8 @@ def find_jobs(settings: EvaluationSettings) -> list[Job]:
     jobs = []
     refused: dict[tuple[str, str], str] = {}
     for name, files in _found(settings):
-        reasons = {path_type: why_not(name, path_type) for path_type in settings.path_type}
+        problem = solver_problem(settings, name)
+        reasons = {path_type: why_not(name, path_type) or problem for path_type in settings.path_type}
         refused |= {(name, path_type): reason for path_type, reason in reasons.items() if reason}
         jobs += [
             Job(file, weights, path_type, feed, num_steps, seed, output)
@@ -159,6 +178,7 @@ def find_jobs(settings: EvaluationSettings) -> list[Job]:
         if not MODEL_CLASSES[name].one_clock or path_type not in followed:
             print(f"note: left out: {reason}", file=sys.stderr)
     for job in jobs:
+        settings.check_calls(job.num_steps)
         if job.path_type.startswith("dp"):
             check_steps(settings.grid, job.num_steps, settings.max_jump)
     return list(dict.fromkeys(jobs))
@@ -249,16 +269,17 @@ class Evaluation:
         is_training_set = loaded.config.get("data_fingerprint") in (None, scorer.training.fingerprint)
         trained = describe_training(loaded, len(scorer.training) if is_training_set else None)
         if chosen.solver == "ddim":  # As rows of earlier versions have it.
-            solver = "" if (chosen.eta, chosen.end) == (0.0, "clean") else f"-eta{chosen.eta!r}-{chosen.end}"
+            walk = "" if (chosen.eta, chosen.end) == (0.0, "clean") else f"-eta{chosen.eta!r}-{chosen.end}"
         else:
-            solver = f"-{chosen.solver_label.replace(' ', '-')}"
+            walk = f"-{chosen.solver_label.replace(' ', '-')}"
         # Images depend on where the network's coarse image comes from as they do on the solver.
-        solver += f"-{job.coarse_from}" if job.coarse_from else ""
+        walk += f"-{job.coarse_from}" if job.coarse_from else ""
+        solver = chosen.make_solver()
         key = {
             "checkpoint_fingerprint": loaded.fingerprint,
             "weights": loaded.weights,
-            "path_fingerprint": path.fingerprint() + solver,
-            "nfe": chosen.make_solver().calls(path.nfe, chosen.end),
+            "path_fingerprint": path.fingerprint() + walk,
+            "nfe": None if solver.adaptive else solver.calls(path.nfe, chosen.end),
             "seed": job.seed,
             "num_images": scorer.num_images,
             "reference_fingerprint": scorer.reference.fingerprint,
@@ -285,7 +306,7 @@ class Evaluation:
             self.processes,
             chosen.batch_size,
             chosen.precision,
-            chosen.make_solver(),
+            solver,
             chosen.end,
             scorer.inception if any_features else None,
             denoise,

@@ -252,10 +252,10 @@ def check_table(file: str | os.PathLike) -> None:
 def has_row(file: str | os.PathLike, key: Mapping[str, Any]) -> bool:
     """Whether `file` holds a row that agrees with `key` in every field of RESULT_KEY and in what else it names.
 
-    What a row of an earlier version does not say disagrees with nothing. Raises KeyError when `key` lacks a field of
-    RESULT_KEY or names an unknown one, and ValueError when the file has another header.
+    What a row of an earlier version does not say disagrees with nothing, and neither does None. Raises KeyError when
+    `key` lacks a field of RESULT_KEY or names an unknown one, and ValueError when the file has another header.
     """
-    wanted = {field: str(key[field]) for field in {*RESULT_KEY, *key}}
+    wanted = {field: str(key[field]) for field in {*RESULT_KEY, *key} if key[field] is not None}
     return any(all(row[field] in (text, "", UNKNOWN) for field, text in wanted.items()) for row in read_rows(file))
 
 

@@ -15,7 +15,7 @@ import torch
 from checkpoint import LoadedModel
 from data import ImageSet, distinct_images, to_uint8
 from diffusion.sampler import Denoiser, coarse_feed, sample_seeds, scale_shapes
-from diffusion.solvers import Solver
+from diffusion.step import Solver
 from evaluation.feature_metrics import (
     MANIFOLD_K,
     MIN_EXTRAPOLATED_FEATURES,
@@ -47,7 +47,7 @@ class Generated(NamedTuple):
 
     pixels: torch.Tensor  # uint8 [N, C, R, R], on the CPU, rounded as in a PNG
     features: Features | None  # of those pixels, if asked for
-    nfe: int  # network calls that each image took
+    nfe: int  # network calls that each image took, of an adaptive solver in the mean
 
 
 def generate(
@@ -77,14 +77,14 @@ def generate(
         denoise or loaded.denoise, loaded.scheduler, path, [seeds[k] for k in mine], shapes,
         batch_size, device, end=end, coarse_from=coarse_feed(loaded.model, coarse_from), solver=solver,
     )  # fmt: skip
-    pixels, features, nfe, broken = [torch.empty(0, *shapes[0], dtype=torch.uint8)], [], 0, None
+    pixels, features, calls, broken = [torch.empty(0, *shapes[0], dtype=torch.uint8)], [], 0, None
     with (
         autocast(device, precision),
         _Beside(device, device.type == "cuda" if overlap is None else overlap) as beside,
         Progress(total=len(mine), unit="img", leave=False, disable=not processes.is_main) as bar,
     ):
         for chosen, samples in sampled:
-            nfe, fine = samples.nfe, samples.images[0]
+            calls, fine = calls + samples.nfe * len(chosen), samples.images[0]
             finite = fine.isfinite().flatten(1).all(1)  # [B]
             rounded = to_uint8(fine)  # [B, C, R, R]
             if inception is not None:
@@ -101,7 +101,7 @@ def generate(
             f"The {loaded.weights} weights of epoch {loaded.config['epoch']} make {culprit} NaN or infinite along path "
             f"{path.kind} of {path.nfe} steps; use another checkpoint, or --precision fp32."
         )
-    parts = processes.gather((mine, torch.cat(pixels), _join(features), nfe))
+    parts = processes.gather((mine, torch.cat(pixels), _join(features), calls))
     if parts is None:
         return None
     order = torch.tensor([k for part in parts for k in part[0]]).argsort()
@@ -109,7 +109,7 @@ def generate(
     return Generated(
         torch.cat([part[1] for part in parts])[order],
         Features(*(values[order] for values in _join(known))) if known else None,
-        max(part[3] for part in parts),
+        round(sum(part[3] for part in parts) / len(seeds)),
     )
 
 

@@ -9,8 +9,10 @@ import numpy as np
 
 import cli
 from checkpoint import MODEL_CLASSES, LoadedModel
+from diffusion.adaptive import MOST_CALLS, TOLERANCE
 from diffusion.sampler import COARSE_FEEDS, ENDS, coarse_feed
-from diffusion.solvers import LANGEVIN_ROUNDS, SOLVERS, VARIANCES, Solver, make_solver
+from diffusion.solvers import LANGEVIN_ROUNDS, SOLVERS, VARIANCES, make_solver
+from diffusion.step import Solver
 from paths.families import cascade, diagonal, heuristic, lead, log_snr_shift
 from paths.path import SPACINGS, Path
 from paths.schedule_file import load_schedule
@@ -58,7 +60,8 @@ class SolverSettings(Settings):
     usual_eta: ClassVar[float] = 0.0
     solver: str = option(
         "ddim",
-        "how a step is taken; heun, pc and langevin call the network more than once a step",
+        "how a step is taken; heun, pc, langevin and ode call the network more than once a step, ode as often as its "
+        "--tolerance asks for, also with --num_steps 1",
         choices=tuple(SOLVERS),
     )
     eta: float | None = option(
@@ -68,10 +71,14 @@ class SolverSettings(Settings):
     langevin_rounds: int | None = option(
         None, f"of langevin: steps at every point ({LANGEVIN_ROUNDS})", parse=cli.positive_int, metavar="M"
     )
+    tolerance: float | None = option(
+        None, f"of ode: relative and absolute error of its steps ({TOLERANCE:g})", parse=cli.positive_float
+    )
 
     def check(self) -> None:
         super().check()
-        for name, solver in (("eta", "ddim"), ("variance", "ancestral"), ("langevin_rounds", "langevin")):
+        owners = {"eta": "ddim", "variance": "ancestral", "langevin_rounds": "langevin", "tolerance": "ode"}
+        for name, solver in owners.items():
             if getattr(self, name) is not None and self.solver != solver:
                 raise ValueError(f"--{name} belongs to --solver {solver}, not to {self.solver}; leave it out.")
         if self.solver == "ddim" and self.eta is None:
@@ -84,6 +91,7 @@ class SolverSettings(Settings):
             "ddim": {"eta": self.eta},
             "ancestral": {"variance": self.variance or VARIANCES[0]},
             "langevin": {"rounds": self.langevin_rounds or LANGEVIN_ROUNDS},
+            "ode": {"tolerance": self.tolerance or TOLERANCE},
         }.get(self.solver, {})
 
     def make_solver(self) -> Solver:
@@ -107,11 +115,49 @@ class SolverSettings(Settings):
         return {"eta": self.eta} | ({} if self.solver == "ddim" else {"solver": self.solver_words})
 
 
+def _several(calls: int | tuple[int, ...]) -> tuple[int, ...]:
+    return calls if isinstance(calls, tuple) else (calls,)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WalkSettings(SolverSettings, EndSettings):
     """How a step of a path is taken, and where the last one lands."""
 
     group = "path"
+
+    num_calls: int | None = option(
+        None,
+        "network calls, in place of --num_steps: the most steps that do with so many; of ode the most for an image "
+        f"({MOST_CALLS})",
+        parse=cli.positive_int,
+        metavar="N",
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.num_calls is None or self.solver == "ode":
+            return
+        fitting = [self.make_solver().steps(calls, self.end) for calls in _several(self.num_calls)]
+        several = isinstance(self.num_calls, tuple)
+        self._derive(num_steps=tuple(dict.fromkeys(fitting)) if several else fitting[0])
+
+    @property
+    def most_calls(self) -> int | None:
+        """The most network calls there may be; None for as many as the steps take."""
+        return None if self.num_calls is None else max(_several(self.num_calls))
+
+    def make_solver(self) -> Solver:
+        limit = {"max_calls": self.most_calls or MOST_CALLS} if self.solver == "ode" else {}
+        return make_solver(self.solver, **self.solver_options, **limit)
+
+    def check_calls(self, num_steps: int) -> None:
+        """Raise ValueError if a walk of so many steps takes more calls than there may be."""
+        calls = self.make_solver().calls(num_steps, self.end)
+        if self.most_calls is not None and calls > self.most_calls:
+            raise ValueError(
+                f"--solver {self.solver} takes {calls} network calls or more for {num_steps} steps, and --num_calls "
+                f"allows {self.most_calls}; raise it, or take fewer steps."
+            )
 
     @property
     def solver_label(self) -> str:
@@ -137,7 +183,7 @@ class StepSettings(PathSettings):
     """What decides a path of one number of steps, other than its type."""
 
     group = "path"
-    num_steps: int = option(18, "steps, each one network call by DDIM", parse=cli.positive_int)
+    num_steps: int = option(18, "steps, each one network call by ddim", parse=cli.positive_int)
 
 
 _TYPES = f"{', '.join(PATH_TYPES)}; {'; '.join(f'{name}:{words}' for name, words in PATH_FAMILIES.items())}"
@@ -164,7 +210,7 @@ class SeveralPathsSettings(PathSettings):
     group = "path"
     path_type: tuple[str, ...] = option(("diagonal",), _TYPES, parse=path_type, metavar="TYPE", nargs="+")
     num_steps: tuple[int, ...] = option(
-        (18,), "steps, each one network call by DDIM", parse=cli.positive_int, nargs="+"
+        (18,), "steps, each one network call by ddim", parse=cli.positive_int, nargs="+"
     )
 
 
@@ -197,15 +243,32 @@ def why_not(model_type: str, path_type: str) -> str:
     return ""
 
 
+def solver_problem(settings: SolverSettings, model_type: str) -> str:
+    """Why a type of model cannot be sampled by the solver of settings, as a sentence, or an empty text."""
+    model = MODEL_CLASSES[model_type]
+    if model.num_predictions == model.num_scales or not settings.make_solver().calls_between:
+        return ""
+    others = ", ".join(name for name in SOLVERS if not make_solver(name).calls_between)
+    return (
+        f"--solver {settings.solver} calls the network between points, where a '{model_type}' model has no coarse "
+        f"image to read; choose one of {others}."
+    )
+
+
 def path_of_settings(settings: OnePathSettings, loaded: LoadedModel) -> tuple[Path, str]:
     """The path that settings name, and what to call it in the name of a file.
 
-    Prints a warning if it leads far from what the model was trained on. Raises what `choose_path` raises.
+    Prints a warning if it leads far from what the model was trained on. Raises ValueError for a solver that the model
+    cannot be sampled by, or that takes more calls than there may be, and what `choose_path` raises.
     """
     config = loaded.config
+    if isinstance(settings, SolverSettings) and (problem := solver_problem(settings, config["model_type"])):
+        raise ValueError(problem)
     file = find_map(loaded.file, config, config["epoch"], loaded.weights)
     path_type = settings.path_type if settings.schedule is None else f"schedule:{settings.schedule}"
     path = choose_path(settings, path_type, settings.num_steps, loaded, settings.heatmap or file)
+    if isinstance(settings, WalkSettings):
+        settings.check_calls(path.nfe)
     note = off_regime_note(path, config, loaded.scheduler, coarse_feed(loaded.model, settings.coarse_from))
     if note:
         print(f"warning: {note}", file=sys.stderr)

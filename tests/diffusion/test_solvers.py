@@ -10,7 +10,8 @@ from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler, UniPCM
 from scipy.integrate import solve_ivp
 
 from diffusion.sampler import SeededNoise, sample, sample_seeds
-from diffusion.solvers import SOLVERS, Ancestral, Langevin, Step, level_of, make_solver
+from diffusion.solvers import SOLVERS, Ancestral, Langevin, make_solver
+from diffusion.step import Step, level_of
 from paths.path import Path
 from scheduler import CLEAN, DDIMScheduler
 

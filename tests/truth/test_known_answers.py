@@ -13,7 +13,8 @@ import torch
 from scipy.integrate import quad
 
 from diffusion.sampler import sample
-from diffusion.solvers import PC_SNR, Ancestral, Langevin, Step, level_of, make_solver
+from diffusion.solvers import PC_SNR, Ancestral, Langevin, make_solver
+from diffusion.step import Step, level_of
 from paths.families import diagonal
 from paths.path import Path
 from scheduler import CLEAN, PREDICTION_TYPES, PROCESSES, DDIMScheduler

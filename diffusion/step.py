@@ -1,0 +1,95 @@
+"""What a step of a path is, and what a solver of steps does."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from images.representation import Images
+from scheduler import CLEAN, DDIMScheduler
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a solver is given: xs at `point`, the clean images x0s seen there, and where to go.
+
+    x0s has the scales that the denoiser predicts, of which the solver returns the next images. `evaluate(xs, point)`
+    calls the denoiser once more, also for some of the images, and at real times, float64 `[B]` by scale. `draw()` gives
+    standard normal noise like xs, scale by scale for those that move.
+    """
+
+    scheduler: DDIMScheduler
+    point: tuple[int, ...]
+    next_point: tuple[int, ...]
+    xs: Images
+    x0s: Images
+    evaluate: Callable[[Images, tuple[int | torch.Tensor, ...]], Images]
+    draw: Callable[[], Images]
+
+    def each(self, move: Callable[..., torch.Tensor], *more: Sequence) -> Images:
+        """`move(scale, x, x0, t, t_next, *more)` for the scales that move; the others keep their image."""
+        groups = zip(range(len(self.x0s)), self.xs, self.x0s, self.point, self.next_point, *more, strict=False)
+        return tuple(move(*group) if group[3] != group[4] else group[1] for group in groups)
+
+
+class Level(NamedTuple):
+    """alpha, sigma and half the log SNR of a timestep, as numbers."""
+
+    alpha: float
+    sigma: float
+    log_snr: float  # log(alpha / sigma), the λ of arXiv 2211.01095
+
+    @property
+    def ratio(self) -> float:
+        """sigma / alpha."""
+        return self.sigma / self.alpha if self.alpha else math.inf
+
+
+def level_of(scheduler: DDIMScheduler, t: int) -> Level:
+    """The level of a timestep, or of CLEAN."""
+    if t == CLEAN:
+        return Level(1.0, 0.0, math.inf)
+    alpha, sigma = scheduler.alphas[t].item(), scheduler.sigmas[t].item()
+    if not alpha or not sigma:
+        return Level(alpha, sigma, math.inf if alpha else -math.inf)
+    return Level(alpha, sigma, math.log(alpha) - math.log(sigma))
+
+
+def exponential_step(x: torch.Tensor, x0: torch.Tensor, now: Level, after: Level) -> torch.Tensor:
+    """x at the next level if its clean image were x0 on all the way: Euler's step (arXiv 2211.01095, eq. 9)."""
+    if not after.sigma:
+        return x0
+    keep = after.sigma / now.sigma
+    return keep * x + (after.alpha - now.alpha * keep) * x0
+
+
+class Solver:
+    """Euler's method and what all solvers share. One object serves one walk; `start` begins another."""
+
+    name = "ddim"
+    draws = False  # Whether it needs noise on the way.
+    calls_between = False  # Whether it calls the network more than once a step.
+    adaptive = False  # Whether the number of calls depends on the images.
+
+    def start(self) -> None:
+        """Forget the walk before."""
+
+    def calls(self, num_steps: int, end: str = "clean") -> int:
+        """Network calls of a walk of so many steps that lands on the clean image, or with `end="t0"` on timestep 0."""
+        return num_steps
+
+    def steps(self, calls: int, end: str = "clean") -> int:
+        """The most steps that a walk of at most so many calls takes; raises ValueError if there is none."""
+        least, more = self.calls(1, end), self.calls(2, end)
+        if calls < least:
+            raise ValueError(
+                f"--solver {self.name} needs {least} network calls or more, and --num_calls allows {calls}; raise it, "
+                "or choose another --solver."
+            )
+        return 1 + (calls - least) // (more - least)
+
+    def step(self, step: Step) -> Images:
+        """The images at the next point."""
+        raise NotImplementedError
