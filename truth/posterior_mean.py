@@ -4,6 +4,8 @@ A subclass of `PosteriorMean` computes E[x_64 | both noisy images], `[S, C, H, W
 of it, in either representation.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -25,10 +27,12 @@ class PosteriorMean(nn.Module):
         self._is_residual = is_residual(representation)
         self.representation = REPRESENTATIONS[representation]
         self.prediction_type = scheduler.prediction_type
-        # A table of abar would lose 1 - abar if the module is cast to float32; log SNR does not.
-        self.register_buffer("log_snr", scheduler.log_snr.clone())
         self._scheduler = scheduler.to("cpu")
-        whole = scheduler.curves(scheduler.inside(torch.arange(len(scheduler.log_snr))).double())
+        times = torch.arange(len(scheduler.log_snr)).double()
+        # Without noise, as in flow at timestep 0, there is no velocity to compute.
+        whole = scheduler.curves(times.clamp(min=scheduler.inside(times)[0]))
+        # A table of abar would lose 1 - abar if the module is cast to float32; log SNR does not.
+        self.register_buffer("log_snr", torch.where(scheduler.alphas_cumprod == 0, -math.inf, scheduler.log_snr))
         # sqrt(alpha^2 + sigma^2), by which this process is larger than the variance-preserving one of the same SNR.
         self.register_buffer("size", torch.hypot(whole.alpha, whole.sigma))
         self.register_buffer("slopes", torch.stack(whole[2:], 1))  # [T, 2]
