@@ -76,7 +76,8 @@ FACTOR=${FACTOR:-B}                    # chain-rule factor of the dp paths
 NORMALISATION=${NORMALISATION:-published} # of their errors: published, per_dim, sum
 KL_WEIGHT=${KL_WEIGHT:-1}              # of the kl paths: 0 is KL, 1 weighs log SNR evenly
 SPACING=${SPACING:-uniform_t}          # of the diagonal; published: 990, 935, ..., 55, 0
-ETA=${ETA:-0}
+SOLVER=${SOLVER:-ddim}                 # how a step is taken: ddim, dpmpp_2m, unipc, heun, ...
+ETA=${ETA:-0}                          # of ddim
 END=${END:-clean}                      # where the last step lands; published: t0
 SEEDS=${SEEDS:-42}
 METRICS=${METRICS:-fid}                # of fid, fid_infinity, kid, is, pr, swd, nn; such as "fid swd"
@@ -112,7 +113,8 @@ training_flags+=(--seed "$SEED" --output_dir "$CHECKPOINT_DIR" --log_dir "$LOG_D
 [[ -z $LIMIT ]] || training_flags+=(--limit "$LIMIT")
 criterion_flags=(--max_jump "$MAX_JUMP" --factor "$FACTOR" --normalisation "$NORMALISATION" --kl_weight "$KL_WEIGHT")
 path_flags=(--num_steps "$NUM_STEPS" "${criterion_flags[@]}")
-solver_flags=(--spacing "$SPACING" --eta "$ETA" --end "$END")
+solver_flags=(--spacing "$SPACING" --solver "$SOLVER" --end "$END")
+[[ $SOLVER != ddim ]] || solver_flags+=(--eta "$ETA")
 sampling_flags=("${path_flags[@]}" "${solver_flags[@]}")
 
 # Epochs that have a LIFT checkpoint, ascending.
