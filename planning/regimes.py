@@ -299,6 +299,17 @@ class TimestepPairs:
             self._cumulative = _cumulative(self._by_leader.sum(0).flatten())
         self.same = name == "same"  # Whether both clocks are always equal.
 
+    @property
+    def leads(self) -> torch.Tensor:
+        """Which timesteps of the fine and of the coarse clock lead in pairs that are drawn: bool `[2, T]`."""
+        leads = torch.ones(2, len(self._log_snr), dtype=torch.bool, device=self._log_snr.device)
+        if self._places is not None:
+            leads = torch.zeros_like(leads)
+            leads[0, self._places[0]] = True
+        elif self._by_leader is not None:
+            leads = torch.stack([self._by_leader[0].sum(1), self._by_leader[1].sum(0)]) > 0
+        return leads
+
     def at(self, progress: float) -> "TimestepPairs":
         """The draws when this share of the run, 0 to 1, is over."""
         moved = copy.copy(self)

@@ -60,8 +60,8 @@ class Denoising:
         self._loss_weights = config.get("loss_weights", [1.0] * len(LOSS_NAMES))
         self._weight = prediction_weight(config, scheduler)
         self._real = config.get("times", "whole") == "real"
-        law, device = config.get("t_law", UNIFORM), scheduler.log_snr.device
-        self._importance = Importance(scheduler.num_train_timesteps, device) if law == IMPORTANCE else None
+        law = config.get("t_law", UNIFORM)
+        self._importance = Importance(self.pairs.leads) if law == IMPORTANCE else None
         self._densities = None if law in (UNIFORM, IMPORTANCE) else densities(law, scheduler).expand(2, -1)
 
     def draw(

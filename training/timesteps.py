@@ -113,11 +113,14 @@ def prediction_weight(config: dict, scheduler: DDIMScheduler) -> Callable[[torch
 class Importance:
     """Running means of squared losses by timestep, for each clock, and the law that follows from them.
 
-    `state` is what a run that goes on from here has to know. Nothing here waits for a device.
+    leads: bool `[2, T]`, which timesteps of each clock the law can make likelier (`TimestepPairs.leads`); only they
+    are waited for. `state` is what a run that goes on from here has to know. Nothing here waits for a device.
     """
 
-    def __init__(self, num_train_timesteps: int, device: torch.device):
-        self._bins = torch.arange(num_train_timesteps, device=device) * BINS // num_train_timesteps  # [T]
+    def __init__(self, leads: torch.Tensor):
+        count, device = leads.shape[1], leads.device
+        self._leads = leads
+        self._bins = torch.arange(count, device=device) * BINS // count  # [T]
         self.state = {
             "squares": torch.zeros(2, BINS, dtype=torch.float64, device=device),
             "seen": torch.zeros(2, BINS, dtype=torch.float64, device=device),
@@ -125,9 +128,10 @@ class Importance:
 
     def densities(self) -> torch.Tensor:
         """As of the function of that name, for both clocks, `[2, T]`; uniform until there is enough to go by."""
-        roots = self.state["squares"].sqrt()[:, self._bins]  # [2, T]
-        roots = roots / roots.mean(1, keepdim=True)
-        known = (self.state["seen"].amin() >= FEWEST) & roots.isfinite().all()
+        roots = self.state["squares"].sqrt()[:, self._bins] * self._leads  # [2, T]
+        roots = torch.where(self._leads, roots / roots.sum(1, keepdim=True) * self._leads.sum(1, keepdim=True), 1.0)
+        enough = (self.state["seen"] >= FEWEST)[:, self._bins] | ~self._leads
+        known = enough.all() & roots.isfinite().all()
         return torch.where(known, UNIFORM_SHARE + (1 - UNIFORM_SHARE) * roots, 1.0)
 
     def observe(
