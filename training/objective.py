@@ -63,6 +63,11 @@ class Denoising:
         law = config.get("t_law", UNIFORM)
         self._importance = Importance(self.pairs.leads) if law == IMPORTANCE else None
         self._densities = None if law in (UNIFORM, IMPORTANCE) else densities(law, scheduler).expand(2, -1)
+        if self._densities is not None and not self._densities[self.pairs.leads].sum() > 1e-6:
+            raise ValueError(
+                f"--t_law {law} draws no pair of --t_pairs {config['t_pairs']}, which leads by other timesteps; choose "
+                "another mean or a larger deviation."
+            )
 
     def draw(
         self,
