@@ -289,6 +289,7 @@ class TimestepPairs:
         self._regime = None if config["t_pairs"] is None else parse_regime(config["t_pairs"])
         self._progress = 1.0
         self._places = self._before = self._by_leader = self._cumulative = None
+        self._rows: tuple[torch.Tensor, torch.Tensor] | None = None  # Made when a law first asks for them.
         name = "independent" if self._regime is None else self._regime.name
         if self._regime is not None and self._regime.around is not None:
             self._places = _places(self._regime, config, self._log_snr)
@@ -380,10 +381,19 @@ class TimestepPairs:
                 return both[0], both[0], relative[0]
             # A model of one scale is not shown the coarse clock.
             return *both, relative[0] if self._regime is None else relative.prod(0)
-        led = self._by_leader[0] * densities[0][:, None] + self._by_leader[1] * densities[1]  # [T, T]
-        index = torch.searchsorted(_cumulative(led.flatten()), uniform[0], right=True)
-        relative = (led / led.sum()).flatten()[index] / self._by_leader.sum(0).flatten()[index]
-        return index // count, index % count, relative
+        if self._rows is None:
+            rows = torch.stack([self._by_leader[0], self._by_leader[1].T])  # [2, T, T]; row: the leading clock
+            self._rows = rows.sum(2), rows.cumsum(2)
+        shares, sums = self._rows
+        weights = shares * densities  # [2, T]
+        index = torch.searchsorted(_cumulative(weights.flatten()), uniform[0], right=True)
+        row = sums.flatten(0, 1)[index]  # [B, T]
+        other = torch.searchsorted(row, uniform[1, :, None] * row[:, -1:], right=True)[:, 0].clamp(max=count - 1)
+        leader, first = index // count, index % count
+        t_64, t_32 = torch.where(leader == 0, first, other), torch.where(leader == 0, other, first)
+        by_leader = self._by_leader[:, t_64, t_32]  # [2, B]
+        likelier = by_leader[0] * densities[0][t_64] + by_leader[1] * densities[1][t_32]
+        return t_64, t_32, likelier / by_leader.sum(0) / weights.sum()
 
 
 def _cumulative(weights: torch.Tensor) -> torch.Tensor:

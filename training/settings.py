@@ -210,6 +210,11 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
             if "timestep_weights" not in self._derived:
                 raise ValueError("--min_snr_gamma and --timestep_weights exclude each other; leave one of them out.")
             self._derive(timestep_weights="published")
+        if self.timestep_weights == "edm" and self.prediction_type in ("epsilon", "score"):
+            raise ValueError(
+                f"--timestep_weights edm weighs errors of the clean image, of which a prediction of "
+                f"{self.prediction_type} says nothing at low SNR; use --prediction_type v, velocity or x0."
+            )
         if law_name(self.t_law) != self.t_law:
             self._derive(t_law=law_name(self.t_law))
         if self.loss_weights == "auto":

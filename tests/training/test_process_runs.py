@@ -14,7 +14,7 @@ from planning.presets import PRESETS
 from training.run_log import read_metrics
 from training.settings import TrainingSettings
 
-FAMILIES = ("ddpm", "sub_vp", "ve", "flow")
+FAMILIES = ("ddpm", "ncsn", "vp", "sub_vp", "ve", "flow")
 
 
 def settings(**values):
@@ -82,3 +82,10 @@ def test_a_baseline_learns(stage, tiny, tmp_path, family):
     stage(train_baseline, *tiny(tmp_path), *flags)
     losses = [row["loss_64"] for row in read_metrics(next(tmp_path.rglob("metrics.jsonl")))]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+@pytest.mark.parametrize("given", [{"preset": "ddpm"}, {"prediction_type": "score", "process": "ve"}])
+def test_weights_of_clean_errors_are_refused_for_predictions_of_noise(given):
+    with pytest.raises(ValueError, match="edm weighs errors of the clean image"):
+        settings(**given, timestep_weights="edm")
+    assert settings(preset="flow", timestep_weights="edm").timestep_weights == "edm"
