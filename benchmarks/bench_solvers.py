@@ -29,6 +29,10 @@ from runtime.settings import option, parse_settings
 from scheduler import DDIMScheduler
 
 
+# Networks that have not been trained ask for small steps.
+OPTIONS = {"ode": {"tolerance": 1.0}}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SolverBenchmarkSettings(HardwareSettings):
     """The network, and how often it is walked."""
@@ -64,7 +68,7 @@ def main() -> None:
         before = len(calls)
         made = sample_seeds(
             timed, scheduler, path, range(settings.batch_size), shapes, settings.batch_size, device,
-            solver=make_solver(name),
+            solver=make_solver(name, **OPTIONS.get(name, {})),
         )  # fmt: skip
         seconds, _ = seconds_of(lambda: list(made), device)
         return (seconds - sum(calls[before:])) / (len(calls) - before)

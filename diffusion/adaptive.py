@@ -18,7 +18,7 @@ from scheduler import CLEAN, Curves
 
 METHOD = "RK45"  # Dormand and Prince's pair, as in arXiv 2011.13456, appendix D.4.
 CALLS_PER_STEP = 6
-TOLERANCE, MOST_CALLS = 1e-5, 1000
+TOLERANCE, MOST_CALLS = 1e-4, 1000
 # Slopes of rows [n] of the equations at their own times s [n] and states [n, D]: [n, D].
 Slopes = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
