@@ -28,7 +28,6 @@ from runtime.device import autocast, memory_format, select_device
 from runtime.settings import option, parse_settings
 from scheduler import DDIMScheduler
 
-
 # Networks that have not been trained ask for small steps.
 OPTIONS = {"ode": {"tolerance": 1.0}}
 

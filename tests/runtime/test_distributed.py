@@ -92,6 +92,17 @@ def test_the_first_step_of_two_processes_is_that_of_one_to_rounding(ranks, flags
         assert read_log(tmp_path)[0][name] == pytest.approx(read_log(straight())[0][name], rel=1e-6)
 
 
+def test_two_processes_learn_from_all_losses_of_a_step(ranks, flags, tmp_path, straight):
+    flags = [*flags, "--t_law", "importance"]
+    for process in ranks(2, flags):
+        process.join(120)
+        assert process.exitcode == 0
+    folders = tmp_path, straight("--t_law", "importance")
+    found, one = (read_checkpoint(folder / LAST)["objective_state"] for folder in folders)
+    assert torch.equal(found["seen"], one["seen"]) and one["seen"].sum(1).tolist() == [48, 48]
+    torch.testing.assert_close(found["squares"], one["squares"], rtol=1e-3, atol=1e-6)
+
+
 def test_torchrun_starts_it(flags, tmp_path, straight):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_lift.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
