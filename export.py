@@ -127,7 +127,7 @@ def standalone_files(settings: ExportSettings, loaded: LoadedModel) -> tuple[Sam
     """The path that the exported script follows, and its files by name."""
     config, model = loaded.config, loaded.model
     if settings.path_type is None:
-        tied = config["model_type"] == "dual" and loaded.scheduler.representation.image_lead > 0
+        tied = loaded.model.has_two_clocks() and loaded.scheduler.representation.image_lead > 0
         settings = settings.but(path_type="image_diagonal" if tied else "diagonal")
     path, _ = path_of_settings(settings, loaded)
     with tempfile.TemporaryDirectory() as folder:

@@ -122,7 +122,7 @@ class Upscaler:
     def __init__(self, settings: SuperResolutionSettings):
         self.settings, self.device = settings, select_device(settings.device)
         self.loaded = load_model(settings.checkpoint, settings.ema, self.device)
-        if self.loaded.config["model_type"] != "dual":
+        if not self.loaded.model.has_two_clocks():
             raise ValueError(
                 f"{settings.checkpoint} is a '{self.loaded.config['model_type']}' model; super-resolution needs one "
                 "with two clocks (train_lift.py), which can be told that the coarse image is clean."

@@ -201,6 +201,11 @@ class ScaleModel(nn.Module, PretrainedMixin):
     one_clock = False
     description: str
 
+    @classmethod
+    def has_two_clocks(cls) -> bool:
+        """Whether it predicts two scales, each at a timestep of its own."""
+        return cls.num_predictions > 1 and not cls.one_clock
+
     def inputs(self, xs: Images, ts: Images) -> Images:
         """What `forward` takes, of one noisy image and one `[B]` timestep tensor per scale, fine first."""
         raise NotImplementedError

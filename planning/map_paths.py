@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from checkpoint import MODEL_CLASSES
 from images.representation import REPRESENTATIONS, Overcomplete
 from paths.families import log_snr_shift
 from paths.map_interpolation import interpolate_map, nearest_in_row
@@ -29,6 +30,11 @@ def path_errors(
     if path_type == "dp_64":
         error_32 = torch.zeros_like(error_32)
     return error_64.numpy(), error_32.numpy(), heatmap["log_snr_grid"].numpy()
+
+
+def _has_one_scale(heatmap: dict) -> bool:
+    # Older files do not say: they are of two.
+    return MODEL_CLASSES[heatmap.get("model_type", "dual")].num_scales == 1
 
 
 def representation_of(heatmap: dict) -> Overcomplete:
@@ -108,7 +114,7 @@ class KLProblem(NamedTuple):
         """The problem of the mean maps of a heatmap. Raises ValueError for one without those of all its scales."""
         if "mse_64" not in heatmap:
             raise ValueError("This heatmap holds no denoising errors; compute it again with --maps all.")
-        if "mse_32" not in heatmap and heatmap.get("model_type") == "baseline":
+        if "mse_32" not in heatmap and _has_one_scale(heatmap):
             mse_64 = heatmap[path_mses(heatmap)[0]].numpy()
             return cls(mse_64, np.zeros_like(mse_64), heatmap["snr_grid"].numpy(), weight, bands=False)
         if "mse_32" not in heatmap:
@@ -189,7 +195,7 @@ def kl_refined(
     ValueError for a heatmap without denoising errors, one of a single scale but for the diagonal, a start that is not
     on the map, and for what `kl_path` and `refine_path` refuse.
     """
-    if heatmap.get("model_type") == "baseline" and not diagonal:
+    if _has_one_scale(heatmap) and not diagonal:
         raise ValueError("This heatmap is of a model of one scale, whose points lie on the diagonal; use kl_diagonal.")
     t_grid = kl_lines(heatmap, log_snr, start, end, max(num_lines, 2 * num_steps))
     ahead = representation_of(heatmap).image_lead if diagonal else 0.0

@@ -57,8 +57,7 @@ def preset_values(preset: str, model_type: str, representation: str) -> dict[str
     """
     values = PRESETS[preset]
     model = MODEL_CLASSES[model_type]
-    two_clocks = model.num_predictions > 1 and not model.one_clock
-    pairs = values["t_pairs"][representation] if two_clocks else None
+    pairs = values["t_pairs"][representation] if model.has_two_clocks() else None
     weights = values["loss_weights"] if model.num_predictions > 1 else (1.0,)
     return values | {"loss_weights": weights, "t_pairs": pairs}
 

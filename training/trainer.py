@@ -414,7 +414,7 @@ class Trainer:
 
         model = (self.model if self.ema is None else self.ema).eval()
         path = diagonal(GRID_STEPS, "uniform_t", num_scales=model.num_scales)
-        if self.scheduler.representation.image_lead and self.model_type == "dual":
+        if self.scheduler.representation.image_lead and model.has_two_clocks():
             log_snr = self.scheduler.log_snr.cpu().numpy()
             path = log_snr_shift(path, self.scheduler.representation.image_lead, log_snr)
         shapes = scale_shapes(model.num_scales, self.config["channels"], self.config["resolution"])
