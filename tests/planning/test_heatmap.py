@@ -57,7 +57,9 @@ def test_what_was_seen_is_asked_for_where_it_is_not_all_and_told_where_it_is_cro
 ):
     config = {"model_type": "dual", "t_pairs": regime, "t_pairs_points": None, "channels": 1, "weights": "raw"}
     config |= {"epoch": 1, "beta_schedule": "cosine_clipped"}
-    loaded = LoadedModel(SimpleNamespace(num_scales=2), SCHEDULER, config, "f" * 16, tmp_path / "model.pth")
+    loaded = LoadedModel(
+        SimpleNamespace(num_scales=2, one_clock=False), SCHEDULER, config, "f" * 16, tmp_path / "model.pth"
+    )
     images, given = ImageSet(PIXELS, "noise", fingerprint_array(PIXELS)), []
     monkeypatch.setattr(planning.heatmap, "load_model", lambda *_: loaded)
     monkeypatch.setattr("cli.load_training_images", lambda *_: images)
@@ -84,7 +86,9 @@ def test_what_was_seen_is_asked_for_where_it_is_not_all_and_told_where_it_is_cro
 def test_a_map_replaces_no_checkpoint(monkeypatch, tmp_path):
     config = {"model_type": "dual", "t_pairs": "independent", "channels": 1, "weights": "raw", "epoch": 1}
     config |= {"beta_schedule": "cosine_clipped"}
-    loaded = LoadedModel(SimpleNamespace(num_scales=2), SCHEDULER, config, "f" * 16, tmp_path / "model.pth")
+    loaded = LoadedModel(
+        SimpleNamespace(num_scales=2, one_clock=False), SCHEDULER, config, "f" * 16, tmp_path / "model.pth"
+    )
     images = ImageSet(PIXELS, "noise", fingerprint_array(PIXELS))
     monkeypatch.setattr(planning.heatmap, "load_model", lambda *_: loaded)
     monkeypatch.setattr("cli.load_training_images", lambda *_: images)
