@@ -18,7 +18,8 @@ from scheduler import CLEAN, Curves
 
 METHOD = "RK45"  # Dormand and Prince's pair, as in arXiv 2011.13456, appendix D.4.
 CALLS_PER_STEP = 6
-TOLERANCE, MOST_CALLS = 1e-4, 1000
+TOLERANCE, LEAST_TOLERANCE, MOST_CALLS = 1e-4, 1e-12, 1000
+MOST_THREADS = 256
 # Slopes of rows [n] of the equations at their own times s [n] and states [n, D]: [n, D].
 Slopes = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
@@ -28,14 +29,21 @@ class _Ended(Exception):
 
 
 def solve_each(slopes: Slopes, states: np.ndarray, tolerance: float) -> np.ndarray:
-    """Every row of states `[N, D]` at s = 1 if it is there at s = 0: float64 `[N, D]`, of relative and absolute error
-    `tolerance` a step.
+    """Every row of states `[N, D]` at s = 1 if it is there at s = 0: float64 `[N, D]`.
 
-    `slopes` is called in this thread alone, for all rows that wait for it at a time. Raises ValueError if a row needs
-    steps that are too small for float64, and what `slopes` raises.
+    tolerance: the relative and absolute error of a step. `slopes` is called in this thread alone, for all rows that
+    wait for it at a time, of MOST_THREADS. Raises ValueError for slopes that are not finite, and what `slopes` raises.
     """
+    parts = []
+    for first in range(0, len(states), MOST_THREADS):
+        rows = np.arange(first, min(first + MOST_THREADS, len(states)))
+        parts.append(_solve_together(slopes, states, rows, tolerance))
+    return np.concatenate(parts)
+
+
+def _solve_together(slopes: Slopes, states: np.ndarray, rows: np.ndarray, tolerance: float) -> np.ndarray:
     asked: queue.SimpleQueue = queue.SimpleQueue()
-    answers = [queue.SimpleQueue() for _ in states]
+    answers = {row: queue.SimpleQueue() for row in rows.tolist()}
 
     def solve(row: int) -> None:
         def slope(s: float, state: np.ndarray) -> np.ndarray:
@@ -46,37 +54,40 @@ def solve_each(slopes: Slopes, states: np.ndarray, tolerance: float) -> np.ndarr
 
         try:
             found = solve_ivp(slope, (0.0, 1.0), states[row], method=METHOD, rtol=tolerance, atol=tolerance)
-            asked.put((row, None, found))
+            asked.put((row, None, found.y[:, -1]))
         except BaseException as error:  # Whoever waits for this row must hear of it.
             asked.put((row, None, error))
 
-    solved = states.astype(np.float64)
-    running, waiting = len(states), {}
-    with ThreadPoolExecutor(max(1, len(states))) as pool:
-        for row in range(len(states)):
-            pool.submit(solve, row)
+    solved, waiting = {}, {}
+    with ThreadPoolExecutor(len(answers)) as pool:
         try:
-            while running:
+            for row in answers:
+                pool.submit(solve, row)
+            while len(solved) < len(answers):
                 row, s, value = asked.get()
-                if s is None:
-                    if isinstance(value, BaseException):
-                        raise value
-                    if not value.success:
-                        raise ValueError(f"The ode solver gives up on an image ({value.message}); raise --tolerance.")
-                    solved[row] = value.y[:, -1]
-                    running -= 1
-                else:
+                if s is not None:
                     waiting[row] = s, value
-                if waiting and len(waiting) == running:
-                    rows = sorted(waiting)
-                    times, values = (np.stack(each) for each in zip(*(waiting[row] for row in rows), strict=True))
-                    for row, answer in zip(rows, slopes(np.array(rows), times, values), strict=True):
+                elif isinstance(value, BaseException):
+                    raise value
+                else:
+                    solved[row] = value
+                if waiting and len(waiting) + len(solved) == len(answers):
+                    asking = sorted(waiting)
+                    times, values = (np.stack(each) for each in zip(*(waiting[row] for row in asking), strict=True))
+                    found = slopes(np.array(asking), times, values)
+                    if not np.isfinite(found).all():  # SciPy would look for smaller steps without end.
+                        raise ValueError(
+                            "The network makes an image NaN or infinite on its way; use another checkpoint, or "
+                            "--precision fp32."
+                        )
+                    for row, answer in zip(asking, found, strict=True):
                         answers[row].put(answer)
                     waiting = {}
         finally:
-            for answer in answers:
+            # Threads that still wait would never end, and neither would this.
+            for answer in answers.values():
                 answer.put(None)
-    return solved
+    return np.stack([solved[row] for row in answers])
 
 
 class Ode(Solver):
@@ -84,12 +95,15 @@ class Ode(Solver):
 
     That is the probability-flow equation (arXiv 2011.13456, eq. 13). Steps between points are its own, and so are the
     times of each image. The last step ends at timestep 0, or in flow half a timestep before, where a last call gives
-    the clean image. Raises ValueError for an image that needs more than `max_calls` calls on its walk.
+    the clean image. Raises ValueError for a tolerance that float64 cannot meet, and for an image that needs more than
+    `max_calls` calls on its walk, or of a walk with jumps between two of them.
     """
 
     name, calls_between, adaptive = "ode", True, True
 
     def __init__(self, tolerance: float = TOLERANCE, max_calls: int = MOST_CALLS):
+        if not tolerance >= LEAST_TOLERANCE:
+            raise ValueError(f"--tolerance {tolerance:g} is too small; choose {LEAST_TOLERANCE:g} or more.")
         self.tolerance, self.max_calls = tolerance, max_calls
 
     def start(self) -> None:
@@ -97,7 +111,7 @@ class Ode(Solver):
 
     def calls(self, num_steps: int, end: str = "clean") -> int:
         """The fewest; how many there are depends on the images."""
-        return num_steps * (1 + CALLS_PER_STEP) + (end == "clean")
+        return num_steps * (2 + CALLS_PER_STEP) + (end == "clean")  # The walk's, one for a first length, and a step.
 
     def step(self, step: Step) -> Images:
         scheduler, count = step.scheduler, len(step.x0s)
@@ -149,5 +163,5 @@ class Ode(Solver):
         if self.spent.max() > self.max_calls:
             raise ValueError(
                 f"--solver ode needs more than {self.max_calls} network calls for an image at --tolerance "
-                f"{self.tolerance:g}; raise --tolerance, or the limit, --num_calls."
+                f"{self.tolerance:g}; raise --tolerance, or the limit where there is --num_calls."
             )

@@ -93,13 +93,14 @@ def coarse_feed(model: torch.nn.Module, coarse_from: str) -> str | None:
 def in_full_batches(denoise: Denoiser, batch_size: int) -> Denoiser:
     """A denoiser that calls `denoise` with `batch_size` contiguous images when it is called with that many or fewer.
 
-    Smaller batches are filled up with copies of their last image, whose predictions are dropped.
+    Smaller batches are filled up with copies of their last image, whose predictions are dropped. Timesteps become
+    float64, as real ones are.
     """
 
     def call(xs: Images, ts: Images) -> Images:
         count = len(xs[0])
         rows = torch.arange(batch_size, device=xs[0].device).clamp(max=count - 1) if count < batch_size else slice(None)
-        full = [tuple(tensor[rows].contiguous() for tensor in group) for group in (xs, ts)]
+        full = [tuple(x[rows].contiguous() for x in xs), tuple(t[rows].double() for t in ts)]
         return tuple(prediction[:count] for prediction in denoise(*full))
 
     return call
@@ -121,7 +122,7 @@ def compile_denoiser(
 
     def rehearse(compiled: Denoiser) -> None:
         xs = tuple(torch.zeros(batch_size, *shape, device=device) for shape in shapes)
-        ts = tuple(torch.zeros(batch_size, dtype=torch.long, device=device) for _ in shapes)
+        ts = tuple(torch.zeros(batch_size, dtype=torch.float64, device=device) for _ in shapes)
         with torch.no_grad(), autocast(device, precision):
             compiled(xs, ts)
 

@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from checkpoint import MODEL_CLASSES
+from diffusion.solvers import SOLVERS
 from evaluation.table_file import (
     Line,
     TableFormat,
@@ -263,7 +264,8 @@ def evaluations(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row per evaluation: of rows that agree in key and description, which are forced repetitions, the last one.
 
     What a row does not say of its training, as those of earlier versions, it says as another row of the same weights
-    does, if all of these say the same.
+    does, if all of these say the same. Of adaptive solvers, whose calls differ from seed to seed, rows that differ in
+    nothing else have the mean as theirs.
     """
     rows = list(rows)
     said: dict[tuple[str, str], set[str]] = {}
@@ -276,7 +278,18 @@ def evaluations(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         row | {field: row[field] or known.get((row["checkpoint_fingerprint"], field), "") for field in TRAINING_FIELDS}
         for row in rows
     ]
+    but_calls = [field for field in GROUP_FIELDS if field != "nfe"]
+    calls: dict[tuple[str, ...], list[int]] = {}
+    for row in filter(_is_adaptive, filled):
+        calls.setdefault(group_of(row, but_calls), []).append(int(row["nfe"]))
+    for row in filter(_is_adaptive, filled):
+        row["nfe"] = str(round(statistics.mean(calls[group_of(row, but_calls)])))
     return list({(group_of(row), str(row["seed"])): row for row in filled}.values())
+
+
+def _is_adaptive(row: Mapping[str, Any]) -> bool:
+    name = str(row["solver"]).partition(" ")[0]
+    return name in SOLVERS and SOLVERS[name].adaptive
 
 
 def group_of(row: Mapping[str, Any], group_by: Sequence[str] = GROUP_FIELDS) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """From settings to the path that a model samples along, and which model can follow which path."""
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -83,6 +84,7 @@ class SolverSettings(Settings):
                 raise ValueError(f"--{name} belongs to --solver {solver}, not to {self.solver}; leave it out.")
         if self.solver == "ddim" and self.eta is None:
             self._derive(eta=self.usual_eta)
+        self.make_solver()
 
     @property
     def solver_options(self) -> dict[str, Any]:
@@ -138,8 +140,11 @@ class WalkSettings(SolverSettings, EndSettings):
         if self.num_calls is None or self.solver == "ode":
             return
         fitting = [self.make_solver().steps(calls, self.end) for calls in _several(self.num_calls)]
-        several = isinstance(self.num_calls, tuple)
-        self._derive(num_steps=tuple(dict.fromkeys(fitting)) if several else fitting[0])
+        steps = tuple(dict.fromkeys(fitting)) if isinstance(self.num_calls, tuple) else fitting[0]
+        usual = next(field.default for field in dataclasses.fields(self) if field.name == "num_steps")
+        if self.num_steps not in (usual, steps):
+            raise ValueError("--num_steps and --num_calls exclude each other; leave one of them out.")
+        self._derive(num_steps=steps)
 
     @property
     def most_calls(self) -> int | None:
@@ -152,11 +157,13 @@ class WalkSettings(SolverSettings, EndSettings):
 
     def check_calls(self, num_steps: int) -> None:
         """Raise ValueError if a walk of so many steps takes more calls than there may be."""
-        calls = self.make_solver().calls(num_steps, self.end)
+        solver = self.make_solver()
+        calls = solver.calls(num_steps, self.end)
         if self.most_calls is not None and calls > self.most_calls:
+            fewer = ", such as --num_steps 1" if solver.adaptive and num_steps > 1 else ""
             raise ValueError(
-                f"--solver {self.solver} takes {calls} network calls or more for {num_steps} steps, and --num_calls "
-                f"allows {self.most_calls}; raise it, or take fewer steps."
+                f"--solver {self.solver} takes {calls} network calls or more for {num_steps} step(s), and --num_calls "
+                f"allows {self.most_calls}; raise it, or take fewer steps{fewer}."
             )
 
     @property

@@ -289,7 +289,7 @@ class TimestepPairs:
         self._regime = None if config["t_pairs"] is None else parse_regime(config["t_pairs"])
         self._progress = 1.0
         self._places = self._before = self._by_leader = self._cumulative = None
-        self._rows: tuple[torch.Tensor, torch.Tensor] | None = None  # Made when a law first asks for them.
+        self._rows: list[torch.Tensor] = []  # Made when a law first asks for them, for copies too.
         name = "independent" if self._regime is None else self._regime.name
         if self._regime is not None and self._regime.around is not None:
             self._places = _places(self._regime, config, self._log_snr)
@@ -381,9 +381,9 @@ class TimestepPairs:
                 return both[0], both[0], relative[0]
             # A model of one scale is not shown the coarse clock.
             return *both, relative[0] if self._regime is None else relative.prod(0)
-        if self._rows is None:
+        if not self._rows:
             rows = torch.stack([self._by_leader[0], self._by_leader[1].T])  # [2, T, T]; row: the leading clock
-            self._rows = rows.sum(2), rows.cumsum(2)
+            self._rows += [rows.sum(2), rows.cumsum(2)]
         shares, sums = self._rows
         weights = shares * densities  # [2, T]
         index = torch.searchsorted(_cumulative(weights.flatten()), uniform[0], right=True)

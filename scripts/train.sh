@@ -21,7 +21,8 @@ setup_environment requirements.txt
 launcher=(python)
 if [[ $GPUS_PER_JOB -gt 1 ]]; then
     # With --standalone the system chooses a free port, so that two of these run beside each other.
-    launcher+=(-m torch.distributed.run --standalone "--nproc_per_node=$GPUS_PER_JOB")
+    # Behind -- it leaves --run to the script.
+    launcher+=(-m torch.distributed.run --standalone "--nproc_per_node=$GPUS_PER_JOB" --)
     # Otherwise torchrun fails on the Ctrl-C of a terminal, however well its processes end.
     export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGHUP,SIGQUIT
 fi

@@ -17,10 +17,11 @@ from checkpoint import load_model
 from conftest import HARDWARE, run_stage
 from diffusion.sampler import SeededNoise, sample, sample_seeds, scale_shapes
 from diffusion.solvers import make_solver
-from evaluation.results_table import read_rows
+from evaluation.results_table import aggregate, read_rows
 from paths.families import diagonal
 from paths.path import Path
 
+USUAL = ["--num_steps", 18]
 SAMPLING = ["--path_type", "diagonal", "--num_steps", 4, "--num_images", 2, *HARDWARE]
 
 
@@ -31,15 +32,15 @@ SAMPLING = ["--path_type", "diagonal", "--num_steps", 4, "--num_images", 2, *HAR
         (["dpmpp_2m"], 4, {"name": "dpmpp_2m"}),
         (["ancestral", "--variance", "beta_tilde"], 4, {"name": "ancestral", "variance": "beta_tilde"}),
         (["langevin", "--langevin_rounds", 2], 9, {"name": "langevin", "rounds": 2}),
-        # As many steps as fit the calls, where --num_steps would be four.
-        (["dpmpp_2m", "--num_calls", 3], 3, {"name": "dpmpp_2m"}),
-        (["heun", "--num_calls", 12], 11, {"name": "heun"}),
-        (["heun", "--num_calls", 12, "--end", "t0"], 12, {"name": "heun", "end": "t0"}),
-        (["langevin", "--num_calls", 18], 16, {"name": "langevin", "rounds": 5}),
+        # As many steps as fit the calls.
+        (["dpmpp_2m", *USUAL, "--num_calls", 3], 3, {"name": "dpmpp_2m"}),
+        (["heun", *USUAL, "--num_calls", 12], 11, {"name": "heun"}),
+        (["heun", *USUAL, "--num_calls", 12, "--end", "t0"], 12, {"name": "heun", "end": "t0"}),
+        (["langevin", *USUAL, "--num_calls", 18], 16, {"name": "langevin", "rounds": 5}),
     ],
 )
 def test_sampling_counts_calls_and_says_the_solver(stage, run, tmp_path, flags, calls, entry):
-    ended = stage(generate_with_path_30, "--checkpoint", run.lift, "--output", tmp_path, "--solver", *flags, *SAMPLING)
+    ended = stage(generate_with_path_30, "--checkpoint", run.lift, "--output", tmp_path, *SAMPLING, "--solver", *flags)
     assert f"2 new with {calls} network calls each" in ended.output
     assert json.loads((tmp_path / "schedule.json").read_text())["solver"] == {"end": "clean"} | entry
 
@@ -90,11 +91,15 @@ def test_rows_of_an_adaptive_solver_are_found_again_whatever_calls_they_took(sta
     rows = read_rows(tmp_path / "scores.csv")
     assert [row["solver"] for row in rows] == ["ode tolerance 0.01 clean", "ode tolerance 0.1 clean"]
     assert int(rows[0]["nfe"]) > int(rows[1]["nfe"]) > 7
+    # Seeds take other calls, and are repetitions all the same.
+    others = [dict(rows[0]) | {"seed": seed, "nfe": nfe} for seed, nfe in (("43", "55"), ("44", "60"))]
+    [result] = aggregate([*others, dict(rows[0]) | {"nfe": "50"}])
+    assert (result["nfe"], result["swd_seeds"]) == ("55", 3)
 
 
 def test_budgets_of_calls_make_jobs_of_steps(stage, run, tmp_path):
     flags = [*run.eval_flags(tmp_path / "scores.csv"), "--model_type", "lift", "--path_type", "diagonal"]
-    flags += ["--metrics", "swd", "--solver", "heun", "--num_calls", 3, 4, 8]
+    flags += ["--metrics", "swd", "--solver", "heun", *USUAL, "--num_calls", 3, 4, 8]
     listed = stage(eval_fid_batch, *flags, "--list_jobs").output.splitlines()
     assert [re.findall(r"--num_(?:steps|calls) (\d+)", line)[-2:] for line in listed] == [["2", "3"], ["4", "7"]]
     stage(eval_fid_batch, *shlex.split(listed[1])[2:])
@@ -109,7 +114,9 @@ def test_budgets_of_calls_make_jobs_of_steps(stage, run, tmp_path):
         (["--variance", "beta"], ("--variance belongs to --solver ancestral, not to ddim",)),
         (["--solver", "pc", "--langevin_rounds", 3], ("--langevin_rounds belongs to --solver langevin",)),
         (["--solver", "heun", "--tolerance", 0.1], ("--tolerance belongs to --solver ode, not to heun",)),
-        (["--solver", "langevin", "--num_calls", 5], ("langevin needs 6 network calls or more", "allows 5")),
+        (["--solver", "langevin", "--num_calls", 5, "--num_steps", 18], ("needs 6 network calls or more", "allows 5")),
+        (["--solver", "heun", "--num_calls", 9], ("--num_steps and --num_calls exclude each other",)),
+        (["--solver", "ode", "--tolerance", 1e-15], ("--tolerance 1e-15 is too small",)),
     ],
 )
 def test_flags_of_another_solver_are_usage_errors(refused, run, tmp_path, flags, words):
@@ -120,15 +127,17 @@ def test_flags_of_another_solver_are_usage_errors(refused, run, tmp_path, flags,
 def test_more_calls_than_allowed_are_refused(refused, stage, run, tmp_path):
     flags = ["--checkpoint", run.lift, "--output", tmp_path / "new", *SAMPLING]
     ode = ["--solver", "ode", "--tolerance", 1e-5]
-    says = ("ode takes 29 network calls or more for 4 steps", "--num_calls allows 20")
+    says = ("ode takes 33 network calls or more for 4 step(s)", "--num_calls allows 20", "such as --num_steps 1")
     refused(generate_with_path_30, *flags, *ode, "--num_calls", 20, says=says)
     says = ("needs more than 20 network calls for an image at --tolerance 1e-05", "--num_calls")
     ended = run_stage(generate_with_path_30, *flags, *ode, "--num_calls", 20, "--num_steps", 1)
     assert ended.status == 1 and all(word in ended.message for word in says)
     stage(generate_with_path_30, "--checkpoint", run.lift, "--output", tmp_path / "samples", *SAMPLING)
     schedule = tmp_path / "samples/schedule.json"
-    says = ("heun takes 7 network calls or more for 4 steps", "--num_calls allows 5")
-    refused(generate_with_path_30, *flags, "--schedule", schedule, "--solver", "heun", "--num_calls", 5, says=says)
+    says = ("heun takes 7 network calls or more for 4 step(s)", "--num_calls allows 5")
+    refused(
+        generate_with_path_30, *flags, "--schedule", schedule, "--solver", "heun", *USUAL, "--num_calls", 5, says=says
+    )
 
 
 @pytest.mark.parametrize("solver", ["heun", "pc", "langevin", "ode"])

@@ -183,7 +183,7 @@ def test_several_gpus_are_trained_on_through_torchrun(scripts):
     assert ended.status == 0, ended.err
     launches, runs = scripts.events("torchrun"), scripts.events("start")
     assert [run.command for run in launches] == [
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "--"]
     ] * 2
     assert names(runs) == ["train_baseline"] * 4 + ["train_lift"] * 4
     for run, module in zip(runs, [train_baseline] * 4 + [train_lift] * 4, strict=True):

@@ -63,7 +63,8 @@ def parse_law(text: str) -> tuple[str, float, float]:
 def law_name(text: str) -> str:
     """One text for all that name the same law, such as `log_normal:-1.2,1.2` for `log_normal`."""
     name, mean, deviation = parse_law(text)
-    return f"{name}:{mean:g},{deviation:g}" if name in NORMAL_LAWS else name
+    numbers = ",".join(repr(number).removesuffix(".0") for number in (mean, deviation))
+    return f"{name}:{numbers}" if name in NORMAL_LAWS else name
 
 
 def densities(law: str, scheduler: DDIMScheduler) -> torch.Tensor:
@@ -145,6 +146,8 @@ class Importance:
         sums = torch.zeros(2, 2, BINS, dtype=torch.float64, device=losses.device)  # squares and numbers, by clock
         values = torch.stack([losses.double().square(), torch.ones_like(losses, dtype=torch.float64)])  # [2, B]
         for clock, t in enumerate(ts):
+            if t.is_floating_point():  # The timestep that it was drawn for.
+                t = (t * (len(self._bins) / (len(self._bins) - 1))).clamp(max=len(self._bins) - 1)
             sums[:, clock].index_add_(1, self._bins[t.long()], values)
         squares, number = total(sums)
         seen = self.state["seen"] + number

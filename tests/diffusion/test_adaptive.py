@@ -1,6 +1,8 @@
 """The adaptive solver against closed forms, and what it does when the network fails or calls run out."""
 
 import math
+import threading
+from unittest import mock
 
 import pytest
 import torch
@@ -105,12 +107,41 @@ def test_a_network_that_fails_ends_every_image(error):
         solve_each(slopes, torch.ones(4, 2).numpy(), 1e-3)
 
 
-def test_what_is_not_finite_is_no_endless_search():
+@pytest.mark.parametrize("first", [0.0, 0.1])
+def test_what_is_not_finite_is_no_endless_search(first):
     def slopes(rows, s, states):
-        return states * (math.nan if s.max() > 0 else 1.0)
+        return states * (math.nan if s.max() >= first else 1.0)
 
-    with pytest.raises(ValueError, match="gives up on an image"):
+    with pytest.raises(ValueError, match="makes an image NaN or infinite"):
         solve_each(slopes, torch.ones(4, 2).numpy(), 1e-3)
+
+
+def test_threads_that_cannot_all_start_end():
+    started = []
+
+    def start(thread, begin=threading.Thread.start):
+        if len(started) == 3:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        begin(thread)
+
+    with mock.patch("threading.Thread.start", start), pytest.raises(RuntimeError, match="start new thread"):
+        solve_each(lambda rows, s, states: -states, torch.ones(8, 2).numpy(), 1e-3)
+    for thread in started:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_more_rows_than_threads_are_solved_in_turn():
+    states = torch.linspace(1, 2, 7)[:, None].double().numpy()
+    with mock.patch("diffusion.adaptive.MOST_THREADS", 3):
+        found = solve_each(lambda rows, s, states: states, states, 1e-9)
+    torch.testing.assert_close(found, states * math.e, rtol=1e-7, atol=0)
+
+
+def test_tolerances_below_rounding_are_refused():
+    with pytest.raises(ValueError, match="--tolerance 1e-14 is too small; choose 1e-12 or more"):
+        make_solver("ode", tolerance=1e-14)
 
 
 def test_rows_are_solved_for_themselves():

@@ -248,6 +248,17 @@ def test_draws_follow_the_probabilities(text, tmp_path):
         assert likely.sum() == 1 or chisquare(counts[likely], expected).pvalue > 1e-4
 
 
+def test_draws_by_a_law_share_their_tables():
+    """A step draws from a copy that knows how much of the run is over."""
+    pairs = TimestepPairs(resolve_regime("band:2", "dual"), SCHEDULER)
+    tables = []
+    for progress in (0.0, 0.5):
+        copy = pairs.at(progress)
+        copy.draw_by(torch.ones(2, 1000).double(), 4, torch.Generator().manual_seed(0))
+        tables.append(copy._rows[1])
+    assert tables[0] is tables[1]
+
+
 def test_published_and_shared_pairs_keep_the_random_numbers_of_earlier_runs():
     expected = torch.randint(1000, (2, 50), generator=step_generator(3, 7, torch.device("cpu")))
     for text, second in (("independent", 1), ("same", 0)):

@@ -104,9 +104,10 @@ def test_two_processes_learn_from_all_losses_of_a_step(ranks, flags, tmp_path, s
 
 
 def test_torchrun_starts_it(flags, tmp_path, straight):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_lift.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    command += ["train_lift.py", *map(str, flags), "--run", "torchrun"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([*command, *map(str, flags)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("2 processes") == 1
     assert_nearly_the_same_run(tmp_path, straight())
