@@ -100,7 +100,7 @@ def in_full_batches(denoise: Denoiser, batch_size: int) -> Denoiser:
     def call(xs: Images, ts: Images) -> Images:
         count = len(xs[0])
         rows = torch.arange(batch_size, device=xs[0].device).clamp(max=count - 1) if count < batch_size else slice(None)
-        full = [tuple(x[rows].contiguous() for x in xs), tuple(t[rows].double() for t in ts)]
+        full = [tuple(x[rows].contiguous() for x in xs), tuple(t[rows].double().contiguous() for t in ts)]
         return tuple(prediction[:count] for prediction in denoise(*full))
 
     return call
