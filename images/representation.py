@@ -49,6 +49,13 @@ class Overcomplete:
         """The pair with its fine half brought to its subspace, which makes white noise the noise of the pair."""
         return xs
 
+    def directions(self, numbers: Images) -> Images:
+        """The pair whose coordinates in orthonormal bases of the spaces of its scales are these numbers.
+
+        Of the residual pair those in the first of the four pixels of each block of the fine scale count for nothing.
+        """
+        return numbers
+
     def clamp(self, x0s: Images) -> Images:
         """The pair of the image that is nearest in [-1, 1]."""
         return tuple(x0.clamp(-1, 1) for x0 in x0s)
@@ -74,6 +81,13 @@ class Residual(Overcomplete):
 
     def project(self, xs: Images) -> Images:
         return (xs[0] - upsample_nearest(F.avg_pool2d(xs[0], 2)), *xs[1:])
+
+    def directions(self, numbers: Images) -> Images:
+        blocks = F.pixel_unshuffle(numbers[0], 2).unflatten(1, (-1, 4))  # [B, C, 4, H/2, W/2]
+        # Rows are the pixels of a block, columns the three details, as the first pattern is constant.
+        patterns = blocks.new_tensor([[1, 1, 1], [-1, 1, -1], [1, -1, -1], [-1, -1, 1]]) / 2
+        details = torch.einsum("pk,bckhw->bcphw", patterns, blocks[:, :, 1:])
+        return (F.pixel_shuffle(details.flatten(1, 2), 2), *numbers[1:])
 
     def clamp(self, x0s: Images) -> Images:
         return self.split(self.compose(x0s).clamp(-1, 1))
