@@ -69,6 +69,22 @@ def test_over_complete_images_and_noise_are_left_as_they_are():
     assert OVERCOMPLETE.split(pair[0])[0] is pair[0] and OVERCOMPLETE.compose(pair) is pair[0]
 
 
+def test_directions_are_orthonormal_and_span_the_space_of_the_pair():
+    """Unit numbers become an orthonormal basis of the images that `project` leaves as they are, and zeros."""
+    units = torch.eye(24, dtype=torch.float64).split([16, 8], 1)
+    numbers = units[0].view(24, 1, 4, 4), units[1].view(24, 2, 2, 2)
+    assert OVERCOMPLETE.directions(numbers) is numbers
+    fine, coarse = RESIDUAL.directions(numbers)
+    assert torch.equal(coarse, numbers[1])
+    vectors = fine[:16].flatten(1)
+    counted = vectors.abs().sum(1) > 0
+    assert counted.sum() == 12
+    eye = torch.eye(12, dtype=torch.float64)
+    torch.testing.assert_close(vectors[counted] @ vectors[counted].T, eye, rtol=0, atol=1e-15)
+    low = haar(4)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(16, dtype=torch.float64) - low.T @ low, rtol=0, atol=1e-15)
+
+
 def test_the_residual_is_the_haar_detail():
     images, low = normal(5, 1, 4, 4), haar(4)
     fine, coarse = RESIDUAL.split(images)
