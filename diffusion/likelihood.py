@@ -1,4 +1,4 @@
-"""Exact log-likelihoods of images under a model, by its probability-flow equation, and the noise that an image came from.
+"""Exact log-likelihoods of images under a model by its probability-flow equation, and the noise that they come from.
 
 A walk along a path upwards, from timestep 0 to pure noise, takes the images to their latents and adds up how volumes
 change on the way (arXiv 2011.13456, eq. 39):
@@ -6,8 +6,8 @@ change on the way (arXiv 2011.13456, eq. 39):
     log p(x) = log prior(z_T) + ∫ div u dtau + D log alpha_0,    dz = u dtau,    z_0 = alpha_0 x
 
 with u = alpha' x0 + sigma' ε the velocity, tau = t / (T - 1), the prior N(0, size²) that sampling starts from
-(`scheduler.prior`), and D dimensions. "Timestep 0" is in flow half a timestep inside, where there is noise. Along a path
-of two clocks both scales move at once on each of its steps, and the divergence is that of all that moves.
+(`scheduler.prior`), and D dimensions. "Timestep 0" is in flow half a timestep inside, where there is noise. Of two
+scales all that move on a step of the path do so at once, each at its own time, and the divergence is that of them all.
 
 The divergence is a mean of vᵀ (J v) over random directions v, J = du/dz, E v vᵀ = 1 (Hutchinson; arXiv 1810.01367), or
 a sum over all directions of a basis, which is exact.

@@ -81,8 +81,8 @@ def test_directions_are_orthonormal_and_span_the_space_of_the_pair():
     assert counted.sum() == 12
     eye = torch.eye(12, dtype=torch.float64)
     torch.testing.assert_close(vectors[counted] @ vectors[counted].T, eye, rtol=0, atol=1e-15)
-    low = haar(4)
-    torch.testing.assert_close(vectors.T @ vectors, torch.eye(16, dtype=torch.float64) - low.T @ low, rtol=0, atol=1e-15)
+    low, every = haar(4), torch.eye(16, dtype=torch.float64)
+    torch.testing.assert_close(vectors.T @ vectors, every - low.T @ low, rtol=0, atol=1e-15)
 
 
 def test_the_residual_is_the_haar_detail():

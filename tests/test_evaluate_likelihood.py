@@ -1,0 +1,199 @@
+"""The stage of likelihoods: what it prints and writes, that it goes on where it was, and what it refuses."""
+
+import csv
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate_likelihood
+import train_baseline
+import train_lift
+from checkpoint import load_model
+from conftest import HARDWARE, results_of
+from data import fingerprint_array, load_images, split_holdout
+from diffusion.likelihood import bits_per_dim, dequantised, log_likelihood
+from diffusion.super_resolution import noise_seeds
+from evaluate_likelihood import LikelihoodSettings, find_path
+from images.representation import RESIDUAL
+from paths.families import diagonal
+
+# Tiny models are as rough as they are quick, and so are their walks.
+ROUGH = ["--num_images", 4, "--tolerance", 0.1]
+SAID = r"(\d+\.\d{3}) \+- (\d+\.\d{3}) bits per dimension \((\d+) images of (\w+), standard error over images; "
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """A stage that falls back on a default place writes it here."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def held_out(stage, tiny, run, tmp_path_factory):
+    """A baseline and a model of the residual pair, trained without 4 of 12 images, by type."""
+    folder = tmp_path_factory.mktemp("held_out")
+    flags = [*tiny(folder), "--cache_dir", run.cache, "--holdout", 4, "--epochs", 1, "--lr", 0.003]
+    stage(train_baseline, *flags)
+    stage(train_lift, *flags, "--representation", "residual")
+    stage(train_lift, *flags, "--model", "single_t")
+    return {
+        "baseline": folder / "checkpoints/baseline_1ep.pth",
+        "dual": folder / "checkpoints/lift_dual_timestep_1ep.pth",
+        "single_t": folder / "checkpoints/single_t_1ep.pth",
+    }
+
+
+def flags_of(checkpoint, run, *flags):
+    return ["--checkpoint", checkpoint, *HARDWARE, "--cache_dir", run.cache, *ROUGH, *flags]
+
+
+def rows_of(folder):
+    with open(folder / "likelihood.csv") as stream:
+        return list(csv.DictReader(stream))
+
+
+def held_out_pixels(run, count=4):
+    return torch.from_numpy(np.array(split_holdout(load_images("synthetic", 16, run.cache, limit=12), count)[1].pixels))
+
+
+@pytest.mark.parametrize("kind", ["baseline", "dual"])
+def test_held_out_images_are_measured(stage, run, held_out, tmp_path, kind):
+    output = stage(evaluate_likelihood, *flags_of(held_out[kind], run, "--output", "out", "--batch_size", 3)).output
+    mean, error, count, of = re.search(SAID + r"1 probe, tolerance 0.1, \d+ calls\)", output).groups()
+    rows, pixels, loaded = rows_of(tmp_path / "out"), held_out_pixels(run), load_model(held_out[kind])
+    assert (count, of) == ("4", "holdout") and "TRAINED ON" not in output and "precision fp32" in output
+    assert [row["fingerprint"] for row in rows] == [fingerprint_array(image) for image in pixels.numpy()]
+    # The same by the functions themselves; batches of another size round otherwise.
+    path = find_path(LikelihoodSettings(checkpoint=held_out[kind]), loaded)[0]
+    seeds = noise_seeds(pixels, 42)
+    images = dequantised(pixels, seeds)
+    scales = (images,) if kind == "baseline" else RESIDUAL.split(images)
+    found = log_likelihood(loaded.denoise, loaded.scheduler, path, scales, 1, seeds, 0.1)
+    bits = bits_per_dim(found.log_likelihood, 3 * 16 * 16)
+    for row, value, nats, nfe in zip(rows, bits, found.log_likelihood, found.nfe, strict=True):
+        assert float(row["bits_per_dim"]) == pytest.approx(value.item(), abs=0.01)
+        assert float(row["log_likelihood"]) == pytest.approx(nats.item(), abs=5)
+        assert abs(int(row["nfe"]) - nfe) <= 12
+    values = torch.tensor([float(row["bits_per_dim"]) for row in rows], dtype=torch.float64)
+    assert float(mean) == pytest.approx(values.mean().item(), abs=6e-4)
+    assert float(error) == pytest.approx(values.std().item() / 2, abs=6e-4)
+    said = json.loads((tmp_path / "out/settings.json").read_text())
+    assert said["weights_fingerprint"] == loaded.fingerprint and said["path_fingerprint"] == path.fingerprint()
+    assert (said["probes"], said["tolerance"], said["seed"], said["of"]) == (1, 0.1, 42, "holdout")
+    assert said["precision"] == "fp32"
+
+
+def test_the_path_is_that_of_the_model(run, held_out):
+    one = find_path(LikelihoodSettings(checkpoint=held_out["baseline"]), load_model(held_out["baseline"]))[0]
+    assert one.points == diagonal(1, num_scales=1).points
+    dual, settings = load_model(held_out["dual"]), LikelihoodSettings(checkpoint=held_out["dual"])
+    pair, kind = find_path(settings, dual)
+    assert (kind, pair.nfe, pair.num_scales) == ("image_diagonal", 10, 2)
+    log_snr = dual.scheduler.log_snr
+    fine, coarse = pair.points[5]
+    assert log_snr[coarse] - log_snr[fine] == pytest.approx(math.log(4), abs=0.02)
+    other, kind = find_path(settings.but(path_type="shift:0", num_steps=3), dual)
+    assert kind == "shift_0" and other.points == diagonal(3).points
+
+
+def test_what_is_there_is_not_computed_again(stage, refused, run, held_out, tmp_path, monkeypatch):
+    flags = flags_of(held_out["baseline"], run, "--output", "out")
+    first = stage(evaluate_likelihood, *flags, "--num_images", 2).output
+    before = rows_of(tmp_path / "out")
+    assert "2 new" in first and len(before) == 2
+    stage(evaluate_likelihood, *flags)
+    after = rows_of(tmp_path / "out")
+    # Those spread over four images are others than those over two, if not all; no row changes.
+    assert after[:2] == before and {row["fingerprint"] for row in after} == {
+        fingerprint_array(image) for image in held_out_pixels(run).numpy()
+    }
+    monkeypatch.setattr(evaluate_likelihood, "log_likelihood", lambda *args: pytest.fail("computed again"))
+    again = stage(evaluate_likelihood, *flags, "--num_images", 2).output
+    assert "all there already" in again and again.splitlines()[0] == first.splitlines()[0]
+    for more, name in (
+        (["--seed", 43], "seed"),
+        (["--tolerance", 0.2], "tolerance"),
+        (["--probes", 2], "probes"),
+        (["--ema"], "weights_fingerprint"),
+        (["--num_steps", 2], "path_fingerprint"),
+        (["--on", "train"], "of"),
+        (["--precision", "bf16"], "precision"),
+    ):
+        refused(evaluate_likelihood, *flags, *more, says=("out holds results with another", name, "--force"))
+
+
+def test_other_settings_have_other_folders_and_are_replaced_on_demand(stage, run, held_out, tmp_path):
+    flags = flags_of(held_out["baseline"], run, "--num_images", 1)
+    output = stage(evaluate_likelihood, *flags).output
+    assert re.match(
+        r"-?\d+\.\d{3} bits per dimension \(1 image of holdout; 1 probe, tolerance 0.1, \d+ calls\)", output
+    )
+    stage(evaluate_likelihood, *flags, "--ema")
+    output = stage(evaluate_likelihood, *flags, "--on", "train").output
+    assert "NOTE: THE NETWORK WAS TRAINED ON THESE IMAGES" in output
+    [place] = (tmp_path / "results").glob("*/likelihood")
+    assert {folder.name for folder in place.iterdir()} == {
+        "baseline_1ep_raw_holdout_diagonal_1", "baseline_1ep_ema_holdout_diagonal_1",
+        "baseline_1ep_raw_train_diagonal_1",
+    }  # fmt: skip
+    assert place.parent == tmp_path / results_of("baseline")
+    [old] = rows_of(place / "baseline_1ep_raw_holdout_diagonal_1")
+    stage(evaluate_likelihood, *flags, "--seed", 43, "--probes", 3, "--force")
+    [new] = rows_of(place / "baseline_1ep_raw_holdout_diagonal_1")
+    assert new["fingerprint"] == old["fingerprint"] and new["bits_per_dim"] != old["bits_per_dim"]
+
+
+def test_models_that_give_images_no_likelihood_are_refused(refused, run, held_out):
+    says = (run.lift, "a 'dual' model", "not defined for a model of the over-complete pair", "baseline")
+    refused(evaluate_likelihood, *flags_of(run.lift, run, "--on", "train"), says=says)
+    says = ("a 'single_t' model", "reads 2 scales and predicts 1")
+    refused(evaluate_likelihood, *flags_of(held_out["single_t"], run), says=says)
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "says"),
+    [
+        (["--num_images", 5], 1, ("--num_images 5", "4 images")),
+        (["--num_calls", 9], 1, ("An image needs more than 9 network calls", "--tolerance 0.1")),
+        (["--path_type", "lead:2"], 1, ("--path_type lead:2", "two clocks")),
+        (["--holdout", 3], 1, ("was not trained without these 3 images",)),
+        (["--num_steps", 5000], 1, ("5000",)),
+        (["--tolerance", 1e-15], 2, ("--tolerance 1e-15 is too small",)),
+        (["--tolerance", 0], 2, ("--tolerance", "positive")),
+        (["--probes", 0], 2, ("--probes", "positive")),
+        (["--coarse_from", "x0"], 2, ("--coarse_from",)),
+        (["--run", "mine"], 2, ("--checkpoint and --run exclude each other",)),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(refused, run, held_out, flags, status, says):
+    load_images("synthetic", 16, run.cache, limit=12)
+    refused(evaluate_likelihood, *flags_of(held_out["baseline"], run, *flags), says=says, status=status)
+
+
+def test_images_must_have_been_held_out(refused, run):
+    says = ("none of 'synthetic'", "--holdout N", "--on train")
+    refused(evaluate_likelihood, *flags_of(run.baseline, run), says=says)
+
+
+def test_broken_networks_and_tables_are_refused(stage, refused, run, held_out, tmp_path):
+    content = torch.load(held_out["baseline"], weights_only=True)
+    for tensor in content["model_state"].values():
+        tensor *= math.nan
+    torch.save(content, tmp_path / "nan.pth")
+    says = ("makes an image NaN or infinite",)
+    refused(evaluate_likelihood, *flags_of("nan.pth", run, "--output", "nan"), says=says)
+    flags = flags_of(held_out["baseline"], run, "--output", "out", "--num_images", 1)
+    stage(evaluate_likelihood, *flags)
+    table = tmp_path / "out/likelihood.csv"
+    whole = table.read_text()
+    for text in ("", whole.replace("nfe", "calls"), whole + "1,2\n", whole + "a,b,c,d\n"):
+        table.write_text(text)
+        refused(evaluate_likelihood, *flags, says=("out/likelihood.csv is damaged", "--output"))
+    (tmp_path / "out/settings.json").unlink()
+    refused(evaluate_likelihood, *flags, says=("out/likelihood.csv does not say what made it", "--force"))
+    stage(evaluate_likelihood, *flags, "--force")
+    assert table.read_text() == whole
