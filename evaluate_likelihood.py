@@ -198,6 +198,7 @@ def main() -> None:
         raise ValueError(f"{file} does not say what made it; pass --force to replace it, or another --output.")
     # A table without settings, which it cannot be compared with, is replaced too.
     rows = read_table(file) if claim(folder, said, settings.force, (TABLE_FILE,)) else {}
+    folder.mkdir(parents=True, exist_ok=True)  # What stands in its place is said before hours of work.
 
     prints = [fingerprint_array(image) for image in pixels.numpy()]
     # Equal images are one row.

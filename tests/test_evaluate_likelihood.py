@@ -174,6 +174,14 @@ def test_flags_that_make_no_sense_are_refused(refused, run, held_out, flags, sta
     refused(evaluate_likelihood, *flags_of(held_out["baseline"], run, *flags), says=says, status=status)
 
 
+def test_a_file_where_the_folder_goes_is_said_first(refused, run, held_out, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_likelihood, "log_likelihood", lambda *args: pytest.fail("computed"))
+    load_images("synthetic", 16, run.cache, limit=12)
+    (tmp_path / "out.csv").write_text("mine")
+    says = ("out.csv is a file, where a folder is needed",)
+    refused(evaluate_likelihood, *flags_of(held_out["baseline"], run, "--output", "out.csv"), says=says)
+
+
 def test_images_must_have_been_held_out(refused, run):
     says = ("none of 'synthetic'", "--holdout N", "--on train")
     refused(evaluate_likelihood, *flags_of(run.baseline, run), says=says)

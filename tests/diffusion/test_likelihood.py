@@ -128,8 +128,6 @@ def test_one_scale_has_the_density_of_the_closed_form(schedule, prediction):
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 def test_the_residual_pair_has_the_density_of_its_image(schedule, prediction, path):
     """With two clocks, whichever way they go: the scales of Gaussian images of this pair are independent."""
-    if schedule in ("ve", "flow") and path.points[0] != (999, 999):
-        pytest.skip("the prior there is no noise of the process")
     scheduler = scheduler_of(schedule, prediction, "residual")
     truth, errors = Pair(scheduler), []
     images = truth.model.draw(3, rng(6))
