@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from scipy.integrate import solve_ivp
+from threadpoolctl import threadpool_limits
 
 from diffusion.step import Solver, Step
 from images.representation import Images
@@ -42,9 +43,11 @@ def solve_each(slopes: Slopes, states: np.ndarray, tolerance: float | np.ndarray
     wait for it at a time, of MOST_THREADS. Raises ValueError for slopes that are not finite, and what `slopes` raises.
     """
     parts = []
-    for first in range(0, len(states), MOST_THREADS):
-        rows = np.arange(first, min(first + MOST_THREADS, len(states)))
-        parts.append(_solve_together(slopes, states, rows, tolerance))
+    # SciPy's sums of a few vectors are done by one thread sooner than several agree on it.
+    with threadpool_limits(1, user_api="blas"):
+        for first in range(0, len(states), MOST_THREADS):
+            rows = np.arange(first, min(first + MOST_THREADS, len(states)))
+            parts.append(_solve_together(slopes, states, rows, tolerance))
     return np.concatenate(parts)
 
 
