@@ -74,6 +74,11 @@ _KEY = "checkpoint_fingerprint,weights,path_fingerprint,nfe,seed,num_images"
 _OLDEST = "dataset,model_type,epoch,path_type,metric,fid,swd,swd_64,swd_32,swd_16,seconds,checkpoint,date"
 _LATER_KEY = f"{_KEY},metric,metric_features,resize,reference_fingerprint,precision"
 _LATER = "dataset,reference,reference_images,model_type,epoch,path_type"
+_TRAINING = (
+    "run,preset,process,prediction,loss_weights,min_snr_gamma,lr,lr_schedule,batch_size,weight_decay,grad_clip,ema_decay,"
+    "ema_rampup_ratio,replan_every,replan_images,hidden_dims,parameters,resolution,training_images,training_data,flip,"
+    "training_precision,training_seed,images_seen"
+)
 # By the number of their columns.
 EARLIER_HEADERS = {
     header.count(",") + 1: header
@@ -83,6 +88,7 @@ EARLIER_HEADERS = {
         f"{_LATER_KEY},{_LATER},{VALUES},seconds,checkpoint,date",
         f"{_LATER_KEY},{_LATER},coarse_from,regime,{VALUES},seconds,checkpoint,date",
         f"{_LATER_KEY},{_LATER},coarse_from,regime,representation,{VALUES},seconds,checkpoint,date",
+        f"{_LATER_KEY},{_LATER},coarse_from,regime,representation,solver,{_TRAINING},{VALUES},seconds,checkpoint,date",
     )
 }
 
