@@ -126,6 +126,6 @@ class Processes:
         """Leave the group, all together: one that leaves early takes connections away from under the others."""
         if self.count > 1:
             self.any(False)
-            # Gloo ends with the process, since PyTorch 2.6 may wait for ever in taking it down.
-            if self.device.type == "cuda":
+            # PyTorch 2.6 may wait for ever in taking gloo down; later ones may abort a process that ends with it.
+            if self.device.type == "cuda" or torch.__version__ >= (2, 7):
                 dist.destroy_process_group()
