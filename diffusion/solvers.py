@@ -19,13 +19,12 @@ process is the same diffusion, dx̂/dσ̂ = ε, so that no solver knows which on
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from diffusion.adaptive import Ode
-from diffusion.step import Level, Solver, Step, exponential_step, level_of
+from diffusion.multistep import Corrected, Line, Parabola, Rule, ScaleWalk
+from diffusion.step import Solver, Step, exponential_step, level_of
 from images.representation import Images
 from scheduler import CLEAN
 
@@ -40,6 +39,7 @@ class Ddim(Solver):
 
     def __init__(self, eta: float = 0.0):
         self.eta, self.draws = eta, eta > 0
+        self.rule = None if self.draws else Rule()
 
     def step(self, step: Step) -> Images:
         fresh = step.draw() if self.draws else (None,) * len(step.x0s)
@@ -108,142 +108,42 @@ class Heun(Solver):
 
 
 class Multistep(Solver):
-    """Solvers that remember the clean images seen at the points before, scale by scale.
-
-    A scale that rests forgets: what it saw before says nothing of where its image goes once it moves again.
-    """
-
-    order = 1
+    """Solvers that remember the clean images seen at the points before, each scale by a `ScaleWalk` of its own."""
 
     def start(self) -> None:
-        self.seen: list[list[tuple[float, torch.Tensor]]] = []  # For each scale (λ, x0), newest first.
+        self.walks: list[ScaleWalk] = []
 
-    def _remember(self, step: Step) -> list[list[tuple[float, torch.Tensor]]]:
-        before = self.seen or [[] for _ in step.x0s]
-        seen = [
-            [(level_of(step.scheduler, t).log_snr, x0), *old][: self.order]
-            for t, x0, old in zip(step.point, step.x0s, before, strict=False)
-        ]
-        rests = [t == t_next for t, t_next in zip(step.point, step.next_point, strict=True)]
-        self.seen = [[] if rest else list(one) for one, rest in zip(seen, rests, strict=False)]
-        # At infinite λ there is no distance.
-        return [[one[0], *(old for old in one[1:] if math.isfinite(old[0] - one[0][0]))] for one in seen]
+    def step(self, step: Step) -> Images:
+        self.walks = self.walks or [ScaleWalk(self.rule) for _ in step.x0s]
+        for walk, t, t_next in zip(self.walks, step.point, step.next_point, strict=False):
+            if t == t_next:
+                walk.rest()
+
+        def move(_, x, x0, t, t_next, walk):
+            return walk.advance(x, x0, level_of(step.scheduler, t), level_of(step.scheduler, t_next))
+
+        return step.each(move, self.walks)
 
 
 class Dpmpp2M(Multistep):
-    """DPM-Solver++(2M): the clean image half a step on, in a line through the last two."""
+    """DPM-Solver++(2M)."""
 
-    name, order = "dpmpp_2m", 2
-
-    def step(self, step: Step) -> Images:
-        seen = self._remember(step)
-
-        def move(scale, x, x0, t, t_next):
-            now, after = level_of(step.scheduler, t), level_of(step.scheduler, t_next)
-            h = after.log_snr - now.log_snr
-            if len(seen[scale]) == 2 and math.isfinite(h):
-                before, x0_before = seen[scale][1]
-                x0 = x0 + h / (2 * (now.log_snr - before)) * (x0 - x0_before)
-            return exponential_step(x, x0, now, after)
-
-        return step.each(move)
+    name, rule = "dpmpp_2m", Line()
 
 
 class Dpmpp3M(Multistep):
-    """The clean image as the parabola in λ through the last three, integrated exactly; lines and constants before that.
+    """DPM-Solver++(3M), of third order."""
 
-    arXiv 2211.01095 has the expansion. Its published code halves the term of second order, and so does not reach third
-    order; this does.
-    """
-
-    name, order = "dpmpp_3m", 3
-
-    def step(self, step: Step) -> Images:
-        seen = self._remember(step)
-
-        def move(scale, x, x0, t, t_next):
-            now, after = level_of(step.scheduler, t), level_of(step.scheduler, t_next)
-            h = after.log_snr - now.log_snr
-            moved = exponential_step(x, x0, now, after)
-            if len(seen[scale]) == 1 or not math.isfinite(h):
-                return moved
-            (here, _), (before, x0_before), *older = seen[scale]
-            slope = (x0 - x0_before) / (here - before)
-            # e^-h times the integrals of e^u u and e^u u^2 from 0 to h.
-            first, second = h + math.expm1(-h), h * h - 2 * h - 2 * math.expm1(-h)
-            if older:
-                oldest, x0_oldest = older[0]
-                bend = (slope - (x0_before - x0_oldest) / (before - oldest)) / (here - oldest)
-                slope = slope + bend * (here - before)
-                moved = moved + after.alpha * second * bend
-            return moved + after.alpha * first * slope
-
-        return step.each(move)
-
-
-class _Moved(NamedTuple):
-    """The step of a scale that UniPC is to correct."""
-
-    x: torch.Tensor
-    now: Level
-    after: Level
-    seen: list[tuple[float, torch.Tensor]]
-    end: torch.Tensor
+    name, rule = "dpmpp_3m", Parabola()
 
 
 class UniPC(Multistep):
-    """UniPC-2 with B(h) = e^h - 1: every call first corrects the step that led to it, then serves the next.
+    """UniPC-2: every call first corrects the step that led to it, then serves the next.
 
     A scale that comes to rest keeps its image as it is, and what is painted into is not corrected: of second order.
     """
 
-    name, order = "unipc", 2
-
-    def start(self) -> None:
-        super().start()
-        self.before: dict[int, _Moved] = {}
-
-    def step(self, step: Step) -> Images:
-        corrected = list(step.xs)
-        for scale, x0 in enumerate(step.x0s):
-            # An image that is another one by now, since something was painted into it, is not to be corrected.
-            if scale in self.before and self.before[scale].end is step.xs[scale]:
-                corrected[scale] = self._corrected(x0, self.before[scale])
-        seen = self._remember(step)
-        self.before = {}
-
-        def move(scale, x, x0, t, t_next):
-            x, now, after = corrected[scale], level_of(step.scheduler, t), level_of(step.scheduler, t_next)
-            h = after.log_snr - now.log_snr
-            moved = exponential_step(x, x0, now, after)
-            if not math.isfinite(h):
-                return moved
-            if len(seen[scale]) == 2:
-                before, x0_before = seen[scale][1]
-                moved = moved - after.alpha * math.expm1(-h) * h / (now.log_snr - before) * (x0 - x0_before) / 2
-            self.before[scale] = _Moved(x, now, after, seen[scale], moved)
-            return moved
-
-        return step.each(move)
-
-    @staticmethod
-    def _corrected(x0_there: torch.Tensor, moved: _Moved) -> torch.Tensor:
-        x, now, after, ((_, x0), *older), _ = moved
-        h = after.log_snr - now.log_snr
-        # Differences to the clean image at the start of the step, by their places in it: those before, then its end.
-        places = [*((log_snr - now.log_snr) / h for log_snr, _ in older), 1.0]
-        phi = math.expm1(-h) / -h - 1
-        sides, factorial = [], 1
-        for k in range(1, len(places) + 1):
-            sides.append(phi * factorial / math.expm1(-h))
-            factorial *= k + 1
-            phi = phi / -h - 1 / factorial
-        weights = [0.5]
-        if older:
-            weights = np.linalg.solve([[place**k for place in places] for k in range(len(places))], sides)
-        ends = [*(other for _, other in older), x0_there]
-        change = sum(float(w) / p * (end - x0) for w, p, end in zip(weights, places, ends, strict=True))
-        return exponential_step(x, x0, now, after) - after.alpha * math.expm1(-h) * change
+    name, rule = "unipc", Corrected()
 
 
 class EulerMaruyama(Solver):

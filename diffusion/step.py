@@ -72,6 +72,7 @@ class Solver:
     draws = False  # Whether it needs noise on the way.
     calls_between = False  # Whether it calls the network more than once a step.
     adaptive = False  # Whether the number of calls depends on the images.
+    rule = None  # Of `diffusion.multistep`, by which its steps go; None for one that no such rule describes.
 
     def start(self) -> None:
         """Forget the walk before."""

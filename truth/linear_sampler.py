@@ -10,40 +10,68 @@ import math
 
 import torch
 
+from diffusion.multistep import ScaleWalk
+from diffusion.solvers import SOLVERS, make_solver
+from diffusion.step import Level
 from truth.gaussian import Law, LogSNR, Spectrum, low_snr, posterior_variance
 from truth.posterior_mean import Pair, is_residual, signal_and_noise
 
 
 def ddim_output(spectrum: Spectrum, points: LogSNR, representation: str = "overcomplete") -> Law:
-    """The exact law of the fine image that DDIM (η = 0, no clamping; arXiv 2010.02502) returns along points.
+    """`solver_output` of DDIM (η = 0, arXiv 2010.02502)."""
+    return solver_output(spectrum, points, representation=representation)
 
-    points `[N + 1, 2]`, or `[N + 1]` for a model of the fine image alone. As in `diffusion.sampler.sample`, both scales
-    start from independent N(0, I) whatever the first point, and a scale whose λ does not move keeps its image. The
-    result is the variance-preserving state at the last point: the image itself if that is clean. Every low mode is a
-    linear map of two numbers, x_s' = √abar_s' x̂_s + √(1 - abar_s') ε̂_s, every detail mode of one. In the residual
-    pair both are of one, and the result is r + upsampled c, each in variance-preserving scale (compare
-    `Spectrum.noised`). Raises ValueError unless the points never fall and only the last is +inf, and for one clock in
-    the residual pair.
+
+def solver_output(
+    spectrum: Spectrum, points: LogSNR, solver: str = "ddim", representation: str = "overcomplete"
+) -> Law:
+    """The exact law of the fine image that a solver without noise, and without a clamp, returns along points.
+
+    points `[N + 1, 2]`, or `[N + 1]` for a model of the fine image alone. solver: one that has a rule
+    (`diffusion.multistep`), by name. As in `diffusion.sampler.sample`, both scales start from independent N(0, I)
+    whatever the first point, and a scale whose λ does not move keeps its image. The result is the variance-preserving
+    state at the last point: the image itself if that is clean. Every low mode is a linear map of two numbers, every
+    detail mode of one. In the residual pair both are of one, and the result is r + upsampled c, each in
+    variance-preserving scale (compare `Spectrum.noised`). Raises ValueError unless the points never fall and only the
+    last is +inf, for one clock in the residual pair, and for a solver without a rule.
     """
     residual = is_residual(representation)
     points = check_points(points, residual=residual)
+    rule = make_solver(solver).rule
+    if rule is None:
+        raise ValueError(f"What '{solver}' returns has no closed form here; choose one of {', '.join(with_rule())}.")
     signal, noise = signal_and_noise(points)  # [N + 1, 2]
-    keep = noise[1:] / noise[:-1]  # Each step is x' = keep x + gain x̂.
-    gain = signal[1:] - keep * signal[:-1]
-    a, b = points[:-1].exp().unbind(1)  # [N]
-    see = signal[:-1] / noise[:-1].square()  # l̂ = posterior variance · (see_64 x_64 + see_32 x_32 / 2)
-    # How the result depends on x_64 and x_32, from the last step back to the start.
-    fine, coarse, detail = torch.ones_like(spectrum.low), torch.zeros_like(spectrum.low), torch.ones_like(spectrum.high)
+    levels = [list(map(Level, *rows)) for rows in zip(signal, noise, points / 2, strict=True)]
+    snr = points.exp()
+    see = signal / noise.square()  # l̂ = posterior variance · (see_64 x_64 + see_32 x_32 / 2)
+    # Coefficients of what each scale started from: of a low mode [2, m_L] in x_64 and in 2 x_32, of a detail mode.
+    start = torch.eye(2, dtype=torch.float64)[:, :, None]
+    fine, coarse = (each.expand(2, len(spectrum.low)) for each in (start[0], 2 * start[1]))
+    detail = torch.ones_like(spectrum.high)
     if residual:
-        fine, coarse = coarse, 2 * fine  # A low mode of the result is twice that of the coarse image.
-    steps = zip(a, b, keep, gain, see, strict=True)
-    for a_k, b_k, keep_k, gain_k, see_k in reversed(list(steps)):
-        low = posterior_variance(spectrum.low, low_snr(a_k, b_k, representation))
-        estimate = (fine * gain_k[0] + coarse * (gain_k[1] / 2)) * low
-        fine = fine if residual else fine * keep_k[0] + estimate * see_k[0]
-        coarse = coarse * keep_k[1] + estimate * (see_k[1] / 2)
-        detail = detail * (keep_k[0] + gain_k[0] * see_k[0] * posterior_variance(spectrum.high, a_k))
-    return Law(fine.square() + coarse.square(), detail.square())
+        fine = torch.zeros_like(fine)
+    walks = [ScaleWalk(rule) for _ in range(3)]
+    for k, (a, b) in enumerate(snr[:-1]):
+        low = posterior_variance(spectrum.low, low_snr(a, b, representation))
+        seen = low * ((0 if residual else see[k, 0]) * fine + see[k, 1] / 4 * coarse)
+        moves = (points[k + 1] > points[k]).tolist()
+        high = see[k, 0] * posterior_variance(spectrum.high, a) * detail
+        states = [(fine, seen, 0), (coarse, seen, 1), (detail, high, 0)]
+        moved = []
+        for walk, (state, x0, scale) in zip(walks, states, strict=True):
+            if moves[scale]:
+                moved.append(walk.advance(state, x0, levels[k][scale], levels[k + 1][scale]))
+            else:
+                walk.rest()
+                moved.append(state)
+        fine, coarse, detail = moved
+    low = coarse if residual else fine
+    return Law(low.square().sum(0), detail.square())
+
+
+def with_rule() -> list[str]:
+    """Names of the solvers whose output has a closed form."""
+    return [name for name in SOLVERS if make_solver(name).rule is not None]
 
 
 def ddim_output_single(spectrum: Spectrum, log_snr_points: LogSNR) -> Law:

@@ -11,17 +11,17 @@ from scipy.optimize import OptimizeResult, minimize
 
 from images.representation import REPRESENTATIONS
 from truth.gaussian import LogSNR, Spectrum
-from truth.linear_sampler import chain_kl, check_points, ddim_output, kl, w2_squared
+from truth.linear_sampler import chain_kl, check_points, kl, solver_output, w2_squared
 from truth.posterior_mean import is_residual
 
 # Projected gradient of log(value) per unit of λ below which an optimum counts as found.
 GRADIENT_TOLERANCE = 1e-5
 
-# Functions of a spectrum, points and, if it is not "overcomplete", a representation.
+# Functions of a spectrum, points, a solver and a representation.
 OBJECTIVES: dict[str, Callable[..., torch.Tensor]] = {
-    "w2": lambda spectrum, *args: w2_squared(spectrum, ddim_output(spectrum, *args)),
-    "kl": lambda spectrum, *args: kl(spectrum, ddim_output(spectrum, *args)),
-    "chain_kl": chain_kl,
+    "w2": lambda spectrum, *args: w2_squared(spectrum, solver_output(spectrum, *args)),
+    "kl": lambda spectrum, *args: kl(spectrum, solver_output(spectrum, *args)),
+    "chain_kl": lambda spectrum, points, _, representation: chain_kl(spectrum, points, representation),
 }
 
 
@@ -35,10 +35,11 @@ def optimal_points(
     single_scale: bool = False,
     initial: LogSNR | None = None,  # [N + 1, 2] or, for one clock, [N + 1]: one more path to start from
     representation: str = "overcomplete",
+    solver: str = "ddim",  # one of `with_rule`, of whose output w2 and kl are
 ) -> tuple[torch.Tensor, float]:
     """The path of N = num_steps steps from start to end that minimises an objective, and its value.
 
-    objective: "w2" (squared, of the DDIM output), "kl" (of the DDIM output) or "chain_kl" (frozen drift, finite end).
+    objective: "w2" (squared, of the solver's output), "kl" (of that) or "chain_kl" (frozen drift, finite end).
     Points lie anywhere, free of any grid, and never fall; a scale may stand still. diagonal: the noise is isotropic on
     the image, λ_32 = λ_64 + `image_lead` of the representation. single_scale: the baseline with the fine image alone.
     Returns points float64 `[N + 1, 2]` (`[N + 1]` for single_scale).
@@ -48,11 +49,13 @@ def optimal_points(
     above that of any of them or of `initial`. It is a local optimum, the best found: the problem is not convex.
     Warns (RuntimeWarning) if the projected gradient of log(value) has not fallen below `GRADIENT_TOLERANCE`.
     Raises ValueError for an unknown objective, num_steps < 1, ends that are not in order or not finite where they
-    must be, or not on the diagonal for a diagonal, single_scale in the residual pair, and an `initial` of another
-    shape, order or end.
+    must be, or not on the diagonal for a diagonal, single_scale in the residual pair, an `initial` of another shape,
+    order or end, chain_kl of another solver than DDIM, and a solver without a rule.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"Unknown objective '{objective}'; choose one of {', '.join(OBJECTIVES)}.")
+    if objective == "chain_kl" and solver != "ddim":
+        raise ValueError(f"chain_kl is the loss of a drift that is frozen in every step, which '{solver}' does not do.")
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps} but must be at least 1.")
     if diagonal and single_scale:
@@ -80,7 +83,7 @@ def optimal_points(
         return _on_diagonal(columns[0], image_lead) if diagonal else torch.stack(columns, dim=1)
 
     def value_of(points: torch.Tensor) -> torch.Tensor:
-        return OBJECTIVES[objective](spectrum, points, representation)
+        return OBJECTIVES[objective](spectrum, points, solver, representation)
 
     def log_value(increments: np.ndarray) -> tuple[float, np.ndarray]:
         parts = np.split(increments, np.cumsum([a.size for a in axes])[:-1])
@@ -100,7 +103,7 @@ def optimal_points(
     else:
         with warnings.catch_warnings(action="ignore"):  # A mere start need not be converged.
             level = optimal_points(
-                spectrum, num_steps, objective, start, end, diagonal=True, representation=representation
+                spectrum, num_steps, objective, start, end, True, representation=representation, solver=solver
             )[0]
         starts = []
         for lead in (0.0, 1.0, -1.0):
