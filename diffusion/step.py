@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from images.representation import Images
 from scheduler import CLEAN, DDIMScheduler
@@ -35,11 +36,11 @@ class Step:
 
 
 class Level(NamedTuple):
-    """alpha, sigma and half the log SNR of a timestep, as numbers."""
+    """alpha, sigma and half the log SNR of a timestep, as numbers, or of many as tensors."""
 
-    alpha: float
-    sigma: float
-    log_snr: float  # log(alpha / sigma), the λ of arXiv 2211.01095
+    alpha: float | torch.Tensor
+    sigma: float | torch.Tensor
+    log_snr: float | torch.Tensor  # log(alpha / sigma), the λ of arXiv 2211.01095
 
     @property
     def ratio(self) -> float:
@@ -55,6 +56,11 @@ def level_of(scheduler: DDIMScheduler, t: int) -> Level:
     if not alpha or not sigma:
         return Level(alpha, sigma, math.inf if alpha else -math.inf)
     return Level(alpha, sigma, math.log(alpha) - math.log(sigma))
+
+
+def level_of_log_snr(log_snr: torch.Tensor) -> Level:
+    """The levels of variance-preserving states at log SNRs, as tensors like them; +inf is clean."""
+    return Level((F.logsigmoid(log_snr) / 2).exp(), (F.logsigmoid(-log_snr) / 2).exp(), log_snr / 2)
 
 
 def exponential_step(x: torch.Tensor, x0: torch.Tensor, now: Level, after: Level) -> torch.Tensor:

@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from images.modes import ModeBasis, band_to_modes, dct_matrix, from_modes, to_modes
 from runtime.errors import need_file
 from runtime.safe_write import replacing
 from scheduler import DDIMScheduler
@@ -113,13 +113,11 @@ class Spectrum:
             raise ValueError("Variances need at least 2 images.")
         batches = images.split(batch_size)
         mean = sum(x.double().sum(0) for x in batches) / len(images)  # [C, H, W]
-        colour = sum(torch.einsum("bchw,bdhw->cd", *(x.double() - mean,) * 2) for x in batches)
-        rotation = torch.linalg.eigh(colour).eigenvectors.T.contiguous()  # [C, C]
-        dct = _dct(images.shape[-2] // 2).to(mean), _dct(images.shape[-1] // 2).to(mean)
-        square = sum(_to_modes(x.double() - mean, rotation, *dct).square().sum(0) for x in batches)  # [4, C, h, w]
+        basis = ModeBasis.of_images(batches, mean)
+        square = sum(to_modes(x.double() - mean, basis).square().sum(0) for x in batches)  # [4, C, h, w]
         variances = (square / (len(images) - 1)).clamp(min=QUANTISATION_VARIANCE)
         low, high = variances[0], variances[1:]
-        return cls(low.flatten(), high.flatten()), ImageVariances(low, high, rotation, mean)
+        return cls(low.flatten(), high.flatten()), ImageVariances(low, high, basis.rotation, mean)
 
     @classmethod
     def load(cls, file: str | os.PathLike) -> "Spectrum":
@@ -202,12 +200,14 @@ class GaussianDenoiser(PosteriorMean):
         mean = torch.zeros(channels, 2 * h, 2 * w).to(eye) if mean is None else torch.as_tensor(mean).to(eye)
         if mean.shape != (channels, 2 * h, 2 * w):
             raise ValueError(f"mean has shape {list(mean.shape)} but the variances want {[channels, 2 * h, 2 * w]}.")
-        buffers = dict(variances=variances, rotation=rotation, mean=mean, dct_h=_dct(h).to(eye), dct_w=_dct(w).to(eye))
+        buffers = dict(
+            variances=variances, rotation=rotation, mean=mean, dct_h=dct_matrix(h).to(eye), dct_w=dct_matrix(w).to(eye)
+        )
         for name, value in buffers.items():
             self.register_buffer(name, value.clone())
 
-    def _basis(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.rotation, self.dct_h, self.dct_w
+    def _basis(self) -> ModeBasis:
+        return ModeBasis(self.rotation, self.dct_h, self.dct_w)
 
     def spectrum(self) -> Spectrum:
         """The variances as a `Spectrum`; raises ValueError if some are zero."""
@@ -218,23 +218,23 @@ class GaussianDenoiser(PosteriorMean):
         means = self.representation.split(self.mean[None])
         amplitudes = map(signal_and_noise, log_snrs)
         zs = [(x - signal * m) / noise for x, m, (signal, noise) in zip(xs, means, amplitudes, strict=True)]
-        z_64 = _to_modes(zs[0], *self._basis())  # [S, 4, C, H/2, W/2]
+        z_64 = to_modes(zs[0], self._basis())  # [S, 4, C, H/2, W/2]
         # The coarse image is half a low band, to which the rest of the transform applies.
-        z_32 = _rotate_and_dct(zs[1], *self._basis())  # [S, C, H/2, W/2]
+        z_32 = band_to_modes(zs[1], self._basis())  # [S, C, H/2, W/2]
         a, b = (log_snr.exp()[..., None] for log_snr in log_snrs)  # [S, 1, 1, 1, 1]
         is_low = torch.zeros(4, 1, 1, 1).to(z_64)
         is_low[0] = 1
         a = a * (1 - is_low) if self._is_residual else a  # [S, 4, 1, 1, 1] or [S, 1, 1, 1, 1]
         gain = self.variances / (1 + self.variances * (a + is_low * b / 4))  # [S, 4, C, H/2, W/2]
         modes = gain * (a.sqrt() * z_64 + is_low * (b.sqrt() / 2) * z_32[:, None])
-        return self.mean + _from_modes(modes, *self._basis())
+        return self.mean + from_modes(modes, self._basis())
 
     def draw(self, count: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """`count` images from the model, `[count, C, H, W]`, in the dtype and on the device of the buffers."""
         shape = (count, *self.variances.shape)
         device = self.variances.device if generator is None else generator.device
         noise = torch.randn(shape, generator=generator, dtype=self.variances.dtype, device=device)
-        return self.mean + _from_modes(noise.to(self.variances.device) * self.variances.sqrt(), *self._basis())
+        return self.mean + from_modes(noise.to(self.variances.device) * self.variances.sqrt(), self._basis())
 
 
 def mse(spectrum: Spectrum, log_snr_64: LogSNR, log_snr_32: LogSNR, representation: str = "overcomplete") -> Pair:
@@ -388,31 +388,3 @@ def _haar_folding(resolution: int) -> Pair:
         detail[i, i + 1] += math.sin(math.pi * (i + 1) / (2 * resolution)) ** 2
         detail[i, resolution - i - 1] += math.cos(math.pi * (i + 1) / (2 * resolution)) ** 2
     return smooth, detail
-
-
-def _dct(size: int) -> torch.Tensor:
-    # Orthonormal DCT-II, rows are frequencies.
-    index = torch.arange(size, dtype=torch.float64)
-    matrix = torch.cos(math.pi / size * index[:, None] * (index + 0.5)) * math.sqrt(2 / size)
-    matrix[0] /= math.sqrt(2)
-    return matrix
-
-
-def _haar(like: torch.Tensor) -> torch.Tensor:
-    # Rows are bands, columns the pixels of a 2x2 block; symmetric, and so its own inverse.
-    return like.new_tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
-
-
-def _rotate_and_dct(x: torch.Tensor, rotation: torch.Tensor, dct_h: torch.Tensor, dct_w: torch.Tensor) -> torch.Tensor:
-    return dct_h @ torch.einsum("cd,...dhw->...chw", rotation, x) @ dct_w.T  # [..., C, H/2, W/2]
-
-
-def _to_modes(x: torch.Tensor, *basis: torch.Tensor) -> torch.Tensor:
-    blocks = F.pixel_unshuffle(x, 2).unflatten(1, (-1, 4))  # [B, C, 4, H/2, W/2]
-    return _rotate_and_dct(torch.einsum("kp,bcphw->bkchw", _haar(x), blocks), *basis)  # [B, 4, C, H/2, W/2]
-
-
-def _from_modes(modes: torch.Tensor, rotation: torch.Tensor, dct_h: torch.Tensor, dct_w: torch.Tensor) -> torch.Tensor:
-    bands = _rotate_and_dct(modes, rotation.T, dct_h.T, dct_w.T)  # [B, 4, C, H/2, W/2]
-    blocks = torch.einsum("pk,bkchw->bcphw", _haar(modes), bands)  # [B, C, 4, H/2, W/2]
-    return F.pixel_shuffle(blocks.flatten(1, 2), 2)  # [B, C, H, W]

@@ -12,7 +12,7 @@ import torch
 
 from diffusion.multistep import ScaleWalk
 from diffusion.solvers import SOLVERS, make_solver
-from diffusion.step import Level
+from diffusion.step import level_of_log_snr
 from truth.gaussian import Law, LogSNR, Spectrum, low_snr, posterior_variance
 from truth.posterior_mean import Pair, is_residual, signal_and_noise
 
@@ -41,7 +41,7 @@ def solver_output(
     if rule is None:
         raise ValueError(f"What '{solver}' returns has no closed form here; choose one of {', '.join(with_rule())}.")
     signal, noise = signal_and_noise(points)  # [N + 1, 2]
-    levels = [list(map(Level, *rows)) for rows in zip(signal, noise, points / 2, strict=True)]
+    levels = [list(map(level_of_log_snr, point)) for point in points]
     snr = points.exp()
     see = signal / noise.square()  # l̂ = posterior variance · (see_64 x_64 + see_32 x_32 / 2)
     # Coefficients of what each scale started from: of a low mode [2, m_L] in x_64 and in 2 x_32, of a detail mode.
