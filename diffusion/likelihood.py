@@ -150,7 +150,7 @@ def log_likelihood(
     found = torch.from_numpy(divergence) + sum(dims) * math.log(_clean_level(scheduler)[1])
     for latent, t, n in zip(latents, path.points[0], dims, strict=True):
         squares = latent.flatten(1).double().cpu().square().sum(1)
-        found -= squares / 2 + n * (math.log(2 * math.pi) / 2 + math.log(_prior_size(scheduler, t)))
+        found -= squares / 2 + n * (math.log(2 * math.pi) / 2 + math.log(prior_size(scheduler, t)))
     found -= sum(dims[1:]) * math.log(2)  # The low coefficients of the image are twice the coarse image.
     return Likelihood(found, latents, torch.from_numpy(calls.spent))
 
@@ -161,7 +161,8 @@ def _clean_level(scheduler: DDIMScheduler) -> tuple[float, float]:
     return first.item(), scheduler.to("cpu").curves(first).alpha.item()
 
 
-def _prior_size(scheduler: DDIMScheduler, t: int) -> float:
+def prior_size(scheduler: DDIMScheduler, t: int) -> float:
+    """The standard deviation of the noise that sampling starts from at timestep t."""
     return scheduler.to("cpu").prior(torch.ones((), dtype=torch.float64), t).item()
 
 
@@ -256,4 +257,4 @@ def _walk_up(
         xs = line.images(everyone, torch.from_numpy(states[:, :dims]))
         if directions is not None:
             divergence += dims * states[:, dims]
-    return tuple(x / _prior_size(scheduler, t) for x, t in zip(xs, path.points[0], strict=True)), divergence, calls
+    return tuple(x / prior_size(scheduler, t) for x, t in zip(xs, path.points[0], strict=True)), divergence, calls

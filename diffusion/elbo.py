@@ -1,0 +1,265 @@
+"""The variational bound of the likelihood of images under the chain of DDPM along a path.
+
+The chain of `Ancestral` takes noisy images from each point of a path to the next, and a last step takes those of
+timestep 0 to the image. With the true chain q as the proposal, log p(x) is at least
+
+    - KL(q(z_T | x) || prior) - Σ KL(q(z_s | z_t, x) || p(z_s | z_t)) + log p(x | z_0)
+
+in expectation over q (arXiv 2006.11239, eq. 5). True steps are Gaussians of variance beta tilde. With γ = alpha² /
+sigma², r = beta tilde / (variance of the step) = 1, or for beta (1 + γ_t) / (1 + γ_s), and d dimensions,
+
+    KL = [d (r - 1 - log r) + r (γ_s - γ_t) |x0 - x̂0|²] / 2,
+
+x̂0 the clean image that the network sees in z_t, clamped where sampling clamps it (for r = 1: arXiv 2107.00630, eq. 14).
+Scaled images have the same KL, so that every process is the same chain. Two scales take their steps at once, each at
+its own time: their noise is independent, the KL is the sum, and one that rests adds nothing.
+
+The last step has the mean x̂0 and the variance beta (arXiv 2006.11239, eq. 13), or for beta tilde, which is 0 there,
+that of the step before (as the code of arXiv 2102.09672). Of 8-bit images p(x | z_0) is the probability of their grey
+levels, a Gaussian integrated over the width of each, to infinity at both ends; of others its density. The steps of the
+residual pair (r, c) leave on a block of 2x2 pixels of x = r + up(c) the covariance
+
+    v_r (I - 1 1ᵀ / 4) + v_c 1 1ᵀ,
+
+whose density is a product over the four pixels, each given those before it. So is the probability of grey levels here:
+each is given the values of those before it. It sums to 1 over all images.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import to_float
+from diffusion.likelihood import GREY_LEVEL, prior_size, why_undefined
+from diffusion.sampler import SeededNoise
+from diffusion.solvers import VARIANCES
+from images.representation import Images
+from paths.path import Path
+from scheduler import DDIMScheduler, Denoiser
+
+LAST_DRAWS = 2  # Of the noise of the last step, so that there is a difference to estimate an error from.
+# Of pixels in [-1, 1], for the guess of how much a step counts.
+GUESSED_VARIANCE = 0.25
+# Streams of random numbers of an image, beside those of `diffusion.likelihood`.
+TIMESTEPS, NOISE = 2, 3
+
+
+class Chain(NamedTuple):
+    """The chain of DDPM along a path of N steps: what of its steps the bound needs, by scale, fine first."""
+
+    points: tuple[tuple[int, ...], ...]  # N + 1 points of timesteps
+    snr: torch.Tensor  # float64 [N + 1, scales]
+    ratios: torch.Tensor  # float64 [N, scales]: variance of the true step to that of the chain, 1 where a scale rests
+    last: tuple[float, ...]  # variances of the last step, from timestep 0 to the image
+
+    @property
+    def gains(self) -> torch.Tensor:
+        """SNR at the end of each step less that at its start, float64 `[N, scales]`."""
+        return self.snr.diff(dim=0)
+
+
+class Bound(NamedTuple):
+    """What `elbo` returns, float64 `[B]` in nats but for the calls; `elbo` is -(prior + steps + last)."""
+
+    elbo: torch.Tensor  # at most log p(image), in expectation
+    error: torch.Tensor  # standard error by the draws of timesteps and noise, rather too large than too small
+    prior: torch.Tensor
+    steps: torch.Tensor
+    last: torch.Tensor
+    nfe: torch.Tensor  # int64, network calls for each image
+
+
+def ddpm_chain(scheduler: DDIMScheduler, path: Path, variance: str = "beta") -> Chain:
+    """The chain along a path with the variance "beta" or "beta_tilde".
+
+    The chain of T steps of the paper is that of all timesteps, which a diagonal of T - 1 steps visits. Raises
+    ValueError for another variance, a process without noise at timestep 0, and for beta tilde a scale that never moves.
+    """
+    if variance not in VARIANCES:
+        raise ValueError(f"Unknown variance '{variance}'; choose one of {', '.join(VARIANCES)}.")
+    alphas, sigmas = scheduler.alphas.cpu(), scheduler.sigmas.cpu()
+    if not sigmas[0]:
+        raise ValueError(
+            f"The process '{scheduler.process_name}' has no chain of DDPM, because there is no noise at timestep 0 for "
+            "a last step to take away; use --method ode."
+        )
+    points = torch.tensor(path.points)  # [N + 1, scales]
+    snr = (alphas / sigmas).square()[points]
+    before, after = snr[:-1], snr[1:]
+    ratios = (1 + before) / (1 + after) if variance == "beta" else torch.ones_like(before)
+    last = []
+    for scale in range(path.num_scales):
+        if variance == "beta":
+            last.append(1 / (1 + snr[-1, scale].item()))  # 1 - abar.
+            continue
+        moves = (before[:, scale] != after[:, scale]).nonzero()
+        if not len(moves):
+            raise ValueError(
+                "A scale that never moves has no step before the last, whose beta tilde it could have; use beta."
+            )
+        k = moves[-1].item()
+        last.append((sigmas[0].square() * (1 - before[k, scale] / after[k, scale])).item())
+    return Chain(path.points, snr, ratios, tuple(last))
+
+
+def check_timesteps(num_timesteps: int, chain: Chain) -> None:
+    """Raise ValueError unless so many steps of a chain can be drawn."""
+    most = len(chain.ratios) - 1
+    if not 2 <= num_timesteps <= most:
+        raise ValueError(
+            f"--timesteps {num_timesteps} cannot be drawn of a chain of {most + 1} steps; choose 2 to {most}, or all."
+        )
+
+
+@torch.no_grad()
+def elbo(
+    denoise: Denoiser,
+    scheduler: DDIMScheduler,
+    chain: Chain,
+    images: torch.Tensor,  # [B, C, H, W]: uint8, or floats in [-1, 1]
+    num_timesteps: int | None = None,  # steps drawn for each image, 2 to N - 1; None: all N
+    seeds: Sequence[int] | None = None,  # of what is random for each image; None: 0, 1, ...
+) -> Bound:
+    """An unbiased estimate of the bound of the log probability of bytes, or of the log density of floats.
+
+    denoise: `(xs, ts) -> predictions`, one for each scale of the chain, called at timesteps int64 `[B]` by scale. Every
+    term has noise of its own. Steps are drawn in strata of equal shares of what they count for white images of variance
+    GUESSED_VARIANCE, mixed with an even share of all; each is divided by its chance. The noise of the last step is
+    drawn LAST_DRAWS times. What is random for an image depends on its seed alone.
+
+    Raises ValueError where the likelihood of an image is not defined (`why_undefined`), for another number of seeds or
+    of timesteps, and for a network that makes an image NaN or infinite.
+    """
+    count, num_scales, representation = len(images), len(chain.points[0]), scheduler.representation
+    if reason := why_undefined(num_scales, num_scales, representation):
+        raise ValueError(reason)
+    num_steps = len(chain.ratios)
+    if num_timesteps is not None:
+        check_timesteps(num_timesteps, chain)
+    seeds = range(count) if seeds is None else seeds
+    if len(seeds) != count:
+        raise ValueError(f"A bound of {count} images needs so many seeds, not {len(seeds)}.")
+
+    values, decoder = (to_float(images), _log_probability) if images.dtype == torch.uint8 else (images, _log_density)
+    scales = representation.split(values) if num_scales > 1 else (values,)
+    shares = [representation.fine_share if k == 0 else 1.0 for k in range(num_scales)]
+    dims = torch.tensor([round(share * x[0].numel()) for share, x in zip(shares, scales, strict=True)])
+    tables, noise = scheduler.to(values.device), SeededNoise([(seed, NOISE) for seed in seeds])
+    points = torch.tensor(chain.points)
+
+    def clean(at: torch.Tensor) -> Images:
+        """The clean images seen at points `[B]` of the chain, with fresh noise."""
+        ts = tuple(points[at].T.to(values.device))
+        drawn = representation.project(tuple(noise.draw(x.shape[1:], x.device).to(x.dtype) for x in scales))
+        xs = tuple(tables.add_noise(x, n, t) for x, n, t in zip(scales, drawn, ts, strict=True))
+        predictions = denoise(xs, ts)
+        if len(predictions) < num_scales:
+            raise ValueError(why_undefined(num_scales, len(predictions), representation))
+        predictions = tuple(each.to(x.dtype) for each, x in zip(predictions, xs, strict=True))
+        return representation.project(tables.predict_clean(predictions, ts, xs))
+
+    constants = (dims * (chain.ratios - 1 - chain.ratios.log())).sum() / 2  # Without a network, and so never drawn.
+    weights = chain.ratios * chain.gains / 2  # [N, scales]
+    chosen, chances = _draw_steps(chain, dims, num_timesteps, seeds)  # [B, K] each
+    terms = torch.zeros(chosen.shape, dtype=torch.float64)
+    for k, at in enumerate(chosen.T):
+        errors = torch.stack([_squares(x - x0) for x, x0 in zip(scales, clean(at), strict=True)], 1)  # [B, scales]
+        terms[:, k] = (weights[at] * errors).sum(1) / chances[:, k]
+
+    exact = (images.double() / 127.5 - 1 if images.dtype == torch.uint8 else images.double()).cpu()
+    ends = torch.full((count,), num_steps)
+    lasts = torch.stack(
+        [
+            -_last_step(exact, representation.compose(clean(ends)).double().cpu(), chain.last, decoder)
+            for _ in range(LAST_DRAWS)
+        ],
+        1,
+    )  # [B, LAST_DRAWS]
+    prior, steps, last = _prior(scheduler, chain, scales, dims), constants + terms.sum(1), lasts.mean(1)
+    bound = -(prior + steps + last)
+    if not bound.isfinite().all():
+        raise ValueError(
+            "The network makes an image NaN or infinite on its way; use another checkpoint, or --precision fp32."
+        )
+    # Neighbours differ by their noise, and a little by where they are, which makes this too large.
+    drawn = terms.shape[1] / max(terms.shape[1] - 1, 1) * terms.diff(dim=1).square().sum(1) / 2
+    error = (drawn + lasts.var(1) / LAST_DRAWS).sqrt()
+    nfe = torch.full((count,), terms.shape[1] + LAST_DRAWS)
+    return Bound(bound, error, prior, steps, last, nfe)
+
+
+def bits_of_grey_levels(log_probability: torch.Tensor, dims: int) -> torch.Tensor:
+    """Bits per dimension from nats of the probability of grey levels of images of so many dimensions: -log2 P / D."""
+    return -log_probability / (dims * math.log(2))
+
+
+def _squares(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(1).double().square().sum(1).cpu()  # [B]
+
+
+def _draw_steps(
+    chain: Chain, dims: torch.Tensor, num_timesteps: int | None, seeds: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of steps `[B, K]` in order, and how often each is drawn in expectation `[B, K]`."""
+    num_steps = len(chain.ratios)
+    if num_timesteps is None:
+        return torch.arange(num_steps).expand(len(seeds), -1), torch.ones(len(seeds), num_steps, dtype=torch.float64)
+    guessed = (dims * chain.ratios * chain.gains / (1 / GUESSED_VARIANCE + chain.snr[:-1])).sum(1)
+    shares = (guessed / guessed.sum() + 1 / num_steps) / 2  # The even half keeps every step within reach.
+    edges = shares.cumsum(0).numpy()
+    rows = []
+    for seed in seeds:
+        places = np.arange(num_timesteps) + np.random.default_rng((seed, TIMESTEPS)).random(num_timesteps)
+        rows.append(np.searchsorted(edges[:-1], places / num_timesteps, side="right"))
+    chosen = torch.from_numpy(np.stack(rows))
+    return chosen, num_timesteps * shares[chosen]
+
+
+def _prior(scheduler: DDIMScheduler, chain: Chain, scales: Images, dims: torch.Tensor) -> torch.Tensor:
+    """KL(q(z_T | x) || prior) in nats `[B]`."""
+    total = torch.zeros(len(scales[0]), dtype=torch.float64)
+    for x, t, n in zip(scales, chain.points[0], dims.tolist(), strict=True):
+        size = prior_size(scheduler, t)
+        alpha, variance = scheduler.alphas[t].item() / size, (scheduler.sigmas[t].item() / size) ** 2
+        total += (n * (variance - 1 - math.log(variance)) + alpha**2 * _squares(x)) / 2
+    return total
+
+
+# log p of values given means, float64 of one shape, and a deviation.
+Decoder = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+
+
+def _last_step(
+    images: torch.Tensor, means: torch.Tensor, variances: tuple[float, ...], decoder: Decoder
+) -> torch.Tensor:
+    """log p(x | z_0) in nats `[B]`; images, means: float64 `[B, C, H, W]`."""
+    if len(variances) == 1:
+        return decoder(images, means, variances[0] ** 0.5).flatten(1).sum(1)
+    fine, coarse = variances
+    own, shared = 0.75 * fine + coarse, coarse - fine / 4  # Of a pixel, and between two of a block.
+    x, mean = (F.pixel_unshuffle(each, 2).unflatten(1, (-1, 4)) for each in (images, means))  # [B, C, 4, H/2, W/2]
+    total = torch.zeros(len(images), dtype=torch.float64)
+    for k in range(4):
+        gain = shared / (own + (k - 1) * shared)
+        given = mean[:, :, k] + gain * (x[:, :, :k] - mean[:, :, :k]).sum(2)
+        total += decoder(x[:, :, k], given, (own - k * gain * shared) ** 0.5).flatten(1).sum(1)
+    return total
+
+
+def _log_density(x: torch.Tensor, mean: torch.Tensor, deviation: float) -> torch.Tensor:
+    return -((x - mean) / deviation).square() / 2 - math.log(deviation) - math.log(2 * math.pi) / 2
+
+
+def _log_probability(x: torch.Tensor, mean: torch.Tensor, deviation: float) -> torch.Tensor:
+    """Of the grey levels at x in [-1, 1]."""
+    half = GREY_LEVEL / 2
+    low = torch.where(x < half - 1, -math.inf, (x - half - mean) / deviation)
+    high = torch.where(x > 1 - half, math.inf, (x + half - mean) / deviation)
+    # Mirrored to the lower tail, where small probabilities are not differences of numbers near 1.
+    low, high = torch.where(low + high > 0, -high, low), torch.where(low + high > 0, -low, high)
+    below, above = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+    return above + (-torch.expm1(below - above)).log()
