@@ -15,6 +15,7 @@ import train_lift
 from checkpoint import load_model
 from conftest import HARDWARE, results_of
 from data import fingerprint_array, load_images, split_holdout
+from diffusion.elbo import ddpm_chain, elbo
 from diffusion.likelihood import bits_per_dim, dequantised, log_likelihood
 from diffusion.super_resolution import noise_seeds
 from evaluate_likelihood import LikelihoodSettings, find_path
@@ -23,6 +24,7 @@ from paths.families import diagonal
 
 # Tiny models are as rough as they are quick, and so are their walks.
 ROUGH = ["--num_images", 4, "--tolerance", 0.1]
+FEW = ["--method", "elbo", "--num_images", 4, "--num_steps", 20, "--timesteps", 4]
 SAID = r"(\d+\.\d{3}) \+- (\d+\.\d{3}) bits per dimension \((\d+) images of (\w+), standard error over images; "
 
 
@@ -47,8 +49,8 @@ def held_out(stage, tiny, run, tmp_path_factory):
     }
 
 
-def flags_of(checkpoint, run, *flags):
-    return ["--checkpoint", checkpoint, *HARDWARE, "--cache_dir", run.cache, *ROUGH, *flags]
+def flags_of(checkpoint, run, *flags, method=ROUGH):
+    return ["--checkpoint", checkpoint, *HARDWARE, "--cache_dir", run.cache, *method, *flags]
 
 
 def rows_of(folder):
@@ -85,6 +87,84 @@ def test_held_out_images_are_measured(stage, run, held_out, tmp_path, kind):
     assert said["weights_fingerprint"] == loaded.fingerprint and said["path_fingerprint"] == path.fingerprint()
     assert (said["probes"], said["tolerance"], said["seed"], said["of"]) == (1, 0.1, 42, "holdout")
     assert said["precision"] == "fp32"
+
+
+@pytest.mark.parametrize("kind", ["baseline", "dual"])
+def test_the_bound_of_held_out_images(stage, run, held_out, tmp_path, kind):
+    flags = flags_of(held_out[kind], run, "--output", "out", "--batch_size", 3, method=FEW)
+    output = stage(evaluate_likelihood, *flags).output
+    said = (
+        r"bits per dimension at most \((\d+) images of (\w+), standard error over images, (\d+\.\d{3}) of it by draws; "
+    )
+    how = r"elbo, variance beta, 4 of 20 steps, 6 calls\)"
+    mean, error, count, of, drawn = re.search(r"(\d+\.\d{3}) \+- (\d+\.\d{3}) " + said + how, output).groups()
+    rows, pixels, loaded = rows_of(tmp_path / "out"), held_out_pixels(run), load_model(held_out[kind])
+    assert (count, of) == ("4", "holdout")
+    # The same by the functions themselves.
+    settings = LikelihoodSettings(checkpoint=held_out[kind], method="elbo", num_steps=20)
+    path = find_path(settings, loaded)[0]
+    chain = ddpm_chain(loaded.scheduler, path, "beta")
+    found = elbo(loaded.denoise, loaded.scheduler, chain, pixels, 4, noise_seeds(pixels, 42))
+    scale = 768 * math.log(2)
+    for k, row in enumerate(rows):
+        assert row["fingerprint"] == fingerprint_array(pixels[k].numpy()) and row["nfe"] == "6"
+        values = {"elbo": found.elbo[k], "bits_per_dim": -found.elbo[k] / scale, "bits_error": found.error[k] / scale}
+        values |= {"bits_prior": found.prior[k] / scale, "bits_last": found.last[k] / scale}
+        assert len(row) == len(values) + 2
+        for name, value in values.items():
+            assert float(row[name]) == pytest.approx(value.item(), rel=1e-4, abs=1e-5)
+    values = np.array([[float(row[name]) for name in ("bits_per_dim", "bits_error")] for row in rows])
+    assert float(mean) == pytest.approx(values[:, 0].mean(), abs=6e-4)
+    assert float(error) == pytest.approx(values[:, 0].std(ddof=1) / 2, abs=6e-4)
+    assert float(drawn) == pytest.approx((values[:, 1] ** 2).sum() ** 0.5 / 4, abs=6e-4)
+    said = json.loads((tmp_path / "out/settings.json").read_text())
+    assert (said["method"], said["variance"], said["timesteps"], said["seed"]) == ("elbo", "beta", 4, 42)
+    assert not {"probes", "tolerance"} & said.keys()
+
+
+def test_the_chain_is_that_of_all_timesteps(run, held_out):
+    for kind, points in (("baseline", [(999,), (998,)]), ("dual", [(999, 999)])):
+        loaded = load_model(held_out[kind])
+        path, name = find_path(LikelihoodSettings(checkpoint=held_out[kind], method="elbo"), loaded)
+        assert path.nfe == 999 and list(path.points[: len(points)]) == points
+        assert name == ("diagonal" if kind == "baseline" else "image_diagonal")
+
+
+def test_bounds_are_not_computed_again_and_have_folders_of_their_own(
+    stage, refused, run, held_out, tmp_path, monkeypatch
+):
+    flags = flags_of(held_out["baseline"], run, "--num_images", 2, method=FEW)
+    stage(evaluate_likelihood, *flags)
+    stage(evaluate_likelihood, *flags, "--variance", "beta_tilde")
+    output = stage(evaluate_likelihood, *flags, "--timesteps", "all", "--num_images", 1).output
+    assert re.search(
+        r"\d bits per dimension at most \(1 image of holdout, 0\.\d+ by draws; .*all of 20 steps, 22 c", output
+    )
+    [place] = (tmp_path / "results").glob("*/likelihood")
+    name = "baseline_1ep_raw_holdout_diagonal_20_elbo"
+    assert {folder.name for folder in place.iterdir()} == {
+        f"{name}_beta_4", f"{name}_beta_tilde_4", f"{name}_beta_all"
+    }  # fmt: skip
+    one, tilde = (rows_of(place / f"{name}_{variance}_4") for variance in ("beta", "beta_tilde"))
+    assert [row["fingerprint"] for row in one] == [row["fingerprint"] for row in tilde]
+    assert all(a["elbo"] != b["elbo"] for a, b in zip(one, tilde, strict=True))
+    stage(evaluate_likelihood, *flags, "--num_images", 4)
+    assert len(rows := rows_of(place / f"{name}_beta_4")) == 4 and rows[:2] == one
+    monkeypatch.setattr(evaluate_likelihood, "elbo", lambda *args: pytest.fail("computed again"))
+    assert "all there already" in stage(evaluate_likelihood, *flags).output
+    flags = [*flags, "--output", place / f"{name}_beta_4"]
+    for more, key in (
+        (["--variance", "beta_tilde"], "variance"),
+        (["--timesteps", 5], "timesteps"),
+        (["--seed", 43], "seed"),
+        (["--num_steps", 21], "path_fingerprint"),
+    ):
+        refused(evaluate_likelihood, *flags, *more, says=("holds results with another", key, "--force"))
+    by_ode = flags_of(held_out["baseline"], run, "--output", place / f"{name}_beta_4")
+    refused(evaluate_likelihood, *by_ode, says=("holds results with another", "method", "--force"))
+    table = place / f"{name}_beta_4/likelihood.csv"
+    table.write_text("fingerprint,bits_per_dim,log_likelihood,nfe\n")
+    refused(evaluate_likelihood, *flags, says=("likelihood.csv is damaged", "another header"))
 
 
 def test_the_path_is_that_of_the_model(run, held_out):
@@ -151,7 +231,8 @@ def test_models_that_give_images_no_likelihood_are_refused(refused, run, held_ou
     says = (run.lift, "a 'dual' model", "not defined for a model of the over-complete pair", "baseline")
     refused(evaluate_likelihood, *flags_of(run.lift, run, "--on", "train"), says=says)
     says = ("a 'single_t' model", "reads 2 scales and predicts 1")
-    refused(evaluate_likelihood, *flags_of(held_out["single_t"], run), says=says)
+    for method in (ROUGH, FEW):
+        refused(evaluate_likelihood, *flags_of(held_out["single_t"], run, method=method), says=says)
 
 
 @pytest.mark.parametrize(
@@ -166,12 +247,31 @@ def test_models_that_give_images_no_likelihood_are_refused(refused, run, held_ou
         (["--tolerance", 0], 2, ("--tolerance", "positive")),
         (["--probes", 0], 2, ("--probes", "positive")),
         (["--coarse_from", "x0"], 2, ("--coarse_from",)),
+        (["--variance", "beta"], 2, ("--variance belongs to --method elbo, not to ode; leave it out",)),
+        (["--timesteps", 9], 2, ("--timesteps belongs to --method elbo",)),
+        (["--method", "elbo"], 2, ("--tolerance belongs to --method ode, not to elbo; leave it out",)),
         (["--run", "mine"], 2, ("--checkpoint and --run exclude each other",)),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(refused, run, held_out, flags, status, says):
     load_images("synthetic", 16, run.cache, limit=12)
     refused(evaluate_likelihood, *flags_of(held_out["baseline"], run, *flags), says=says, status=status)
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "says"),
+    [
+        (["--probes", 2], 2, ("--probes belongs to --method ode",)),
+        (["--num_calls", 2], 2, ("--num_calls belongs to --method ode",)),
+        (["--timesteps", 1], 2, ("'1' is too few; choose 2 or more, or all",)),
+        (["--timesteps", "some"], 2, ("'some' is not a positive integer",)),
+        (["--timesteps", 20], 1, ("--timesteps 20 cannot be drawn of a chain of 20 steps; choose 2 to 19, or all",)),
+        (["--variance", "gamma"], 2, ("--variance",)),
+    ],
+)
+def test_flags_that_make_no_bound_are_refused(refused, run, held_out, flags, status, says):
+    load_images("synthetic", 16, run.cache, limit=12)
+    refused(evaluate_likelihood, *flags_of(held_out["baseline"], run, *flags, method=FEW), says=says, status=status)
 
 
 def test_a_file_where_the_folder_goes_is_said_first(refused, run, held_out, tmp_path, monkeypatch):
