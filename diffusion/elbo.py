@@ -146,8 +146,8 @@ def elbo(
 
     values, decoder = (to_float(images), _log_probability) if images.dtype == torch.uint8 else (images, _log_density)
     scales = representation.split(values) if num_scales > 1 else (values,)
-    shares = [representation.fine_share if k == 0 else 1.0 for k in range(num_scales)]
-    dims = torch.tensor([round(share * x[0].numel()) for share, x in zip(shares, scales, strict=True)])
+    parts = [representation.fine_share if k == 0 else 1.0 for k in range(num_scales)]
+    dims = torch.tensor([round(part * x[0].numel()) for part, x in zip(parts, scales, strict=True)])
     tables, noise = scheduler.to(values.device), SeededNoise([(seed, NOISE) for seed in seeds])
     points = torch.tensor(chain.points)
 
@@ -164,7 +164,12 @@ def elbo(
 
     constants = (dims * (chain.ratios - 1 - chain.ratios.log())).sum() / 2  # Without a network, and so never drawn.
     weights = chain.ratios * chain.gains / 2  # [N, scales]
-    chosen, chances = _draw_steps(chain, dims, num_timesteps, seeds)  # [B, K] each
+    shares = _shares(chain, dims)
+    if num_timesteps is None:
+        chosen, chances = torch.arange(num_steps).expand(count, -1), torch.ones(count, num_steps, dtype=torch.float64)
+    else:
+        chosen = _draw_steps(shares, num_timesteps, seeds)  # [B, K]
+        chances = num_timesteps * shares[chosen]  # How often each is drawn in expectation, [B, K].
     terms = torch.zeros(chosen.shape, dtype=torch.float64)
     for k, at in enumerate(chosen.T):
         errors = torch.stack([_squares(x - x0) for x, x0 in zip(scales, clean(at), strict=True)], 1)  # [B, scales]
@@ -185,9 +190,10 @@ def elbo(
         raise ValueError(
             "The network makes an image NaN or infinite on its way; use another checkpoint, or --precision fp32."
         )
-    # Neighbours differ by their noise, and a little by where they are, which makes this too large.
-    drawn = terms.shape[1] / max(terms.shape[1] - 1, 1) * terms.diff(dim=1).square().sum(1) / 2
-    error = (drawn + lasts.var(1) / LAST_DRAWS).sqrt()
+    # Neighbours for their shares differ by their noise, and a little by where they are, which makes this too large.
+    level = shares[chosen] / chances
+    drawn = ((terms / level).diff(dim=1).square() * level[:, 1:] * level[:, :-1]).sum(1) / 2
+    error = (drawn * terms.shape[1] / max(terms.shape[1] - 1, 1) + lasts.var(1) / LAST_DRAWS).sqrt()
     nfe = torch.full((count,), terms.shape[1] + LAST_DRAWS)
     return Bound(bound, error, prior, steps, last, nfe)
 
@@ -201,22 +207,20 @@ def _squares(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1).double().square().sum(1).cpu()  # [B]
 
 
-def _draw_steps(
-    chain: Chain, dims: torch.Tensor, num_timesteps: int | None, seeds: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of steps `[B, K]` in order, and how often each is drawn in expectation `[B, K]`."""
-    num_steps = len(chain.ratios)
-    if num_timesteps is None:
-        return torch.arange(num_steps).expand(len(seeds), -1), torch.ones(len(seeds), num_steps, dtype=torch.float64)
+def _shares(chain: Chain, dims: torch.Tensor) -> torch.Tensor:
+    """What share of the sum each step is guessed to have, `[N]`."""
     guessed = (dims * chain.ratios * chain.gains / (1 / GUESSED_VARIANCE + chain.snr[:-1])).sum(1)
-    shares = (guessed / guessed.sum() + 1 / num_steps) / 2  # The even half keeps every step within reach.
+    return (guessed / guessed.sum() + 1 / len(guessed)) / 2  # The even half keeps every step within reach.
+
+
+def _draw_steps(shares: torch.Tensor, count: int, seeds: Sequence[int]) -> torch.Tensor:
+    """Indices of steps `[B, count]` in order, one in each stratum of equal shares."""
     edges = shares.cumsum(0).numpy()
     rows = []
     for seed in seeds:
-        places = np.arange(num_timesteps) + np.random.default_rng((seed, TIMESTEPS)).random(num_timesteps)
-        rows.append(np.searchsorted(edges[:-1], places / num_timesteps, side="right"))
-    chosen = torch.from_numpy(np.stack(rows))
-    return chosen, num_timesteps * shares[chosen]
+        places = np.arange(count) + np.random.default_rng((seed, TIMESTEPS)).random(count)
+        rows.append(np.searchsorted(edges[:-1], places / count, side="right"))
+    return torch.from_numpy(np.stack(rows))
 
 
 def _prior(scheduler: DDIMScheduler, chain: Chain, scales: Images, dims: torch.Tensor) -> torch.Tensor:
