@@ -297,6 +297,15 @@ def test_drawn_steps_are_right_on_average_and_their_error_is_said():
     assert 0.85 * whole.elbo.std() < said < 1.5 * whole.elbo.std()
 
 
+def test_steps_are_drawn_as_often_as_their_shares_say():
+    shares = torch.tensor([0.02, 0.4, 0.03, 0.05, 0.3, 0.2], dtype=torch.float64)
+    chosen = module._draw_steps(shares, 4, range(8000))
+    found = torch.stack([(chosen == k).double().sum(1) for k in range(6)], 1)
+    torch.testing.assert_close(found.mean(0), 4 * shares, rtol=0, atol=0.02)
+    # The second step reaches from 0.02 to 0.42: all of no stratum of four, so that it has up to two draws.
+    assert set(found[:, 1].tolist()) == {0.0, 1.0, 2.0} and (chosen.diff(dim=1) >= 0).all()
+
+
 def test_the_error_of_all_steps_is_that_of_noise():
     """Steps near the image count several times as much as the next, which is no error."""
     scheduler = make()
