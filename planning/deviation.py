@@ -18,7 +18,7 @@ from diffusion.multistep import Rule, ScaleWalk
 from diffusion.step import level_of_log_snr
 from planning.trajectories import Band, Trajectories
 
-LARGEST_TABLE = 2**24  # Numbers in the states of paths that are followed at once.
+LARGEST_TABLE = 2**18  # Numbers in the states of paths that are followed at once.
 LARGEST_LOG_SNR = 40.0  # Of a state without noise, as far as a gain is concerned.
 
 
@@ -43,7 +43,7 @@ def deviation(trajectories: Trajectories, rule: Rule) -> Callable[[np.ndarray], 
         for number, pattern in enumerate(patterns):
             rows = (which == number).nonzero()[:, 0]
             for band in trajectories.bands:
-                size = max(1, LARGEST_TABLE // band.states[0, 0].numel())
+                size = max(1, LARGEST_TABLE // band.states.shape[-1])
                 for chunk in rows.split(size):
                     found[chunk] += _deviation(trajectories, band, rule, lines[chunk], pattern.view(-1, scales))
         return found.numpy()
@@ -55,11 +55,10 @@ def _deviation(
     trajectories: Trajectories, band: Band, rule: Rule, lines: torch.Tensor, rests: torch.Tensor
 ) -> torch.Tensor:
     """Of paths `[P, N, S]` in which the same scales rest at the same steps, bool `[N - 1, S]`."""
-    variances = band.variances[:, None]  # [M, 1]
     ends = torch.full_like(lines[:, :1], len(trajectories.points) - 1)
     own = [torch.cat([lines, ends], 1)[..., scale] for scale in band.scales]  # [P, N + 1] each
-    log_snrs = [trajectories.log_snr[line, s][..., None, None] for line, s in zip(own, band.scales, strict=True)]
-    states = [table[line[:, 0]] for table, line in zip(band.states, own, strict=True)]  # [P, M, R] each
+    log_snrs = [trajectories.log_snr[line, s][..., None] for line, s in zip(own, band.scales, strict=True)]
+    states = [table[line[:, 0]] for table, line in zip(band.states, own, strict=True)]  # [P, R] each
     walks = [ScaleWalk(rule) for _ in states]
     for k in range(lines.shape[1]):
         cell = trajectories.cells[lines[:, k, 0], lines[:, k, -1]]
@@ -71,11 +70,11 @@ def _deviation(
             for share, level, state, table, line in zip(shares, levels, states, band.states, own, strict=True)
         ]
         snr = sum(share * (level.alpha / level.sigma) ** 2 for share, level in zip(shares, levels, strict=True))
-        moved = variances / (1 + variances * snr) * sum(off)
+        moved = band.variances / (1 + band.variances * snr) * sum(off)
         for s, (walk, scale) in enumerate(zip(walks, band.scales, strict=True)):
             if k + 1 < lines.shape[1] and rests[k, scale]:
                 walk.rest()
             else:
                 after = level_of_log_snr(log_snrs[s][:, k + 1])
                 states[s] = walk.advance(states[s], band.seen[s][cell] + moved, levels[s], after)
-    return (states[band.result] - band.states[band.result, -1]).square().sum((1, 2))
+    return (states[band.result] - band.states[band.result, -1]).square().sum(1)

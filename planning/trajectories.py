@@ -37,9 +37,9 @@ class Band(NamedTuple):
 
     scales: tuple[int, ...]  # That hold it.
     result: int  # Which of them, as an index, has it in the image at the end.
-    variances: torch.Tensor  # float64 [M], mean over the modes of a bin, in units of x²
-    states: torch.Tensor  # float64 [len(scales), n + 1, M, R]: at each line, and clean; coarse images doubled
-    seen: torch.Tensor  # float64 [len(scales), K, M, R]: the clean images seen in each cell
+    variances: torch.Tensor  # float64 [R], mean over the modes of the bin of a coordinate, in units of x²
+    states: torch.Tensor  # float64 [len(scales), n + 1, R]: at each line, and clean; coarse images doubled
+    seen: torch.Tensor  # float64 [len(scales), K, R]: the clean images seen in each cell
 
 
 class Trajectories(NamedTuple):
@@ -138,9 +138,9 @@ def fine_trajectories(
                 products[b] = products[b] + torch.stack([_product(rows[..., chosen]) for chosen in band.bins])
     found = []
     for band, product in zip(bands, products, strict=True):
-        table = _coordinates(product / count).unflatten(0, (len(band.scales), -1))  # [scales, n + 1 + K, M, R]
-        split = table.split([path.nfe + 1, len(places)], dim=1)
-        found.append(Band(band.scales, band.result, band.variances, *(each.contiguous() for each in split)))
+        table, own = _coordinates(product / count, band.variances)
+        states, seen = table.unflatten(0, (len(band.scales), -1)).split([path.nfe + 1, len(places)], dim=1)
+        found.append(Band(band.scales, band.result, own, states.contiguous(), seen.contiguous()))
     numbers = torch.full(wanted.shape, -1)
     numbers[tuple(places.T)] = torch.arange(len(places))
     return Trajectories(points, log_snr, numbers, tuple(found), len(places))
@@ -188,10 +188,10 @@ def _product(vectors: torch.Tensor) -> torch.Tensor:
     return (rows @ rows.T).cpu()
 
 
-def _coordinates(products: torch.Tensor) -> torch.Tensor:
-    """Vectors `[Q, M, R]` with the inner products `[M, Q, Q]`, but for what is below `LEAST_SHARE`."""
+def _coordinates(products: torch.Tensor, variances: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors `[Q, R]` with the inner products `[M, Q, Q]` of all bins, but for what is below `LEAST_SHARE`; and the
+    variance that belongs to each coordinate `[R]`."""
     values, axes = torch.linalg.eigh(products)  # rising, [M, Q]; [M, Q, Q] by column
-    kept = values > LEAST_SHARE * values[:, -1:]
-    most = int(kept.sum(1).max())
-    table = axes * (values * kept).clamp(min=0).sqrt()[:, None]  # [M, Q, Q]
-    return table[..., -most:].transpose(0, 1)
+    bins, columns = (values > LEAST_SHARE * values[:, -1:]).nonzero(as_tuple=True)  # [R] each
+    table = axes[bins, :, columns] * values[bins, columns].sqrt()[:, None]  # [R, Q]
+    return table.T.contiguous(), variances[bins]
