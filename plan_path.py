@@ -4,6 +4,7 @@
     python plan_path.py --run NAME --ema                             # on the map of a run's last checkpoint
     python plan_path.py --heatmap FILE --nfe 6 8 10 18 36 --kl_weight 1 --output results/plan_400ep_ema
     python plan_path.py --heatmap FILE --criterion dp_total --nfe 18
+    python plan_path.py --run NAME --ema --criterion trajectory --solver dpmpp_2m      # after compute_trajectories.py
     python plan_path.py --heatmap FILE --start 950 --end 20          # from less noise, and not counting the last of it
 
 Prints, for each number of steps, the cost of the optimum, of the best diagonal, of the best cascade and of hand-made
@@ -16,7 +17,6 @@ cost.png (cost against calls), paths.png, and density.png (the cells that the op
 
 import runtime.startup  # noqa: F401
 
-import math
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
@@ -24,6 +24,7 @@ import numpy as np
 
 import cli
 from cli import CheckpointSettings
+from diffusion.solvers import make_solver
 from evaluation.results_table import write_csv
 from figures.costs import plot_cost_against_nfe
 from figures.maps import plot_path_density
@@ -33,17 +34,15 @@ from paths.bootstrap import bootstrap_paths
 from paths.path import Path, leads
 from paths.schedule_file import load_schedule, save_schedule
 from planning.heatmap import map_of
-from planning.map_file import load_heatmap, map_fingerprint
+from planning.map_file import load_heatmap
 from planning.plan import PlanCriterionSettings, Planner
+from planning.trajectory_file import load_trajectories, trajectories_of
+from planning.trajectory_plan import TrajectoryPlanner
 from runtime.settings import option, parse_settings
 
 DENSITY_NFE = 18  # The number of steps nearest to it is resampled.
 # Families that are written as schedules, and what their files are called.
 SCHEDULES = {"optimal": "optimal", "optimal diagonal": "diagonal", "best cascade": "cascade"}
-RANKING = (
-    "That is not the quality of images: with exact denoisers such costs ranked paths by rank correlations of 0.19 to "
-    "0.99, with a small trained network by -0.58 to 0.47 (docs/results.md, section 2)."
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +50,9 @@ class PlanSettings(CheckpointSettings, PlanCriterionSettings):
     """A plan on a heatmap, and where it is written."""
 
     heatmap: str | None = option(None, "file of compute_heatmap_30.py (that of --checkpoint or --run)")
+    trajectories: str | None = option(
+        None, "for --criterion trajectory: file of compute_trajectories.py (that of --checkpoint or --run)"
+    )
     nfe: tuple[int, ...] = option((6, 8, 10, 18, 36), "network calls", parse=cli.positive_int, nargs="+")
     bootstrap: int = option(200, "replicates of the images; 0 leaves them out", parse=cli.seed)
     seed: int = option(0, "of the replicates", parse=cli.seed)
@@ -59,12 +61,22 @@ class PlanSettings(CheckpointSettings, PlanCriterionSettings):
 
     @property
     def needs_checkpoint(self) -> bool:
-        return self.heatmap is None
+        return self.heatmap is None and self.trajectories is None
 
     def check(self) -> None:
         super().check()
-        if self.heatmap is not None and self.checkpoint is not None:
-            raise ValueError("--heatmap names the map; leave --checkpoint and --run out")
+        own, other = ("heatmap", "trajectories")[:: -1 if self.criterion == "trajectory" else 1]
+        if getattr(self, other) is not None:
+            raise ValueError(f"--criterion {self.criterion} plans with --{own}; leave --{other} out")
+        if getattr(self, own) is not None and self.checkpoint is not None:
+            raise ValueError(f"--{own} names the file; leave --checkpoint and --run out")
+        order = make_solver(self.solver).rule.order
+        least = order + 1 if order > 1 else 1
+        if min(self.nfe) < least:
+            raise ValueError(
+                f"--nfe {min(self.nfe)} is less than the {least} calls in which {self.solver} takes a step of its "
+                "order; raise it, or plan for another --solver"
+            )
 
 
 def parse_args() -> PlanSettings:
@@ -90,6 +102,15 @@ def describe_lead(path: Path, log_snr: np.ndarray, image_lead: float) -> str:
     )
 
 
+def load_planner(settings: PlanSettings) -> tuple[Planner | TrajectoryPlanner, FilePath]:
+    """What plans by the criterion of settings, and the file that it plans on."""
+    if settings.criterion == "trajectory":
+        file = FilePath(settings.trajectories or trajectories_of(settings))
+        return TrajectoryPlanner(*load_trajectories(file), settings), file
+    file = FilePath(settings.heatmap or map_of(settings))
+    return Planner(load_heatmap(file), settings), file
+
+
 def describe_points(path: Path, log_snr: np.ndarray) -> str:
     """Timesteps and log SNR of every point, scale by scale, as Python lists."""
     lines = []
@@ -99,11 +120,11 @@ def describe_points(path: Path, log_snr: np.ndarray) -> str:
     return "\n".join(lines)
 
 
-def prepare_output(folder: FilePath, planner: Planner, settings: PlanSettings) -> None:
+def prepare_output(folder: FilePath, planner: Planner | TrajectoryPlanner, settings: PlanSettings) -> None:
     """Make a folder that of this plan; raises ValueError, unless forced, if it holds another, which is then removed."""
     said = {
-        "weights_fingerprint": planner.heatmap["fingerprint"],
-        "map_fingerprint": map_fingerprint(planner.heatmap),
+        "weights_fingerprint": planner.said["fingerprint"],
+        "map_fingerprint": planner.map_fingerprint,
         "criterion": planner.criterion,
         "nfe": sorted(set(settings.nfe)),
         "bootstrap": settings.bootstrap,
@@ -126,35 +147,38 @@ def prepare_output(folder: FilePath, planner: Planner, settings: PlanSettings) -
 def main() -> None:
     """Plan, print, write, draw."""
     settings = parse_args()
-    file = FilePath(settings.heatmap or map_of(settings))
-    heatmap = load_heatmap(file)
-    planner = Planner(heatmap, settings)
-    label = f"epoch {heatmap['epoch']}, {heatmap['weights']} weights"
-    model = f"{heatmap['model_type']}_" if heatmap.get("model_type", "dual") != "dual" else ""
-    name = f"plan_{model}{heatmap['epoch']}ep_{heatmap['weights']}{planner.variant}"
+    planner, file = load_planner(settings)
+    said = planner.said
+    label = f"epoch {said['epoch']}, {said['weights']} weights"
+    model = f"{said['model_type']}_" if said.get("model_type", "dual") != "dual" else ""
+    name = f"plan_{model}{said['epoch']}ep_{said['weights']}{planner.variant}"
     folder = FilePath(settings.output or file.parent / name)
     plans = {nfe: planner.families(nfe) for nfe in sorted(set(settings.nfe))}
-    if settings.bootstrap:  # Before anything is written, because too few images or replicates are refused.
+    resamples = settings.bootstrap and planner.can_resample
+    if resamples:  # Before anything is written, because too few images or replicates are refused.
         resampled = min(plans, key=lambda n: abs(n - DENSITY_NFE))
         t_grid, maps, solve = planner.resample(resampled)
         grid_cells, grid_cost = solve(*maps.mean(-1))
         result = bootstrap_paths(maps, solve, settings.bootstrap, settings.seed)
 
     prepare_output(folder, planner, settings)
-    print(f"criterion: {planner.criterion}\noptimal: the path of {planner.meaning}. {RANKING}")
-    if not planner.is_kl:
+    print(f"criterion: {planner.criterion}\noptimal: the path {planner.meaning}. {planner.ranking}")
+    if settings.criterion.startswith("dp"):
         print(
             f"the optimum moves at most {settings.max_jump} cells per step; hand-made paths need not, and may cost less"
         )
     rows = []
     for nfe, families in plans.items():
         best = families[0]
-        print(f"\n{nfe} calls: {describe_lead(best.path, planner.log_snr, planner.representation.image_lead)}")
+        lead = ""
+        if planner.two_clocks:
+            lead = f": {describe_lead(best.path, planner.log_snr, planner.representation.image_lead)}"
+        print(f"\n{nfe} calls{lead}")
         for family, path, cost in families:
             # Of a cost below nothing there is no share.
             excess = cost / best.cost - 1 if best.cost > 0 else None
-            said = f"  {describe_cascade(path)}" if family == "best cascade" else ""
-            print(f"  {family:24s} cost {cost:12.6g}  excess {'-' if excess is None else f'{excess:.2%}':>8}{said}")
+            waits = f"  {describe_cascade(path)}" if family == "best cascade" else ""
+            print(f"  {family:24s} cost {cost:12.6g}  excess {'-' if excess is None else f'{excess:.2%}':>8}{waits}")
             rows.append({"nfe": nfe, "family": family, "cost": cost, "excess": excess, "path": path.fingerprint()})
         for family, path, cost in families:
             if family not in SCHEDULES:
@@ -165,17 +189,17 @@ def main() -> None:
                 path,
                 schedule,
                 planner.log_snr,
-                solver={"name": "ddim", "eta": 0.0, "end": "clean"},
+                solver=planner.solver,
                 criterion=planner.criterion,
                 cost=cost,
-                model_fingerprint=heatmap["fingerprint"],
-                data_fingerprint=heatmap["data_fingerprint"],
-                beta_schedule=heatmap["beta_schedule"],
+                model_fingerprint=said["fingerprint"],
+                data_fingerprint=said["data_fingerprint"],
+                beta_schedule=said["beta_schedule"],
                 representation=planner.representation.name,
-                resolution=math.isqrt(heatmap["num_pixels_64"]),
-                weights=heatmap["weights"],
-                epoch=heatmap["epoch"],
-                run=heatmap.get("run"),
+                resolution=said["resolution"],
+                weights=said["weights"],
+                epoch=said["epoch"],
+                run=said.get("run"),
             )
     write_csv(folder / "costs.csv", rows)
 
@@ -183,10 +207,10 @@ def main() -> None:
     for row in rows:
         curves.setdefault(row["family"], {})[row["nfe"]] = row["cost"]
     title = f"{label}: {planner.criterion}"
-    plot_cost_against_nfe(curves, folder / "cost.png", title, "cost of the path", "optimal")
+    plot_cost_against_nfe(curves, folder / "cost.png", title, "cost of the path", families[0].family)
     optimal = {f"{nfe} calls": families[0].path for nfe, families in plans.items()}
     plot_path_comparison(optimal, planner.log_snr, folder / "paths.png", title)
-    if settings.bootstrap:
+    if resamples:
         shown = maps.mean(-1)[0]
         title = f"{title}, {resampled} calls, {settings.bootstrap} replicates of {maps.shape[-1]} images"
         plot_path_density(

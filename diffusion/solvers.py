@@ -248,3 +248,8 @@ def make_solver(name: str, **options) -> Solver:
     if name not in SOLVERS:
         raise ValueError(f"Unknown solver '{name}'; choose one of {', '.join(SOLVERS)}.")
     return SOLVERS[name](**options)
+
+
+def with_rule() -> list[str]:
+    """Names of the solvers that go by a rule of `diffusion.multistep` as they are: one call a step, and no noise."""
+    return [name for name in SOLVERS if make_solver(name).rule is not None]

@@ -1,5 +1,6 @@
 """Plans on a heatmap: a criterion, the best path for each number of calls, and what others cost."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 
 import cli
+from diffusion.solvers import SOLVERS, make_solver, with_rule
 from paths.families import cascade, diagonal, fine_first, lead, log_snr_shift
 from paths.map_interpolation import interpolate_map
 from paths.optimal import find_optimal_path_n_steps_lambda, kl_path
@@ -15,6 +17,7 @@ from paths.path import Path
 from paths.refine import cost_off_grid, refine_path
 from planning.choice import CriterionSettings
 from planning.error_map import per_image
+from planning.map_file import map_fingerprint
 from planning.map_paths import (
     KLProblem,
     beyond_seen,
@@ -34,6 +37,10 @@ from scheduler import DDIMScheduler
 
 NEAR = 0.25  # A path keeps to where a network was trained if it is off by no more in log SNR, as timesteps may be.
 DENSITY_LINES = 30
+RANKING = (
+    "That is not the quality of images: with exact denoisers such costs ranked paths by rank correlations of 0.19 to "
+    "0.99, with a small trained network by -0.58 to 0.47 (docs/results.md, section 2)."
+)
 PUBLISHED = {"dp_64": "DP-64", "dp_total": "DP-Total"}
 
 
@@ -41,7 +48,13 @@ PUBLISHED = {"dp_64": "DP-64", "dp_total": "DP-Total"}
 class PlanCriterionSettings(CriterionSettings):
     """What a plan minimises, and over which part of the plane."""
 
-    criterion: str = option("kl", "what the path minimises", choices=("kl", "dp_64", "dp_total"))
+    criterion: str = option(
+        "kl",
+        "what the path minimises: kl and dp on a heatmap, for steps that hold their clean image, as those of ddim; "
+        "trajectory on what compute_trajectories.py measured, for --solver",
+        choices=("kl", "dp_64", "dp_total", "trajectory"),
+    )
+    solver: str = option("ddim", "of --criterion trajectory: what the path is for", choices=tuple(SOLVERS))
     start: int | None = option(None, "timestep of the first point, for kl (that of the map)", parse=cli.positive_int)
     end: int = option(0, "timestep at which the cost ends, for kl", parse=cli.seed)
 
@@ -49,6 +62,16 @@ class PlanCriterionSettings(CriterionSettings):
         super().check()
         if self.criterion != "kl" and (self.start is not None or self.end):
             raise ValueError("--start and --end go with --criterion kl")
+        if self.criterion != "trajectory" and self.solver != "ddim":
+            raise ValueError(
+                f"--criterion {self.criterion} is the loss of steps that hold their clean image, as ddim does, and not "
+                f"{self.solver}; use --criterion trajectory"
+            )
+        if make_solver(self.solver).rule is None:
+            raise ValueError(
+                f"--criterion trajectory fits {', '.join(with_rule())}, which take one call a step and no noise, and "
+                f"not {self.solver}"
+            )
 
 
 class Plan(NamedTuple):
@@ -65,8 +88,13 @@ class Planner:
     Raises ValueError for a start or end off the map, and for dp_total on a map of the fine scale alone.
     """
 
+    can_resample = two_clocks = True
+
     def __init__(self, heatmap: dict, settings: PlanCriterionSettings):
         self.heatmap, self.settings = heatmap, settings
+        self.said = heatmap | {"resolution": math.isqrt(heatmap["num_pixels_64"])}
+        self.map_fingerprint = map_fingerprint(heatmap)
+        self.solver = {"name": "ddim", "eta": 0.0, "end": "clean"}
         scheduler = DDIMScheduler(heatmap["num_train_timesteps"], heatmap["beta_schedule"], prediction_type="v")
         self.representation = representation_of(heatmap)
         self.log_snr = scheduler.log_snr.numpy()
@@ -102,8 +130,13 @@ class Planner:
         """What the optimum is optimal for, in words."""
         if not self.is_kl:
             what = {"dp_64": "the fine prediction", "dp_total": "both predictions"}[self.settings.criterion]
-            return f"least published cost: how strongly {what} of this network depends on the noise"
-        return "least denoising error, of this network on the images of this map, that the steps hold fixed"
+            return f"of least published cost: how strongly {what} of this network depends on the noise"
+        return "of least denoising error, of this network on the images of this map, that the steps hold fixed"
+
+    @property
+    def ranking(self) -> str:
+        """What such costs have been found to say of images."""
+        return RANKING
 
     @property
     def variant(self) -> str:

@@ -11,7 +11,7 @@ import math
 import torch
 
 from diffusion.multistep import ScaleWalk
-from diffusion.solvers import SOLVERS, make_solver
+from diffusion.solvers import make_solver, with_rule
 from diffusion.step import level_of_log_snr
 from truth.gaussian import Law, LogSNR, Spectrum, low_snr, posterior_variance
 from truth.posterior_mean import Pair, is_residual, signal_and_noise
@@ -67,11 +67,6 @@ def solver_output(
         fine, coarse, detail = moved
     low = coarse if residual else fine
     return Law(low.square().sum(0), detail.square())
-
-
-def with_rule() -> list[str]:
-    """Names of the solvers whose output has a closed form."""
-    return [name for name in SOLVERS if make_solver(name).rule is not None]
 
 
 def ddim_output_single(spectrum: Spectrum, log_snr_points: LogSNR) -> Law:
