@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(FilePath(__file__).resolve().parent.parent))
 
 import cli
@@ -68,8 +70,12 @@ def row_of(spectrum: Spectrum, kind: str, nfe: int, start: float) -> dict[str, A
     if kind != ONE_CLOCK and len(inner):
         lead = inner[:, 1] - inner[:, 0] - REPRESENTATIONS[representation].image_lead
         row |= {"lead_mean": lead.mean().item(), "lead_min": lead.min().item(), "lead_max": lead.max().item()}
-    texts = ("/".join(f"{v:.4f}" for v in point) for point in points.reshape(nfe + 1, -1).tolist())
-    return row | {"points": " ".join(texts)}
+    return row | {"points": points_text(points)}
+
+
+def points_text(points: torch.Tensor) -> str:
+    """Log SNRs `[N + 1, 2]` or `[N + 1]` as a cell of a table: points by spaces, scales by slashes."""
+    return " ".join("/".join(f"{v:.4f}" for v in point) for point in points.reshape(len(points), -1).tolist())
 
 
 def report(rows: list[dict[str, Any]], title: str) -> str:

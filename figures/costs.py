@@ -52,6 +52,54 @@ def plot_criteria(
     save_figure(_criteria_figure(points, groups, title, rho, distance_label), file)
 
 
+def plot_distance_against_nfe(
+    panels: Mapping[str, Mapping[str, Mapping[int, float]]],  # panel -> curve -> NFE -> distance
+    file: str | os.PathLike,
+    title: str = "",
+    ylabel: str = "distance",
+    least: float = 1e-3,  # where the axis of distances ends; what lies below leaves the panel
+) -> None:
+    """Draw distances against network evaluations, panels side by side, four in a row at most, on the same axes.
+
+    A curve has the same colour in every panel. Both axes are logarithmic. Raises ValueError for no panel, a panel
+    without curves, and an NFE or a distance that is not positive.
+    """
+    save_figure(_distance_against_nfe_figure(panels, title, ylabel, least), file)
+
+
+@rc_context(STYLE)
+def _distance_against_nfe_figure(panels, title, ylabel, least) -> Figure:
+    if not panels or not all(panels.values()):
+        raise ValueError("there is no distance to draw, or a panel without curves")
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    columns = even_columns(len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(0.8 + 3.0 * columns, 1.4 + 3.2 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, (panel, curves) in zip(grid, panels.items(), strict=False):
+        nfes = sorted({nfe for curve in curves.values() for nfe in curve})
+        check_positive(f"an NFE of {panel}", nfes)
+        for name, curve in curves.items():
+            distances = check_positive(f"a distance of {panel}, {name}", [curve[nfe] for nfe in sorted(curve)])
+            axes.plot(
+                sorted(curve), distances, label=name, linewidth=1.4, markersize=5, **curve_style(names.index(name))
+            )
+        nfe_axis(axes, nfes, gap=0.12)
+        axes.set_title(panel)
+        axes.grid(True)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    largest = max(value for curves in panels.values() for curve in curves.values() for value in curve.values())
+    grid[0].set_yscale("log")
+    grid[0].set_ylim(least, 2 * largest)
+    figure.supxlabel(NFE_LABEL)
+    figure.supylabel(ylabel)
+    handles = [Line2D([], [], label=name, **curve_style(k)) for k, name in enumerate(names)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=even_columns(len(names), most=3))
+    figure.suptitle(title)
+    return figure
+
+
 @rc_context(STYLE)
 def _cost_against_nfe_figure(
     curves: Mapping[str, Mapping[int, float]], title: str, ylabel: str, optimum: str | None

@@ -22,8 +22,15 @@ LARGEST_TABLE = 2**18  # Numbers in the states of paths that are followed at onc
 LARGEST_LOG_SNR = 40.0  # Of a state without noise, as far as a gain is concerned.
 
 
-def deviation(trajectories: Trajectories, rule: Rule) -> Callable[[np.ndarray], np.ndarray]:
+def deviation(
+    trajectories: Trajectories,
+    rule: Rule,
+    carried: bool = True,
+) -> Callable[[np.ndarray], np.ndarray]:
     """The mean squared distance, in units of x² per image, as a function of paths: int `[P, N, S]` -> float64 `[P]`.
+
+    carried: the distance at the end, to which the loss of every step is carried by those after it. Otherwise the sum of
+    the losses themselves, in x/alpha, each of a step that starts on the trajectory.
 
     A path is given by the lines of its points but the last, which is clean; for two scales by the fine and the coarse
     line. The function raises ValueError for lines that do not begin at 0, go back or are not measured together.
@@ -45,14 +52,16 @@ def deviation(trajectories: Trajectories, rule: Rule) -> Callable[[np.ndarray], 
             for band in trajectories.bands:
                 size = max(1, LARGEST_TABLE // band.states.shape[-1])
                 for chunk in rows.split(size):
-                    found[chunk] += _deviation(trajectories, band, rule, lines[chunk], pattern.view(-1, scales))
+                    found[chunk] += _deviation(
+                        trajectories, band, rule, carried, lines[chunk], pattern.view(-1, scales)
+                    )
         return found.numpy()
 
     return measure
 
 
 def _deviation(
-    trajectories: Trajectories, band: Band, rule: Rule, lines: torch.Tensor, rests: torch.Tensor
+    trajectories: Trajectories, band: Band, rule: Rule, carried: bool, lines: torch.Tensor, rests: torch.Tensor
 ) -> torch.Tensor:
     """Of paths `[P, N, S]` in which the same scales rest at the same steps, bool `[N - 1, S]`."""
     ends = torch.full_like(lines[:, :1], len(trajectories.points) - 1)
@@ -60,7 +69,10 @@ def _deviation(
     log_snrs = [trajectories.log_snr[line, s][..., None] for line, s in zip(own, band.scales, strict=True)]
     states = [table[line[:, 0]] for table, line in zip(band.states, own, strict=True)]  # [P, R] each
     walks = [ScaleWalk(rule) for _ in states]
+    losses = torch.zeros(len(lines), dtype=torch.float64)
     for k in range(lines.shape[1]):
+        if not carried:
+            states = [table[line[:, k]] for table, line in zip(band.states, own, strict=True)]
         cell = trajectories.cells[lines[:, k, 0], lines[:, k, -1]]
         levels = [level_of_log_snr(log_snr[:, k].clamp(max=LARGEST_LOG_SNR)) for log_snr in log_snrs]
         # Half the coarse image is a mode at a quarter of its SNR.
@@ -77,4 +89,9 @@ def _deviation(
             else:
                 after = level_of_log_snr(log_snrs[s][:, k + 1])
                 states[s] = walk.advance(states[s], band.seen[s][cell] + moved, levels[s], after)
+                if s == band.result and not carried:
+                    loss = (states[s] - band.states[s][own[s][:, k + 1]]) / after.alpha
+                    losses += loss.square().sum(1)
+    if not carried:
+        return losses
     return (states[band.result] - band.states[band.result, -1]).square().sum(1)

@@ -36,6 +36,7 @@ def optimal_points(
     initial: LogSNR | None = None,  # [N + 1, 2] or, for one clock, [N + 1]: one more path to start from
     representation: str = "overcomplete",
     solver: str = "ddim",  # one of `with_rule`, of whose output w2 and kl are
+    max_iterations: int = 1000,  # of each of three descents from the best start
 ) -> tuple[torch.Tensor, float]:
     """The path of N = num_steps steps from start to end that minimises an objective, and its value.
 
@@ -128,7 +129,7 @@ def optimal_points(
     tried = [descend(increments, 12) for increments in starts]
     result = min(tried, key=lambda r: r.fun)
     for _ in range(3):  # A new start forgets an estimate of the curvature that led nowhere.
-        result = min(result, descend(result.x, 1000), key=lambda r: r.fun)
+        result = min(result, descend(result.x, max_iterations), key=lambda r: r.fun)
         gradient = log_value(result.x)[1]
         gradient = float(np.abs(np.where((result.x <= 0) & (gradient > 0), 0, gradient)).max())
         if gradient <= GRADIENT_TOLERANCE:
