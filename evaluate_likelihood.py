@@ -44,8 +44,7 @@ from evaluation.given_images import evaluation_images
 from evaluation.table_file import csv_line
 from image_folder import SETTINGS_FILE, claim, write_settings
 from paths.path import Path as SamplingPath
-from planning.choice import OnePathSettings, path_of_settings
-from planning.path_types import PATH_FAMILIES, PATH_TYPES, path_type
+from planning.usual_path import TWO_CLOCK_STEPS, OpenPathSettings, usual_path
 from runtime.device import PRECISIONS, autocast, resolve_precision, select_device
 from runtime.progress import Progress
 from runtime.safe_write import replacing, short_name
@@ -54,7 +53,6 @@ from runtime.settings import Settings, option, parse_settings
 METHODS = ("ode", "elbo")
 ALL, DRAWN_TIMESTEPS = "all", 100
 TABLE_FILE = "likelihood.csv"
-TWO_CLOCK_STEPS = 10  # Straight lines between so many timesteps stay near the diagonal of the image.
 
 
 class Row(NamedTuple):
@@ -137,29 +135,15 @@ class MethodSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpwardPathSettings(OnePathSettings):
-    """The path that likelihoods are computed along, from its end to its start."""
+class LikelihoodSettings(CheckpointSettings, MethodSettings, OpenPathSettings, DataSettings, HardwareSettings):
+    """Of which images the likelihood is wanted, and how exactly."""
 
-    group = "path"
     num_steps: int | None = option(
         None,
         f"steps of the path, each solved to --tolerance (1; with two clocks {TWO_CLOCK_STEPS}); of elbo those of the "
         "chain (all timesteps)",
         parse=cli.positive_int,
     )
-    path_type: str | None = option(
-        None,
-        "diagonal, for two clocks image_diagonal; or another: "
-        f"{', '.join(PATH_TYPES)}; {'; '.join(f'{name}:{words}' for name, words in PATH_FAMILIES.items())}",
-        parse=path_type,
-        metavar="TYPE",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LikelihoodSettings(CheckpointSettings, MethodSettings, UpwardPathSettings, DataSettings, HardwareSettings):
-    """Of which images the likelihood is wanted, and how exactly."""
-
     on: str = option("holdout", "images", choices=("holdout", "train"))
     num_images: int = option(64, "evenly over those there are", parse=cli.positive_int, metavar="N")
     seed: int = option(42, "what is random for an image depends on this and its pixels", parse=cli.seed)
@@ -183,13 +167,9 @@ def find_path(settings: LikelihoodSettings, loaded: LoadedModel) -> tuple[Sampli
     model = loaded.model
     if reason := why_undefined(model.num_scales, model.num_predictions, loaded.scheduler.representation):
         raise ValueError(f"{settings.checkpoint} is a '{loaded.config['model_type']}' model: {reason}")
-    two_clocks = model.has_two_clocks()
-    steps = TWO_CLOCK_STEPS if two_clocks else 1
     if settings.method == "elbo":
-        steps = loaded.scheduler.num_train_timesteps - 1
-    usual = "image_diagonal" if two_clocks else "diagonal"
-    chosen = {"path_type": settings.path_type or usual, "num_steps": settings.num_steps or steps}
-    return path_of_settings(settings.but(**chosen), loaded)
+        settings = settings.but(num_steps=settings.num_steps or loaded.scheduler.num_train_timesteps - 1)
+    return usual_path(settings, loaded)
 
 
 def read_table(file: Path, kind: type[Row] | type[BoundRow]) -> dict[str, Row | BoundRow]:

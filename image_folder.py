@@ -33,54 +33,99 @@ def as_in_training(config: dict[str, Any], resize: bool) -> dict[str, str | None
     return {"background": config.get("background", BACKGROUND), "resize_filter": resize_filter, "pad": pad}
 
 
+def read_file(
+    file: Path,
+    size: int,
+    channels: int,
+    background: str = BACKGROUND,
+    resize_filter: str | None = None,  # one of RESIZE_FILTERS: fit an image of another size, as those of the training
+    pad: str | None = None,  # a colour: pad a smaller image instead
+) -> torch.Tensor:
+    """An image, uint8 `[C, size, size]`.
+
+    Colour becomes grey and grey becomes colour where the model wants it, and what is transparent shows the background.
+    Raises ValueError for an image that is unreadable, of more than 16 bits or of another size that is not to be
+    changed, or too large to be padded.
+    """
+    try:
+        image = read_image(read_bytes(file), None if resize_filter or pad else (size, size), parse_colour(background))
+        if pad is not None:
+            image = padded(image, size, parse_colour(pad))
+    except (UnreadableImageError, WrongSizeError) as error:
+        is_size = isinstance(error, WrongSizeError)
+        others = "smaller ones are padded" if isinstance(error, TooLargeError) else "--resize brings others"
+        raise ValueError(
+            f"{file} cannot be used ({f'it {error}' if is_size else error}); this model takes 8-bit images of "
+            f"{size}x{size} pixels{f', to which {others}' if is_size else ''}."
+        ) from error
+    image = image.convert("RGB" if channels == 3 else "L")
+    pixels = np.array(fit(image, size, RESIZE_FILTERS[resize_filter]) if resize_filter else image)
+    return torch.from_numpy(pixels).view(size, size, channels).permute(2, 0, 1)
+
+
 def read_folder(
     folder: Path,
     size: int,
     channels: int,
     background: str = BACKGROUND,
-    resize_filter: str | None = None,  # one of RESIZE_FILTERS: fit images of another size, as those of the training
-    pad: str | None = None,  # a colour: pad smaller images instead
+    resize_filter: str | None = None,
+    pad: str | None = None,
 ) -> dict[str, torch.Tensor]:
     """The images of a folder by name without suffix, in order, uint8 `[C, size, size]`; of its subfolders, none.
 
-    Colour becomes grey and grey becomes colour where the model wants it, and what is transparent shows the background.
-    Hidden files and files that are no images are left out, and so are figures that LIFT drew, beside anything else.
-    Raises FileNotFoundError for a missing folder, ValueError for one without images, an image that is unreadable, of
-    more than 16 bits or of another size that is not to be changed or too large to be padded, and for two whose names
-    differ in the suffix alone.
+    Each is read as by `read_file`. Hidden files and files that are no images are left out, and so are figures that
+    LIFT drew, beside anything else. Raises FileNotFoundError for a missing folder, ValueError for one without images
+    and for two whose names differ in the suffix alone, and what `read_file` raises.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"--input {folder} is not a folder; name one of {size}x{size} images.")
-    images: dict[str, torch.Tensor] = {}
     found = find_images(folder, below=False)
     groups = by_origin(found.files, start_of)
     # Images that LIFT made lie in a folder of no training because someone wants them there.
     files = sorted(groups[Origin.OTHERS] + groups[Origin.SAMPLE]) or groups[Origin.FIGURE]
     left_out = found.left_out + Counter(file.suffix.lower() for file in (*found.archives, *found.tables))
     left_out[WRITTEN_BY_LIFT] += len(found.files) - len(files)
-    for file in files:
-        if file.stem in images:
-            raise ValueError(f"{file} has the name of another image but for its suffix; rename it.")
-        try:
-            image = read_image(
-                read_bytes(file), None if resize_filter or pad else (size, size), parse_colour(background)
-            )
-            if pad is not None:
-                image = padded(image, size, parse_colour(pad))
-        except (UnreadableImageError, WrongSizeError) as error:
-            is_size = isinstance(error, WrongSizeError)
-            others = "smaller ones are padded" if isinstance(error, TooLargeError) else "--resize brings others"
-            raise ValueError(
-                f"{file} cannot be used ({f'it {error}' if is_size else error}); this model takes 8-bit images of "
-                f"{size}x{size} pixels{f', to which {others}' if is_size else ''}."
-            ) from error
-        image = image.convert("RGB" if channels == 3 else "L")
-        pixels = np.array(fit(image, size, RESIZE_FILTERS[resize_filter]) if resize_filter else image)
-        images[file.stem] = torch.from_numpy(pixels).view(size, size, channels).permute(2, 0, 1)
+    images = read_files(files, size, channels, background=background, resize_filter=resize_filter, pad=pad)
     report_left_out(folder, +left_out)
     if not images:
         raise ValueError(f"--input {folder} holds no image; name a folder of {size}x{size} images.")
     return images
+
+
+def read_files(files: Sequence[Path], size: int, channels: int, **reading: str | None) -> dict[str, torch.Tensor]:
+    """Images by name without folder and suffix, in order, uint8 `[C, size, size]`; reading: options of `read_file`.
+
+    Raises ValueError for two of one name, and what `read_file` raises.
+    """
+    images: dict[str, torch.Tensor] = {}
+    for file in files:
+        if file.stem in images:
+            raise ValueError(f"{file} has the name of another image but for its folder or suffix; rename it.")
+        images[file.stem] = read_file(file, size, channels, **reading)
+    return images
+
+
+def read_given(places: Sequence[str], size: int, channels: int, **reading: str | None) -> dict[str, torch.Tensor]:
+    """The images of --input, which names files or one folder, as `read_files` and `read_folder` read them.
+
+    Raises FileNotFoundError for what is not there, ValueError for a folder beside others, and what these raise.
+    """
+    paths = [Path(place) for place in places]
+    if len(paths) == 1 and paths[0].is_dir():
+        return read_folder(paths[0], size, channels, **reading)
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"--input {path} does not exist; name images, or one folder of them.")
+        if path.is_dir():
+            raise ValueError(f"--input {path} is a folder beside others; name images, or one folder of them.")
+    return read_files(paths, size, channels, **reading)
+
+
+def check_apart(folder: Path, places: Sequence[str]) -> None:
+    """Raise ValueError for an output folder that is one of the inputs or holds one, which might be written over."""
+    for place in map(Path, places):
+        if folder.resolve() in (place.resolve(), place.resolve().parent):
+            raise ValueError(f"--output {folder} is the folder of the input {place}; pass another.")
 
 
 def evenly(count: int, available: int, where: str) -> np.ndarray:

@@ -1,12 +1,16 @@
-"""Walk from the image of one seed to that of another along a path.
+"""Walk from the image of one seed to that of another along a path, or from one given image to another.
 
     python interpolate.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema --seeds 42000000 42000001
     python interpolate.py --checkpoint FILE --ema --seeds 42000000 42000007 --frames 24 --gif
     python interpolate.py --checkpoint FILE --ema --seeds 42000000 42000007 --at 6 --schedule schedule.json
+    python interpolate.py --checkpoint FILE --ema --input A.png B.png --num_steps 1
 
 Seeds are those in the names of the images of generate_with_path_30.py, which the first and the last frame are. Between
 them lie the great circles of their noise, each scale by itself, sampled on without fresh noise of their own; with
 --at K not of the noise, but of what the two seeds have become at point K of the path.
+
+With --input two images are taken to the noise they come from, as by encode.py, and the first and the last frame are
+what comes back: by --solver ode, at timestep 0 and without a clamp, up to --tolerance.
 
 Writes `frame_000.png` and so on into --output (what is there already is skipped), settings.json, all of them in a
 strip, `grid.png`, and with --gif `frames.gif`, which goes there and back without end.
@@ -22,10 +26,12 @@ import torch
 from PIL import Image
 
 import cli
-from checkpoint import load_model
+from checkpoint import LoadedModel, load_model
 from cli import CheckpointSettings, HardwareSettings
-from data import coarse, read_png, save_png, to_uint8
+from data import coarse, fingerprint_array, read_png, save_png, to_uint8
+from diffusion.adaptive import MOST_CALLS, TOLERANCE
 from diffusion.sampler import (
+    ENDS,
     IMAGES_PER_SEED,
     Denoiser,
     Images,
@@ -36,18 +42,19 @@ from diffusion.sampler import (
     sample,
     scale_shapes,
 )
-from diffusion.solvers import Ddim
+from diffusion.solvers import SOLVERS, Ddim
 from diffusion.step import Solver
+from evaluation.given_latents import check_latents_exist, encode_pixels
 from figures.images import image_grid, save_image_grid
 from figures.style import even_columns
-from image_folder import claim_images
+from image_folder import as_in_training, check_apart, claim_images, read_file
 from images.own import GIF_COMMENT
 from paths.path import Path as SamplingPath
 from planning.choice import OnePathSettings, WalkSettings, path_of_settings
-from runtime.device import autocast, resolve_precision, select_device
+from runtime.device import PRECISIONS, autocast, exact_autocast, resolve_precision, select_device
 from runtime.progress import Progress
 from runtime.safe_write import replacing, short_name
-from runtime.settings import REQUIRED, option, parse_settings
+from runtime.settings import option, parse_settings
 from scheduler import DDIMScheduler
 
 GRID_COLUMNS, GRID_SIDE = 12, 128
@@ -64,9 +71,22 @@ def image_seed(text: str) -> int:
 class InterpolationSettings(CheckpointSettings, OnePathSettings, WalkSettings, HardwareSettings):
     """Between which images, along which path, in how many frames."""
 
-    seeds: tuple[int, int] = option(
-        REQUIRED, "of the first and the last frame", parse=image_seed, nargs=2, metavar=("A", "B")
+    seeds: tuple[int, int] | None = option(
+        None, "of the first and the last frame", parse=image_seed, nargs=2, metavar=("A", "B")
     )
+    input: tuple[str, str] | None = option(
+        None, "in place of --seeds: images that these are made of", nargs=2, metavar=("A", "B")
+    )
+    resize: bool = option(
+        False,
+        "bring images of --input to the size of the model: shorter side, then the centre; of one trained with --pad "
+        "pad them",
+    )
+    solver: str | None = option(None, "how a step is taken (ddim; with --input ode)", choices=tuple(SOLVERS))
+    end: str | None = option(
+        None, "land on the clean image, or on t=0 (clean; with --input t0, where encoding begins)", choices=ENDS
+    )
+    precision: str = option("auto", "auto: bf16 where it is fast, with --input fp32", choices=PRECISIONS, shown="")
     frames: int = option(12, "the two ends counted", parse=cli.positive_int)
     at: int = option(0, "point of the path whose states are interpolated", parse=int, metavar="K", shown="0: the noise")
     batch_size: int = option(64, "images per network call, at least 3", parse=cli.positive_int)
@@ -75,7 +95,20 @@ class InterpolationSettings(CheckpointSettings, OnePathSettings, WalkSettings, H
     force: bool = option(False, "replace the frames of other settings that --output holds")
 
     def check(self) -> None:
+        given = self.input is not None
+        self._derive(solver=self.solver or ("ode" if given else "ddim"), end=self.end or ("t0" if given else "clean"))
         super().check()
+        if given == (self.seeds is not None):
+            raise ValueError("either --seeds A B or --input A B, two images, is needed; pass one of them")
+        if self.resize and not given:
+            raise ValueError("--resize is for images of --input; leave it out")
+        if given and (self.make_solver().draws or self.eta):
+            raise ValueError(
+                f"--solver {self.solver_words} draws noise on the way, so that images of --input do not come back; "
+                "choose another, such as ode"
+            )
+        if given and self.precision == "auto":
+            self._derive(precision="fp32")  # Steps would follow the rounding of bf16.
         if self.frames < 2 or self.batch_size < 3:
             raise ValueError(
                 "--frames must be at least 2, the two ends, and --batch_size 3, both ends and a frame between"
@@ -115,7 +148,7 @@ def interpolate(
     denoise: Denoiser,
     scheduler: DDIMScheduler,
     path: SamplingPath,
-    seeds: Sequence[int],  # two
+    seeds: Sequence[int] | None,  # two, or None for latents
     weights: torch.Tensor,  # [B], of the second seed; the first two of them 0 and 1
     shapes: Sequence[tuple[int, int, int]],  # (C, H, W) per scale, fine first
     at: int = 0,
@@ -123,21 +156,24 @@ def interpolate(
     end: str = "clean",
     coarse_from: str | None = None,
     solver: Solver | None = None,  # None: DDIM
+    latents: Images | None = None,  # [2, C, H, W] per scale, to start from in place of what the seeds draw
 ) -> Samples:
     """Sample what lies between the states of two seeds at point `at` of a path, scale by scale.
 
-    Rows 0 and 1 are the images that `sample_seeds` makes of the two seeds, but for what a solver that remembers earlier
-    points forgets at point `at`. What a coarse feed draws lies between what
-    it draws for the two. Raises ValueError for an `at` that is no point of the path before the last, or other first
-    weights, and what `sample` raises.
+    Rows 0 and 1 are the images that `sample_seeds` makes of the two seeds, or `sample` of the two latents, but for what
+    a solver that remembers earlier points forgets at point `at`. What a coarse feed or a solver draws lies between what
+    it draws for the two seeds; latents go with none that draw. Raises ValueError for an `at` that is no point of the
+    path before the last, or other first weights, and what `sample` raises.
     """
     check_point(at, path)
     if weights[:2].tolist() != [0, 1]:
         raise ValueError(f"The first two weights must be 0 and 1, the ends, not {weights[:2].tolist()}.")
-    source, solver = SeededNoise(seeds), solver or Ddim()
+    solver, draw = solver or Ddim(), None
+    if latents is None:
+        source = SeededNoise(seeds)
 
-    def draw(shape: Sequence[int]) -> torch.Tensor:
-        return slerp(*source.draw(shape, device), weights)
+        def draw(shape: Sequence[int]) -> torch.Tensor:
+            return slerp(*source.draw(shape, device), weights)
 
     def meet(k: int, xs: Images) -> tuple[int, Images] | None:
         if k != at:
@@ -148,7 +184,7 @@ def interpolate(
             return k, (fine, coarse(fine))
         return k, (fine, *(slerp(x[0], x[1], weights) for x in xs[1:]))
 
-    noise = [draw(shape) for shape in shapes]
+    noise = [draw(shape) for shape in shapes] if latents is None else [slerp(x[0], x[1], weights) for x in latents]
     return sample(
         denoise, scheduler, path, noise, callback=meet, end=end, draw=draw, coarse_from=coarse_from, solver=solver
     )
@@ -166,6 +202,34 @@ def save_gif(frames: torch.Tensor, file: Path) -> None:
         )  # fmt: skip
 
 
+class Ends:
+    """The first and the last frame, by their seeds or as given images."""
+
+    def __init__(self, settings: InterpolationSettings, loaded: LoadedModel):
+        self.settings, self.loaded = settings, loaded
+        self.scheduler, self.said = loaded.scheduler, {"seeds": list(settings.seeds or ())}
+        self.names = [str(seed) for seed in settings.seeds or ()]
+        if settings.input is None:
+            return
+        check_latents_exist(loaded, settings.checkpoint)
+        config = loaded.config
+        reading = as_in_training(config, settings.resize)
+        images = [read_file(Path(file), config["resolution"], config["channels"], **reading) for file in settings.input]
+        self.pixels = torch.stack(images)
+        self.names = [Path(file).resolve().stem for file in settings.input]
+        self.said = {"input_fingerprints": [fingerprint_array(image.numpy()) for image in images]}
+        self.scheduler = loaded.scheduler.unclamped()
+
+    def latents(self, path: SamplingPath, device: torch.device) -> Images | None:
+        """What given images are made of, `[2, C, H, W]` per scale; None for seeds."""
+        if self.settings.input is None:
+            return None
+        limit = self.settings.most_calls or MOST_CALLS
+        return encode_pixels(
+            self.loaded, path, self.pixels.to(device), self.settings.tolerance or TOLERANCE, limit
+        ).latents
+
+
 def main() -> None:
     """Make the frames that are missing, then draw the strip."""
     settings = parse_args()
@@ -176,16 +240,17 @@ def main() -> None:
     path, kind = path_of_settings(settings, loaded)
     feed = coarse_feed(loaded.model, settings.coarse_from)
     check_point(settings.at, path)
-    first, last = settings.seeds
-    name = f"{Path(settings.checkpoint).stem}_{weights}_{kind}_{path.nfe}_{first}_{last}{f'_{feed}' if feed else ''}"
+    ends = Ends(settings, loaded)
+    name = "_".join([Path(settings.checkpoint).stem, weights, kind, str(path.nfe), *ends.names, *([feed] * bool(feed))])
     name += f"_at{settings.at}" if settings.at else ""
     name += settings.solver_suffix
     folder = Path(settings.output or loaded.results / "interpolation" / short_name(name))
+    check_apart(folder, settings.input or ())
 
     said = {
         "weights_fingerprint": loaded.fingerprint,
         "path_fingerprint": path.fingerprint(),
-        "seeds": list(settings.seeds),
+        **ends.said,
         "frames": settings.frames,
         "at": settings.at,
         # Folders of earlier versions do not say; they were all made by DDIM without noise.
@@ -201,13 +266,14 @@ def main() -> None:
     inner = [k for k in range(1, settings.frames - 1) if names[k] in missing]
     chunks = [inner[s : s + settings.batch_size - 2] for s in range(0, len(inner), settings.batch_size - 2)] or [[]]
     shapes = scale_shapes(loaded.model.num_scales, config["channels"], config["resolution"])
-    with autocast(device, settings.precision), Progress(total=len(missing), unit="img", desc="interpolation") as bar:
-        nfe = 0
+    running = autocast if settings.input is None else exact_autocast
+    with running(device, settings.precision), Progress(total=len(missing), unit="img", desc="interpolation") as bar:
+        nfe, latents = 0, ends.latents(path, device) if missing else None
         for chunk in chunks if missing else []:
             rows = [0, settings.frames - 1, *chunk]
             samples = interpolate(
-                loaded.denoise, loaded.scheduler, path, settings.seeds, shares[rows], shapes, settings.at, device,
-                settings.end, feed, settings.make_solver(),
+                loaded.denoise, ends.scheduler, path, settings.seeds, shares[rows], shapes, settings.at, device,
+                settings.end, feed, settings.make_solver(), latents,
             )  # fmt: skip
             nfe = samples.nfe
             check_finite(samples.images[0], [names[k] for k in rows])

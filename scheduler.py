@@ -203,6 +203,12 @@ class DDIMScheduler:
         moved._nodes = moved._slopes = None
         return moved
 
+    def unclamped(self) -> "DDIMScheduler":
+        """A copy that clamps no predicted clean image: a clamp bends the equation, and has no inverse."""
+        free = copy.copy(self)
+        free.clip_sample = False
+        return free
+
     def curves(self, t: torch.Tensor) -> Curves:
         """The process at times t, float64 from 0 to T - 1 of any shape; raises ValueError outside, but not on GPUs."""
         last = self.num_train_timesteps - 1

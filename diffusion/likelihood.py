@@ -21,7 +21,6 @@ the details themselves, and low coefficients l = 2 c. So dl = 2 dc in each of D/
 The over-complete pair says more numbers than an image has: no density of images follows from one of pairs.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -63,13 +62,23 @@ class Encoded(NamedTuple):
     nfe: torch.Tensor  # int64 [B], network calls for each image
 
 
+def why_no_equation(num_scales: int, num_predictions: int) -> str:
+    """Why images have neither latents nor likelihood under models of so many scales, as a sentence, or an empty text.
+
+    num_scales: those that a model reads; num_predictions: those that it predicts.
+    """
+    if num_predictions == num_scales:
+        return ""
+    return (
+        f"Neither latents nor the likelihood of an image are defined for a model that reads {num_scales} scales and "
+        f"predicts {num_predictions}, because the others follow no equation; take a model that predicts all it reads."
+    )
+
+
 def why_undefined(num_scales: int, num_predictions: int, representation: Overcomplete) -> str:
     """Why models that read and predict so many scales give images no likelihood, as a sentence, or an empty text."""
-    if num_predictions < num_scales:
-        return (
-            f"The likelihood of an image is not defined for a model that reads {num_scales} scales and predicts "
-            f"{num_predictions}, because the others follow no equation; take a model that predicts all it reads."
-        )
+    if reason := why_no_equation(num_scales, num_predictions):
+        return reason
     if num_scales > 1 and representation.fine_share == 1:
         return (
             "The likelihood of an image is not defined for a model of the over-complete pair, whose density is one of "
@@ -102,12 +111,11 @@ def encode(
     tolerance: float = TOLERANCE,  # relative and absolute error of a step
     max_calls: int = MOST_CALLS,  # for an image
 ) -> Encoded:
-    """The noise of clean images: `sample` along the same path by the solver `ode` takes it back to them.
+    """The noise of clean images: `decode` along the same path takes it back to them.
 
-    With `end="t0"` to alpha_0 times them, in flow and with `end="clean"` to their clean images as the network sees
-    them there; each without a clamp, as here, and the nearer the smaller both tolerances. Raises ValueError for another
-    number of scales than the path or the predictions have, a tolerance that float64 cannot meet, an image that needs
-    more than `max_calls` calls, and a network that makes one NaN or infinite.
+    The images come back the nearer the smaller both tolerances. Clean images of the network are not clamped. Raises
+    ValueError for another number of scales than the path or the predictions have, a tolerance that float64 cannot meet,
+    an image that needs more than `max_calls` calls, and a network that makes one NaN or infinite.
     """
     with torch.no_grad():
         latents, _, calls = _walk_up(denoise, scheduler, path, scales, tolerance, max_calls, None)
@@ -209,8 +217,7 @@ def _walk_up(
     if path.num_scales != len(scales):
         raise ValueError(f"The path has {path.num_scales} scale(s) but the images have {len(scales)}.")
     count, device, representation = len(scales[0]), scales[0].device, scheduler.representation
-    tables = copy.copy(scheduler.to(device))
-    tables.clip_sample = False  # A clamp bends the equation, and has no derivative.
+    tables = scheduler.to(device).unclamped()
     calls = Calls(count, max_calls, tolerance, "An image")
     first, alpha = _clean_level(scheduler)
     xs = tuple(alpha * x for x in representation.project(scales))
@@ -220,7 +227,7 @@ def _walk_up(
     def clean(xs: Images, ts: tuple[torch.Tensor, ...]) -> Images:
         ts = tuple(t.to(device) for t in ts)
         predictions = denoise(xs, ts)
-        if reason := why_undefined(len(xs), len(predictions), representation) if len(predictions) < len(xs) else "":
+        if reason := why_no_equation(len(xs), len(predictions)):
             raise ValueError(reason)
         predictions = tuple(prediction.to(x.dtype) for prediction, x in zip(predictions, xs, strict=True))
         return representation.project(tables.predict_clean(predictions, ts, xs))

@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -58,6 +58,13 @@ def autocast(device: torch.device, precision: str = "auto"):
     """A context in which models run at one of PRECISIONS."""
     dtype = AUTOCAST_DTYPES.get(resolve_precision(device, precision))
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+@contextmanager
+def exact_autocast(device: torch.device, precision: str = "auto") -> Iterator[None]:
+    """`autocast` for adaptive steps: GPUs would round what convolutions of fp32 read to 10 bits, which steps follow."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), autocast(device, precision):
+        yield
 
 
 def choose_kernels(device: torch.device, deterministic: bool) -> None:
