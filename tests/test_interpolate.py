@@ -1,5 +1,6 @@
 """Interpolation against the geometry of the sphere, plain sampling of its ends and a plain loop, and its stage."""
 
+import json
 import math
 
 import numpy as np
@@ -9,9 +10,14 @@ from PIL import Image
 
 import generate_with_path_30
 import interpolate
+import train_lift
+from checkpoint import load_model
 from conftest import HARDWARE, STEPS, results_of
-from data import coarse, read_png
+from data import coarse, fingerprint_array, read_png, save_png, to_uint8
+from diffusion.adaptive import Ode
+from diffusion.latents import decode
 from diffusion.sampler import COARSE_FEEDS, coarse_feed, sample, sample_seeds, scale_shapes
+from evaluation.given_latents import encode_pixels
 from interpolate import slerp
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
 from paths.families import diagonal
@@ -260,6 +266,118 @@ def test_frames_strip_and_animation(stage, refused, run, tmp_path):
 )
 def test_flags_that_make_no_sense_are_refused(refused, run, flags, status, says):
     refused(interpolate, *flags_of(run.lift, *flags), says=says, status=status)
+
+
+# Given images
+
+
+def given_flags(checkpoint, *flags):
+    return ["--checkpoint", checkpoint, *HARDWARE, "--input", "mine/a.png", "mine/b.png", "--num_steps", 1, *flags]
+
+
+@pytest.fixture
+def given(run, tmp_path):
+    """Images of the training as `mine/a.png` and `mine/b.png`."""
+    (tmp_path / "mine").mkdir()
+    pixels = torch.from_numpy(np.array(run.images()[[0, 5]]))
+    for name, image in zip("ab", pixels, strict=True):
+        save_png(image, tmp_path / f"mine/{name}.png", by_lift=False)
+    return pixels
+
+
+@pytest.mark.parametrize("model", ["lift", "baseline"])
+@pytest.mark.parametrize("at", [0, 2])
+def test_the_first_and_last_frames_are_given_images(stage, run, given, tmp_path, model, at):
+    checkpoint, loaded = getattr(run, model), load_model(getattr(run, model))
+    steps = ["--num_steps", 3, "--at", at] if at else []
+    flags = given_flags(checkpoint, "--tolerance", 1e-5, "--num_calls", 9999, "--frames", 4, *steps)
+    output = stage(interpolate, *flags).output
+    [folder] = (results_of("dual" if model == "lift" else model) / "interpolation").iterdir()
+    words = f"{checkpoint.stem}_raw_diagonal_{3 if at else 1}_a_b{f'_at{at}' if at else ''}_ode"
+    assert folder.name == words and "4 new" in output
+    frames = frames_in(folder)
+    for frame, image in ((frames[0], given[0]), (frames[3], given[1])):
+        # A network of two epochs is steep.
+        assert (frame.double() - image).square().mean().sqrt() < 4
+    assert not torch.equal(frames[1], frames[0]) and not torch.equal(frames[2], frames[3])
+    said = json.loads((folder / "settings.json").read_text())
+    assert said["input_fingerprints"] == [fingerprint_array(image.numpy()) for image in given]
+    assert "seeds" not in said and (said["end"], said["precision"]) == ("t0", "fp32")
+    assert said["solver"] == "ode tolerance 1e-05"
+    if at:
+        return
+    # Between the latents, and not clamped on the way down.
+    path = diagonal(1, num_scales=loaded.model.num_scales)
+    latents = encode_pixels(loaded, path, given, 1e-5, 9999).latents
+    weights = torch.tensor([0, 1, 1 / 3, 2 / 3], dtype=torch.float64)
+    starts = [slerp(x[0], x[1], weights) for x in latents]
+    expected = decode(loaded.denoise, loaded.scheduler, path, starts, Ode(1e-5, 9999)).images
+    for frame, image in zip([frames[0], frames[3], *frames[1:3]], to_uint8(expected), strict=True):
+        assert (frame.int() - image.int()).abs().max() <= 1
+
+
+def test_frames_of_given_images_by_another_solver_and_end(stage, refused, run, given, tmp_path):
+    """The images are encoded as ever, and what the other solver makes of their latents is written."""
+    loaded, path = load_model(run.lift), diagonal(4)
+    flags = given_flags(run.lift, "--num_steps", 4, "--solver", "ddim", "--end", "clean", "--frames", 2)
+    assert "2 new with 4 network calls each" in stage(interpolate, *flags, "--output", "walk").output
+    latents = encode_pixels(loaded, path, given, 1e-4, 1000).latents
+    expected = sample(loaded.denoise, loaded.scheduler.unclamped(), path, latents).images[0]
+    for frame, image in zip(frames_in(tmp_path / "walk"), to_uint8(expected), strict=True):
+        assert torch.equal(frame, image)
+    # What is there stays, and a frame that is gone comes back as it was.
+    before = (tmp_path / "walk/frame_001.png").read_bytes()
+    (tmp_path / "walk/frame_001.png").unlink()
+    assert "1 new" in stage(interpolate, *flags, "--output", "walk").output
+    assert (tmp_path / "walk/frame_001.png").read_bytes() == before
+    assert "all there already" in stage(interpolate, *flags, "--output", "walk").output
+    save_png(given[0].flip(2), tmp_path / "mine/b.png")
+    says = ("walk holds results with another input_fingerprints", "--force")
+    refused(interpolate, *flags, "--output", "walk", says=says)
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "says"),
+    [
+        (["--seeds", 1, 2], 2, ("either --seeds A B or --input A B",)),
+        (["--input", "mine/a.png"], 2, ("--input", "2 arguments")),
+        (["--solver", "ancestral"], 2, ("--solver ancestral", "draws noise on the way", "such as ode")),
+        (["--solver", "ddim", "--eta", 0.5], 2, ("--solver ddim eta 0.5 draws noise",)),
+        (["--solver", "heun", "--tolerance", 0.1], 2, ("--tolerance belongs to --solver ode",)),
+        (["--tolerance", 1e-15], 2, ("--tolerance 1e-15 is too small",)),
+        (["--at", 1], 1, ("--at 1 is not a point before the last of a path of 1 step",)),
+        (["--num_calls", 5], 1, ("--num_calls allows 5",)),
+        (["--output", "mine", "--force"], 1, ("mine is the folder of the input mine/a.png",)),
+        (["--input", "mine/a.png", "wide.png"], 1, ("wide.png", "20x16 and not 16x16", "--resize brings others")),
+        (["--input", "mine/a.png", "text.png"], 1, ("text.png cannot be used",)),
+        (["--input", "mine/a.png", "mine"], 1, ("mine cannot be used (Is a directory)",)),
+        (["--input", "mine/a.png", "nowhere.png"], 1, ("nowhere.png cannot be used (No such file",)),
+    ],
+)
+def test_given_images_that_make_no_sense_are_refused(refused, run, given, tmp_path, flags, status, says):
+    Image.new("RGB", (20, 16)).save(tmp_path / "wide.png")
+    (tmp_path / "text.png").write_text("text")
+    refused(interpolate, *given_flags(run.lift, *flags), says=says, status=status)
+
+
+def test_what_is_of_given_images_or_of_seeds_alone(stage, refused, run, given, tmp_path):
+    plain = ["--checkpoint", run.lift, *STEPS, *HARDWARE]
+    refused(interpolate, *plain, says=("either --seeds A B or --input A B",), status=2)
+    refused(interpolate, *flags_of(run.lift, "--resize"), says=("--resize is for images of --input",), status=2)
+    Image.new("L", (20, 40), 90).save(tmp_path / "wide.png")
+    flags = given_flags(run.lift, "--resize", "--tolerance", 0.1, "--frames", 2, "--output", "walk")
+    stage(interpolate, *flags, "--input", "mine/a.png", "wide.png")
+    said = json.loads((tmp_path / "walk/settings.json").read_text())
+    assert said["input_fingerprints"][1] == fingerprint_array(np.full((3, 16, 16), 90, np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["single_t", "no_t"])
+def test_models_that_follow_no_equation_take_no_images(refused, stage, tiny, run, given, tmp_path, kind):
+    stage(train_lift, *tiny(tmp_path / "run"), "--cache_dir", run.cache, "--model", kind, "--epochs", 1)
+    file = tmp_path / f"run/checkpoints/{kind}_1ep.pth"
+    says = (f"a '{kind}' model", "reads 2 scales and predicts 1")
+    refused(interpolate, *given_flags(file, "--solver", "ddim"), says=says)
+    refused(interpolate, *given_flags(file), says=("--solver ode calls the network between points",))
 
 
 def test_help_shows_the_commands(stage):
