@@ -285,8 +285,7 @@ def given(run, tmp_path):
     return pixels
 
 
-@pytest.mark.parametrize("model", ["lift", "baseline"])
-@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize("model, at", [("lift", 0), ("lift", 2), ("baseline", 0)])
 def test_the_first_and_last_frames_are_given_images(stage, run, given, tmp_path, model, at):
     checkpoint, loaded = getattr(run, model), load_model(getattr(run, model))
     steps = ["--num_steps", 3, "--at", at] if at else []

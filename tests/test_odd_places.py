@@ -9,6 +9,7 @@ import torch
 
 import aggregate_results
 import compute_heatmap_30
+import encode
 import eval_fid_batch
 import export
 import generate_sr
@@ -70,6 +71,8 @@ FILES = [
     (inpaint, [*MODEL, "--mask", "left", "--output", "table.csv"], "table.csv is a file, where a folder is needed"),
     (inpaint, [*MODEL, "--mask", "left", "--input", "table.csv"], "--input table.csv is not a folder"),
     (interpolate, [*MODEL, "--seeds", 1, 2, "--output", "table.csv"], "table.csv is a file, where a folder is needed"),
+    (encode, [*MODEL, "--input", "table.csv"], "table.csv cannot be used (Pillow cannot identify it"),
+    (encode, [*MODEL, "--decode", "table.csv"], "table.csv is damaged or no file of latents"),
     (
         plan_path,
         ["--heatmap", "map.pth", "--nfe", 4, "--bootstrap", 0, "--output", "table.csv"],
@@ -116,6 +119,11 @@ def test_any_name_of_a_folder_or_a_file_goes_through(stage, place, name):
     stage(generate_sr, *MODEL, "--on", "train", "--dataset", images, "--output", f"{images}.sr")
     stage(generate_with_path_30, *MODEL, "--num_images", 2, "--output", f"{images}.out")
     stage(interpolate, *MODEL, "--seeds", 1, 2, "--frames", 3, "--gif", "--output", f"{images}.gif")
+    given = [f"{images}/0.png", f"{images}/{name}.png"]
+    stage(interpolate, *MODEL, "--input", *given, "--frames", 2, "--tolerance", 0.1)
+    stage(encode, *MODEL, "--input", images, "--tolerance", 0.1, "--output", "latents")
+    stage(encode, *MODEL, "--decode", "latents/latents.npz", "--solver", "ddim", "--output", f"{images}.npz")
+    assert len(list((place / "latents").glob("*.png"))) == len(list((place / f"{name}.npz").glob("*.png"))) == 6
     stage(plan_path, *PLAN, "--output", f"{images}.d")
     scored = [*SWD, "--checkpoint_dir", "checkpoints", "--output", f"{images}.csv"]
     stage(eval_fid_batch, *scored, "--dataset", images)
