@@ -102,7 +102,7 @@ class InterpolationSettings(CheckpointSettings, OnePathSettings, WalkSettings, H
             raise ValueError("either --seeds A B or --input A B, two images, is needed; pass one of them")
         if self.resize and not given:
             raise ValueError("--resize is for images of --input; leave it out")
-        if given and (self.make_solver().draws or self.eta):
+        if given and self.make_solver().draws:
             raise ValueError(
                 f"--solver {self.solver_words} draws noise on the way, so that images of --input do not come back; "
                 "choose another, such as ode"

@@ -214,6 +214,9 @@ def test_edited_latents_are_decoded_by_any_solver(stage, run, encoded, tmp_path,
     stage(encode, *flags, *alone, "--seed", 1, "--output", "seeded")
     same = torch.equal(read_png(tmp_path / "seeded/other.png"), read_png(tmp_path / "alone/other.png"))
     assert same != made.draws
+    # A folder is of one seed where that matters.
+    ended = run_stage(encode, *flags, *alone, "--seed", 2)
+    assert ended.status == made.draws and (not made.draws or "alone holds results with another seed" in ended.message)
 
 
 def test_steps_are_as_many_as_a_solver_needs(stage, run, encoded):

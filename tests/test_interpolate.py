@@ -359,6 +359,15 @@ def test_given_images_that_make_no_sense_are_refused(refused, run, given, tmp_pa
     refused(interpolate, *given_flags(run.lift, *flags), says=says, status=status)
 
 
+def test_given_images_have_defaults_of_their_own():
+    given = interpolate.InterpolationSettings(checkpoint="a.pth", input=("a.png", "b.png"))
+    seeds = interpolate.InterpolationSettings(checkpoint="a.pth", seeds=(1, 2))
+    assert (given.solver, given.end, given.precision, given.eta) == ("ode", "t0", "fp32", None)
+    assert (seeds.solver, seeds.end, seeds.precision, seeds.eta) == ("ddim", "clean", "auto", 0)
+    assert given.but(solver="ddim", precision="bf16").end == "t0"
+    assert given.but(precision="bf16").precision == "bf16" and given.but(end="clean").end == "clean"
+
+
 def test_what_is_of_given_images_or_of_seeds_alone(stage, refused, run, given, tmp_path):
     plain = ["--checkpoint", run.lift, *STEPS, *HARDWARE]
     refused(interpolate, *plain, says=("either --seeds A B or --input A B",), status=2)
