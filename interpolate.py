@@ -75,7 +75,7 @@ class InterpolationSettings(CheckpointSettings, OnePathSettings, WalkSettings, H
         None, "of the first and the last frame", parse=image_seed, nargs=2, metavar=("A", "B")
     )
     input: tuple[str, str] | None = option(
-        None, "in place of --seeds: images that these are made of", nargs=2, metavar=("A", "B")
+        None, "images to walk between, in place of --seeds", nargs=2, metavar=("A", "B")
     )
     resize: bool = option(
         False,
