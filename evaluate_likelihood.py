@@ -45,7 +45,7 @@ from evaluation.table_file import csv_line
 from image_folder import SETTINGS_FILE, claim, write_settings
 from paths.path import Path as SamplingPath
 from planning.usual_path import TWO_CLOCK_STEPS, OpenPathSettings, usual_path
-from runtime.device import PRECISIONS, autocast, resolve_precision, select_device
+from runtime.device import PRECISIONS, exact_autocast, resolve_precision, select_device
 from runtime.progress import Progress
 from runtime.safe_write import replacing, short_name
 from runtime.settings import Settings, option, parse_settings
@@ -203,7 +203,7 @@ def measure(
     seeds = noise_seeds(pixels, settings.seed)
     images = dequantised(pixels, seeds).to(device)
     # GPUs would round what convolutions of fp32 read to 10 bits.
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), autocast(device, settings.precision):
+    with exact_autocast(device, settings.precision):
         scales = loaded.scheduler.representation.split(images) if path.num_scales > 1 else (images,)
         found = log_likelihood(
             loaded.denoise, loaded.scheduler, path, scales, settings.probes, seeds, settings.tolerance,
@@ -225,7 +225,7 @@ def measure_bound(
     device: torch.device,
 ) -> list[BoundRow]:
     """The rows of some images by the bound; raises what `elbo` raises."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), autocast(device, settings.precision):
+    with exact_autocast(device, settings.precision):
         found = elbo(
             loaded.denoise, loaded.scheduler, chain, pixels.to(device), drawn_timesteps(settings, chain),
             noise_seeds(pixels, settings.seed),

@@ -308,7 +308,7 @@ def choose_path(
     kind = parse_path_type(path_type)
     check_followed(path_type, loaded)
     if kind.name == "schedule":
-        return replay_for(kind.parameters[0], loaded)
+        return replay_for(kind.parameters[0], loaded, getattr(settings, "solver", None))
     if kind.needs_heatmap:
         return _optimal_path(settings, kind, num_steps, loaded, heatmap)
     log_snr = loaded.scheduler.log_snr.numpy()

@@ -19,6 +19,7 @@ DEFAULT_TIMESTEPS = 1000  # Of files that do not say.
 ROUNDING = 1e-6  # Of log SNR, absolute and relative.
 TOLERANCE = 0.5  # By which a point may be off in log SNR; timesteps are up to 0.8 apart, those next to 0.
 PURE_NOISE = math.log(1e-5)  # Below this log SNR hardly anything is left of an image, wherever that is.
+FOR_A_SOLVER = "trajectory"  # How criteria begin that plan for one.
 # What a schedule file says of the model that its path was made for.
 MADE_FOR = ("model_fingerprint", "data_fingerprint", "representation", "resolution", "weights", "epoch", "run")
 
@@ -61,13 +62,17 @@ def replay(file: str, scheduler: DDIMScheduler, resolution: int | None = None) -
     return followed
 
 
-def replay_for(file: str, loaded: LoadedModel) -> Path:
+def replay_for(file: str, loaded: LoadedModel, solver: str | None = None) -> Path:
     """The path of a schedule file for a loaded model, as `replay` finds it.
 
-    Prints a warning, or of a path made by hand a note, if it was made for other weights.
+    Prints a warning, or of a path made by hand a note, if it was made for other weights; and a warning if it was
+    planned for another solver than the one named.
     """
     path = replay(file, loaded.scheduler, loaded.config.get("resolution"))
     made = path.provenance
+    planned = (made["solver"] or {}).get("name") if (made["criterion"] or "").startswith(FOR_A_SOLVER) else None
+    if None not in (solver, planned) and solver != planned:
+        _say(path, f"schedule {file} was planned for --solver {planned}, and is followed by {solver}")
     if made["model_fingerprint"] not in (None, loaded.fingerprint):
         here = loaded.config | {"weights": loaded.weights}
         _say(path, f"schedule {file} was made for other weights{_words(made)} than it is followed with{_words(here)}")

@@ -21,7 +21,7 @@ BELOW = {
     "paths": ("runtime",),
     "networks and process": ("networks",),
     "diffusion": ("networks and process", "paths"),
-    "truth": ("networks and process",),
+    "truth": ("diffusion",),
     "figures": ("paths", "images"),
     "loading": ("networks and process",),
     "planning": ("diffusion", "loading"),
