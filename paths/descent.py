@@ -12,7 +12,7 @@ import numpy as np
 
 JUMPS = (1, 2, 5, 12)  # Lines that one point is moved by.
 SHIFTS = (1, 3)  # Lines that all points from one on are moved by.
-LEAST_GAIN = 1e-3  # A share of the cost: a descent that gains less in a round ends.
+LEAST_GAIN = 1e-5  # A share of the cost: a descent that gains less in a round ends.
 
 Cost = Callable[[np.ndarray], np.ndarray]  # of paths int [P, N, S], float64 [P]
 Valid = Callable[[np.ndarray], np.ndarray]  # of paths, bool [P]
@@ -23,7 +23,7 @@ def descend(
     valid: Valid,
     starts: Sequence[np.ndarray],  # paths [N, S], at least one of them valid
     tied: bool = False,  # all scales of a point are on one line
-    polished: int = 2,  # how many of the starts, the cheapest ones, are gone on from
+    polished: int = 8,  # how many of the starts, the cheapest ones, are gone on from
 ) -> tuple[np.ndarray, float]:
     """The cheapest path found, `[N, S]`, and its cost; the first point stays where it is.
 

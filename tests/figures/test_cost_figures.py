@@ -3,7 +3,7 @@ import pytest
 
 import figures.costs
 from figure_checks import check_file, check_layout
-from figures.costs import plot_cost_against_nfe, plot_criteria
+from figures.costs import _distance_against_nfe_figure, plot_cost_against_nfe, plot_criteria, plot_distance_against_nfe
 
 RNG = np.random.default_rng(0)
 COSTS = {
@@ -107,3 +107,19 @@ def test_criteria_that_do_not_pair_up_are_refused(tmp_path):
     with pytest.raises(ValueError, match="a distance of kl is 0"):
         plot_criteria({"kl": (costs, costs - 1)}, ["a", "b", "c"], file, rho={"kl": 1})
     assert not file.exists()
+
+
+def test_distances_in_panels_share_axes_and_colours():
+    panels = {"ddim": {"even": {4: 10.0, 8: 1.0}, "best": {4: 5.0}}, "dpmpp_2m": {"best": {4: 1e-6, 8: 1e-7}}}
+    figure = _distance_against_nfe_figure(panels, "title", "W2²", 1e-3)
+    one, other = (axes for axes in figure.axes if axes.axison)
+    assert [one.get_title(), other.get_title()] == ["ddim", "dpmpp_2m"]
+    assert one.get_ylim() == other.get_ylim() == (1e-3, 20.0) and one.get_yscale() == "log"
+    [best], [below] = ([line for line in axes.lines if line.get_label() == "best"] for axes in (one, other))
+    assert best.get_color() == below.get_color()
+    np.testing.assert_array_equal(below.get_ydata(), [1e-6, 1e-7])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["even", "best"]
+    with pytest.raises(ValueError, match="a panel without curves"):
+        plot_distance_against_nfe({"ddim": {}}, "never.png")
+    with pytest.raises(ValueError, match="distance of ddim, best"):
+        plot_distance_against_nfe({"ddim": {"best": {4: 0.0}}}, "never.png")
