@@ -7,7 +7,8 @@
 Paths have random spacings from noise to clean: powers of log SNR with random ends and steps. With two clocks every
 second one leaves the diagonal too, within what was measured. `gaussian`: images whose denoiser is known; the distance
 is W2² of the exact output. `trained`: a network; the distance is the mean square, per image in units of x², between its
-samples and the ends of its own fine trajectories of the same noises, none of which the criteria have seen.
+samples and the ends of its own fine trajectories of the same noises, none of which the criteria have seen; with
+--score_images also the SWD of so many images to as many training images.
 
 Criteria: the KL costs (weight 0 and 1, of a heatmap), the sum of the squared losses of single steps of the solver, and
 the deviation that planning minimises, where losses are carried to the end and added (`planning.deviation`). For each
@@ -32,9 +33,10 @@ sys.path.insert(0, str(FilePath(__file__).resolve().parent.parent))
 
 import cli
 from checkpoint import load_model
-from cli import CheckpointSettings, HardwareSettings
+from cli import CheckpointSettings, DataSettings, HardwareSettings
 from diffusion.sampler import SeededNoise, image_seeds, sample, scale_shapes
 from diffusion.solvers import make_solver, with_rule
+from evaluation.pixel_metrics import SlicedWasserstein
 from evaluation.results_table import write_csv
 from images.representation import REPRESENTATIONS
 from paths.families import diagonal, log_snr_shift
@@ -52,7 +54,7 @@ from runtime.progress import Progress
 from runtime.reports import markdown_table, print_report
 from runtime.settings import REQUIRED, option, parse_command
 from scheduler import DDIMScheduler
-from study import GaussianSettings, StudySettings, noisiest_timestep
+from study import GaussianSettings, StudySettings, noisiest_timestep, score
 from truth.gaussian import Spectrum, exact_heatmap
 from truth.linear_sampler import solver_output, w2_squared
 
@@ -78,13 +80,15 @@ class GaussianRankSettings(RankSettings, GaussianSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainedRankSettings(RankSettings, CheckpointSettings, HardwareSettings):
+class TrainedRankSettings(RankSettings, CheckpointSettings, DataSettings, HardwareSettings):
     """On a network."""
 
     trajectories: str = option(REQUIRED, "of the network")
     heatmap: str = option(REQUIRED, "of the network, with --maps mse")
     num_images: int = option(16, "noises, other ones than those of the trajectories", parse=cli.positive_int)
     noise_seed: int = option(1, "of these noises", parse=cli.seed)
+    score_images: int = option(0, "also score every path by the SWD of so many images", parse=cli.seed)
+    batch_size: int = option(100, "of scored images", parse=cli.positive_int)
 
 
 def parse_args() -> tuple[str, RankSettings]:
@@ -133,7 +137,7 @@ def compare(
     planner: TrajectoryPlanner,
     heatmap: dict,
     settings: RankSettings,
-    distance: Callable[[Path, str], float],  # of what a solver samples along a path
+    measure: Callable[[Path, str], dict[str, float]],  # what a solver samples along a path: "distance", and a "score"
 ) -> list[dict[str, Any]]:
     """A row for every random path and solver."""
     rng, rows = np.random.default_rng(settings.seed), []
@@ -153,7 +157,7 @@ def compare(
                 row = {"model": model, "solver": solver, "nfe": nfe, "path": path.fingerprint()}
                 row["offset"] = "diagonal" if (lines[k] == lines[k, :, :1]).all() else "2-D"
                 row |= shared[k] | {"steps": float(steps[k]), "deviation": float(carried[k])}
-                rows.append(row | {"distance": distance(path, solver)})
+                rows.append(row | measure(path, solver))
     return rows
 
 
@@ -205,13 +209,14 @@ def gaussian(settings: GaussianRankSettings) -> list[dict[str, Any]]:
         heatmap = exact_heatmap(spectrum, scheduler, grid, representation=representation)
         heatmap |= {"model_type": "baseline" if num_scales == 1 else "dual"}
 
-        def distance(path: Path, solver: str, log_snr=log_snr, representation=representation) -> float:
+        def measure(path: Path, solver: str, log_snr=log_snr, representation=representation) -> dict[str, float]:
             points = torch.from_numpy(log_snr[np.array(path.points)])
             points[-1] = math.inf
             points = points if path.num_scales == 2 else points[:, 0]
-            return w2_squared(spectrum, solver_output(spectrum, points, solver, representation)).item()
+            law = solver_output(spectrum, points, solver, representation)
+            return {"distance": w2_squared(spectrum, law).item()}
 
-        rows += compare(name, planner, heatmap, settings, distance)
+        rows += compare(name, planner, heatmap, settings, measure)
     return rows
 
 
@@ -235,10 +240,19 @@ def trained(settings: TrainedRankSettings) -> list[dict[str, Any]]:
 
     ends = run(Path(trajectories.points.tolist(), "lines", {}), "dpmpp_2m")
 
-    def distance(path: Path, solver: str) -> float:
-        return (run(path, solver) - ends).square().flatten(1).sum(1).mean().item()
+    metric = None
+    if settings.score_images:
+        real = cli.load_training_images(settings, loaded.config).pixels
+        metric = SlicedWasserstein(real, settings.score_images, device=device)
 
-    return compare(loaded.config["model_type"], planner, heatmap, settings, distance)
+    def measure(path: Path, solver: str) -> dict[str, float]:
+        found = {"distance": (run(path, solver) - ends).square().flatten(1).sum(1).mean().item()}
+        if metric is None:
+            return found
+        options = (settings.noise_seed, settings.score_images, settings.batch_size, precision, metric, device)
+        return found | {"score": score(loaded, path, *options, make_solver(solver))}
+
+    return compare(loaded.config["model_type"], planner, heatmap, settings, measure)
 
 
 def interval(costs: np.ndarray, distances: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float]:
@@ -250,21 +264,30 @@ def interval(costs: np.ndarray, distances: np.ndarray, rng: np.random.Generator)
 
 
 def report(rows: Sequence[dict[str, Any]], title: str, seed: int) -> str:
-    """Markdown: ρ and regret of every criterion by model, solver and number of calls."""
+    """Markdown: ρ and regret of every criterion by model, solver and number of calls; of scores too, where they are."""
+    parts = [f"# {title}", f"ρ [95 % interval]; regret. {len({row['path'] for row in rows})} paths."]
+    for against in ("distance", "score"):
+        if against in rows[0]:
+            criteria = CRITERIA if against == "distance" else (*CRITERIA, "distance")
+            parts += [f"Against the {against}:", markdown_table(ranks(rows, against, criteria, seed))]
+    return "\n\n".join(parts)
+
+
+def ranks(rows: Sequence[dict[str, Any]], against: str, criteria: Sequence[str], seed: int) -> list[dict[str, str]]:
+    """The lines of a table."""
     table = []
     for key in dict.fromkeys((row["model"], row["solver"], row["nfe"]) for row in rows):
         among = [row for row in rows if (row["model"], row["solver"], row["nfe"]) == key]
-        distances = np.array([float(row["distance"]) for row in among])
+        distances = np.array([float(row[against]) for row in among])
         line = dict(zip(("model", "solver", "calls"), map(str, key), strict=True))
-        line["least, median distance"] = f"{distances.min():.3g}, {np.median(distances):.3g}"
-        for criterion in CRITERIA:
+        line[f"least, median {against}"] = f"{distances.min():.3g}, {np.median(distances):.3g}"
+        for criterion in criteria:
             costs = np.array([float(row[criterion]) for row in among])
             rho, low, high = interval(costs, distances, np.random.default_rng(seed))
             regret = distances[costs.argmin()] / distances.min() - 1
             line[criterion] = f"{rho:+.3f} [{low:+.2f}, {high:+.2f}]; {regret:.0%}"
         table.append(line)
-    count = len({row["path"] for row in rows})
-    return f"# {title}\n\nρ [95 % interval]; regret. {count} paths.\n\n{markdown_table(table)}"
+    return table
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import cli
 from checkpoint import LoadedModel
 from data import to_uint8
 from diffusion.sampler import image_seeds, sample_seeds, scale_shapes
+from diffusion.step import Solver
 from evaluation.pixel_metrics import SlicedWasserstein
 from paths.path import Path
 from runtime.device import autocast
@@ -65,11 +66,12 @@ def score(
     precision: str,
     metric: SlicedWasserstein,
     device: torch.device,
+    solver: Solver | None = None,  # None: DDIM
 ) -> float:
     """Sliced Wasserstein distance (x1000, mean over levels) of images along a path."""
     shapes = scale_shapes(loaded.model.num_scales, loaded.config["channels"], loaded.config["resolution"])
     seeds = image_seeds(seed, num_images)
-    batches = sample_seeds(loaded.denoise, loaded.scheduler, path, seeds, shapes, batch_size, device)
+    batches = sample_seeds(loaded.denoise, loaded.scheduler, path, seeds, shapes, batch_size, device, solver=solver)
     with autocast(device, precision):
         pixels = torch.cat([to_uint8(samples.images[0]).cpu() for _, samples in batches])
     return statistics.mean(metric.distance(pixels).values())
