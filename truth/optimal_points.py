@@ -104,7 +104,7 @@ def optimal_points(
     else:
         with warnings.catch_warnings(action="ignore"):  # A mere start need not be converged.
             level = optimal_points(
-                spectrum, num_steps, objective, start, end, True, representation=representation, solver=solver
+                spectrum, num_steps, objective, start, end, True, False, None, representation, solver, max_iterations
             )[0]
         starts = []
         for lead in (0.0, 1.0, -1.0):
