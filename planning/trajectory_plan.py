@@ -99,7 +99,7 @@ class TrajectoryPlanner:
     def families(self, nfe: int) -> list[Plan]:
         """The optimum, of two clocks and of one, and every family by hand that keeps to what was measured."""
         even = {"log_snr": self.log_snr, "num_train_timesteps": len(self.log_snr), "start": int(self._points[0, 0])}
-        ahead = self.representation.image_lead if self.two_clocks else 0.0
+        ahead = self.representation.image_lead
         name = "image diagonal" if ahead else "diagonal"
         made = {}
         for spacing, words in (("uniform_t", "uniform t"), ("uniform_log_snr", "uniform λ"), ("karras", "Karras")):
