@@ -10,18 +10,28 @@ import torch
 from scipy.optimize import OptimizeResult, minimize
 
 from images.representation import REPRESENTATIONS
-from truth.gaussian import LogSNR, Spectrum
+from truth.gaussian import Law, LogSNR, Spectrum
 from truth.linear_sampler import chain_kl, check_points, kl, solver_output, w2_squared
 from truth.posterior_mean import is_residual
 
 # Projected gradient of log(value) per unit of λ below which an optimum counts as found.
 GRADIENT_TOLERANCE = 1e-5
 
-# Functions of a spectrum, points, a solver and a representation.
+
+def _of_output(distance: Callable[[Spectrum, Law], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def objective(
+        spectrum: Spectrum, points: LogSNR, representation: str = "overcomplete", solver: str = "ddim"
+    ) -> torch.Tensor:
+        return distance(spectrum, solver_output(spectrum, points, solver, representation))
+
+    return objective
+
+
+# Functions of a spectrum, points, a representation and, but for the last, a solver.
 OBJECTIVES: dict[str, Callable[..., torch.Tensor]] = {
-    "w2": lambda spectrum, *args: w2_squared(spectrum, solver_output(spectrum, *args)),
-    "kl": lambda spectrum, *args: kl(spectrum, solver_output(spectrum, *args)),
-    "chain_kl": lambda spectrum, points, _, representation: chain_kl(spectrum, points, representation),
+    "w2": _of_output(w2_squared),
+    "kl": _of_output(kl),
+    "chain_kl": chain_kl,
 }
 
 
@@ -84,7 +94,8 @@ def optimal_points(
         return _on_diagonal(columns[0], image_lead) if diagonal else torch.stack(columns, dim=1)
 
     def value_of(points: torch.Tensor) -> torch.Tensor:
-        return OBJECTIVES[objective](spectrum, points, solver, representation)
+        options = {} if objective == "chain_kl" else {"solver": solver}
+        return OBJECTIVES[objective](spectrum, points, representation, **options)
 
     def log_value(increments: np.ndarray) -> tuple[float, np.ndarray]:
         parts = np.split(increments, np.cumsum([a.size for a in axes])[:-1])
