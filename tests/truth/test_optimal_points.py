@@ -7,7 +7,7 @@ import torch
 
 from exact_models import INF, LOG_4, rng, small_spectrum, tied
 from truth.gaussian import Spectrum
-from truth.linear_sampler import ddim_output, w2_squared
+from truth.linear_sampler import ddim_output, kl, solver_output, w2_squared
 from truth.optimal_points import OBJECTIVES, optimal_points
 
 CASES = [("w2", INF), ("w2", 5.0), ("kl", 5.0), ("chain_kl", 5.0)]
@@ -143,6 +143,62 @@ def test_optimum_says_when_it_is_not_converged(monkeypatch):
     monkeypatch.setattr("truth.optimal_points.GRADIENT_TOLERANCE", 1e-30)
     with pytest.warns(RuntimeWarning, match="not converged"):
         optimal_points(small_spectrum(), 3, "w2", -5.0, INF, diagonal=True)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "objective, end, distance, solver",
+    [("w2", INF, w2_squared, solver) for solver in ("dpmpp_2m", "dpmpp_3m", "unipc")] + [("kl", 4.0, kl, "dpmpp_2m")],
+)
+def test_optimum_of_a_solver_is_that_of_its_output(objective, end, distance, solver):
+    """Below even steps and all that a random search finds, near it and anywhere; flat in every free direction."""
+    spectrum, start, num_steps = Spectrum.power_law(8, 1), -5.0, 5
+
+    def value_of(points):
+        return distance(spectrum, solver_output(spectrum, points, solver)).item()
+
+    points, value = optimal_points(spectrum, num_steps, objective, start, end, single_scale=True, solver=solver)
+    assert value == value_of(points)
+    last = 6.0 if math.isinf(end) else end
+    even = torch.linspace(start, last, num_steps + 1, dtype=torch.float64)
+    even[-1] = end
+    assert value <= value_of(even)
+    assert value < 0.9 * value_of(optimal_points(spectrum, num_steps, objective, start, end, single_scale=True)[0])
+    inner = torch.rand(150, num_steps - 1, generator=rng(1), dtype=torch.float64).sort(1).values
+    for row in start + (last - start) * inner:
+        assert value < value_of(torch.cat([even[:1], row, even[-1:]]))
+    for seed in range(40):
+        moved = points.clone()
+        moved[1:-1] += torch.randn(num_steps - 1, generator=rng(seed), dtype=torch.float64) * 0.02
+        if (moved.diff() >= 0).all():
+            assert value_of(moved) > value * (1 - 1e-9)
+    free = [k for k in range(1, num_steps) if points[k - 1] < points[k] < points[k + 1]]
+    assert len(free) >= num_steps - 3  # Two that coincide are a walk that forgets what it saw, which may be best.
+    for k in free:
+        nudge = torch.zeros_like(points)
+        nudge[k] = 1e-4
+        slope = (value_of(points + nudge) - value_of(points - nudge)) / 2e-4
+        assert abs(slope) < 1e-3 * value
+
+
+@pytest.mark.filterwarnings("ignore:The w2 optimum")
+@pytest.mark.parametrize("representation", ["overcomplete", "residual"])
+def test_two_clocks_of_a_solver_are_never_worse_than_one(representation):
+    spectrum, case = small_spectrum(), (3, "w2", -5.0, INF)
+    options = dict(solver="dpmpp_2m", representation=representation)
+    level, level_value = optimal_points(spectrum, *case, diagonal=True, **options)
+    points, value = optimal_points(spectrum, *case, **options)
+    assert value <= level_value
+    for found, expected in ((level, level_value), (points, value)):
+        output = solver_output(spectrum, found, "dpmpp_2m", representation)
+        assert w2_squared(spectrum, output).item() == expected
+
+
+def test_the_loss_of_a_frozen_drift_is_that_of_ddim_alone():
+    with pytest.raises(ValueError, match="frozen in every step, which 'dpmpp_2m' does not do"):
+        optimal_points(small_spectrum(), 3, "chain_kl", -5.0, 5.0, solver="dpmpp_2m")
+    with pytest.raises(ValueError, match="'heun' returns has no closed form"):
+        optimal_points(small_spectrum(), 3, "w2", -5.0, 5.0, solver="heun")
 
 
 def test_a_residual_pair_is_no_single_scale():
