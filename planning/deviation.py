@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from diffusion.multistep import Rule, ScaleWalk
 from diffusion.step import level_of_log_snr
@@ -44,7 +45,8 @@ def deviation(
         if (trajectories.cells[lines[..., 0], lines[..., -1]] < 0).any():
             raise ValueError("a path has a point at which nothing was measured; keep to the measured cells.")
         timesteps = torch.stack([trajectories.points[lines[..., s], s] for s in range(scales)], -1)  # [P, N, S]
-        rests = (timesteps.diff(dim=1) == 0).flatten(1)  # [P, (N - 1) S]
+        # In the last step, to clean, nothing rests.
+        rests = F.pad(timesteps.diff(dim=1) == 0, (0, 0, 0, 1)).flatten(1)  # [P, N S]
         patterns, which = rests.unique(dim=0, return_inverse=True)
         found = torch.zeros(len(lines), dtype=torch.float64)
         for number, pattern in enumerate(patterns):
@@ -63,7 +65,7 @@ def deviation(
 def _deviation(
     trajectories: Trajectories, band: Band, rule: Rule, carried: bool, lines: torch.Tensor, rests: torch.Tensor
 ) -> torch.Tensor:
-    """Of paths `[P, N, S]` in which the same scales rest at the same steps, bool `[N - 1, S]`."""
+    """Of paths `[P, N, S]` in which the same scales rest at the same steps, bool `[N, S]`."""
     ends = torch.full_like(lines[:, :1], len(trajectories.points) - 1)
     own = [torch.cat([lines, ends], 1)[..., scale] for scale in band.scales]  # [P, N + 1] each
     log_snrs = [trajectories.log_snr[line, s][..., None] for line, s in zip(own, band.scales, strict=True)]
@@ -84,7 +86,7 @@ def _deviation(
         snr = sum(share * (level.alpha / level.sigma) ** 2 for share, level in zip(shares, levels, strict=True))
         moved = band.variances / (1 + band.variances * snr) * sum(off)
         for s, (walk, scale) in enumerate(zip(walks, band.scales, strict=True)):
-            if k + 1 < lines.shape[1] and rests[k, scale]:
+            if rests[k, scale]:
                 walk.rest()
             else:
                 after = level_of_log_snr(log_snrs[s][:, k + 1])
