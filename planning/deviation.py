@@ -42,6 +42,8 @@ def deviation(
         lines = torch.as_tensor(np.asarray(lines))
         if lines.ndim != 3 or lines.shape[2] != scales or lines[:, 0].any() or (lines.diff(dim=1) < 0).any():
             raise ValueError(f"paths must be lines [P, N, {scales}] that begin at 0 and never go back.")
+        if lines.max() >= len(trajectories.cells):
+            raise ValueError(f"a path has a line beyond the last, {len(trajectories.cells) - 1}.")
         if (trajectories.cells[lines[..., 0], lines[..., -1]] < 0).any():
             raise ValueError("a path has a point at which nothing was measured; keep to the measured cells.")
         timesteps = torch.stack([trajectories.points[lines[..., s], s] for s in range(scales)], -1)  # [P, N, S]
