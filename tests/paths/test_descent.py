@@ -109,6 +109,13 @@ def test_all_points_from_one_on_are_moved_together():
     assert found[:, 0].tolist() == [0, 9, 11, 13] and value == 1
 
 
+def test_the_first_point_stays_even_where_another_would_be_cheaper():
+    start = np.array([[4, 4], [9, 9]])
+    anywhere = lambda paths: np.ones(len(paths), dtype=bool)  # noqa: E731
+    found, value = descend(lambda paths: 1.0 + abs(paths).sum((1, 2)), anywhere, [start])
+    assert found.tolist() == [[4, 4], [0, 0]] and value == 9
+
+
 def test_a_path_of_one_point_has_nowhere_to_go():
     cost, valid = (lambda paths: np.full(len(paths), 3.0)), (lambda paths: np.ones(len(paths), dtype=bool))
     found, value = descend(cost, valid, [np.zeros((1, 2), dtype=int)])
