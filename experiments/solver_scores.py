@@ -96,11 +96,12 @@ def measure(settings: ScoreSettings) -> list[dict[str, Any]]:
         raise ValueError(f"{file} has rows of other weights by the name {settings.name}; pass another --name.")
     done = {(row["model"], row["solver"], row["path"], row["seed"], row["num_images"]): row["swd"] for row in rows}
     known = {tuple(row[name] for name in COLUMNS[:6]) for row in rows}
+    paths = planned(loaded, settings)
     metric = SlicedWasserstein(
         cli.load_training_images(settings, loaded.config).pixels, settings.num_images, device=device
     )
     precision = resolve_precision(device, settings.precision)
-    jobs = [(key, path, seed) for key, path in planned(loaded, settings).items() for seed in settings.seeds]
+    jobs = [(key, path, seed) for key, path in paths.items() for seed in settings.seeds]
     for (solver, plan, nfe), path, seed in Progress(jobs, unit="score"):
         row = dict(zip(COLUMNS, map(str, (settings.name, solver, plan, nfe, seed, settings.num_images)), strict=False))
         if tuple(row.values()) in known:

@@ -27,7 +27,7 @@ def flags(stage, run, tmp_path_factory):
     """Flags that name a tiny baseline with its heatmap and trajectories, and its data."""
     folder = tmp_path_factory.mktemp("maps")
     data = ["--cache_dir", run.cache]
-    model = ["--checkpoint", run.baseline, "--device", "cpu"]
+    model = ["--checkpoint", run.baseline, "--device", "cpu", "--precision", "fp32"]
     heatmap = ["--grid", 8, "--maps", "mse", "--num_images", 2, "--output", folder / "map.pth"]
     stage(compute_heatmap_30, *model, *data, *heatmap)
     stage(compute_trajectories, *model, "--lines", 12, "--num_images", 3, "--output", folder / "trajectories.pth")
