@@ -15,7 +15,7 @@ the deviation that planning minimises, where losses are carried to the end and a
 solver and number of calls Spearman's ρ with a 95 % interval (bootstrap over paths), and the regret: the distance of the
 path a criterion likes best over the least of all, less 1.
 
-Writes OUTPUT.csv, a row per path and solver, and OUTPUT.md.
+Writes OUTPUT.csv, a row per path and solver, OUTPUT.md, and OUTPUT.png: the paths of one solver under every criterion.
 """
 
 import math
@@ -38,6 +38,7 @@ from diffusion.sampler import SeededNoise, image_seeds, sample, scale_shapes
 from diffusion.solvers import make_solver, with_rule
 from evaluation.pixel_metrics import SlicedWasserstein
 from evaluation.results_table import write_csv
+from figures.costs import plot_criteria
 from images.representation import REPRESENTATIONS
 from paths.families import diagonal, log_snr_shift
 from paths.path import Path, timestep_grid
@@ -290,8 +291,22 @@ def ranks(rows: Sequence[dict[str, Any]], against: str, criteria: Sequence[str],
     return table
 
 
+def draw(rows: Sequence[dict[str, Any]], file: str) -> None:
+    """What every criterion says of paths of the second solver, or the only one, against how far samples are."""
+    solver = list(dict.fromkeys(row["solver"] for row in rows))[:2][-1]
+    calls = sorted({row["nfe"] for row in rows})
+    chosen = rows[-1]["model"], solver, calls[len(calls) // 2]
+    among = [row for row in rows if (row["model"], row["solver"], row["nfe"]) == chosen]
+    distances = np.array([float(row["distance"]) for row in among])
+    costs = {criterion: np.array([float(row[criterion]) for row in among]) for criterion in CRITERIA}
+    rho = {criterion: spearmanr(values, distances).statistic for criterion, values in costs.items()}
+    points = {criterion: (values, distances) for criterion, values in costs.items()}
+    title = "{}, {}, {} calls".format(*chosen)
+    plot_criteria(points, [row["offset"] for row in among], file, title, rho, "distance of samples, x² per image")
+
+
 def main() -> None:
-    """Compare, write the rows and the table."""
+    """Compare, write the rows, the table and the figure."""
     command, settings = parse_args()
     rows = {"gaussian": gaussian, "trained": trained}[command](settings)
     FilePath(settings.output).parent.mkdir(parents=True, exist_ok=True)
@@ -300,6 +315,7 @@ def main() -> None:
     print_report(
         report(rows, f"Criteria against the distance of samples: {what}", settings.seed), f"{settings.output}.md"
     )
+    draw(rows, f"{settings.output}.png")
 
 
 if __name__ == "__main__":
