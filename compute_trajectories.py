@@ -1,7 +1,7 @@
 """Measure what a network sees along its own fine trajectories: all that is needed to plan for a solver.
 
     python compute_trajectories.py --checkpoint checkpoints/baseline_400ep.pth --ema
-    python compute_trajectories.py --run NAME --model_type dual --ema --num_images 32
+    python compute_trajectories.py --run NAME --model_type dual --ema --lines 100
     python compute_trajectories.py --run NAME --ema --reach 0          # two clocks, but schedules that tie them alone
 
 Trajectories lead from noise to images in many small steps along the diagonal of the image. With two clocks the network

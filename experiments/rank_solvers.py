@@ -12,8 +12,8 @@ samples and the ends of its own fine trajectories of the same noises, none of wh
 
 Criteria: the KL costs (weight 0 and 1, of a heatmap), the sum of the squared losses of single steps of the solver, and
 the deviation that planning minimises, where losses are carried to the end and added (`planning.deviation`). For each
-solver and number of calls Spearman's ρ with a 95 % interval (bootstrap over paths), and the regret: the distance of the
-path a criterion likes best over the least of all, less 1.
+solver and number of calls Spearman's ρ with a 95 % interval (bootstrap over paths), and the regret: how many times the
+least distance of all the path has that a criterion likes best.
 
 Writes OUTPUT.csv, a row per path and solver, OUTPUT.md, and OUTPUT.png: the paths of one solver under every criterion.
 """
@@ -266,7 +266,8 @@ def interval(costs: np.ndarray, distances: np.ndarray, rng: np.random.Generator)
 
 def report(rows: Sequence[dict[str, Any]], title: str, seed: int) -> str:
     """Markdown: ρ and regret of every criterion by model, solver and number of calls; of scores too, where they are."""
-    parts = [f"# {title}", f"ρ [95 % interval]; regret. {len({row['path'] for row in rows})} paths."]
+    said = f"ρ [95 % interval] ×regret. {len({row['path'] for row in rows})} paths."
+    parts = [f"# {title}", said]
     for against in ("distance", "score"):
         if against in rows[0]:
             criteria = CRITERIA if against == "distance" else (*CRITERIA, "distance")
@@ -285,8 +286,8 @@ def ranks(rows: Sequence[dict[str, Any]], against: str, criteria: Sequence[str],
         for criterion in criteria:
             costs = np.array([float(row[criterion]) for row in among])
             rho, low, high = interval(costs, distances, np.random.default_rng(seed))
-            regret = distances[costs.argmin()] / distances.min() - 1
-            line[criterion] = f"{rho:+.3f} [{low:+.2f}, {high:+.2f}]; {regret:.0%}"
+            regret = distances[costs.argmin()] / distances.min()
+            line[criterion] = f"{rho:+.3f} [{low:+.2f}, {high:+.2f}] ×{regret:.3g}"
         table.append(line)
     return table
 

@@ -38,7 +38,7 @@ class TrajectorySettings(CheckpointSettings, HardwareSettings):
     """What is measured of which checkpoint, and where it is kept."""
 
     output: str | None = option(None, "file (trajectories_[{model}_]{epoch}ep[_ema].pth in the run's results)")
-    num_images: int = option(64, "noises that trajectories start from, 2 or more", parse=cli.positive_int)
+    num_images: int = option(16, "noises that trajectories start from, 2 or more", parse=cli.positive_int)
     lines: int | None = option(
         None,
         f"points of a trajectory, evenly in log SNR ({ONE_CLOCK_LINES}; with two clocks {TWO_CLOCK_LINES})",
