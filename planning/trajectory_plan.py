@@ -20,8 +20,8 @@ from scheduler import DDIMScheduler
 # Starts of the search: log SNRs of the second point and of the last before the end, and powers of the spacing between.
 FIRST, LAST, POWERS = (-14.0, -10.0, -7.0, -5.0), (0.0, 2.0, 5.0, 8.0), (0.7, 1.0, 1.4)
 RANKING = (
-    "With two small trained networks such costs ranked the distances of samples of 200 random paths by rank correlations "
-    "of RHOS (docs/results.md, section 10)."
+    "With two small trained networks such costs ranked the distances of samples along 200 random paths by rank "
+    "correlations of RHOS (docs/results.md, section 10)."
 )
 LEADS = (-3, -2, -1, 1, 2, 3)  # Lines that the coarse scale leads by in starts with two clocks.
 
