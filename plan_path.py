@@ -38,6 +38,7 @@ from planning.map_file import load_heatmap
 from planning.plan import PlanCriterionSettings, Planner
 from planning.trajectory_file import load_trajectories, trajectories_of
 from planning.trajectory_plan import TrajectoryPlanner
+from runtime.progress import Progress
 from runtime.settings import option, parse_settings
 
 DENSITY_NFE = 18  # The number of steps nearest to it is resampled.
@@ -127,8 +128,8 @@ def prepare_output(folder: FilePath, planner: Planner | TrajectoryPlanner, setti
         "map_fingerprint": planner.map_fingerprint,
         "criterion": planner.criterion,
         "nfe": sorted(set(settings.nfe)),
-        "bootstrap": settings.bootstrap,
-        "seed": settings.seed,
+        "bootstrap": settings.bootstrap if planner.can_resample else 0,
+        "seed": settings.seed if planner.can_resample else 0,
     }
     claim(folder, said, settings.force, ("schedule_*.json", "costs.csv", "*.png"))
     for file in folder.glob("schedule_*.json") if not (folder / SETTINGS_FILE).exists() else ():
@@ -153,7 +154,8 @@ def main() -> None:
     model = f"{said['model_type']}_" if said.get("model_type", "dual") != "dual" else ""
     name = f"plan_{model}{said['epoch']}ep_{said['weights']}{planner.variant}"
     folder = FilePath(settings.output or file.parent / name)
-    plans = {nfe: planner.families(nfe) for nfe in sorted(set(settings.nfe))}
+    numbers = Progress(sorted(set(settings.nfe)), desc="plans", unit="plan", disable=not planner.is_slow)
+    plans = {nfe: planner.families(nfe) for nfe in numbers}
     resamples = settings.bootstrap and planner.can_resample
     if resamples:  # Before anything is written, because too few images or replicates are refused.
         resampled = min(plans, key=lambda n: abs(n - DENSITY_NFE))

@@ -31,7 +31,7 @@ def deviation(
     """The mean squared distance, in units of x² per image, as a function of paths: int `[P, N, S]` -> float64 `[P]`.
 
     carried: the distance at the end, to which the loss of every step is carried by those after it. Otherwise the sum of
-    the losses themselves, in x/alpha, each of a step that starts on the trajectory.
+    the losses themselves, in x/alpha, each of a step that starts on the trajectory, before any correction.
 
     A path is given by the lines of its points but the last, which is clean; for two scales by the fine and the coarse
     line. The function raises ValueError for lines that do not begin at 0, go back or are not measured together.

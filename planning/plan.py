@@ -89,6 +89,7 @@ class Planner:
     """
 
     can_resample = two_clocks = True
+    is_slow = False
 
     def __init__(self, heatmap: dict, settings: PlanCriterionSettings):
         self.heatmap, self.settings = heatmap, settings

@@ -124,17 +124,21 @@ def fine_trajectories(
                 tuple(x / size for x, size in zip(xs, level, strict=True))
                 for xs, level in zip([*walk.xs, walk.end], sizes.tolist(), strict=True)
             ]
-            seen = []
+            vectors = [_by_band(xs, basis, bands) for xs in states]
             for i, j in places.tolist():
-                if i == j:
-                    seen.append(walk.x0s[i])
-                    continue
-                seen.append(see((walk.xs[i][0], walk.xs[j][1]), (points[i, 0].item(), points[j, 1].item())))
-                bar.update(len(seen[-1][0]))
-            vectors = [_by_band(xs, basis, bands) for xs in (*states, *seen)]
+                x0s = walk.x0s[i]
+                if i != j:
+                    x0s = see((walk.xs[i][0], walk.xs[j][1]), (points[i, 0].item(), points[j, 1].item()))
+                    bar.update(len(x0s[0]))
+                vectors.append(_by_band(x0s, basis, bands))
             for b, band in enumerate(bands):
                 # By scale, then by line or cell.
                 rows = torch.stack([v[b][s] for s in range(len(band.scales)) for v in vectors])  # [Q, B', modes]
+                if not rows.isfinite().all():
+                    raise ValueError(
+                        "The network makes an image NaN or infinite on its way; use another checkpoint, or --precision "
+                        "fp32."
+                    )
                 products[b] = products[b] + torch.stack([_product(rows[..., chosen]) for chosen in band.bins])
     found = []
     for band, product in zip(bands, products, strict=True):

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -28,6 +29,7 @@ from runtime.safe_write import beside, replacing
 from runtime.settings import option
 
 TRAJECTORY_FORMAT_VERSION = 1
+AGAIN = "compute it again with --force, or remove it"
 ONE_CLOCK_LINES, TWO_CLOCK_LINES = 100, 60
 BEYOND = 0.05  # In log SNR, by which lines may be off what was trained on, as timesteps are.
 BAND_FIELDS = ("scales", "result", "variances", "states", "seen")
@@ -90,17 +92,20 @@ def load_trajectories(file: str | os.PathLike) -> tuple[Trajectories, dict[str, 
     try:
         content = torch.load(file, weights_only=True)
     except Exception as error:  # A damaged zip or pickle raises whatever the damage happens to hit.
-        raise ValueError(f"{file} is damaged ({type(error).__name__}); compute it again.") from error
+        raise ValueError(f"{file} is damaged ({type(error).__name__}); {AGAIN}.") from error
     if not isinstance(content, dict) or not {"format_version", "trajectories", "fingerprint"} <= content.keys():
         raise ValueError(f"{file} holds no trajectories; make them with compute_trajectories.py.")
     if content["format_version"] > TRAJECTORY_FORMAT_VERSION:
         raise ValueError(f"{file} has format version {content['format_version']}; update LIFT to read it.")
     found = content.pop("trajectories")
-    bands = tuple(
-        Band(*(band[name].double() if name in ("states", "seen") else band[name] for name in BAND_FIELDS))
-        for band in found.pop("bands")
-    )
-    return Trajectories(**found, bands=bands), content
+    try:
+        bands = tuple(
+            Band(*(band[name].double() if name in ("states", "seen") else band[name] for name in BAND_FIELDS))
+            for band in found.pop("bands")
+        )
+        return Trajectories(**found, bands=bands), content
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} lacks what trajectories have ({error}); {AGAIN}.") from error
 
 
 def trajectory_fingerprint(trajectories: Trajectories) -> str:
@@ -126,12 +131,19 @@ def compute(settings: TrajectorySettings) -> tuple[Trajectories, dict[str, Any],
         raise ValueError(f"{settings.checkpoint} is a '{config['model_type']}' model: {reason}")
     if settings.lines is None:
         settings = settings.but(lines=TWO_CLOCK_LINES if model.has_two_clocks() else ONE_CLOCK_LINES)
+    # In flow the SNR of the last timestep is taken half a timestep inside, but a sampler finds no signal there.
+    with_signal = (scheduler.alphas > 0) & (scheduler.snr > 0)
+    noisiest = int(with_signal.nonzero().max())
     if settings.start is None:
-        settings = settings.but(start=int((scheduler.snr > 0).nonzero().max()))
-    log_snr = scheduler.log_snr.cpu().numpy()
-    if not settings.lines <= settings.start < len(log_snr) or scheduler.snr[settings.start] == 0:
+        settings = settings.but(start=noisiest)
+    if settings.start > noisiest:
         raise ValueError(
-            f"--start {settings.start} must be a timestep with a signal, and not below --lines {settings.lines}."
+            f"--start {settings.start} is beyond timestep {noisiest}, the noisiest one of {settings.checkpoint} that "
+            "has a signal."
+        )
+    if settings.lines > settings.start:
+        raise ValueError(
+            f"--lines {settings.lines} are more than the {settings.start} timesteps below --start; choose fewer."
         )
     file = FilePath(settings.output or trajectory_file(settings.checkpoint, config, config["epoch"], loaded.weights))
     precision = resolve_precision(device, settings.precision)
@@ -181,6 +193,12 @@ def measure(settings: TrajectorySettings, loaded: LoadedModel, device: torch.dev
         ahead = scheduler.representation.image_lead
         path = log_snr_shift(path, ahead, log_snr) if ahead else path
         cells = near_diagonal(path, log_snr, settings.reach, seen_range(loaded.config, scheduler))
+        if settings.reach and int(cells.sum()) == settings.lines:
+            print(
+                f"note: no pair of lines beside the diagonal is within --reach {settings.reach:g} and where the model "
+                "was trained, so that plans will tie the clocks; take more --lines",
+                file=sys.stderr,
+            )
     shapes = scale_shapes(model.num_scales, loaded.config["channels"], loaded.config["resolution"])
     source = SeededNoise(image_seeds(settings.seed, settings.num_images))
     noise = tuple(source.draw(shape, device) for shape in shapes)

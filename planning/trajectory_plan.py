@@ -33,7 +33,7 @@ class TrajectoryPlanner:
     end of the fine trajectory of the same noise (`planning.deviation`).
     """
 
-    is_kl = can_resample = False
+    is_slow, can_resample = True, False
 
     def __init__(self, trajectories: Trajectories, said: Mapping[str, Any], settings: PlanCriterionSettings):
         self.trajectories, self.said, self.settings = trajectories, said, settings
@@ -101,6 +101,11 @@ class TrajectoryPlanner:
 
     def families(self, nfe: int) -> list[Plan]:
         """The optimum, of two clocks and of one, and every family by hand that keeps to what was measured."""
+        if nfe > len(self._points) - 1:
+            raise ValueError(
+                f"--nfe {nfe} is more than the {len(self._points) - 1} lines of these trajectories; plan fewer calls, "
+                "or compute more --lines."
+            )
         even = {"log_snr": self.log_snr, "num_train_timesteps": len(self.log_snr), "start": int(self._points[0, 0])}
         ahead = self.representation.image_lead
         name = "image diagonal" if ahead else "diagonal"

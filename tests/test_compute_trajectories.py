@@ -12,6 +12,7 @@ from checkpoint import build_model, load_model, read_checkpoint, save_checkpoint
 from conftest import HARDWARE, list_files, results_of
 from diffusion.multistep import Line, Parabola
 from diffusion.sampler import SeededNoise, image_seeds
+from diffusion.step import level_of
 from paths.families import diagonal, log_snr_shift
 from paths.path import Path
 from planning.deviation import deviation
@@ -45,6 +46,7 @@ def models(run, tmp_path_factory):
         "single_t": {"model_type": "single_t"},
         "no_t": {"model_type": "no_t"},
         "zero terminal": {"beta_schedule": "cosine_zero_terminal", "prediction_type": "v"},
+        "flow": {"beta_schedule": "flow", "prediction_type": "velocity"},
     }
     files = {"baseline": run.baseline, "dual": run.lift}
     for name, changed in changes.items():
@@ -151,13 +153,30 @@ def test_trajectories_begin_where_there_is_a_signal(stage, refused, models, tmp_
     found, said = load_trajectories("found.pth")
     assert said["start"] == 998 and found.points[0].tolist() == [998, 998] and found.log_snr[:-1].isfinite().all()
     output = ["--output", tmp_path / "other.pth"]
-    says = ("--start 999 must be a timestep with a signal",)
+    says = ("--start 999 is beyond timestep 998", "has a signal")
     refused(compute_trajectories, *model, *FEW, *output, "--start", 999, says=says)
-    refused(compute_trajectories, *model, *FEW, *output, "--start", 1000, says=("--start 1000 must be a timestep",))
-    says = (f"--start {LINES - 1} must be a timestep with a signal, and not below --lines {LINES}",)
+    refused(compute_trajectories, *model, *FEW, *output, "--start", 1000, says=("--start 1000 is beyond",))
+    says = (f"--lines {LINES} are more than the {LINES - 1} timesteps below --start",)
     refused(compute_trajectories, *model, *FEW, *output, "--start", LINES - 1, says=says)
     stage(compute_trajectories, *model, *FEW, *output, "--start", LINES)
     assert load_trajectories(tmp_path / "other.pth")[0].points[:, 0].tolist() == list(range(LINES, -1, -1))
+
+
+def test_flow_has_no_signal_at_its_last_timestep(stage, models, tmp_path):
+    # A sampler forgets what it sees there, and a cost that kept it would be of other paths.
+    stage(compute_trajectories, "--checkpoint", models["flow"], "--reach", 0, *FEW, "--output", tmp_path / "found.pth")
+    found, said = load_trajectories(tmp_path / "found.pth")
+    assert said["start"] == found.points[0, 0] == 998
+    level = level_of(load_model(models["flow"]).scheduler, 998)
+    assert found.log_snr[0, 0].item() == pytest.approx(2 * level.log_snr)
+
+
+def test_a_reach_below_the_spacing_of_lines_is_said(stage, models, tmp_path):
+    model = ["--checkpoint", models["dual"], *FEW]
+    ended = stage(compute_trajectories, *model, "--reach", 0.01, "--output", tmp_path / "a.pth")
+    assert "no pair of lines beside the diagonal is within --reach 0.01" in ended.notes
+    tied = stage(compute_trajectories, *model, "--reach", 0, "--output", tmp_path / "b.pth")
+    assert "note:" not in tied.notes
 
 
 @pytest.mark.parametrize("kind", ["single_t", "no_t"])
@@ -221,6 +240,10 @@ def test_a_damaged_file_is_named_and_computed_again(stage, refused, models, tmp_
     with pytest.raises(FileNotFoundError, match=r"none.pth.*compute_trajectories.py"):
         load_trajectories(tmp_path / "none.pth")
     content = torch.load(file, weights_only=True)
+    for lacking in ({"points": 0}, {"bands": [{"scales": (0,)}]}):
+        torch.save(content | {"trajectories": lacking}, file)
+        with pytest.raises(ValueError, match="lacks what trajectories have.*--force"):
+            load_trajectories(file)
     torch.save(content | {"format_version": 99}, file)
     with pytest.raises(ValueError, match="format version 99; update LIFT"):
         load_trajectories(file)

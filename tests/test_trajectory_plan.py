@@ -165,7 +165,7 @@ def test_the_default_folder_tells_the_solver(stage, files):
         (["--criterion", "trajectory", "--solver", "heun"], 2, ("ddim, dpmpp_2m, dpmpp_3m, unipc", "not heun")),
         (["--criterion", "trajectory", "--solver", "dpmpp_3m", "--nfe", 3], 2, ("--nfe 3", "4 calls", "dpmpp_3m")),
         (["--criterion", "trajectory", "--solver", "unipc", "--nfe", 8, 2], 2, ("--nfe 2", "3 calls")),
-        (["--criterion", "trajectory", "--nfe", 20], 1, ("fewer steps",)),
+        (["--criterion", "trajectory", "--nfe", 20], 1, ("--nfe 20", "14 lines", "more --lines")),
         (["--criterion", "trajectory", "--start", 900], 2, ("--start and --end",)),
         (["--criterion", "trajectory", "--heatmap", "a.pth"], 2, ("leave --heatmap out",)),
         (["--criterion", "trajectory", "--checkpoint", "a.pth"], 2, ("leave --checkpoint",)),

@@ -431,3 +431,6 @@ def test_what_gives_no_trajectories_is_refused():
         fine_trajectories(denoise, scheduler, one, noise_of("one clock", 2), wrong[1:, 1:], progress=False)
     with pytest.raises(ValueError, match="must not rise"):
         fine_trajectories(denoise, scheduler, lines[::-1], noise_of("overcomplete", 2), progress=False)
+    with pytest.raises(ValueError, match="makes an image NaN or infinite"):
+        nothing = lambda xs, ts: tuple(x * math.nan for x in xs)  # noqa: E731
+        fine_trajectories(nothing, scheduler, lines, noise_of("overcomplete", 2), progress=False)
