@@ -62,16 +62,17 @@ class Encoded(NamedTuple):
     nfe: torch.Tensor  # int64 [B], network calls for each image
 
 
-def why_no_equation(num_scales: int, num_predictions: int) -> str:
-    """Why images have neither latents nor likelihood under models of so many scales, as a sentence, or an empty text.
-
-    num_scales: those that a model reads; num_predictions: those that it predicts.
-    """
+def why_no_equation(
+    num_scales: int,  # that a model reads
+    num_predictions: int,  # of them
+    subject: str = "Neither latents nor the likelihood of an image are",  # what there is not, and its verb
+) -> str:
+    """Why models of so many scales follow no equation, as a sentence about what needs one, or an empty text."""
     if num_predictions == num_scales:
         return ""
     return (
-        f"Neither latents nor the likelihood of an image are defined for a model that reads {num_scales} scales and "
-        f"predicts {num_predictions}, because the others follow no equation; take a model that predicts all it reads."
+        f"{subject} defined for a model that reads {num_scales} scales and predicts {num_predictions}, because the "
+        "others follow no equation; take a model that predicts all it reads."
     )
 
 

@@ -15,7 +15,7 @@ from filelock import FileLock
 import cli
 from checkpoint import LoadedModel, load_model, peek, read_checkpoint, weights_fingerprint
 from cli import CheckpointSettings, HardwareSettings
-from diffusion.likelihood import why_undefined
+from diffusion.likelihood import why_no_equation
 from diffusion.sampler import SeededNoise, image_seeds, scale_shapes
 from paths.families import diagonal, log_snr_shift
 from paths.path import Path
@@ -125,9 +125,7 @@ def compute(settings: TrajectorySettings) -> tuple[Trajectories, dict[str, Any],
     device = select_device(settings.device)
     loaded = load_model(settings.checkpoint, settings.ema, device)
     model, config, scheduler = loaded.model, loaded.config, loaded.scheduler
-    if model.num_predictions < model.num_scales:
-        reason = why_undefined(model.num_scales, model.num_predictions, scheduler.representation)
-        reason = reason.replace("The likelihood of an image is", "Trajectories are")
+    if reason := why_no_equation(model.num_scales, model.num_predictions, "Trajectories are not"):
         raise ValueError(f"{settings.checkpoint} is a '{config['model_type']}' model: {reason}")
     if settings.lines is None:
         settings = settings.but(lines=TWO_CLOCK_LINES if model.has_two_clocks() else ONE_CLOCK_LINES)
