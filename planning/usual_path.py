@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import cli
 from checkpoint import LoadedModel
-from diffusion.adaptive import MOST_CALLS, TOLERANCE, check_tolerance
 from paths.path import Path
 from planning.choice import OnePathSettings, SolverSettings, StepSettings, path_of_settings
 from planning.path_types import PATH_FAMILIES, PATH_TYPES, path_type
@@ -30,23 +29,6 @@ class OpenPathSettings(OnePathSettings):
         parse=path_type,
         metavar="TYPE",
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpwardPathSettings(OpenPathSettings):
-    """The path that likelihoods are computed along, from its end to its start."""
-
-    group = "path"
-    tolerance: float = option(
-        TOLERANCE,
-        "relative and absolute error of a step, of the image and of the divergence in nats per dimension",
-        parse=cli.positive_float,
-    )
-    num_calls: int = option(MOST_CALLS, "the most network calls for an image", parse=cli.positive_int, metavar="N")
-
-    def check(self) -> None:
-        super().check()
-        check_tolerance(self.tolerance)
 
 
 def usual_path(settings: OpenPathSettings, loaded: LoadedModel) -> tuple[Path, str]:
