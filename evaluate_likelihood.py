@@ -69,7 +69,7 @@ class BoundRow(NamedTuple):
 
     fingerprint: str  # of its pixels
     bits_per_dim: float  # the bound; the rest of such columns are parts of it
-    bits_error: float  # standard error by what was drawn for this image
+    bits_error: float  # standard error by what was drawn for this image, rather too large
     bits_prior: float
     bits_last: float  # of the step to the grey levels
     elbo: float  # nats, of the probability of the grey levels
@@ -258,7 +258,7 @@ def summary(rows: Sequence[Row] | Sequence[BoundRow], settings: LikelihoodSettin
     bound = isinstance(rows[0], BoundRow)
     if bound:
         drawn = math.sqrt(sum(row.bits_error**2 for row in rows)) / len(rows)
-        said += f", {drawn:.3f} {'of it ' if error else ''}by draws"
+        said += f", at most {drawn:.3f} by draws"  # Few timesteps overstate it, even beyond the whole error.
     at_most = " at most" if bound else ""
     return f"{bits.mean().item():.3f}{error} bits per dimension{at_most} ({said}; {how}, {calls:.0f} calls)"
 
