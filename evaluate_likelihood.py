@@ -281,11 +281,11 @@ def main() -> None:
     }
     if settings.method == "elbo":
         chain = ddpm_chain(loaded.scheduler, path, settings.variance)
-        drawn = drawn_timesteps(settings, chain)
+        drawn, steps = drawn_timesteps(settings, chain), len(chain.ratios)
         find, kind_of_row = partial(measure_bound, settings, loaded, chain), BoundRow
         name += f"_elbo_{settings.variance}_{drawn or ALL}"
         said |= {"method": "elbo", "variance": settings.variance, "timesteps": drawn or ALL}
-        how = f"elbo, variance {settings.variance}, {drawn or ALL} of {len(chain.ratios)} steps"
+        how = f"elbo, variance {settings.variance}, {drawn or ALL} of {steps} step{'s' if steps > 1 else ''}"
     else:
         find, kind_of_row = partial(measure, settings, loaded, path), Row
         said |= {"probes": settings.probes, "tolerance": settings.tolerance}

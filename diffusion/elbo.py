@@ -110,9 +110,10 @@ def check_timesteps(num_timesteps: int, chain: Chain) -> None:
     """Raise ValueError unless so many steps of a chain can be drawn."""
     most = len(chain.ratios) - 1
     if not 2 <= num_timesteps <= most:
-        raise ValueError(
-            f"--timesteps {num_timesteps} cannot be drawn of a chain of {most + 1} steps; choose 2 to {most}, or all."
-        )
+        refusal = f"--timesteps {num_timesteps} cannot be drawn of a chain of {most + 1} step{'s' if most else ''}"
+        if most < 2:
+            raise ValueError(f"{refusal}: a chain of so many steps is computed whole; pass --timesteps all.")
+        raise ValueError(f"{refusal}; choose 2 to {most}, or all.")
 
 
 @torch.no_grad()

@@ -273,6 +273,14 @@ def test_flags_that_make_no_bound_are_refused(refused, run, held_out, flags, sta
     refused(evaluate_likelihood, *flags_of(held_out["baseline"], run, *flags, method=FEW), says=says, status=status)
 
 
+@pytest.mark.parametrize("steps, words", [(1, "1 step"), (2, "2 steps")])
+def test_the_shortest_chains_are_computed_whole(stage, refused, run, held_out, steps, words):
+    flags = flags_of(held_out["baseline"], run, "--num_steps", steps, method=FEW)
+    says = (f"of a chain of {words}: a chain of so many steps is computed whole; pass --timesteps all",)
+    refused(evaluate_likelihood, *flags, "--timesteps", 2, says=says)
+    assert f"all of {words}, {steps + 2} calls)" in stage(evaluate_likelihood, *flags, "--timesteps", "all").output
+
+
 def test_a_file_where_the_folder_goes_is_said_first(refused, run, held_out, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_likelihood, "log_likelihood", lambda *args: pytest.fail("computed"))
     load_images("synthetic", 16, run.cache, limit=12)

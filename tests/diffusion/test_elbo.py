@@ -8,7 +8,7 @@ import torch
 from scipy.stats import norm
 
 from diffusion import elbo as module
-from diffusion.elbo import NOISE, TIMESTEPS, bits_of_grey_levels, ddpm_chain, elbo
+from diffusion.elbo import NOISE, TIMESTEPS, bits_of_grey_levels, check_timesteps, ddpm_chain, elbo
 from diffusion.likelihood import DEQUANTISATION, DIRECTIONS, bits_per_dim
 from diffusion.solvers import Ancestral
 from diffusion.step import Step
@@ -419,3 +419,11 @@ def test_settings_that_make_no_sense_are_refused(options, says):
     chain = ddpm_chain(scheduler, diagonal(19, num_scales=1, num_train_timesteps=20))
     with pytest.raises(ValueError, match=says):
         elbo(tiny, scheduler, chain, torch.zeros(2, 1, 4, 4), **options)
+
+
+@pytest.mark.parametrize("steps, words", [(1, "1 step"), (2, "2 steps")])
+def test_of_the_shortest_chains_no_timesteps_are_drawn(steps, words):
+    chain = ddpm_chain(make("cosine", "v", 20), diagonal(steps, num_scales=1, num_train_timesteps=20))
+    says = f"--timesteps 2 cannot be drawn of a chain of {words}: a chain of so many steps is computed whole; pass "
+    with pytest.raises(ValueError, match=f"{says}--timesteps all"):
+        check_timesteps(2, chain)
