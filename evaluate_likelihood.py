@@ -140,8 +140,8 @@ class LikelihoodSettings(CheckpointSettings, MethodSettings, OpenPathSettings, D
 
     num_steps: int | None = option(
         None,
-        f"steps of the path, each solved to --tolerance (1; with two clocks {TWO_CLOCK_STEPS}); of elbo those of the "
-        "chain (all timesteps)",
+        f"steps of the path, each solved to --tolerance (1; of the residual pair with two clocks {TWO_CLOCK_STEPS}); "
+        "of elbo those of the chain (all timesteps)",
         parse=cli.positive_int,
     )
     on: str = option("holdout", "images", choices=("holdout", "train"))
@@ -202,7 +202,6 @@ def measure(
     """The rows of some images by the equation; raises what `log_likelihood` raises."""
     seeds = noise_seeds(pixels, settings.seed)
     images = dequantised(pixels, seeds).to(device)
-    # GPUs would round what convolutions of fp32 read to 10 bits.
     with exact_autocast(device, settings.precision):
         scales = loaded.scheduler.representation.split(images) if path.num_scales > 1 else (images,)
         found = log_likelihood(

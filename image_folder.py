@@ -27,7 +27,10 @@ SETTINGS_FILE = "settings.json"
 
 
 def as_in_training(config: dict[str, Any], resize: bool) -> dict[str, str | None]:
-    """How `read_folder` is to read images for a model of this config, brought to its size as in training or not."""
+    """How images are to be read for a model of this config: arguments of `read_file`, `read_folder` and `read_given`.
+
+    resize: whether they are brought to its size as in training.
+    """
     pad = config.get("pad") if resize else None
     resize_filter = config["resize_filter"] if resize and pad is None else None
     return {"background": config.get("background", BACKGROUND), "resize_filter": resize_filter, "pad": pad}
