@@ -10,7 +10,7 @@ them lie the great circles of their noise, each scale by itself, sampled on with
 --at K not of the noise, but of what the two seeds have become at point K of the path.
 
 With --input two images are taken to the noise they come from, as by encode.py, and the first and the last frame are
-what comes back: by --solver ode, at timestep 0 and without a clamp, up to --tolerance.
+what comes back: by --solver ode, at timestep 0 and without a clamp. --tolerance is that of the way up, and of ode.
 
 Writes `frame_000.png` and so on into --output (what is there already is skipped), settings.json, all of them in a
 strip, `grid.png`, and with --gif `frames.gif`, which goes there and back without end.
@@ -29,7 +29,7 @@ import cli
 from checkpoint import LoadedModel, load_model
 from cli import CheckpointSettings, HardwareSettings
 from data import coarse, fingerprint_array, read_png, save_png, to_uint8
-from diffusion.adaptive import MOST_CALLS, TOLERANCE
+from diffusion.adaptive import MOST_CALLS, TOLERANCE, check_tolerance
 from diffusion.sampler import (
     ENDS,
     IMAGES_PER_SEED,
@@ -86,6 +86,11 @@ class InterpolationSettings(CheckpointSettings, OnePathSettings, WalkSettings, H
     end: str | None = option(
         None, "land on the clean image, or on t=0 (clean; with --input t0, where encoding begins)", choices=ENDS
     )
+    tolerance: float | None = option(
+        None,
+        f"of ode, and with --input of the way up by any solver: relative and absolute error of a step ({TOLERANCE:g})",
+        parse=cli.positive_float,
+    )
     precision: str = option("auto", "auto: bf16 where it is fast, with --input fp32", choices=PRECISIONS, shown="")
     frames: int = option(12, "the two ends counted", parse=cli.positive_int)
     at: int = option(0, "point of the path whose states are interpolated", parse=int, metavar="K", shown="0: the noise")
@@ -97,7 +102,13 @@ class InterpolationSettings(CheckpointSettings, OnePathSettings, WalkSettings, H
     def check(self) -> None:
         given = self.input is not None
         self._derive(solver=self.solver or ("ode" if given else "ddim"), end=self.end or ("t0" if given else "clean"))
+        tolerance = self.tolerance
+        if given and tolerance is not None:
+            check_tolerance(tolerance)
+            if self.solver != "ode":
+                self._derive(tolerance=None)  # It is that of the way up, of which other solvers know nothing.
         super().check()
+        self._derive(tolerance=tolerance)
         if given == (self.seeds is not None):
             raise ValueError("either --seeds A B or --input A B, two images, is needed; pass one of them")
         if self.resize and not given:
@@ -217,16 +228,21 @@ class Ends:
         images = [read_file(Path(file), config["resolution"], config["channels"], **reading) for file in settings.input]
         self.pixels = torch.stack(images)
         self.names = [Path(file).resolve().stem for file in settings.input]
-        self.said = {"input_fingerprints": [fingerprint_array(image.numpy()) for image in images]}
+        self.said = {
+            "input_fingerprints": [fingerprint_array(image.numpy()) for image in images],
+            "tolerance": settings.tolerance or TOLERANCE,
+        }
         self.scheduler = loaded.scheduler.unclamped()
 
     def latents(self, path: SamplingPath, device: torch.device) -> Images | None:
         """What given images are made of, `[2, C, H, W]` per scale; None for seeds."""
         if self.settings.input is None:
             return None
-        limit = self.settings.most_calls or MOST_CALLS
+        settings = self.settings
+        # Of a solver of fixed steps --num_calls counts those of the way down.
+        limit = settings.most_calls if settings.make_solver().adaptive else None
         return encode_pixels(
-            self.loaded, path, self.pixels.to(device), self.settings.tolerance or TOLERANCE, limit
+            self.loaded, path, self.pixels.to(device), settings.tolerance or TOLERANCE, limit or MOST_CALLS
         ).latents
 
 

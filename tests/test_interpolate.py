@@ -17,6 +17,7 @@ from data import coarse, fingerprint_array, read_png, save_png, to_uint8
 from diffusion.adaptive import Ode
 from diffusion.latents import decode
 from diffusion.sampler import COARSE_FEEDS, coarse_feed, sample, sample_seeds, scale_shapes
+from diffusion.solvers import Heun
 from evaluation.given_latents import encode_pixels
 from interpolate import slerp
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
@@ -335,6 +336,26 @@ def test_frames_of_given_images_by_another_solver_and_end(stage, refused, run, g
     refused(interpolate, *flags, "--output", "walk", says=says)
 
 
+def test_the_way_up_has_a_tolerance_and_calls_of_its_own(stage, refused, run, given, tmp_path):
+    """By a solver of fixed steps, whose calls --num_calls counts on the way down alone."""
+    loaded, path = load_model(run.lift), diagonal(3)
+    flags = ["--checkpoint", run.lift, *HARDWARE, "--input", "mine/a.png", "mine/b.png", "--solver", "heun"]
+    flags += ["--num_calls", 6, "--frames", 2, "--output", "walk"]
+    assert "2 new with 6 network calls each" in stage(interpolate, *flags, "--tolerance", 0.01).output
+    latents = encode_pixels(loaded, path, given, 0.01, 1000).latents
+    unclamped = loaded.scheduler.unclamped()
+    expected = sample(loaded.denoise, unclamped, path, latents, end="t0", solver=Heun()).images[0]
+    for frame, image in zip(frames_in(tmp_path / "walk"), to_uint8(expected), strict=True):
+        assert torch.equal(frame, image)
+    said = json.loads((tmp_path / "walk/settings.json").read_text())
+    assert (said["solver"], said["tolerance"]) == ("heun", 0.01)
+    refused(interpolate, *flags, says=("walk holds results with another tolerance", "--force"))
+    settings = interpolate.InterpolationSettings(
+        checkpoint="a.pth", input=("a.png", "b.png"), solver="heun", tolerance=0.1
+    )
+    assert settings.tolerance == settings.but(frames=3).tolerance == settings.given()["tolerance"] == 0.1
+
+
 @pytest.mark.parametrize(
     ("flags", "status", "says"),
     [
@@ -342,8 +363,8 @@ def test_frames_of_given_images_by_another_solver_and_end(stage, refused, run, g
         (["--input", "mine/a.png"], 2, ("--input", "2 arguments")),
         (["--solver", "ancestral"], 2, ("--solver ancestral", "draws noise on the way", "such as ode")),
         (["--solver", "ddim", "--eta", 0.5], 2, ("--solver ddim eta 0.5 draws noise",)),
-        (["--solver", "heun", "--tolerance", 0.1], 2, ("--tolerance belongs to --solver ode",)),
         (["--tolerance", 1e-15], 2, ("--tolerance 1e-15 is too small",)),
+        (["--solver", "heun", "--tolerance", 1e-15], 2, ("--tolerance 1e-15 is too small",)),
         (["--at", 1], 1, ("--at 1 is not a point before the last of a path of 1 step",)),
         (["--num_calls", 5], 1, ("--num_calls allows 5",)),
         (["--output", "mine", "--force"], 1, ("mine is the folder of the input mine/a.png",)),
@@ -372,6 +393,8 @@ def test_what_is_of_given_images_or_of_seeds_alone(stage, refused, run, given, t
     plain = ["--checkpoint", run.lift, *STEPS, *HARDWARE]
     refused(interpolate, *plain, says=("either --seeds A B or --input A B",), status=2)
     refused(interpolate, *flags_of(run.lift, "--resize"), says=("--resize is for images of --input",), status=2)
+    says = ("--tolerance belongs to --solver ode, not to heun",)
+    refused(interpolate, *flags_of(run.lift, "--solver", "heun", "--tolerance", 0.1), says=says, status=2)
     Image.new("L", (20, 40), 90).save(tmp_path / "wide.png")
     flags = given_flags(run.lift, "--resize", "--tolerance", 0.1, "--frames", 2, "--output", "walk")
     stage(interpolate, *flags, "--input", "mine/a.png", "wide.png")
