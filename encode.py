@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 import cli
 from checkpoint import load_model
@@ -40,7 +41,7 @@ from planning.choice import WalkSettings
 from planning.usual_path import OpenPathSettings, usual_path
 from runtime.device import PRECISIONS, exact_autocast, resolve_precision, select_device
 from runtime.progress import Progress
-from runtime.safe_write import short_name
+from runtime.safe_write import beside, short_name
 from runtime.settings import option, parse_settings
 
 LATENTS_FILE, GRID_FILE = "latents.npz", "figures/grid.png"
@@ -159,9 +160,10 @@ def read_own(folder: Path, said: dict[str, Any], force: bool) -> Latents | None:
 def print_table(latents: Latents, names: list[str]) -> None:
     """What is measured of some images; a difference of grey levels is that before rounding to them."""
     width = min(40, max(map(len, ("image", *names))))
+    rows = {name: k for k, name in enumerate(latents.names)}
     print(f"{'image':{width}} {'  '.join(COLUMNS.values())}")
     for name in names:
-        values = latents.row(latents.names.index(name)).measured
+        values = latents.row(rows[name]).measured
         shown = f"{values['calls_up'][0]:8.0f}  {values['calls_down'][0]:10.0f}"
         print(f"{name:{width}} {shown}  {values['rms'][0]:14.4f}  {values['largest'][0]:18.4f}")
 
@@ -175,17 +177,23 @@ def to_latents_and_back(encoder: Encoder) -> None:
     check_apart(folder, settings.input)
     said = encoder.said | {"of": "input", "tolerance": settings.tolerance or TOLERANCE}
     said |= {name: reading[name] for name in ("resize_filter", "pad")}
-    own = read_own(folder, said, settings.force)
     prints = {name: fingerprint_array(pixels.numpy()) for name, pixels in images.items()}
-    missing = set(claim_images(folder, said, prints, settings.force, (LATENTS_FILE, GRID_FILE)))
+    folder.mkdir(parents=True, exist_ok=True)
+    # Others may encode into the folder at the same time; each then adds to what it finds.
+    lock = FileLock(beside(folder / LATENTS_FILE, ".lock"))
+    with lock:
+        own = read_own(folder, said, settings.force)
+        missing = set(claim_images(folder, said, prints, settings.force, (LATENTS_FILE, GRID_FILE)))
     encoded = {} if own is None else dict(zip(own.names, own.fingerprints, strict=True))
     missing = [name for name in images if name in missing or encoded.get(name) != prints[name]]
     with Progress(total=len(missing), unit="img", desc="encoding") as bar:
         for start in range(0, len(missing), settings.batch_size):
             names = missing[start : start + settings.batch_size]
             found, back = encoder.encode({name: images[name] for name in names}, said)
-            own = found if own is None else own.with_others(found)
-            save_latents(folder / LATENTS_FILE, own)
+            with lock:
+                own = read_own(folder, said, force=False)
+                own = found if own is None else own.with_others(found)
+                save_latents(folder / LATENTS_FILE, own)
             for name, pixels in zip(names, back, strict=True):
                 save_png(pixels, folder / f"{name}.png")
             bar.update(len(names))
@@ -219,9 +227,9 @@ def to_images(encoder: Encoder) -> None:
         name: "".join(fingerprint_array(x[k].numpy()) for x in latents.scales) for k, name in enumerate(latents.names)
     }
     missing = claim_images(folder, said, prints, settings.force, (LATENTS_FILE, GRID_FILE))
-    calls = []
+    rows, calls = {name: k for k, name in enumerate(latents.names)}, []
     with Progress(total=len(missing), unit="img", desc="decoding") as bar:
-        for name, pixels, spent in encoder.decode(latents, [latents.names.index(name) for name in missing]):
+        for name, pixels, spent in encoder.decode(latents, [rows[name] for name in missing]):
             save_png(pixels, folder / f"{name}.png")
             calls.append(spent)
             bar.update()

@@ -100,7 +100,8 @@ class Latents:
 
     def with_others(self, others: "Latents") -> "Latents":
         """Both; of two images of one name that of `others`."""
-        kept = [k for k, name in enumerate(self.names) if name not in others.names]
+        replaced = set(others.names)
+        kept = [k for k, name in enumerate(self.names) if name not in replaced]
         return Latents(
             tuple(torch.cat([x[kept], y]) for x, y in zip(self.scales, others.scales, strict=True)),
             (*(self.names[k] for k in kept), *others.names),

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 
 import encode
@@ -15,7 +16,7 @@ from checkpoint import load_model
 from conftest import HARDWARE, results_of, run_stage
 from data import fingerprint_array, read_png, save_png, to_float, to_uint8
 from diffusion.adaptive import Ode
-from diffusion.latents import decode, load_latents
+from diffusion.latents import decode, load_latents, save_latents
 from diffusion.sampler import sample
 from diffusion.solvers import make_solver
 from evaluation.given_latents import encode_pixels
@@ -149,6 +150,31 @@ def test_what_is_there_is_not_made_again(stage, refused, run, given, tmp_path, m
     stage(encode, *flags, "mine/b.png", "--tolerance", 0.02, "--force")
     assert sorted(file.name for file in (tmp_path / "out").glob("*.png")) == ["b.png"]
     assert load_latents("out/latents.npz").names == ("b",)
+
+
+def test_two_runs_into_one_folder_add_to_each_other(stage, run, given, tmp_path, monkeypatch):
+    flags, ended = flags_of(run.lift, "--output", "out", "--input"), []
+
+    def meanwhile(*args):
+        if not ended:  # The second run begins and ends while the first one computes.
+            ended.append("")
+            ended.append(stage(encode, *flags, "mine/b.png").output)
+        return encode_pixels(*args)
+
+    def alone(file, latents):
+        with pytest.raises(Timeout):
+            FileLock(f"{file}.lock", timeout=0).acquire()
+        save_latents(file, latents)
+
+    monkeypatch.setattr(encode, "encode_pixels", meanwhile)
+    monkeypatch.setattr(encode, "save_latents", alone)
+    first = stage(encode, *flags, "mine/a.png").output
+    assert "1 images in out: 1 new" in first and "1 images in out: 1 new" in ended[1]
+    found = load_latents("out/latents.npz")
+    assert found.names == ("b", "a")
+    assert table_of(first, "a") != table_of(ended[1], "b") and len(found.measured["rms"]) == 2
+    assert json.loads((tmp_path / "out/settings.json").read_text())["images"].keys() == {"a", "b"}
+    assert "all there already" in stage(encode, *flags, "mine/a.png", "mine/b.png").output
 
 
 def test_folders_are_named_by_what_made_them(stage, run, given):
