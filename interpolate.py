@@ -3,14 +3,15 @@
     python interpolate.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema --seeds 42000000 42000001
     python interpolate.py --checkpoint FILE --ema --seeds 42000000 42000007 --frames 24 --gif
     python interpolate.py --checkpoint FILE --ema --seeds 42000000 42000007 --at 6 --schedule schedule.json
-    python interpolate.py --checkpoint FILE --ema --input A.png B.png --num_steps 1
+    python interpolate.py --checkpoint FILE --ema --input A.png B.png
 
 Seeds are those in the names of the images of generate_with_path_30.py, which the first and the last frame are. Between
 them lie the great circles of their noise, each scale by itself, sampled on without fresh noise of their own; with
 --at K not of the noise, but of what the two seeds have become at point K of the path.
 
-With --input two images are taken to the noise they come from, as by encode.py, and the first and the last frame are
-what comes back: by --solver ode, at timestep 0 and without a clamp. --tolerance is that of the way up, and of ode.
+With --input two images are taken to the noise they come from, as by encode.py, along the same path unless another is
+given. The first and the last frame are what comes back: by --solver ode, at timestep 0 and without a clamp. --tolerance
+is that of the way up, and of ode.
 
 Writes `frame_000.png` and so on into --output (what is there already is skipped), settings.json, all of them in a
 strip, `grid.png`, and with --gif `frames.gif`, which goes there and back without end.
@@ -50,7 +51,9 @@ from figures.style import even_columns
 from image_folder import as_in_training, check_apart, claim_images, read_file
 from images.own import GIF_COMMENT
 from paths.path import Path as SamplingPath
-from planning.choice import OnePathSettings, WalkSettings, path_of_settings
+from planning.choice import OnePathSettings, WalkSettings
+from planning.path_types import path_type
+from planning.usual_path import OTHER_TYPES, TWO_CLOCK_STEPS, OpenPathSettings, usual_path
 from runtime.device import PRECISIONS, autocast, exact_autocast, resolve_precision, select_device
 from runtime.progress import Progress
 from runtime.safe_write import replacing, short_name
@@ -68,7 +71,7 @@ def image_seed(text: str) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterpolationSettings(CheckpointSettings, OnePathSettings, WalkSettings, HardwareSettings):
+class InterpolationSettings(CheckpointSettings, OpenPathSettings, WalkSettings, HardwareSettings):
     """Between which images, along which path, in how many frames."""
 
     seeds: tuple[int, int] | None = option(
@@ -91,6 +94,18 @@ class InterpolationSettings(CheckpointSettings, OnePathSettings, WalkSettings, H
         f"of ode, and with --input of the way up by any solver: relative and absolute error of a step ({TOLERANCE:g})",
         parse=cli.positive_float,
     )
+    num_steps: int | None = option(
+        None,
+        f"steps of the path ({OnePathSettings.num_steps}; with --input by ode 1, of the residual pair with two clocks "
+        f"{TWO_CLOCK_STEPS})",
+        parse=cli.positive_int,
+    )
+    path_type: str | None = option(
+        None,
+        f"diagonal, with --input of the residual pair with two clocks image_diagonal; or another: {OTHER_TYPES}",
+        parse=path_type,
+        metavar="TYPE",
+    )
     precision: str = option("auto", "auto: bf16 where it is fast, with --input fp32", choices=PRECISIONS, shown="")
     frames: int = option(12, "the two ends counted", parse=cli.positive_int)
     at: int = option(0, "point of the path whose states are interpolated", parse=int, metavar="K", shown="0: the noise")
@@ -109,6 +124,9 @@ class InterpolationSettings(CheckpointSettings, OnePathSettings, WalkSettings, H
                 self._derive(tolerance=None)  # It is that of the way up, of which other solvers know nothing.
         super().check()
         self._derive(tolerance=tolerance)
+        if not given:
+            steps, kind = OnePathSettings.num_steps, OnePathSettings.path_type
+            self._derive(num_steps=self.num_steps or steps, path_type=self.path_type or kind)
         if given == (self.seeds is not None):
             raise ValueError("either --seeds A B or --input A B, two images, is needed; pass one of them")
         if self.resize and not given:
@@ -253,7 +271,7 @@ def main() -> None:
     loaded = load_model(settings.checkpoint, settings.ema, device)
     config = loaded.config
     weights = loaded.weights
-    path, kind = path_of_settings(settings, loaded)
+    path, kind = usual_path(settings, loaded)
     feed = coarse_feed(loaded.model, settings.coarse_from)
     check_point(settings.at, path)
     ends = Ends(settings, loaded)

@@ -10,6 +10,7 @@ from planning.path_types import PATH_FAMILIES, PATH_TYPES, path_type
 from runtime.settings import option
 
 TWO_CLOCK_STEPS = 10  # Straight lines between so many timesteps stay near the diagonal of the image.
+OTHER_TYPES = f"{', '.join(PATH_TYPES)}; {'; '.join(f'{name}:{words}' for name, words in PATH_FAMILIES.items())}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,7 @@ class OpenPathSettings(OnePathSettings):
     )
     path_type: str | None = option(
         None,
-        "diagonal, of the residual pair with two clocks image_diagonal; or another: "
-        f"{', '.join(PATH_TYPES)}; {'; '.join(f'{name}:{words}' for name, words in PATH_FAMILIES.items())}",
+        f"diagonal, of the residual pair with two clocks image_diagonal; or another: {OTHER_TYPES}",
         parse=path_type,
         metavar="TYPE",
     )

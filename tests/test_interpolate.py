@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import encode
 import generate_with_path_30
 import interpolate
 import train_lift
@@ -15,7 +16,7 @@ from checkpoint import load_model
 from conftest import HARDWARE, STEPS, results_of
 from data import coarse, fingerprint_array, read_png, save_png, to_uint8
 from diffusion.adaptive import Ode
-from diffusion.latents import decode
+from diffusion.latents import decode, load_latents
 from diffusion.sampler import COARSE_FEEDS, coarse_feed, sample, sample_seeds, scale_shapes
 from diffusion.solvers import Heun
 from evaluation.given_latents import encode_pixels
@@ -336,6 +337,30 @@ def test_frames_of_given_images_by_another_solver_and_end(stage, refused, run, g
     refused(interpolate, *flags, "--output", "walk", says=says)
 
 
+@pytest.mark.parametrize("kind", ["lift", "residual"])
+def test_given_images_have_the_latents_of_encode(stage, tiny, run, given, tmp_path, monkeypatch, kind):
+    """Of the over-complete pair, and of the residual pair with two clocks, whose usual path is another."""
+    checkpoint = run.lift
+    if kind == "residual":
+        flags = [*tiny(tmp_path / "run"), "--cache_dir", run.cache, "--epochs", 1, "--representation", "residual"]
+        stage(train_lift, *flags)
+        checkpoint = tmp_path / "run/checkpoints/lift_dual_timestep_1ep.pth"
+    flags = ["--checkpoint", checkpoint, *HARDWARE, "--tolerance", 0.1, "--input", "mine/a.png", "mine/b.png"]
+    stage(encode, *flags, "--output", "latents")
+    found = []
+    monkeypatch.setattr(interpolate, "encode_pixels", lambda *args: found.append(encode_pixels(*args)) or found[0])
+    output = stage(interpolate, *flags, "--frames", 2, "--output", "walk").output
+    assert f"path {'image_diagonal' if kind == 'residual' else 'diagonal'} " in output
+    for expected, x in zip(load_latents("latents/latents.npz").scales, found[0].latents, strict=True):
+        assert torch.equal(x.float(), expected)
+    said = [json.loads((tmp_path / f"{name}/settings.json").read_text()) for name in ("walk", "latents")]
+    assert said[0]["path_fingerprint"] == said[1]["path_fingerprint"]
+    # With the flags of seeds it is the diagonal as ever.
+    seeds = [*flags[:-3], "--seeds", 1, 2, "--solver", "ode", "--frames", 2, "--output", "seeds"]
+    output = stage(interpolate, *seeds).output
+    assert f"path diagonal {diagonal(18).fingerprint()}" in output
+
+
 def test_the_way_up_has_a_tolerance_and_calls_of_its_own(stage, refused, run, given, tmp_path):
     """By a solver of fixed steps, whose calls --num_calls counts on the way down alone."""
     loaded, path = load_model(run.lift), diagonal(3)
@@ -385,6 +410,8 @@ def test_given_images_have_defaults_of_their_own():
     seeds = interpolate.InterpolationSettings(checkpoint="a.pth", seeds=(1, 2))
     assert (given.solver, given.end, given.precision, given.eta) == ("ode", "t0", "fp32", None)
     assert (seeds.solver, seeds.end, seeds.precision, seeds.eta) == ("ddim", "clean", "auto", 0)
+    assert (given.num_steps, given.path_type, seeds.num_steps, seeds.path_type) == (None, None, 18, "diagonal")
+    assert seeds.but(solver="heun", num_calls=9).num_steps == 5 and seeds.but(num_steps=4).num_steps == 4
     assert given.but(solver="ddim", precision="bf16").end == "t0"
     assert given.but(precision="bf16").precision == "bf16" and given.but(end="clean").end == "clean"
 
