@@ -127,7 +127,7 @@ def report(rows: Sequence[dict[str, Any]]) -> tuple[str, dict[str, dict[str, dic
         shown = {str(nfe): _text(values[nfe]) if nfe in values else "" for nfe in calls}
         lines.append({"model": model, "plan": plan, "solver": solver} | shown)
         means = {nfe: statistics.mean(each) for nfe, each in values.items()}
-        panels.setdefault(f"{model}, {plan}", {})[solver] = means
+        panels.setdefault(model, {})[f"{solver}, {plan}"] = means
     seeds, images = (len({row[name] for row in rows}) for name in ("seed", "num_images"))
     count = rows[0]["num_images"] if images == 1 else "several numbers of"
     text = f"SWD ×1000 of {count} images by number of calls, mean ± deviation over {seeds} sampling seeds."

@@ -91,9 +91,13 @@ def _distance_against_nfe_figure(panels, title, ylabel, least) -> Figure:
         axes.set_axis_off()
     largest = max(value for curves in panels.values() for curve in curves.values() for value in curve.values())
     grid[0].set_yscale("log")
-    grid[0].set_ylim(least, 2 * largest)
-    figure.supxlabel(NFE_LABEL)
-    figure.supylabel(ylabel)
+    grid[0].set_ylim(least, largest * (largest / least) ** 0.05)
+    log_axis(grid[0])
+    for k, axes in enumerate(grid[: len(panels)]):
+        if k + columns >= len(panels):
+            axes.set_xlabel(NFE_LABEL)
+        if k % columns == 0:
+            axes.set_ylabel(ylabel)
     handles = [Line2D([], [], label=name, **curve_style(k)) for k, name in enumerate(names)]
     figure.legend(handles=handles, loc="outside lower center", ncols=even_columns(len(names), most=3))
     figure.suptitle(title)

@@ -21,7 +21,7 @@ from scheduler import DDIMScheduler
 FIRST, LAST, POWERS = (-14.0, -10.0, -7.0, -5.0), (0.0, 2.0, 5.0, 8.0), (0.7, 1.0, 1.4)
 RANKING = (
     "With two small trained networks such costs ranked the distances of samples along 200 random paths by rank "
-    "correlations of RHOS (docs/results.md, section 10)."
+    "correlations of 0.90 to 1.00 (docs/results.md, section 10)."
 )
 LEADS = (-3, -2, -1, 1, 2, 3)  # Lines that the coarse scale leads by in starts with two clocks.
 
