@@ -99,7 +99,7 @@ def _distance_against_nfe_figure(panels, title, ylabel, least) -> Figure:
         if k % columns == 0:
             axes.set_ylabel(ylabel)
     handles = [Line2D([], [], label=name, **curve_style(k)) for k, name in enumerate(names)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=even_columns(len(names), most=3))
+    figure.legend(handles=handles, loc="outside lower center", ncols=even_columns(len(names), most=min(3, columns)))
     figure.suptitle(title)
     return figure
 
