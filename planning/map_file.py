@@ -27,19 +27,30 @@ def load_heatmap(file: str | os.PathLike) -> dict[str, Any]:
     Raises FileNotFoundError if it is missing, ValueError if it is damaged, no heatmap, or of a later version.
     """
     file = need_file(file, "Heatmap", "make it with compute_heatmap_30.py")
-    try:
-        content = torch.load(file, weights_only=True)
-    except Exception as error:  # A damaged zip or pickle raises whatever the damage happens to hit.
-        raise ValueError(f"Heatmap {file} is damaged ({type(error).__name__}); compute it again.") from error
-    if not isinstance(content, dict) or not {"format_version", "t_grid", "fingerprint"} <= content.keys():
-        raise ValueError(f"{file} is not a heatmap; make one with compute_heatmap_30.py.")
-    if content["format_version"] > HEATMAP_FORMAT_VERSION:
-        raise ValueError(f"Heatmap {file} has format version {content['format_version']}; update LIFT to read it.")
+    wrong = f"{file} is not a heatmap; make one with compute_heatmap_30.py."
+    content = read_measured(file, f"Heatmap {file}", "t_grid", wrong, "compute it again", HEATMAP_FORMAT_VERSION)
     if content["format_version"] < HEATMAP_FORMAT_VERSION:
         raise ValueError(
             f"Heatmap {file} has format version {content['format_version']}, which holds too little; compute it again "
             "(compute_heatmap_30.py --force)."
         )
+    return content
+
+
+def read_measured(file: Path, name: str, key: str, wrong: str, way_out: str, version: int) -> dict[str, Any]:
+    """What a file says that was measured of a network: tensors and plain types, `key` and a fingerprint among them.
+
+    Raises ValueError for a damaged file, with the way out; with the sentence `wrong` for another kind of file; and for
+    one of a later version than `version`. name: of the file in sentences.
+    """
+    try:
+        content = torch.load(file, weights_only=True)
+    except Exception as error:  # A damaged zip or pickle raises whatever the damage happens to hit.
+        raise ValueError(f"{name} is damaged ({type(error).__name__}); {way_out}.") from error
+    if not isinstance(content, dict) or not {"format_version", key, "fingerprint"} <= content.keys():
+        raise ValueError(wrong)
+    if content["format_version"] > version:
+        raise ValueError(f"{name} has format version {content['format_version']}; update LIFT to read it.")
     return content
 
 

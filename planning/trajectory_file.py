@@ -19,6 +19,7 @@ from diffusion.likelihood import why_no_equation
 from diffusion.sampler import SeededNoise, image_seeds, scale_shapes
 from paths.families import diagonal, log_snr_shift
 from paths.path import Path
+from planning.map_file import read_measured
 from planning.map_paths import beyond_seen
 from planning.regimes import seen_range
 from planning.trajectories import Band, Trajectories, fine_trajectories
@@ -89,14 +90,8 @@ def load_trajectories(file: str | os.PathLike) -> tuple[Trajectories, dict[str, 
     Raises FileNotFoundError if it is missing, ValueError if it is damaged, something else, or of a later version.
     """
     file = need_file(file, "File of trajectories", "make it with compute_trajectories.py")
-    try:
-        content = torch.load(file, weights_only=True)
-    except Exception as error:  # A damaged zip or pickle raises whatever the damage happens to hit.
-        raise ValueError(f"{file} is damaged ({type(error).__name__}); {AGAIN}.") from error
-    if not isinstance(content, dict) or not {"format_version", "trajectories", "fingerprint"} <= content.keys():
-        raise ValueError(f"{file} holds no trajectories; make them with compute_trajectories.py.")
-    if content["format_version"] > TRAJECTORY_FORMAT_VERSION:
-        raise ValueError(f"{file} has format version {content['format_version']}; update LIFT to read it.")
+    wrong = f"{file} holds no trajectories; make them with compute_trajectories.py."
+    content = read_measured(file, str(file), "trajectories", wrong, AGAIN, TRAJECTORY_FORMAT_VERSION)
     found = content.pop("trajectories")
     try:
         bands = tuple(
