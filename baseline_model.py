@@ -1,15 +1,16 @@
-"""The single-scale baseline: the UNet of `model.py` on the fine image alone."""
+"""The single-scale baseline: a backbone of `model.py` on the fine image alone."""
 
 import torch
 
 from images.representation import Images
-from model import ScaleModel, TimestepEmbedder, UNet, check_hidden_dims
+from model import ScaleModel
 
 
 class BaselineModel(ScaleModel):
     """Noise predictor for one scale: `forward(x_64 [B, C, H, W], t [B])` -> `eps_64 [B, C, H, W]`.
 
-    H and W must be multiples of `2 ** len(hidden_dims)`; t lies in [0, 999]. Raises ValueError otherwise.
+    H and W must be multiples of the stride of the backbone, `2 ** len(hidden_dims)` for the UNet; t lies in [0, 999].
+    With classes, `forward(x_64, t, labels [B])`. Raises ValueError otherwise, and what `backbone_class` raises.
     """
 
     num_scales = 1
@@ -19,15 +20,24 @@ class BaselineModel(ScaleModel):
         "the single-scale reference that LIFT is compared with: a UNet that denoises images of {fine} at one timestep"
     )
 
-    def __init__(self, hidden_dims: tuple[int, ...] = (64, 128, 256, 512), channels: int = 3):
-        super().__init__()
-        check_hidden_dims(hidden_dims)
-        self.channels = channels
-        self.embed = TimestepEmbedder(hidden_dims[0], 4 * hidden_dims[0])
-        self.unet = UNet(channels, channels, hidden_dims, 4 * hidden_dims[0])
+    def __init__(
+        self,
+        hidden_dims: tuple[int, ...] = (64, 128, 256, 512),
+        channels: int = 3,
+        network: str = "unet",
+        num_classes: int = 0,
+        learned_variance: bool = False,
+    ):
+        super().__init__(hidden_dims, channels, network, num_classes, learned_variance)
+        self.embed = self._make_embed()
+        self.unet = self._make_unet()
+        self._embed_classes()
 
-    def forward(self, x_64: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return self.unet(x_64, self.embed(t))
+    def forward(self, x_64: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        t = self.with_class(self.embed(t), labels)  # [B, T]
+        if self.unet.reads_scales:
+            return self.unet((x_64,), (t,))[0]
+        return self.unet(x_64, t)
 
     def inputs(self, xs: Images, ts: Images) -> Images:
         """The first of the scales, and its clock."""

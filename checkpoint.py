@@ -22,6 +22,7 @@ from torch import nn
 from baseline_model import BaselineModel
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
 from networks.ema import USUAL_RAMPUP, ema_note
+from networks.pretrained import model_options
 from runtime.device import memory_format
 from runtime.errors import need_file
 from runtime.reports import say_once
@@ -49,14 +50,10 @@ class DamagedCheckpointError(ValueError):
 
 
 def build_model(config: dict[str, Any]) -> nn.Module:
-    """A freshly initialised model of the `model_type`, `hidden_dims`, `channels` and `representation` of a config.
-
-    Without the last, which is then from before there was a choice, it is over-complete.
-    """
-    model_class = MODEL_CLASSES[config["model_type"]]
-    options = {"hidden_dims": tuple(config["hidden_dims"]), "channels": config["channels"]}
-    if model_class.num_scales > 1:
-        options["representation"] = config.get("representation", "overcomplete")
+    """A freshly initialised model of the `model_type` of a config, of what `model_options` finds there."""
+    model_class, options = MODEL_CLASSES[config["model_type"]], model_options(config)
+    if model_class.num_scales == 1:
+        options.pop("representation", None)
     return model_class(**options)
 
 

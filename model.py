@@ -14,18 +14,14 @@ The names say 64 and 32; the sizes come from the tensors, so a 32/16 pair runs t
 Shapes: B batch, C image channels, H = W fine resolution (a multiple of 16), T embedding width.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from images.representation import REPRESENTATIONS, Images
+from networks.blocks import NUM_GROUPS, Backbone, ClassEmbedder, ResidualBlock, SelfAttention, TimestepEmbedder
 from networks.pretrained import PretrainedMixin
 
-NUM_GROUPS = 8
-NUM_HEADS = 4
 ATTENTION_MIN_CHANNELS = 128
 
 
@@ -37,89 +33,17 @@ def check_hidden_dims(hidden_dims: tuple[int, ...]) -> None:
         )
 
 
-def timestep_embedding(t: torch.Tensor, width: int, max_period: float = 10000.0) -> torch.Tensor:
-    """Sinusoidal embedding of timesteps (arXiv 1706.03762, section 3.5).
-
-    t: `[B]`, any real dtype, in [0, 999]; integers need not be whole. width: even.
-    Returns float32 `[B, width]`: cosines in the first half, sines in the second.
-    """
-    half = width // 2
-    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, device=t.device))
-    angles = t.float()[:, None] * frequencies  # [B, width/2]
-    return torch.cat([angles.cos(), angles.sin()], dim=1)  # [B, width]
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoid of width `hidden_dims[0]`, then Linear-SiLU-Linear to `embedding_dim`: `[B]` -> `[B, T]`."""
-
-    def __init__(self, width: int, embedding_dim: int):
-        super().__init__()
-        self.width = width
-        self.mlp = nn.Sequential(nn.Linear(width, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim))
-
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
-        return self.mlp(timestep_embedding(t, self.width))
-
-
-class ResidualBlock(nn.Module):
-    """GroupNorm-SiLU-conv, plus the projected time embedding, GroupNorm-SiLU-conv, plus a shortcut.
-
-    `embedding_dim=None` leaves the time projection out. `[B, in, H, W]` -> `[B, out, H, W]`.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int | None):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(NUM_GROUPS, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time = nn.Linear(embedding_dim, out_channels) if embedding_dim is not None else None
-        self.norm2 = nn.GroupNorm(NUM_GROUPS, out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor | None) -> torch.Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # [B, out, H, W]
-        if self.time is not None:
-            h = h + self.time(F.silu(t))[:, :, None, None]  # [B, out, 1, 1]
-        h = self.conv2(F.silu(self.norm2(h)))  # [B, out, H, W]
-        return h + self.shortcut(x)
-
-
-class SelfAttention(nn.Module):
-    """Residual multi-head self-attention over the pixels of a feature map (arXiv 1706.03762)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.norm = nn.GroupNorm(NUM_GROUPS, channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        b, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x))  # [B, 3C, H, W]
-        # Fused kernels want the channels of a head next to each other.
-        q, k, v = (
-            part.flatten(2).transpose(1, 2).contiguous().view(b, h * w, NUM_HEADS, c // NUM_HEADS).transpose(1, 2)
-            for part in qkv.chunk(3, dim=1)
-        )  # [B, heads, HW, C/heads]
-        a = F.scaled_dot_product_attention(q, k, v)  # [B, heads, HW, C/heads]
-        a = a.transpose(1, 2).reshape(b, h * w, c).transpose(1, 2).reshape(b, c, h, w)  # [B, C, H, W]
-        return x + self.proj(a)
-
-
 def _attention(channels: int) -> nn.Module:
     return SelfAttention(channels) if channels >= ATTENTION_MIN_CHANNELS else nn.Identity()
 
 
-class UNet(nn.Module):
-    """The UNet all models share: `[B, in_channels, H, W]`, embedding `[B, T]` -> `[B, out_channels, H, W]`.
+class UNet(Backbone):
+    """The UNet of the published code: `[B, in_channels, H, W]`, embedding `[B, T]` -> `[B, out_channels, H, W]`.
 
     Per level two residual blocks, self-attention where a level has at least 128 channels, and a stride-2
     convolution after every level, so H and W must be multiples of `2 ** len(hidden_dims)`; `forward` raises
-    ValueError for other sizes. With `recompute` set, the backward pass computes the inside of every block once more
-    instead of keeping it (arXiv 1604.06174).
+    ValueError for other sizes.
     """
-
-    recompute = False
 
     def __init__(
         self,
@@ -157,15 +81,6 @@ class UNet(nn.Module):
             nn.GroupNorm(NUM_GROUPS, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
 
-    def blocks(self) -> list[nn.Module]:
-        """The modules whose insides `recompute` does not keep."""
-        return [module for module in self.modules() if isinstance(module, ResidualBlock | SelfAttention)]
-
-    def _run(self, block: nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return block(*inputs)
-
     def _run_level(self, level: nn.Module, h: torch.Tensor, t: torch.Tensor | None) -> torch.Tensor:
         h = self._run(level.block2, self._run(level.block1, h, t), t)
         return self._run(level.attention, h)
@@ -189,17 +104,79 @@ class UNet(nn.Module):
         return self.head(h)  # [B, out, H, W]
 
 
+BACKBONES: dict[str, type[Backbone]] = {"unet": UNet}  # By what `--network` calls them.
+
+
+def backbone_class(network: str, hidden_dims: tuple[int, ...]) -> type[Backbone]:
+    """The backbone of a name; raises ValueError for one that is unknown, and for widths it cannot have."""
+    if network not in BACKBONES:
+        raise ValueError(f"Unknown network '{network}'; choose one of {', '.join(BACKBONES)}.")
+    check_hidden_dims(hidden_dims)
+    return BACKBONES[network]
+
+
 class ScaleModel(nn.Module, PretrainedMixin):
     """A network that denoises an image in one or two scales; what a class says of itself is all that others ask.
 
     `num_scales` it reads and `num_predictions` of them, from the fine one on, it predicts. `one_clock`: its scales have
     one timestep, or it has one scale. `description`, with {fine} and {coarse} for sizes, is what its card calls it.
+    `unet` is its backbone, of whatever kind, as weights of earlier versions call it; `embed` embeds clocks.
+    With `num_classes` > 0 it may be told what class an image is of. With `learned_variance` a prediction has 2C
+    channels: the second half, v, says where the log variance of a step lies between the two that bound it
+    (arXiv 2102.09672, eq. 15). Raises ValueError for what `backbone_class` refuses, and for classes without a clock.
     """
 
     num_scales = 2
     num_predictions = 2
     one_clock = False
+    knows_time = True
     description: str
+
+    def __init__(
+        self,
+        hidden_dims: tuple[int, ...] = (64, 128, 256, 512),
+        channels: int = 3,
+        network: str = "unet",  # a key of BACKBONES
+        num_classes: int = 0,
+        learned_variance: bool = False,
+    ):
+        super().__init__()
+        if num_classes and not self.knows_time:
+            raise ValueError(f"{type(self).__name__} has no embedding, which classes are added to.")
+        self.channels, self.num_classes, self.learned_variance = channels, num_classes, learned_variance
+        self.backbone = backbone_class(network, hidden_dims)
+        self.hidden_dims = hidden_dims
+        self.sinusoid_width, self.embedding_dim = self.backbone.embedding_widths(hidden_dims)
+
+    def _make_unet(self) -> Backbone:
+        predicted = self.channels * (2 if self.learned_variance else 1) * self.num_predictions
+        return self.backbone(
+            self.num_scales * self.channels,
+            predicted,
+            self.hidden_dims,
+            self.embedding_dim if self.knows_time else None,
+        )
+
+    def _make_embed(self) -> TimestepEmbedder:
+        return TimestepEmbedder(self.sinusoid_width, self.embedding_dim)
+
+    def _embed_classes(self) -> None:
+        """Make the embeddings of classes: last of all, so that other weights are those of a model without."""
+        if self.num_classes:
+            self.embed_class = ClassEmbedder(self.num_classes, self.embedding_dim)
+
+    def with_class(self, embedding: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """An embedding `[B, T]` with that of classes, int64 `[B]`, added; without labels that of the null class.
+
+        Raises ValueError for labels of a model without classes.
+        """
+        if not self.num_classes:
+            if labels is not None:
+                raise ValueError("This model was trained without classes; leave the class out.")
+            return embedding
+        if labels is None:
+            labels = torch.full(embedding.shape[:1], self.num_classes, device=embedding.device)
+        return embedding + self.embed_class(labels)
 
     @classmethod
     def has_two_clocks(cls) -> bool:
@@ -210,12 +187,16 @@ class ScaleModel(nn.Module, PretrainedMixin):
         """What `forward` takes, of one noisy image and one `[B]` timestep tensor per scale, fine first."""
         raise NotImplementedError
 
-    def denoise(self, xs: Images, ts: Images, network: nn.Module | None = None) -> Images:
+    def denoise(
+        self, xs: Images, ts: Images, labels: torch.Tensor | None = None, network: nn.Module | None = None
+    ) -> Images:
         """The form that samplers, maps and training call: noisy images and timesteps by scale to predictions by scale.
 
+        labels: classes int64 `[B]` in [0, num_classes], the last for none; None: for none of the images.
         network: what is called in place of the model, such as its compiled form.
         """
-        predictions = (self if network is None else network)(*self.inputs(xs, ts))
+        inputs = self.inputs(xs, ts)
+        predictions = (self if network is None else network)(*(inputs if labels is None else (*inputs, labels)))
         return predictions if isinstance(predictions, tuple) else (predictions,)
 
 
@@ -224,20 +205,20 @@ class _TwoScaleModel(ScaleModel):
 
     In the residual `representation` the fine input and its prediction are projected to the subspace of details, so that
     the network knows of nothing else and its Jacobian neither. Raises ValueError for the widths that
-    `check_hidden_dims` refuses, for a representation that is unknown or that the predictions do not compose, for image
-    sizes the UNet refuses, and for a coarse image that is not half the fine one.
+    `backbone_class` refuses, for a representation that is unknown or that the predictions do not compose, for image
+    sizes the backbone refuses, and for a coarse image that is not half the fine one.
     """
-
-    knows_time = True
 
     def __init__(
         self,
         hidden_dims: tuple[int, ...] = (64, 128, 256, 512),
         channels: int = 3,
         representation: str = "overcomplete",
+        network: str = "unet",
+        num_classes: int = 0,
+        learned_variance: bool = False,
     ):
-        super().__init__()
-        check_hidden_dims(hidden_dims)
+        super().__init__(hidden_dims, channels, network, num_classes, learned_variance)
         if representation not in REPRESENTATIONS:
             raise ValueError(f"Unknown representation '{representation}'; choose one of {', '.join(REPRESENTATIONS)}.")
         if representation == "residual" and self.num_predictions < self.num_scales:
@@ -246,25 +227,54 @@ class _TwoScaleModel(ScaleModel):
                 "over-complete representation."
             )
         self.representation = REPRESENTATIONS[representation]
-        self.channels = channels
-        embedding_dim = 4 * hidden_dims[0] if self.knows_time else None
-        self.unet = UNet(2 * channels, self.num_predictions * channels, hidden_dims, embedding_dim)
+        self.unet = self._make_unet()
         if self.knows_time:
-            self.embed = TimestepEmbedder(hidden_dims[0], embedding_dim)
+            self.embed = self._make_embed()
+        self._make_parts()
+        self._embed_classes()
 
-    def _predict(self, x_64: torch.Tensor, x_32: torch.Tensor, t: torch.Tensor | None):
+    def _make_parts(self) -> None:
+        """Make what else a model has."""
+
+    def _embeddings(self, clocks: tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
+        """Of the clocks `[B]` that a model knows, for its backbone: `[B, T]`, or one for each scale."""
+        if not clocks:
+            return None
+        t = self.embed(clocks[0])  # [B, T]
+        return (t, t) if self.unet.reads_scales else t
+
+    def _predict(
+        self,
+        x_64: torch.Tensor,
+        x_32: torch.Tensor,
+        clocks: tuple[torch.Tensor, ...] = (),
+        labels: torch.Tensor | None = None,
+    ):
         if tuple(x_64.shape[-2:]) != (2 * x_32.shape[-2], 2 * x_32.shape[-1]):
             raise ValueError(
                 f"A coarse image of {x_32.shape[-2]}x{x_32.shape[-1]} must be half the size of the fine image, "
                 f"which is {x_64.shape[-2]}x{x_64.shape[-1]}."
             )
         x_64, x_32 = self.representation.project((x_64, x_32))
-        x_up = F.interpolate(x_32, size=x_64.shape[-2:], mode="bilinear", align_corners=False)
-        out = self.unet(torch.cat([x_64, x_up], dim=1), t)  # [B, 2C or C, H, W]
+        embeddings = self._embeddings(clocks)
+        if self.unet.reads_scales:
+            out = self.unet((x_64, x_32), tuple(self.with_class(t, labels) for t in embeddings))
+        else:
+            x_up = F.interpolate(x_32, size=x_64.shape[-2:], mode="bilinear", align_corners=False)
+            t = embeddings if embeddings is None else self.with_class(embeddings, labels)  # [B, T]
+            joined = self.unet(torch.cat([x_64, x_up], dim=1), t)  # [B, 2C or C, H, W], of learned variance twice that
+            out = joined.chunk(self.num_predictions, dim=1)
+            out = (out[0], *(F.avg_pool2d(coarse, 2) for coarse in out[1:]))  # [B, C, H, W], [B, C, H/2, W/2]
         if self.num_predictions == 1:
-            return out
-        eps_64, eps_32 = out.split(self.channels, dim=1)  # [B, C, H, W] twice
-        return self.representation.project((eps_64, F.avg_pool2d(eps_32, 2)))  # [B, C, H, W], [B, C, H/2, W/2]
+            return out[0]
+        # Variances are no part of an image, and have no subspace to be brought to.
+        predictions, variances = zip(
+            *((each[:, : self.channels], each[:, self.channels :]) for each in out), strict=True
+        )
+        predictions = self.representation.project(predictions)
+        if not self.learned_variance:
+            return predictions
+        return tuple(torch.cat(pair, dim=1) for pair in zip(predictions, variances, strict=True))
 
 
 class LIFTDualTimestepModel(_TwoScaleModel):
@@ -272,28 +282,31 @@ class LIFTDualTimestepModel(_TwoScaleModel):
 
     `forward(x_64 [B, C, H, W], x_32 [B, C, H/2, W/2], t_64 [B], t_32 [B])` returns the predictions
     `(eps_64 [B, C, H, W], eps_32 [B, C, H/2, W/2])`. Timesteps lie in [0, 999]. Both go through one
-    embedding; the pair is combined by Linear-SiLU-Linear.
+    embedding; the pair is combined by Linear-SiLU-Linear, unless the backbone takes one for each scale.
     """
 
     description = (
         "the LIFT model: one UNet that denoises images of {fine} and {coarse} together, each with its own timestep"
     )
 
-    def __init__(
-        self,
-        hidden_dims: tuple[int, ...] = (64, 128, 256, 512),
-        channels: int = 3,
-        representation: str = "overcomplete",
-    ):
-        super().__init__(hidden_dims, channels, representation)
-        width = 4 * hidden_dims[0]
-        self.combine = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
+    def _make_parts(self) -> None:
+        width = self.embedding_dim
+        if not self.unet.reads_scales:  # Where each has its own, nothing is to be combined.
+            self.combine = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
+
+    def _embeddings(self, clocks: tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        ts = tuple(map(self.embed, clocks))  # [B, T] each
+        return ts if self.unet.reads_scales else self.combine(torch.cat(ts, dim=1))
 
     def forward(
-        self, x_64: torch.Tensor, x_32: torch.Tensor, t_64: torch.Tensor, t_32: torch.Tensor
+        self,
+        x_64: torch.Tensor,
+        x_32: torch.Tensor,
+        t_64: torch.Tensor,
+        t_32: torch.Tensor,
+        labels: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        t = self.combine(torch.cat([self.embed(t_64), self.embed(t_32)], dim=1))  # [B, T]
-        return self._predict(x_64, x_32, t)
+        return self._predict(x_64, x_32, (t_64, t_32), labels)
 
     def inputs(self, xs: Images, ts: Images) -> Images:
         """Two scales, two clocks."""
@@ -306,19 +319,23 @@ class LIFTBaselineModel(_TwoScaleModel):
     one_clock = True
     description = "an ablation: one UNet that denoises images of {fine} and {coarse} together at one shared timestep"
 
-    def forward(self, x_64: torch.Tensor, x_32: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._predict(x_64, x_32, self.embed(t))
+    def forward(
+        self, x_64: torch.Tensor, x_32: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._predict(x_64, x_32, (t,), labels)
 
     def inputs(self, xs: Images, ts: Images) -> Images:
         """Two scales, one clock."""
         return *xs, ts[0]
 
-    def denoise(self, xs: Images, ts: Images, network: nn.Module | None = None) -> Images:
+    def denoise(
+        self, xs: Images, ts: Images, labels: torch.Tensor | None = None, network: nn.Module | None = None
+    ) -> Images:
         """Raises ValueError off the diagonal, which this model was never shown."""
         # Training, which draws equal timesteps, is not to wait for a GPU.
         if network is None and not torch.equal(ts[0], ts[1]):
             raise ValueError("A model with one shared timestep can only follow a diagonal path.")
-        return super().denoise(xs, ts, network)
+        return super().denoise(xs, ts, labels, network)
 
 
 class SingleTimestepModel(_TwoScaleModel):
@@ -330,8 +347,10 @@ class SingleTimestepModel(_TwoScaleModel):
         "that one alone"
     )
 
-    def forward(self, x_64: torch.Tensor, x_32: torch.Tensor, t_64: torch.Tensor) -> torch.Tensor:
-        return self._predict(x_64, x_32, self.embed(t_64))
+    def forward(
+        self, x_64: torch.Tensor, x_32: torch.Tensor, t_64: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self._predict(x_64, x_32, (t_64,), labels)
 
     def inputs(self, xs: Images, ts: Images) -> Images:
         """Both scales; the coarse timestep is not used."""
@@ -348,7 +367,7 @@ class NoTimestepModel(_TwoScaleModel):
     )
 
     def forward(self, x_64: torch.Tensor, x_32: torch.Tensor) -> torch.Tensor:
-        return self._predict(x_64, x_32, None)
+        return self._predict(x_64, x_32)
 
     def inputs(self, xs: Images, ts: Images) -> Images:
         """Both scales; no timestep is used."""

@@ -51,7 +51,8 @@ from checkpoint import MODEL_CLASSES, build_model
 from cli import HardwareSettings
 from data import ImageSet, coarse, to_float
 from machine import WARM_UP_STEPS, describe_machine, diffusers, matmul_peak, synchronize, turns
-from model import ATTENTION_MIN_CHANNELS, NUM_GROUPS, ScaleModel
+from model import ATTENTION_MIN_CHANNELS, ScaleModel
+from networks.blocks import NUM_GROUPS
 from planning.regimes import resolve_regime
 from runtime.device import AUTOCAST_DTYPES, choose_kernels, resolve_precision, select_device
 from runtime.distributed import Processes

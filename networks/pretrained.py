@@ -35,8 +35,15 @@ MODEL_KEYS = (
     "model_type", "hidden_dims", "channels", "resolution", "num_train_timesteps", "beta_schedule", "prediction_type",
 )  # fmt: skip
 # Likewise, where it is not the usual one.
-OPTIONAL_MODEL_KEYS = ("representation",)
+OPTIONAL_MODEL_KEYS = ("representation", "network", "class_names", "learned_variance")
 REQUIRED_KEYS = ("class_name", "hidden_dims", "channels", "weights_sha256")
+
+
+def model_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that rebuild the model of a config; what it does not say is as it was before there was a choice."""
+    options = {"hidden_dims": tuple(config["hidden_dims"]), "channels": config["channels"]}
+    options |= {key: config[key] for key in ("representation", "network", "learned_variance") if config.get(key)}
+    return options | ({"num_classes": len(config["class_names"])} if config.get("class_names") else {})
 
 
 def _require_hub() -> None:
@@ -159,8 +166,7 @@ class PretrainedMixin(PyTorchModelHubMixin):
         if hashlib.sha256(weights).hexdigest() != config["weights_sha256"]:
             raise ValueError(f"{file} is damaged or not the weights of its {CONFIG_FILE}; export the model again.")
         try:
-            options = {key: config[key] for key in OPTIONAL_MODEL_KEYS if key in config}
-            model = cls(hidden_dims=tuple(config["hidden_dims"]), channels=config["channels"], **options)
+            model = cls(**model_options(config))
             model.load_state_dict(load(weights))
         except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{file} does not fit the model that its {CONFIG_FILE} describes.") from error

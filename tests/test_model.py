@@ -11,11 +11,9 @@ from model import (
     LIFTBaselineModel,
     LIFTDualTimestepModel,
     NoTimestepModel,
-    ResidualBlock,
-    SelfAttention,
     SingleTimestepModel,
-    timestep_embedding,
 )
+from networks.blocks import ResidualBlock, SelfAttention, timestep_embedding
 from paths.families import diagonal
 from scheduler import DDIMScheduler
 
@@ -379,3 +377,43 @@ def test_each_image_of_a_batch_follows_its_own_clock():
         for a, b in zip(before, after, strict=True):
             torch.testing.assert_close(a[0], b[0], rtol=0, atol=1e-6)
             assert (a[1] - b[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("model_class", [m for m in MODELS if m is not NoTimestepModel])
+def test_classes_are_added_to_the_embedding_of_time(model_class):
+    """A class whose embedding is that of none changes nothing, and each image has its own."""
+    torch.manual_seed(0)
+    model = model_class(hidden_dims=(8, 16), channels=1, num_classes=3).eval()
+    plain = model_class(hidden_dims=(8, 16), channels=1)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("embed_class")})
+    xs = (torch.randn(4, 1, 16, 16), torch.randn(4, 1, 8, 8))[: model.num_scales]
+    ts = (torch.full((4,), 500),) * model.num_scales
+    with torch.no_grad():
+        model.embed_class.table.weight[[1, 3]] = 0
+        model.embed_class.table.weight[[0, 2]] = torch.tensor([[1.0], [-1.0]])
+        labels = torch.tensor([0, 1, 2, 3])
+        told, untold, without = model.denoise(xs, ts, labels), model.denoise(xs, ts), plain.denoise(xs, ts)
+        for a, b, c in zip(told, untold, without, strict=True):
+            assert torch.equal(b, c)
+            same = [torch.allclose(a[k], c[k], atol=1e-6) for k in range(4)]
+            assert same == [False, True, False, True]
+        alone = model.denoise(tuple(x[:1] for x in xs), tuple(t[:1] for t in ts), labels[:1])
+        assert torch.allclose(alone[0], told[0][:1], atol=1e-6)
+
+
+def test_labels_of_a_model_without_classes_are_refused():
+    xs, ts = (torch.zeros(2, 1, 16, 16), torch.zeros(2, 1, 8, 8)), (torch.zeros(2), torch.zeros(2))
+    with pytest.raises(ValueError, match="trained without classes"):
+        LIFTDualTimestepModel((8, 16), 1).denoise(xs, ts, torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="no embedding"):
+        NoTimestepModel((8, 16), 1, num_classes=2)
+
+
+@pytest.mark.parametrize("representation", ["overcomplete", "residual"])
+def test_learned_variance_is_the_second_half_of_a_prediction(representation):
+    model = LIFTDualTimestepModel((8, 16), 2, representation, learned_variance=True)
+    xs, ts = (torch.randn(2, 2, 16, 16), torch.randn(2, 2, 8, 8)), (torch.zeros(2), torch.zeros(2))
+    fine, coarse = model.denoise(xs, ts)
+    assert fine.shape == (2, 4, 16, 16) and coarse.shape == (2, 4, 8, 8)
+    means = torch.nn.functional.avg_pool2d(fine, 2).abs().amax((0, 2, 3))
+    assert (means[:2] < 1e-6).all() == (representation == "residual") and (means[2:] > 1e-3).all()

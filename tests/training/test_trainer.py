@@ -18,7 +18,7 @@ from checkpoint import MODEL_CLASSES, build_model, checkpoint_file, load_model, 
 from conftest import LAST, LOG, RUN, assert_same, assert_same_run, list_files, read_log, run_stage
 from data import ImageSet, coarse, load_images, to_float
 from images.synthetic import synthetic_images
-from model import ResidualBlock
+from networks.blocks import ResidualBlock
 from planning.regimes import resolve_regime
 from runtime.device import resolve_precision
 from scheduler import DDIMScheduler
