@@ -43,7 +43,8 @@ def model_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that rebuild the model of a config; what it does not say is as it was before there was a choice."""
     options = {"hidden_dims": tuple(config["hidden_dims"]), "channels": config["channels"]}
     options |= {key: config[key] for key in ("representation", "network", "learned_variance") if config.get(key)}
-    return options | ({"num_classes": len(config["class_names"])} if config.get("class_names") else {})
+    num_classes = len(config.get("class_names") or ()) or config.get("num_classes")
+    return options | ({"num_classes": num_classes} if num_classes else {})
 
 
 def _require_hub() -> None:

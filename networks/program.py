@@ -3,7 +3,6 @@
 Beside it lies all that sampling needs: a schedule, the noise of a few seeds, and `standalone.py` as the script.
 """
 
-import inspect
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +21,9 @@ class _Network(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.num_clocks = len(inspect.signature(model.forward).parameters) - model.num_scales
 
     def forward(self, xs: list[torch.Tensor], ts: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        predictions = self.model(*xs, *ts[: self.num_clocks])
+        predictions = self.model(*self.model.inputs(tuple(xs), tuple(ts)))
         return predictions if isinstance(predictions, tuple) else (predictions,)
 
 

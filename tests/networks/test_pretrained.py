@@ -214,8 +214,8 @@ def test_no_place_of_files_is_told(exported, tmp_path, monkeypatch):
 
 def test_the_mixin_changes_nothing_else():
     for model_type, model_class in MODEL_CLASSES.items():
-        more = [] if model_type == "baseline" else ["representation"]
-        more += ["network", "num_classes", "learned_variance"]
+        more = {} if model_type == "baseline" else {"representation": "overcomplete"}
+        more |= {"network": "unet", "num_classes": 0, "learned_variance": False}
         assert list(inspect.signature(model_class).parameters) == ["hidden_dims", "channels", *more]
         model = build_model(config(model_type, channels=1))
         assert model.state_dict().keys() == content(model_type)["model_state"].keys()
