@@ -26,6 +26,7 @@ from runtime.terminal import discard, printing
 
 # Whole numbers are below it: PyTorch holds 63 bits, and a table of results 18 digits.
 LARGEST = 10**18
+ANY_CLASSES = "any"  # The one way in which a data set divides its images.
 
 
 def file_of(*suffixes: str) -> Callable[[str], str]:
@@ -77,6 +78,17 @@ def positive_float(text: str) -> float:
     return value
 
 
+def number_from_zero(text: str) -> float:
+    """Parse a finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of at least 0")
+    return value
+
+
 def seed(text: str, below: int = LARGEST) -> int:
     """Parse an integer of at least 0 that is below a bound."""
     return _whole_number(text, 0, below, "0 or a positive integer")
@@ -99,6 +111,17 @@ def unit_interval(text: str) -> float:
         value = -1.0
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
+    return value
+
+
+def proper_share(text: str) -> float:
+    """Parse a number between 0 and 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number between 0 and 1")
     return value
 
 
@@ -181,6 +204,14 @@ class TrainingDataSettings(DataSettings):
         const="black",
         recorded=True,
         absent=None,
+    )
+    classes: str | None = option(
+        None,
+        "tell the model the classes of the images: those of its folders or of its label column, or by name of one of "
+        "several columns or `folder` (off)",
+        metavar="BY",
+        nargs="?",
+        const=ANY_CLASSES,
     )
     holdout: int | None = option(
         None, "images kept out of training, evenly over the set (none)", parse=positive_int, metavar="N", recorded=True

@@ -72,7 +72,7 @@ def job_command(job: Job, settings: StageSettings) -> str:
         "--seeds": job.seed,
     }
     if settings.num_calls and settings.solver != "ode":
-        chosen["--num_calls"] = settings.make_solver().calls(job.num_steps, settings.end)
+        chosen["--num_calls"] = settings.calls(job.num_steps)
     if job.coarse_from:
         chosen["--coarse_from"] = job.coarse_from
     return shlex.join(["python", *kept, *(str(word) for pair in chosen.items() for word in pair)])

@@ -23,7 +23,8 @@ from scipy.interpolate import PchipInterpolator
 
 from images.representation import REPRESENTATIONS, Images
 
-Denoiser = Callable[[Images, Images], Images]
+# Noisy images and timesteps by scale, and where the model has classes those of the images, to predictions by scale.
+Denoiser = Callable[..., Images]
 CLEAN = -1
 PREDICTION_TYPES = ("epsilon", "x0", "v", "velocity", "score")
 PROCESSES = ("vp", "sub_vp", "ve", "flow")
@@ -335,11 +336,11 @@ class DDIMScheduler:
             return denoise
         tables: dict[torch.device, DDIMScheduler] = {}
 
-        def call(xs: Images, ts: Images) -> Images:
+        def call(xs: Images, ts: Images, *labels: torch.Tensor | None) -> Images:
             device = xs[0].device
             if device not in tables:
                 tables[device] = self.to(device)
-            return denoise(tuple(map(tables[device].shown, xs, ts)), ts)
+            return denoise(tuple(map(tables[device].shown, xs, ts)), ts, *labels)
 
         return call
 
@@ -354,6 +355,16 @@ class DDIMScheduler:
         if self.process == "vp":
             size = size_back = 1.0  # But for rounding.
         return ratio**0.5 * (size_back / size) * x + (1 - ratio) ** 0.5 * size_back * noise
+
+    def shift(self, score: torch.Tensor, t: int | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What a prediction at (x, t) changes by when `score` `[B, C, H, W]` is added to the score of x.
+
+        The noise changes by -sigma score (arXiv 2105.05233, algorithm 2), the clean image by sigma^2 score / alpha.
+        """
+        curves = self._curves_like(t, x)
+        return prediction_from(
+            self.prediction_type, curves.sigma.square() / curves.alpha * score, -curves.sigma * score, curves
+        )
 
     def add_noise(self, x: torch.Tensor, noise: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
         """`alpha x + sigma noise`; x and noise `[B, C, H, W]`, t as in `scales`."""

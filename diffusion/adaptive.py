@@ -151,9 +151,9 @@ class Calls:
         self.spent = np.zeros(count, np.int64)
         self._most, self._tolerance, self._what = most, tolerance, what
 
-    def spend(self, rows: np.ndarray) -> None:
-        """Count one call for each of some images."""
-        self.spent[rows] += 1
+    def spend(self, rows: np.ndarray, calls: int = 1) -> None:
+        """Count so many calls for each of some images."""
+        self.spent[rows] += calls
         if self.spent.max() > self._most:
             raise ValueError(
                 f"{self._what} needs more than {self._most} network calls for an image at --tolerance "
@@ -193,14 +193,14 @@ class Ode(Solver):
         everyone = np.arange(len(xs[0]))
         if self.spent is None:
             self.spent = Calls(len(everyone), self.max_calls, self.tolerance, "--solver ode")
-        self.spent.spend(everyone)
+        self.spent.spend(everyone, step.calls)
         line = Line(scheduler, starts, ends, xs)
 
         def slopes(rows: np.ndarray, s: np.ndarray, states: np.ndarray) -> np.ndarray:
             chosen, times, states = torch.from_numpy(rows), line.times(s), torch.from_numpy(states)
             if s.any():
-                self.spent.spend(rows)
-                x0s = step.evaluate(line.images(chosen, states), tuple(t.to(device) for t in times))
+                self.spent.spend(rows, step.calls)
+                x0s = step.evaluate(line.images(chosen, states), tuple(t.to(device) for t in times), chosen.to(device))
             else:  # What the walk has seen.
                 x0s = tuple(x0[chosen.to(x0.device)] for x0 in step.x0s)
             return line.slopes(times, states, x0s).numpy()
@@ -210,6 +210,6 @@ class Ode(Solver):
             xs = line.images(torch.from_numpy(everyone), torch.from_numpy(states))
         if not any(landed):
             return xs[:count]
-        self.spent.spend(everyone)
+        self.spent.spend(everyone, step.calls)
         x0s = step.evaluate(xs, tuple(torch.full((len(everyone),), end, device=device).double() for end in ends))
         return step.each(lambda k, x, x0, t, t_next, there, clean: clean if landed[k] else there, xs, x0s)

@@ -97,10 +97,11 @@ def in_full_batches(denoise: Denoiser, batch_size: int) -> Denoiser:
     float64, as real ones are.
     """
 
-    def call(xs: Images, ts: Images) -> Images:
+    def call(xs: Images, ts: Images, *labels: torch.Tensor) -> Images:
         count = len(xs[0])
         rows = torch.arange(batch_size, device=xs[0].device).clamp(max=count - 1) if count < batch_size else slice(None)
         full = [tuple(x[rows].contiguous() for x in xs), tuple(t[rows].double().contiguous() for t in ts)]
+        full += [each[rows].contiguous() for each in labels]
         return tuple(prediction[:count] for prediction in denoise(*full))
 
     return call
@@ -112,22 +113,28 @@ def compile_denoiser(
     batch_size: int,
     device: torch.device,
     precision: str = "auto",
+    with_labels: bool = False,
 ) -> tuple[Denoiser, str]:
     """`denoise` compiled for batches of `(C, H, W)` per scale, or itself and one sentence that says what failed.
 
     Sampling with it under `autocast(device, precision)` compiles nothing more, nor does the last, smaller batch: for
     another size the compiler would take as long as for the first. Another model of the same sizes is compiled at
-    once. Takes minutes on a CPU. Raises what says that memory has run out.
+    once. Takes minutes on a CPU. with_labels: whether it is told classes. Raises what says that memory has run out.
     """
 
     def rehearse(compiled: Denoiser) -> None:
         xs = tuple(torch.zeros(batch_size, *shape, device=device) for shape in shapes)
         ts = tuple(torch.zeros(batch_size, dtype=torch.float64, device=device) for _ in shapes)
+        labels = (torch.zeros(batch_size, dtype=torch.long, device=device),) if with_labels else ()
         with torch.no_grad(), autocast(device, precision):
-            compiled(xs, ts)
+            compiled(xs, ts, *labels)
 
     compiled, reason = compile_or_not(denoise, rehearse, dynamic=False)
-    return (denoise, compiling_failed(reason)) if reason else (in_full_batches(compiled, batch_size), "")
+    if reason:
+        return denoise, compiling_failed(reason)
+    full = in_full_batches(compiled, batch_size)
+    full.calls = getattr(denoise, "calls", 1)
+    return full, ""
 
 
 @torch.no_grad()
@@ -142,6 +149,7 @@ def sample(
     draw: Callable[[Sequence[int]], torch.Tensor] | None = None,
     coarse_from: str | None = None,
     solver: Solver | None = None,
+    labels: torch.Tensor | None = None,
 ) -> Samples:
     """Sample along a path from standard normal `noise`, one `[B, C, H, W]` tensor per scale, fine first.
 
@@ -157,11 +165,12 @@ def sample(
         images are then made anew after every call. "x0": the mean of the predicted clean image over the pixels of
         theirs, noised to their timestep with fresh noise from `draw`; pure noise at the start. "noisy": the mean of
         the noisy fine image, whatever their timestep.
+    labels: the class of each image, int64 `[B]`, for a denoiser that takes them as a third argument.
 
     Returns images (float32, in [-1, 1] if the schedule clamps; the first is the image that the scales compose) and the
-    calls counted. Raises ValueError if path and noise differ in their number of scales, for an unknown end or feed, for
-    predictions that leave a scale to no feed, for a callback that goes on from a later point, and what
-    `scheduler.step_from` raises.
+    calls counted, which are several for each evaluation of a denoiser that says so (`calls`). Raises ValueError if path
+    and noise differ in their number of scales, for an unknown end or feed, for predictions that leave a scale to no
+    feed, for a callback that goes on from a later point, and what `scheduler.step_from` raises.
     """
     if path.num_scales != len(noise):
         raise ValueError(f"The path has {path.num_scales} scale(s) but the model samples {len(noise)}.")
@@ -185,13 +194,15 @@ def sample(
     k = seen = 0
     solver.start()
     tables = functools.cache(lambda: scheduler.to(device))
+    calls = getattr(denoise, "calls", 1)
 
-    def evaluate(xs: Images, point: tuple[int | torch.Tensor, ...]) -> Images:
+    def evaluate(xs: Images, point: tuple[int | torch.Tensor, ...], rows: torch.Tensor | None = None) -> Images:
         nonlocal seen
         count, is_real = len(xs[0]), isinstance(point[0], torch.Tensor)
         ts = point if is_real else tuple(torch.full((count,), t, dtype=torch.long, device=device) for t in point)
-        predictions = denoise(xs, ts)
-        seen += count
+        told = () if labels is None else (labels if rows is None else labels[rows],)
+        predictions = denoise(xs, ts, *told)
+        seen += count * calls
         if len(predictions) != (path.num_scales if coarse_from is None else 1):
             raise ValueError(
                 f"The denoiser predicts {len(predictions)} of {path.num_scales} scales, which does not go with "
@@ -220,7 +231,7 @@ def sample(
         def fresh(moving: list[tuple[torch.Tensor, bool]] = moving) -> Images:
             return representation.project(tuple(draw(x.shape[1:]) if move else x for x, move in moving))
 
-        stepped = solver.step(Step(scheduler, point, next_point, xs, x0s, evaluate, fresh))
+        stepped = solver.step(Step(scheduler, point, next_point, xs, x0s, evaluate, fresh, calls))
         if coarse_from == "noisy":
             stepped += tuple(_mean_like(stepped[0], x) for x in xs[1:])
         elif coarse_from == "x0":
@@ -323,10 +334,12 @@ def sample_seeds(
     end: str = "clean",
     coarse_from: str | None = None,
     solver: Solver | None = None,
+    labels: Sequence[int] | None = None,
 ) -> Iterator[tuple[Sequence[int], Samples]]:
     """`sample` batch by batch, with the noise of each seed: image k depends on `seeds[k]` alone.
 
-    shapes: `(C, H, W)` per scale, fine first. Yields the seeds of each batch with its samples.
+    shapes: `(C, H, W)` per scale, fine first. labels: the class of each seed. Yields the seeds of each batch with
+    its samples.
     """
 
     def prepare(start: int) -> tuple[Sequence[int], Callable, list[torch.Tensor]]:
@@ -338,7 +351,8 @@ def sample_seeds(
     following = prepare(0) if starts else None
     for start in starts:
         chosen, draw, noise = following
-        samples = sample(denoise, scheduler, path, noise, eta, callback, end, draw, coarse_from, solver)
+        told = None if labels is None else torch.tensor(labels[start : start + batch_size], device=device)
+        samples = sample(denoise, scheduler, path, noise, eta, callback, end, draw, coarse_from, solver, told)
         if start != starts[-1]:
             # A GPU is still at work on these images, and the host has nothing else to do.
             following = prepare(start + batch_size)

@@ -17,8 +17,9 @@ class Step:
     """What a solver is given: xs at `point`, the clean images x0s seen there, and where to go.
 
     x0s has the scales that the denoiser predicts, of which the solver returns the next images. `evaluate(xs, point)`
-    calls the denoiser once more, also for some of the images, and at real times, float64 `[B]` by scale. `draw()` gives
-    standard normal noise like xs, scale by scale for those that move.
+    calls the denoiser once more, and at real times, float64 `[B]` by scale; for some of the images with `rows`, their
+    indices int64 `[n]`. `draw()` gives standard normal noise like xs, scale by scale for those that move. An evaluation
+    is `calls` network calls.
     """
 
     scheduler: DDIMScheduler
@@ -26,8 +27,9 @@ class Step:
     next_point: tuple[int, ...]
     xs: Images
     x0s: Images
-    evaluate: Callable[[Images, tuple[int | torch.Tensor, ...]], Images]
+    evaluate: Callable[..., Images]
     draw: Callable[[], Images]
+    calls: int = 1
 
     def each(self, move: Callable[..., torch.Tensor], *more: Sequence) -> Images:
         """`move(scale, x, x0, t, t_next, *more)` for the scales that move; the others keep their image."""

@@ -50,6 +50,7 @@ from planning.choice import (
     solver_problem,
     why_not,
 )
+from planning.conditions import ClassSettings
 from planning.heatmap import MissingMapSettings, compute_missing, heatmap_file
 from planning.path_types import parse_path_type
 from planning.regimes import default_regime, off_regime_note
@@ -79,7 +80,9 @@ class MetricSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(MetricSettings, MissingMapSettings, SeveralPathsSettings, WalkSettings, CompileSettings):
+class EvaluationSettings(
+    ClassSettings, MetricSettings, MissingMapSettings, SeveralPathsSettings, WalkSettings, CompileSettings
+):
     """Which checkpoints are sampled, how, and how they are scored."""
 
     run: tuple[str, ...] | None = option(None, "score what these runs have", parse=run_name, metavar="NAME", nargs="+")
@@ -274,12 +277,14 @@ class Evaluation:
             walk = f"-{chosen.solver_label.replace(' ', '-')}"
         # Images depend on where the network's coarse image comes from as they do on the solver.
         walk += f"-{job.coarse_from}" if job.coarse_from else ""
+        conditions = chosen.conditions(loaded)
+        walk += f"-{conditions.label.replace(', ', '-').replace(' ', '-')}" if conditions.names else ""
         solver = chosen.make_solver()
         key = {
             "checkpoint_fingerprint": loaded.fingerprint,
             "weights": loaded.weights,
             "path_fingerprint": path.fingerprint() + walk,
-            "nfe": None if solver.adaptive else solver.calls(path.nfe, chosen.end),
+            "nfe": None if solver.adaptive else chosen.calls(path.nfe),
             "seed": job.seed,
             "num_images": scorer.num_images,
             "reference_fingerprint": scorer.reference.fingerprint,
@@ -299,10 +304,11 @@ class Evaluation:
         self._warn_off_regime(job, loaded, path)
         scorer.prepare(missing)
         start = time.perf_counter()
+        seeds = image_seeds(job.seed, scorer.num_images)
         generated = generate(
             loaded,
             path,
-            image_seeds(job.seed, scorer.num_images),
+            seeds,
             self.processes,
             chosen.batch_size,
             chosen.precision,
@@ -311,6 +317,7 @@ class Evaluation:
             scorer.inception if any_features else None,
             denoise,
             coarse_from=job.coarse_from or "x0",
+            labels=conditions.labels(seeds),
         )
         if generated is None:
             return
@@ -330,6 +337,7 @@ class Evaluation:
                 "regime": loaded.config.get("t_pairs") or default_regime(loaded.config["model_type"]),
                 "representation": loaded.scheduler.representation.name if loaded.model.num_scales > 1 else "",
                 "solver": chosen.solver_label,
+                "guidance": " ".join(conditions.label.splitlines()),
                 **trained,
                 "seconds": round(sampling_seconds + time.perf_counter() - start, 1),
                 "checkpoint": job.checkpoint.name,
@@ -358,7 +366,8 @@ class Evaluation:
         settings, which = self.settings, (job.checkpoint, job.weights)
         if self._loaded is None or self._loaded[0] != which:
             loaded = load_model(job.checkpoint, job.weights == "ema", self.device)
-            config, denoise = loaded.config, loaded.denoise
+            config, conditions = loaded.config, settings.conditions(loaded)
+            denoise = conditions.guided(loaded.denoise)
             training, held_out = cli.load_image_parts(settings, config)
             if self._scorer is None or self._scorer.training.fingerprint != training.fingerprint:
                 self._scorer = self._new_scorer(self._reference(training, held_out, config), training)
@@ -366,7 +375,9 @@ class Evaluation:
             if resolve_compile(self.device, settings.compile, jobs_in_steps * self._scorer.num_images):
                 shapes = scale_shapes(loaded.model.num_scales, config["channels"], config["resolution"])
                 batch_size = min(settings.batch_size, self._scorer.num_images)
-                denoise, note = compile_denoiser(denoise, shapes, batch_size, self.device, settings.precision)
+                denoise, note = compile_denoiser(
+                    denoise, shapes, batch_size, self.device, settings.precision, with_labels=bool(conditions.names)
+                )
                 self._say(note or "the network is compiled")
             self._loaded = which, loaded, denoise, training.name
         return self._loaded[1:]

@@ -375,7 +375,7 @@ def _improvement_tables(field: str, results: Sequence[Result]) -> list[Table]:
 
 def _is_diagonal_of(result: Result, base: Result) -> bool:
     # Of two coarse feeds or solvers, each has a diagonal of its own.
-    same = result["coarse_from"] == base["coarse_from"] and result["solver"] == base["solver"]
+    same = all(result[name] == base[name] for name in ("coarse_from", "solver", "guidance"))
     return same and result["series"].model == base["series"].model
 
 

@@ -57,6 +57,7 @@ DESCRIPTION_FIELDS = (
     "regime",  # timestep pairs of training (--t_pairs); empty for a model of one scale
     "representation",  # of the scales (--representation); empty for a model of one
     "solver",  # how a step of the path is taken, and where the last one lands
+    "guidance",  # which classes are sampled and what guides towards them; empty for a model without classes
     *TRAINING_FIELDS,  # all empty in rows of versions that did not say
 )
 
@@ -204,7 +205,7 @@ DEFAULTS: dict[str, Callable[[Mapping[str, str]], str]] = {
     "regime": lambda row: default_regime(row["model_type"]) or "",
     "representation": _default_representation,
     "solver": _solver_of_path,
-    **dict.fromkeys(("reference_images", "coarse_from", *TRAINING_FIELDS, *VALUE_FIELDS), lambda row: ""),
+    **dict.fromkeys(("reference_images", "coarse_from", "guidance", *TRAINING_FIELDS, *VALUE_FIELDS), lambda row: ""),
 }
 FORMAT = TableFormat(
     columns=RESULT_FIELDS,

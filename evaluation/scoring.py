@@ -63,6 +63,7 @@ def generate(
     denoise: Denoiser | None = None,  # what is called in place of the model itself, such as its compiled form
     overlap: bool | None = None,  # features of one batch beside the sampling of the next; None: on GPUs
     coarse_from: str = "x0",  # what a model reads as the coarse image that it does not predict
+    labels: Sequence[int] | None = None,  # the class of every seed
 ) -> Generated | None:
     """The fine image of every seed; the processes of a run share the batches, and the first gets all of them.
 
@@ -76,6 +77,7 @@ def generate(
     sampled = sample_seeds(
         denoise or loaded.denoise, loaded.scheduler, path, [seeds[k] for k in mine], shapes,
         batch_size, device, end=end, coarse_from=coarse_feed(loaded.model, coarse_from), solver=solver,
+        labels=None if labels is None else [labels[k] for k in mine],
     )  # fmt: skip
     pixels, features, calls, broken = [torch.empty(0, *shapes[0], dtype=torch.uint8)], [], 0, None
     with (

@@ -162,9 +162,11 @@ def _is_told(field: str, result: Result, peers: Iterable[Result]) -> bool:
 
 
 def _name_solvers_and_paths(results: Sequence[Result]) -> None:
-    if len({result["solver"] for result in results}) > 1:
-        for result in results:
-            _add_sampling(result, result["solver"])
+    for field in ("solver", "guidance"):
+        if len({result[field] for result in results}) > 1:
+            for result in results:
+                if result[field]:
+                    _add_sampling(result, result[field])
     others = [field for field in GROUP_FIELDS if field != "path_fingerprint"]
     for group in _grouped(results, lambda result: group_of(result, others)):
         if len(group) > 1:

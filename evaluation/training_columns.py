@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from checkpoint import LoadedModel
 from planning.presets import PRESETS, fits_preset, loss_weights_of
 
+SHOWN_CLASSES = 20
 CHANGED = " (changed)"  # Behind the name of a preset, some of whose values were given otherwise.
 
 
@@ -40,6 +41,14 @@ def _preset(config: dict[str, Any]) -> str | None:
     return fitting[0] if fitting else None
 
 
+def _classes(config: dict[str, Any]) -> str | list[str]:
+    names = config.get("class_names") or ()
+    if not names:
+        return "none"
+    # A row is one line, and a name may be a path.
+    return [" ".join(name.splitlines()) for name in names] if len(names) <= SHOWN_CLASSES else f"{len(names)} classes"
+
+
 def _lr_schedule(config: dict[str, Any]) -> str | None:
     # Any but a constant rate depends on how long the run was meant to be.
     schedule = config.get("lr_schedule")
@@ -68,6 +77,8 @@ TRAINING_COLUMNS = {
     "times": TrainingColumn(_setting("times", "whole"), "{} times", told_by=("preset",)),
     "lr": TrainingColumn(_setting("lr"), "lr {}", "number"),
     "lr_schedule": TrainingColumn(lambda loaded, num_images: _lr_schedule(loaded.config), "lr {}"),
+    "classes": TrainingColumn(lambda loaded, num_images: _classes(loaded.config), "classes {}"),
+    "label_dropout": TrainingColumn(_choice("label_dropout"), "label dropout {}", told_by=("classes",)),
     "batch_size": TrainingColumn(_setting("batch_size"), "batch size {}", "count"),
     "weight_decay": TrainingColumn(_setting("weight_decay"), "weight decay {}", "number"),
     "grad_clip": TrainingColumn(_setting("grad_clip"), "gradient norm {}", "number"),

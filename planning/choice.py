@@ -126,6 +126,7 @@ class WalkSettings(SolverSettings, EndSettings):
     """How a step of a path is taken, and where the last one lands."""
 
     group = "path"
+    calls_each: ClassVar[int] = 1  # Network calls of an evaluation; stages with `ClassSettings` have more.
 
     num_calls: int | None = option(
         None,
@@ -139,7 +140,12 @@ class WalkSettings(SolverSettings, EndSettings):
         super().check()
         if self.num_calls is None or self.solver == "ode":
             return
-        fitting = [self.make_solver().steps(calls, self.end) for calls in _several(self.num_calls)]
+        if min(_several(self.num_calls)) < self.calls_each:
+            raise ValueError(
+                f"a guided evaluation is {self.calls_each} network calls, and --num_calls allows fewer; raise it, or "
+                "leave the guidance out."
+            )
+        fitting = [self.make_solver().steps(calls // self.calls_each, self.end) for calls in _several(self.num_calls)]
         steps = tuple(dict.fromkeys(fitting)) if isinstance(self.num_calls, tuple) else fitting[0]
         usual = next(field.default for field in dataclasses.fields(self) if field.name == "num_steps")
         if self.num_steps not in (usual, steps):
@@ -158,13 +164,17 @@ class WalkSettings(SolverSettings, EndSettings):
     def check_calls(self, num_steps: int) -> None:
         """Raise ValueError if a walk of so many steps takes more calls than there may be."""
         solver = self.make_solver()
-        calls = solver.calls(num_steps, self.end)
+        calls = self.calls(num_steps)
         if self.most_calls is not None and calls > self.most_calls:
             fewer = ", such as --num_steps 1" if solver.adaptive and num_steps > 1 else ""
             raise ValueError(
                 f"--solver {self.solver} takes {calls} network calls or more for {num_steps} step(s), and --num_calls "
                 f"allows {self.most_calls}; raise it, or take fewer steps{fewer}."
             )
+
+    def calls(self, num_steps: int) -> int:
+        """Network calls of a walk of so many steps, of an adaptive solver the fewest."""
+        return self.make_solver().calls(num_steps, self.end) * self.calls_each
 
     @property
     def solver_label(self) -> str:

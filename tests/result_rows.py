@@ -18,6 +18,8 @@ TRAINING = {
     "times": "whole",
     "lr": "0.0001",
     "lr_schedule": "constant",
+    "classes": "none",
+    "label_dropout": "none",
     "batch_size": "64",
     "weight_decay": "0.01",
     "grad_clip": "1",
@@ -48,6 +50,8 @@ OTHER_TRAINING = {
     "times": "real",
     "lr": "0.001",
     "lr_schedule": "cosine over 200 epochs",
+    "classes": "[cat,dog]",
+    "label_dropout": "0.1",
     "batch_size": "32",
     "weight_decay": "0.1",
     "grad_clip": "0.5",
@@ -89,6 +93,8 @@ EARLIER_HEADERS = {
         f"{_LATER_KEY},{_LATER},coarse_from,regime,{VALUES},seconds,checkpoint,date",
         f"{_LATER_KEY},{_LATER},coarse_from,regime,representation,{VALUES},seconds,checkpoint,date",
         f"{_LATER_KEY},{_LATER},coarse_from,regime,representation,solver,{_TRAINING},{VALUES},seconds,checkpoint,date",
+        f"{_LATER_KEY},{_LATER},coarse_from,regime,representation,solver,"
+        f"{_TRAINING.replace('_gamma,', '_gamma,timestep_weights,t_law,times,')},{VALUES},seconds,checkpoint,date",
     )
 }
 
@@ -117,6 +123,7 @@ def make_row(**changes):
         "regime": "independent",
         "representation": "overcomplete",
         "solver": "ddim eta 0 clean",
+        "guidance": "",
         "fid": 33.25,
         "seconds": 1.5,
         "checkpoint": "lift_dual_timestep_200ep.pth",

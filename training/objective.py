@@ -37,6 +37,7 @@ class TrainingBatch(NamedTuple):
     t_64: torch.Tensor  # [B], int64, or float64 where times are real
     t_32: torch.Tensor  # [B]
     share: torch.Tensor | None = None  # [B], what the loss of each image counts for how it was drawn; None: 1
+    labels: torch.Tensor | None = None  # [B], int64, the class of each image, or the null class
 
     def rows(self, rows: slice) -> "TrainingBatch":
         """Some of the images."""
@@ -59,6 +60,7 @@ class Denoising:
         self.pairs = TimestepPairs(config, scheduler)
         self._loss_weights = config.get("loss_weights", [1.0] * len(LOSS_NAMES))
         self._weight = prediction_weight(config, scheduler)
+        self._null_class, self._label_dropout = len(config.get("class_names") or ()), config.get("label_dropout")
         self._real = config.get("times", "whole") == "real"
         law = config.get("t_law", UNIFORM)
         self._importance = Importance(self.pairs.leads) if law == IMPORTANCE else None
@@ -75,17 +77,22 @@ class Denoising:
         x_32: torch.Tensor,  # [B, C, H/2, W/2], its 2x2 mean
         generator: torch.Generator,
         progress: float = 0.0,  # the share of the run that is over
+        labels: torch.Tensor | None = None,  # [B], the class of each image
     ) -> TrainingBatch:
         """Noise and timesteps for clean images: pairs of the regime, with the leading clock by its law.
 
-        Each scale has its own noise. Images and noise of the fine scale are those of the representation.
+        Each scale has its own noise. Images and noise of the fine scale are those of the representation. A share of the
+        labels (`label_dropout`) becomes the null class (arXiv 2207.12598, algorithm 1).
         """
         device, representation = x_64.device, self.scheduler.representation
         t_64, t_32, share = self._timesteps(len(x_64), generator, progress)  # [B] each
         noise_64 = torch.randn(x_64.shape, generator=generator, device=device)  # [B, C, H, W]
         noise_32 = torch.randn(x_32.shape, generator=generator, device=device)  # [B, C, H/2, W/2]
         clean, noise = map(representation.project, ((x_64, x_32), (noise_64, noise_32)))
-        return TrainingBatch(*clean, *noise, t_64, t_32, share)
+        if labels is not None:
+            hidden = torch.rand(len(labels), generator=generator, device=device) < self._label_dropout
+            labels = torch.where(hidden, self._null_class, labels)
+        return TrainingBatch(*clean, *noise, t_64, t_32, share, labels)
 
     def _timesteps(
         self, batch: int, generator: torch.Generator, progress: float
@@ -112,7 +119,8 @@ class Denoising:
         scheduler = self.scheduler
         scales = [(batch.x_64, batch.noise_64, batch.t_64), (batch.x_32, batch.noise_32, batch.t_32)]
         zs = tuple(scheduler.shown(scheduler.add_noise(x, noise, t), t) for x, noise, t in scales)
-        predictions = denoise(zs, (batch.t_64, batch.t_32))
+        told = () if batch.labels is None else (batch.labels,)
+        predictions = denoise(zs, (batch.t_64, batch.t_32), *told)
         shares = (scheduler.representation.fine_share, 1.0)
         return {
             name: F.mse_loss(prediction.float(), scheduler.target(*scale), reduction="none").flatten(1).mean(1) / share

@@ -42,13 +42,16 @@ def describe(trainer: Trainer, images: ImageSet) -> str:
     details += [f"{execution['processes']} processes"] * (execution["processes"] > 1)
     details += [f"{execution['accumulate']} parts per step"] * (execution["accumulate"] > 1)
     details += ["compiled"] * trainer.compile
+    names = trainer.config["class_names"]
+    details += [f"{len(names)} classes"] if names else []
     notes = list(trainer.notes)
     if trainer.settings.prediction_type == "epsilon" and trainer.scheduler.snr[-1] < MIN_EPSILON_SNR:
         notes.append(
             f"warning: at t=999 schedule '{trainer.settings.beta_schedule}' has so little signal that a noise "
             "prediction says nothing of the image there; --prediction_type v does."
         )
-    notes += classes_note(images)
+    if trainer.labels is None:
+        notes += classes_note(images)
     if trainer.ema is not None and (note := ema_note(trainer.config, trainer.settings.epochs * len(trainer.batches))):
         notes.append(f"warning: {note}; pass --ema_rampup_ratio {USUAL_RAMPUP}, or a lower --ema_decay.")
     line = (
@@ -69,7 +72,8 @@ def classes_note(images: ImageSet) -> list[str]:
         return f"{len(classes.names):,} classes by {classes.by} ({', '.join(shown)}{more})"
 
     found = " and ".join(map(words, images.classes))
-    return [f"note: the images have {found}; the model is trained without them (unconditionally)"] if found else []
+    text = f"note: the images have {found}; the model is trained without them (unconditionally), --classes tells it"
+    return [text] if found else []
 
 
 def describe_dry_run(trainer: Trainer) -> str:
@@ -201,8 +205,8 @@ def _loop(trainer: Trainer, log: RunLog | None, bar: Progress, stop: StopRequest
     [stopping] = processes.any(stop.signal is not None)
     while trainer.epoch < settings.epochs and not stopping:
         bar.set_description(f"{trainer.model_type} epoch {trainer.epoch + 1}/{settings.epochs}")
-        for x_64, x_32 in trainer.batches.epoch(trainer.epoch, trainer.step % steps_per_epoch):
-            trainer.train_step(x_64, x_32)
+        for x_64, x_32, labels in trainer.batches.epoch(trainer.epoch, trainer.step % steps_per_epoch):
+            trainer.train_step(x_64, x_32, labels)
             clock.steps += 1
             bar.update()
             if trainer.step % settings.log_every == 0 or trainer.step % steps_per_epoch == 0:

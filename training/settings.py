@@ -22,6 +22,7 @@ from scheduler import ALL_SCHEDULES, PREDICTION_TYPES, PROCESSES, schedule_name,
 from training.timesteps import TIMESTEP_WEIGHTS, UNIFORM, law_name, parse_law
 
 TIMES = ("whole", "real")
+LABEL_DROPOUT = 0.1  # Unless told otherwise (arXiv 2207.12598 tries 0.1, 0.2 and 0.5).
 REPLAN_EVERY, REPLAN_IMAGES = 10, 16  # Epochs and images, unless told otherwise.
 # What only models of two scales have; the stage of the baseline has no flags for them.
 TWO_SCALE_SETTINGS = ("t_pairs", "replan_every", "replan_images", "loss_weights", "representation")
@@ -192,6 +193,14 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         recorded=True,
         absent="overcomplete",
     )
+    label_dropout: float | None = option(
+        None,
+        "share of the images whose class is not told, from which the null class is learned (0.1)",
+        parse=cli.proper_share,
+        metavar="SHARE",
+        recorded=True,
+        absent=None,
+    )
     flip: bool = option(False, "mirror images at random (off, as published)", recorded=True)
     seed: int = option(42, "initial weights, order, noise, timesteps", parse=cli.seed, recorded=True)
 
@@ -226,6 +235,14 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
             raise ValueError(
                 f"a '{self.model_type}' model predicts the fine scale alone, of which no image can be composed; train "
                 "a dual or shared_t model, or leave --representation residual out."
+            )
+        if self.classes is None and self.label_dropout is not None:
+            raise ValueError("--label_dropout belongs to --classes; name that too, or leave it out.")
+        if self.classes is not None and self.label_dropout is None:
+            self._derive(label_dropout=LABEL_DROPOUT)
+        if self.classes is not None and not MODEL_CLASSES[self.model_type].knows_time:
+            raise ValueError(
+                f"a '{self.model_type}' model has no clock, beside which classes are told; leave --classes out."
             )
         check_regime(self.t_pairs, self.model_type)
         if (self.replan_every or self.replan_images) and not self.follows:
@@ -273,4 +290,6 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
             "t_pairs": default_regime(self.model_type),
             "t_pairs_points": None,
             "loss_weights": [1.0] * len(self.loss_weights),
+            "class_names": None,
+            "labels_fingerprint": None,
         }

@@ -11,6 +11,7 @@ import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import cli
 from checkpoint import (
     FILE_STEMS,
     build_model,
@@ -28,7 +30,7 @@ from checkpoint import (
     save_checkpoint,
     weights_fingerprint,
 )
-from data import ImageSet, TwoScaleBatches, to_float, to_uint8
+from data import ImageSet, TwoScaleBatches, fingerprint_labels, to_float, to_uint8
 from diffusion.sampler import coarse_feed, image_seeds, sample_seeds, scale_shapes
 from figures.images import save_image_grid
 from images.sources import is_here
@@ -79,6 +81,7 @@ class Trainer:
         self.config = settings.recorded() | {
             "dataset_is_here": is_here(settings.dataset),
             "channels": images.channels,
+            **self._classes(images),
             "data_fingerprint": images.fingerprint,
             "num_train_timesteps": 1000,
             "precision": resolve_precision(self.device, settings.precision),
@@ -112,7 +115,9 @@ class Trainer:
                 self.config["precision"] = saved["config"]["precision"]
         self.scheduler = self.scheduler.to(self.device)
         self.objective = Denoising(self.config, self.scheduler)
-        self.batches = TwoScaleBatches(images, settings.batch_size, settings.seed, self.device, settings.flip)
+        self.batches = TwoScaleBatches(
+            images, settings.batch_size, settings.seed, self.device, settings.flip, self.labels
+        )
         if settings.batch_size % (processes.count * settings.accumulate):
             raise ValueError(
                 f"--batch_size {settings.batch_size} cannot be split evenly over {processes.count} process(es) with "
@@ -172,6 +177,15 @@ class Trainer:
         count = settings.replan_images or min(REPLAN_IMAGES, len(images))
         return {"replan_every": settings.replan_every or REPLAN_EVERY, "replan_images": count}
 
+    def _classes(self, images: ImageSet) -> dict[str, Any]:
+        """What the config says of classes: None for a model that is not told of them."""
+        self.labels = None
+        if self.settings.classes is None:
+            return {"class_names": None, "labels_fingerprint": None}
+        classes = images.divided(None if self.settings.classes == cli.ANY_CLASSES else self.settings.classes)
+        self.labels = classes.labels
+        return {"class_names": list(classes.names), "labels_fingerprint": fingerprint_labels(classes)}
+
     @property
     def identity(self) -> dict:
         """What of the config decides what is computed, and is the same in every part of a run."""
@@ -218,11 +232,11 @@ class Trainer:
         self._backward(batch.rows(slice(self.part_size)), network)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def draw(self, x_64: torch.Tensor, x_32: torch.Tensor) -> TrainingBatch:
+    def draw(self, x_64: torch.Tensor, x_32: torch.Tensor, labels: torch.Tensor | None = None) -> TrainingBatch:
         """This process's share of a step: noise is drawn for all images of the step, so that shares do not matter."""
         generator = step_generator(self.settings.seed, self.step, self.device)
         progress = min(1.0, self.step / max(1, self.settings.epochs * len(self.batches) - 1))
-        batch = self.objective.draw(x_64, x_32, generator, progress)
+        batch = self.objective.draw(x_64, x_32, generator, progress, labels)
         return batch.rows(self.processes.share(len(x_64)))
 
     def _backward(self, part: TrainingBatch, network: nn.Module) -> dict[str, torch.Tensor]:
@@ -253,12 +267,15 @@ class Trainer:
             decay = ema_decay_after(self.step, self.settings.ema_decay, self.settings.ema_rampup_ratio)
             get_ema_multi_avg_fn(decay)(self.ema_parameters, self.parameters, self.step)
 
-    def train_step(self, x_64: torch.Tensor, x_32: torch.Tensor) -> dict[str, torch.Tensor]:
+    def train_step(
+        self, x_64: torch.Tensor, x_32: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """One optimizer and EMA step on all images of the step; returns the mean losses and the gradient norm.
 
+        labels: the classes of the images, int64 `[B]`, for a model that is told of them.
         Nothing here waits for the device, on which the values returned are.
         """
-        batch = self.draw(x_64, x_32)
+        batch = self.draw(x_64, x_32, labels)
         self.optimizer.zero_grad(set_to_none=True)
         parts = []
         for start in range(0, len(batch.x_64), self.part_size):
@@ -419,6 +436,8 @@ class Trainer:
             path = log_snr_shift(path, self.scheduler.representation.image_lead, log_snr)
         shapes = scale_shapes(model.num_scales, self.config["channels"], self.config["resolution"])
         seeds = image_seeds(self.settings.seed, GRID_IMAGES)
+        names = self.config["class_names"]
+        labels = [k % len(names) for k in range(GRID_IMAGES)] if names else None
         arguments = (
             self.scheduler.denoiser(model.denoise),
             self.scheduler,
@@ -431,7 +450,7 @@ class Trainer:
         try:
             with autocast(self.device, self.config["precision"]):
                 [(_, samples)] = sample_seeds(
-                    *arguments, callback=give_up_if_asked, coarse_from=coarse_feed(model, "x0")
+                    *arguments, callback=give_up_if_asked, coarse_from=coarse_feed(model, "x0"), labels=labels
                 )
         finally:
             self.model.train()

@@ -215,7 +215,8 @@ def test_every_metric_needs_one_of_its_values_and_takes_no_other(tmp_path, metri
     assert read_rows(file) == rows
 
 
-FREE_TEXT = {"dataset", "reference", "model_type", "path_type", "coarse_from", "regime", "representation", "solver"}
+FREE_TEXT = {"dataset", "reference", "model_type", "path_type", "coarse_from", "regime", "representation"}
+FREE_TEXT |= {"solver", "guidance"}
 FREE_TEXT |= {"checkpoint", *(name for name, column in TRAINING_COLUMNS.items() if column.form == "text")}
 one_line = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), max_size=12)
 cell_text = one_line | st.integers().map(str) | st.floats().map(str) | st.sampled_from(["raw", "ema", *METRICS])

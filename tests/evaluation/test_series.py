@@ -69,6 +69,8 @@ SAID = {
     "times": ("real times", "whole times"),
     "lr": ("lr 0.0001", "lr 0.001"),
     "lr_schedule": ("lr constant", "lr cosine over 200 epochs"),
+    "classes": ("classes cat,dog", "classes none"),
+    "label_dropout": ("label dropout 0.1", "label dropout none"),
     "batch_size": ("batch size 32", "batch size 64"),
     "weight_decay": ("weight decay 0.01", "weight decay 0.1"),
     "grad_clip": ("gradient norm 0.5", "gradient norm 1"),
@@ -250,6 +252,7 @@ def test_published_numbers_stand_beside_no_other_training():
 VARIED = {
     **{name: ["", TRAINING[name], OTHER_TRAINING[name]] for name in TRAINING},
     "solver": ["ddim eta 0 clean", "ddim eta 1 clean", "heun"],
+    "guidance": ["", "guidance 1", "guidance 3"],
     "model_type": ["dual", "baseline", "single_t"],
     "path_type": ["diagonal", "kl", "shift:1"],
     "regime": ["independent", "band:2"],
