@@ -20,6 +20,7 @@ from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
+from images.classes import as_read, as_written, chosen
 from images.own import IMAGE_TEXT, png_info
 from images.reading import (
     TooLargeError,
@@ -30,7 +31,7 @@ from images.reading import (
     reads_as_ever,
 )
 from images.sources import Classes, Source, open_source
-from images.synthetic import synthetic_images
+from images.synthetic import synthetic_classes, synthetic_images
 from runtime.progress import Progress
 from runtime.reports import printable
 from runtime.safe_write import replacing, short_name
@@ -56,7 +57,8 @@ BACKGROUND = "white"
 class ImageSet:
     """Decoded images: `pixels` uint8 `[N, C, R, R]`, `name` as given, `fingerprint` of the pixels themselves.
 
-    `classes` are the ways in which the data set divides them, whether all classes are left in this part of it or not.
+    `classes` are the ways in which the data set divides them, with a label for each of these images; names are those of
+    the whole data set, whether all classes are left in this part of it or not.
     """
 
     pixels: np.ndarray
@@ -68,6 +70,16 @@ class ImageSet:
     def channels(self) -> int:
         """1 for grey, 3 for RGB."""
         return self.pixels.shape[1]
+
+    def divided(self, by: str | None = None) -> Classes:
+        """The way of dividing into classes that is asked for, with a label of at least 0 for every image.
+
+        by: as in `Classes.by`, or the name of a column alone; None if there is exactly one way.
+
+        Raises ValueError if there is none, if there are several and none is named, for a name that none has, for
+        images without a label, and for fewer than two classes.
+        """
+        return chosen(self.classes, by, self.name)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -93,6 +105,13 @@ def fingerprint_array(pixels: np.ndarray) -> str:
     digest = hashlib.sha256(f"{pixels.shape}{pixels.dtype}".encode())
     for start in range(0, len(pixels), DECODE_CHUNK):
         digest.update(np.ascontiguousarray(pixels[start : start + DECODE_CHUNK]))
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_labels(classes: Classes) -> str:
+    """16 hex digits of the sha256 over the names of classes and the label of every image."""
+    digest = hashlib.sha256(json.dumps(classes.names).encode())
+    digest.update(np.ascontiguousarray(classes.labels, "<i8"))
     return digest.hexdigest()[:16]
 
 
@@ -122,7 +141,7 @@ def padded(image: Image.Image, resolution: int, colour: tuple[int, int, int]) ->
 
 
 def _decode(
-    content: bytes,
+    content: bytes | np.ndarray,
     resolution: int,
     resize_filter: str | None,
     background: tuple[int, int, int],
@@ -149,8 +168,8 @@ def _decode_all(
     pad: tuple[int, int, int] | None,
     skip_bad_images: bool,
     num_workers: int,
-) -> np.ndarray:
-    """Every readable image of the source, uint8 `[N, C, R, R]`; grey if all of them are."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Every readable image of the source, uint8 `[N, C, R, R]`, grey if all of them are; and which these are, `[N]`."""
 
     def attempt(i: int) -> tuple[np.ndarray, bool] | Exception:
         try:
@@ -162,21 +181,21 @@ def _decode_all(
     # What keeps its size is a reference, of which no image is to be missing because it is too large.
     may_skip = (UnreadableImageError,) if resize_filter is None else (UnreadableImageError, TooLargeError)
     pixels = np.empty((count, 3, resolution, resolution), np.uint8)
-    kept, all_grey = 0, True
+    kept, all_grey = [], True
     with ThreadPoolExecutor(max(1, num_workers)) as pool, Progress(total=count, desc="decoding", unit="img") as bar:
         for start in range(0, count, DECODE_CHUNK):
             chunk = range(start, min(start + DECODE_CHUNK, count))
             for i, result in zip(chunk, pool.map(attempt, chunk), strict=True):
                 if not isinstance(result, Exception):
-                    pixels[kept], grey = result
+                    pixels[len(kept)], grey = result
                     all_grey &= grey
-                    kept += 1
+                    kept.append(i)
                 elif skip_bad_images and isinstance(result, may_skip):
                     tqdm.write(printable(f"skipped {source.describe(i)}: {result}"))
                 else:
                     raise ValueError(f"{source.describe(i)} {_refusal(result, resize_filter is not None)}")
             bar.update(len(chunk))
-    return pixels[:kept, :1] if all_grey else pixels[:kept]
+    return pixels[: len(kept), :1] if all_grey else pixels[: len(kept)], np.array(kept, np.int64)
 
 
 def _refusal(error: UnreadableImageError | WrongSizeError, of_training: bool) -> str:
@@ -207,9 +226,24 @@ def _cached_info(pixels_file: Path, info_file: Path, resolution: int) -> dict | 
         info = json.loads(info_file.read_text())
         pixels = np.load(pixels_file, mmap_mode="r")
         is_whole = pixels.dtype == np.uint8 and pixels.shape[2:] == (resolution,) * 2 and len(info["fingerprint"]) == 16
-    except (FileNotFoundError, ValueError, EOFError, LookupError, TypeError, AttributeError):
+        if "classes" in info:
+            as_read(info["classes"], len(pixels))
+    except (FileNotFoundError, ValueError, EOFError, LookupError, TypeError, AttributeError, OverflowError):
         return None  # Damage is of as many kinds as a file has bytes, and costs no more than to decode again.
     return info if is_whole else None
+
+
+def _up_to_date(info: dict, kept: int, source: Source, count: int, num_workers: int) -> dict | None:
+    """What is known of an array of so many images that an earlier version may have decoded; None to decode it again."""
+    if "classes" not in info:
+        classes = source.classes(count)
+        # Earlier versions did not say which images they left out.
+        if classes and kept != count:
+            return None
+        info = info | {"classes": as_written(classes)}
+    if info.get("reading") != READING and not _all_read_as_ever(source, count, num_workers):
+        return None
+    return info | {"reading": READING}
 
 
 def _write_cache(pixels_file: Path, pixels: np.ndarray, info_file: Path, info: dict) -> None:
@@ -246,11 +280,11 @@ def load_images(
     background: str = BACKGROUND,
     pad: str | None = None,
 ) -> ImageSet:
-    """Load a data set at one resolution, decoding it once and keeping the pixels in `cache_dir`.
+    """Load a data set at one resolution, decoding it once and keeping pixels and labels in `cache_dir`.
 
     dataset: a hub id or a folder that `datasets` opens, either with `:CONFIG` if it has several; a folder or a zip
-        archive of images (only its part `train` if it has parts); or `synthetic` (endless; 4096 images unless `limit`
-        says otherwise).
+        archive of images (only its part `train` if it has parts); a folder as torchvision leaves MNIST, CIFAR-10 and
+        the like; or `synthetic` (endless; 4096 images unless `limit` says otherwise).
     resolution: side of the fine image, a multiple of 16.
     limit: the first so many images only, of which unreadable ones that are skipped are not made up for.
     resize_filter: one of RESIZE_FILTERS, or None for images that are to be of that size already, beside which
@@ -295,26 +329,29 @@ def load_images(
     stem.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{stem}.lock"):
         info = _cached_info(pixels_file, info_file, resolution)
-        if info is not None and not synthetic and info.get("reading") != READING:
-            info = info | {"reading": READING} if _all_read_as_ever(source, count, num_workers) else None
-            if info is not None:
+        if info is not None and not synthetic:
+            found, info = info, _up_to_date(info, len(np.load(pixels_file, mmap_mode="r")), source, count, num_workers)
+            if info not in (None, found):
                 with replacing(info_file) as temporary:
                     temporary.write_text(json.dumps(info))
         if info is None:
             if synthetic:
                 pixels = _synthetic_pixels(count, resolution)
             else:
-                pixels = _decode_all(
+                pixels, kept = _decode_all(
                     source, count, resolution, resize_filter, colour, pad_colour, skip_bad_images, num_workers
                 )
             if len(pixels) == 0:
                 raise ValueError(f"Dataset '{dataset}' holds no readable image.")
             info = {"dataset": dataset, "fingerprint": fingerprint_array(pixels), "resolution": resolution}
             info |= {"resize_filter": resize_filter} if pad_colour is None else {"pad": pad}
-            info |= {} if synthetic else {"reading": READING}
+            if not synthetic:
+                classes = [way.take(kept) for way in source.classes(count)]
+                info |= {"reading": READING, "classes": as_written(classes)}
             _write_cache(pixels_file, pixels, info_file, info)
-    classes = () if synthetic else source.classes(count)
-    return ImageSet(np.load(pixels_file, mmap_mode="r"), dataset, info["fingerprint"], classes)
+    pixels = np.load(pixels_file, mmap_mode="r")
+    classes = synthetic_classes(len(pixels)) if synthetic else as_read(info["classes"], len(pixels))
+    return ImageSet(pixels, dataset, info["fingerprint"], classes)
 
 
 def first_of_equals(pixels: np.ndarray) -> np.ndarray:
@@ -351,9 +388,13 @@ def split_holdout(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
         raise ValueError(
             f"--holdout {count} leaves none of the images of '{images.name}', which repeats them; hold out fewer."
         )
-    parts = (images.pixels[to_train_on], images.pixels[held_out])
-    training, rest = (ImageSet(pixels, images.name, fingerprint_array(pixels), images.classes) for pixels in parts)
-    return training, rest
+
+    def part(mask: np.ndarray) -> ImageSet:
+        pixels = images.pixels[mask]
+        classes = tuple(way.take(mask) for way in images.classes)
+        return ImageSet(pixels, images.name, fingerprint_array(pixels), classes)
+
+    return part(to_train_on), part(held_out)
 
 
 class AFHQ64Dataset(torch.utils.data.Dataset):
@@ -375,20 +416,32 @@ class AFHQ64Dataset(torch.utils.data.Dataset):
 
 
 class TwoScaleBatches:
-    """Shuffled batches `(x_64 [B, C, R, R], x_32 [B, C, R/2, R/2])`, float32 in [-1, 1], from memory.
+    """Shuffled batches `(x_64 [B, C, R, R], x_32 [B, C, R/2, R/2], labels [B])`, from memory.
 
-    The whole set lies as uint8 on `device` and becomes float there. The order depends on (seed, epoch) only;
-    the remainder that does not fill a batch is left out, a different one each epoch. `flip` mirrors each
-    image with probability one half. Raises ValueError if a batch is larger than the set.
+    Images are float32 in [-1, 1], and labels int64, or None where none are given. The whole set lies as uint8 on
+    `device` and becomes float there. The order depends on (seed, epoch) only; the remainder that does not fill a batch
+    is left out, a different one each epoch. `flip` mirrors each image with probability one half. `labels` are those of
+    all images, `[N]`. Raises ValueError if a batch is larger than the set, or there is not one label for each image.
     """
 
-    def __init__(self, images: ImageSet, batch_size: int, seed: int, device: torch.device, flip: bool = False):
+    def __init__(
+        self,
+        images: ImageSet,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        flip: bool = False,
+        labels: np.ndarray | None = None,
+    ):
         if not 1 <= batch_size <= len(images):
             raise ValueError(
                 f"--batch_size {batch_size} does not fit the {len(images)} images of '{images.name}'; "
                 "choose one between 1 and that."
             )
+        if labels is not None and np.shape(labels) != (len(images),):
+            raise ValueError(f"{len(images)} images of '{images.name}' need a label each, not {np.shape(labels)}.")
         self.pixels = torch.from_numpy(np.array(images.pixels)).to(device)  # [N, C, R, R]
+        self.labels = None if labels is None else torch.from_numpy(np.array(labels, np.int64)).to(device)  # [N]
         self.batch_size = batch_size
         self.seed = seed
         self.flip = flip
@@ -397,7 +450,9 @@ class TwoScaleBatches:
         """Batches per epoch."""
         return len(self.pixels) // self.batch_size
 
-    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(
+        self, epoch: int, first_batch: int = 0
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """The batches of one epoch, from `first_batch` on."""
         rng = np.random.default_rng((self.seed, epoch))
         order = torch.from_numpy(rng.permutation(len(self.pixels))).to(self.pixels.device)
@@ -407,7 +462,7 @@ class TwoScaleBatches:
             x_64 = to_float(self.pixels[chosen])  # [B, C, R, R]
             if self.flip:
                 x_64 = torch.where(mirrored[chosen][:, None, None, None], x_64.flip(-1), x_64)
-            yield x_64, coarse(x_64)
+            yield x_64, coarse(x_64), None if self.labels is None else self.labels[chosen]
 
 
 def save_png(pixels: torch.Tensor, file: Path, by_lift: bool = True) -> None:

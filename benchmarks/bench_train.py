@@ -186,12 +186,12 @@ class Ours:
 
     def step(self) -> None:
         """One training step, for which nobody waits."""
-        self.trainer.train_step(*next(self.batches))
+        self.trainer.train_step(*next(self.batches)[:2])
 
     def measured(self, images_per_second: float) -> Measured:
         """The facts, with FLOP counted over a forward and a backward pass of one image."""
         trainer = self.trainer
-        batch = trainer.draw(*next(self.batches)).rows(slice(1))
+        batch = trainer.draw(*next(self.batches)[:2]).rows(slice(1))
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             losses = trainer.objective.losses(trainer.model.denoise, batch)
             forward = counter.get_total_flops()
@@ -293,7 +293,7 @@ def time_parts(ours: Ours, max_steps: int, max_seconds: float) -> dict[str, floa
             for name, part in PARTS.items():
                 owner = trainer.objective if name == "losses" else trainer
                 stack.enter_context(mock.patch.object(owner, name, watch.timed(part, getattr(owner, name))))
-            watch.timed("rest", trainer.train_step)(*batch)
+            watch.timed("rest", trainer.train_step)(*batch[:2])
         rows.append(watch.seconds)
     return {part: statistics.median(row[part] for row in rows) for part in rows[0]}
 

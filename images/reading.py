@@ -234,10 +234,11 @@ def read_bytes(file: Path, most: int | None = None) -> bytes:
 
 
 def read_image(
-    content: bytes, size: tuple[int, int] | None = None, background: tuple[int, int, int] = (255, 255, 255)
+    content: bytes | np.ndarray, size: tuple[int, int] | None = None, background: tuple[int, int, int] = (255, 255, 255)
 ) -> Image.Image:
     """An image of mode L or RGB: upright, its transparency laid on the background, 16-bit grey in 8 bits.
 
+    content: of a file, or uint8 `[H, W]` or `[H, W, 3]`, which is an image already.
     size: width and height that it must have. Grey remains grey if the background is grey as well.
 
     Raises UnreadableImageError with the reason, WrongSizeError for another size, and OSError where the system has no
@@ -252,10 +253,10 @@ def read_image(
             return _composite(upright, background)
         return upright.convert("L" if upright.mode in ("1", "L") else "RGB")
 
-    return _opened(content, look)
+    return look(Image.fromarray(content)) if isinstance(content, np.ndarray) else _opened(content, look)
 
 
-def reads_as_ever(content: bytes) -> bool:
+def reads_as_ever(content: bytes | np.ndarray) -> bool:
     """Whether an image has nothing that versions before this module read otherwise; also true of an unreadable one."""
 
     def look(image: Image.Image) -> bool:
@@ -266,6 +267,8 @@ def reads_as_ever(content: bytes) -> bool:
             return not any(mark in content for mark in (b"eXIf", b"Raw profile type exif", b"Orientation"))
         return _turn(image) is None
 
+    if isinstance(content, np.ndarray):
+        return True
     try:
         return _opened(content, look)
     except UnreadableImageError:
@@ -328,7 +331,8 @@ def _upright(image: Image.Image) -> Image.Image:
             "8 or 16 bits"
         )
     tags, key = getattr(image, "tag_v2", {}), image.info.get("transparency")
-    rawmode = str(image.tile[0][-1]) if image.tile else ""
+    tile = getattr(image, "tile", None)  # Nothing tells how an array was stored.
+    rawmode = str(tile[0][-1]) if tile else ""
     image.load()
     turn = _turn(image)
     upright = image if turn is None else image.transpose(turn)

@@ -8,8 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
+
+from images.classes import Classes, by_columns, by_folder
 from images.own import MARKED_BYTES, WRITTEN_BY_LIFT, Origin, by_origin, start_of
 from images.reading import (
     SPLITS,
@@ -24,6 +27,7 @@ from images.reading import (
     read_image,
     report_left_out,
 )
+from images.torchvision_sets import find_set, read_set
 from runtime.reports import say_once
 
 # Files by which `datasets` knows what it saved to a folder, all of one line.
@@ -33,44 +37,32 @@ SAVED = (("state.json", "dataset_info.json"), ("dataset_dict.json",))
 HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[^/]*)?"
 
 
-# Columns of numbers or text that say what an image shows, in any case of letters.
-LABEL_COLUMNS = frozenset({"label", "labels", "class"})
-# Folders of a thousand images each, as the tools of StyleGAN, FFHQ and EDM write them.
-SHARD = re.compile(r"\d{5}")
-
-
-class Classes(NamedTuple):
-    """Classes that images are divided into: by what, such as "folder", and their names in order."""
-
-    by: str
-    names: tuple[str, ...]
-
-
 @dataclass(frozen=True)
 class Source:
     """Undecoded images: how many, what identifies them, how to read one and what to call it in a message.
 
-    `classes` gives the ways in which the first so many images are divided into classes, of which there are two or more.
+    `read` gives the content of a file, or uint8 `[H, W]` or `[H, W, 3]` where images lie decoded. `classes` gives the
+    ways in which the images are divided into classes, of which there are two or more, with labels of the first so many.
     """
 
     count: int
     key: str
-    read: Callable[[int], bytes]
+    read: Callable[[int], bytes | np.ndarray]
     describe: Callable[[int], str]
     classes: Callable[[int], tuple[Classes, ...]]
 
 
-def _image_files(folder: Path, leave_out: frozenset[str]) -> list[Path] | list[Member]:
+def _image_files(folder: Path, leave_out: frozenset[str], has_arrays: bool) -> list[Path] | list[Member]:
     """The images of a folder, or if it has none those of its zip archives; only the part `train` if there are parts.
 
-    What LIFT wrote is among them only where there is nothing else, not even tables of images.
+    What LIFT wrote is among them only where there is nothing else, not even tables or arrays of images.
     """
     found = find_images(folder)
     left_out = found.left_out
     loose = by_origin([file for file in found.files if file.name not in leave_out], start_of)
     packed, beside = _packed([] if loose[Origin.OTHERS] else found.archives)
     files = _meant(left_out, loose, packed)
-    if not files or (found.tables and not (loose[Origin.OTHERS] or packed[Origin.OTHERS])):
+    if not files or ((found.tables or has_arrays) and not (loose[Origin.OTHERS] or packed[Origin.OTHERS])):
         return []
     if _lacks_training_part(folder, files):
         # What there is to train on lies in there in another form, perhaps in archives.
@@ -153,18 +145,6 @@ def _unshared(places: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return [place[shared:] for place in places]
 
 
-def _folder_classes(places: Sequence[tuple[str, ...]]) -> Callable[[int], tuple[Classes, ...]]:
-    """Classes by folder, if every image lies in one of several."""
-    places = _unshared(places)
-    tops = [place[0] for place in places]
-    divided = all(len(place) > 1 for place in places) and not all(map(SHARD.fullmatch, tops))
-    return lambda count: _told_apart("folder", sorted(set(tops[:count])) if divided else ())
-
-
-def _told_apart(by: str, names: Sequence[str]) -> tuple[Classes, ...]:
-    return (Classes(by, tuple(names)),) if len(names) > 1 else ()
-
-
 def _training_part(places: Sequence[tuple[str, ...]], left_out: Counter[str]) -> list[bool]:
     if not is_split(_tops(places)):
         return [True] * len(places)
@@ -184,6 +164,11 @@ def _listed(folder: Path, file: Path | Member) -> tuple:
     return (str(file.relative_to(folder)), status.st_size, status.st_mtime_ns)
 
 
+def _of_first(whole: Callable[[], tuple[Classes, ...]]) -> Callable[[int], tuple[Classes, ...]]:
+    """The classes of the first so many images; names are those of the whole set, so that a limit renumbers nothing."""
+    return lambda count: tuple(way.take(slice(count)) for way in whole())
+
+
 def _folder_source(folder: Path, files: Sequence[Path] | Sequence[Member]) -> Source:
     archives = Archives()
 
@@ -196,7 +181,7 @@ def _folder_source(folder: Path, files: Sequence[Path] | Sequence[Member]) -> So
         key=json.dumps([_listed(folder, file) for file in files]),
         read=read,
         describe=lambda i: str(files[i]),
-        classes=_folder_classes([_place(folder, file) for file in files]),
+        classes=_of_first(lambda: by_folder(_unshared([_place(folder, file) for file in files]))),
     )
 
 
@@ -282,34 +267,6 @@ def _is_image(entry: Any) -> bool:
     return True
 
 
-def _column_classes(rows: Any) -> Callable[[int], tuple[Classes, ...]]:
-    """Classes by every column that says to be of classes, or is called so and holds numbers or text."""
-    labels = {name: kind for name, kind in rows.features.items() if _is_label(name, kind)}
-    if not labels:
-        return lambda count: ()
-    columns = rows.select_columns(list(labels)).with_format("arrow")
-
-    def classes(count: int) -> tuple[Classes, ...]:
-        found: tuple[Classes, ...] = ()
-        for name, kind in labels.items():
-            # Unlabelled rows have -1 or nothing.
-            values = sorted(set(columns[:count].column(name).unique().to_pylist()) - {None})
-            if hasattr(kind, "names"):
-                values = [kind.names[value] for value in values if 0 <= value < len(kind.names)]
-            found += _told_apart(f"column '{name}'", [str(value) for value in values])
-        return found
-
-    return classes
-
-
-def _is_label(name: str, kind: Any) -> bool:
-    if hasattr(kind, "names"):
-        return True
-    return name.lower() in LABEL_COLUMNS and bool(
-        re.match(r"u?int|(large_)?string|bool", str(getattr(kind, "dtype", "")))
-    )
-
-
 def _dataset_source(dataset: str, name: str, config: str | None) -> Source:
     import datasets
 
@@ -321,7 +278,7 @@ def _dataset_source(dataset: str, name: str, config: str | None) -> Source:
             "part 'train'. Name the folder that is meant."
         )
     declared = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
-    column, classes = _image_column(rows, dataset, declared), _column_classes(rows)
+    column, labelled = _image_column(rows, dataset, declared), rows
     rows = rows.select_columns([column])
     if declared:
         rows = rows.cast_column(column, datasets.Image(decode=False))
@@ -346,7 +303,18 @@ def _dataset_source(dataset: str, name: str, config: str | None) -> Source:
         key=f"{rows._fingerprint}/{column}",
         read=read,
         describe=lambda i: f"image {i} of dataset '{dataset}'",
-        classes=classes,
+        classes=_of_first(lambda: by_columns(labelled)),
+    )
+
+
+def _torchvision_source(folder: Path, place: Path) -> Source:
+    found = read_set(place)
+    return Source(
+        count=len(found.images),
+        key=json.dumps(["torchvision", found.kind, *(_listed(place, file) for file in found.files)]),
+        read=lambda i: found.images[i],
+        describe=lambda i: f"image {i} of '{folder}'",
+        classes=_of_first(lambda: found.classes),
     )
 
 
@@ -376,9 +344,13 @@ def open_source(dataset: str, leave_out: frozenset[str] = frozenset()) -> Source
         name, _, config = dataset.rpartition(":")
     folder = Path(name)
     if folder.is_dir():
-        files = [] if config or is_saved(folder) else _image_files(folder, leave_out)
+        plain = not config and not is_saved(folder)
+        arrays = find_set(folder) if plain else None
+        files = _image_files(folder, leave_out, arrays is not None) if plain else []
         if files:
             return _folder_source(folder, files)
+        if arrays is not None:
+            return _torchvision_source(folder, arrays)
     elif config is None and folder.suffix.lower() == ".zip" and folder.is_file():
         packed, left_out = _packed([folder])
         members = _part_of_members(folder.parent, _meant(left_out, packed), left_out)

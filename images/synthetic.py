@@ -14,6 +14,7 @@ maths library and on the width of the vector unit.
 import numpy as np
 
 from images.breeds import BREEDS, DEFAULTS, IRISES, SHAPES
+from images.classes import Classes
 from images.drawing import (
     blend_union,
     box_mean,
@@ -54,6 +55,11 @@ _BACKDROPS = (
 def synthetic_label(index: int) -> int:
     """Class of image `index`, as a position in `SYNTHETIC_CLASSES`: the classes take turns."""
     return index % len(SYNTHETIC_CLASSES)
+
+
+def synthetic_classes(num_images: int) -> tuple[Classes, ...]:
+    """The way in which the first so many images are divided into classes: by animal."""
+    return (Classes("animal", SYNTHETIC_CLASSES, np.array([synthetic_label(i) for i in range(num_images)], np.int64)),)
 
 
 def synthetic_images(num_images: int, resolution: int = 64, start: int = 0) -> np.ndarray:

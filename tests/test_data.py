@@ -518,7 +518,7 @@ def numbered(count: int) -> ImageSet:
 
 
 def order_of(batches) -> list[int]:
-    return [int(k) for x_64, _ in batches for k in to_uint8(x_64)[:, 0, 0, 0]]
+    return [int(k) for x_64, _, _ in batches for k in to_uint8(x_64)[:, 0, 0, 0]]
 
 
 def test_an_epoch_shows_every_image_once_in_an_order_of_seed_and_epoch():
@@ -551,13 +551,13 @@ def test_first_batch_continues_the_epoch():
     for first in range(8):
         rest = list(batches.epoch(3, first_batch=first))
         assert len(rest) == 7 - first
-        for (x_64, x_32), (y_64, y_32) in zip(rest, whole[first:], strict=True):
+        for (x_64, x_32, _), (y_64, y_32, _) in zip(rest, whole[first:], strict=True):
             assert torch.equal(x_64, y_64) and torch.equal(x_32, y_32)
 
 
 def test_batches_hold_the_pixels_and_their_2x2_mean():
     images = numbered(9)
-    for x_64, x_32 in TwoScaleBatches(images, 4, 0, CPU).epoch(0):
+    for x_64, x_32, _ in TwoScaleBatches(images, 4, 0, CPU).epoch(0):
         chosen = images.pixels[to_uint8(x_64)[:, 0, 0, 0].numpy()].astype(np.float64) / 127.5 - 1
         assert x_64.dtype == x_32.dtype == torch.float32
         np.testing.assert_allclose(x_64.numpy(), chosen, rtol=0, atol=1e-6)
@@ -570,14 +570,14 @@ def test_flip_mirrors_half_of_the_images():
     images = numbered(250)
     mirrored = []
     for epoch in range(4):
-        [(x_64, x_32)] = TwoScaleBatches(images, 250, 0, CPU, flip=True).epoch(epoch)
+        [(x_64, x_32, _)] = TwoScaleBatches(images, 250, 0, CPU, flip=True).epoch(epoch)
         original = to_float(torch.from_numpy(images.pixels[to_uint8(x_64)[:, 0, 0, 0].numpy()]))
         same = (x_64 == original).flatten(1).all(1)
         turned = (x_64 == original.flip(-1)).flatten(1).all(1)
         assert (same ^ turned).all()
         torch.testing.assert_close(x_32, coarse(torch.where(turned[:, None, None, None], original.flip(-1), original)))
         mirrored.append(turned[torch.argsort(x_64[:, 0, 0, 0])])
-        [(again, _)] = TwoScaleBatches(images, 250, 0, CPU, flip=True).epoch(epoch)
+        [(again, _, _)] = TwoScaleBatches(images, 250, 0, CPU, flip=True).epoch(epoch)
         assert torch.equal(again, x_64)
     share = torch.stack(mirrored).float()
     # Of 1000 fair coins the share of heads has a standard deviation of 0.016.
@@ -590,3 +590,25 @@ def test_flip_mirrors_half_of_the_images():
 def test_batch_must_fit_the_set(batch_size):
     with pytest.raises(ValueError, match=f"--batch_size {batch_size} does not fit the 9 images"):
         TwoScaleBatches(numbered(9), batch_size, 0, CPU)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_labels_go_with_their_images(flip):
+    images = numbered(31)
+    labels = np.arange(31, dtype=np.uint8)[::-1].copy()  # That of image k is 30 - k.
+    labelled = TwoScaleBatches(images, 4, 1, CPU, flip, labels)
+    plain = TwoScaleBatches(images, 4, 1, CPU, flip)
+    labels[:] = 99
+    for epoch, first in ((0, 0), (1, 0), (1, 3)):
+        both = list(zip(labelled.epoch(epoch, first), plain.epoch(epoch, first), strict=True))
+        assert len(both) == 7 - first
+        for (x_64, x_32, found), (y_64, y_32, none) in both:
+            assert found.dtype == torch.int64 and torch.equal(found, 30 - to_uint8(x_64)[:, 0, 0, 0].long())
+            # Nothing else about a batch depends on labels.
+            assert none is None and torch.equal(x_64, y_64) and torch.equal(x_32, y_32)
+
+
+@pytest.mark.parametrize("labels", [np.zeros(8, int), np.zeros((9, 1), int), np.zeros(10, int)])
+def test_every_image_needs_a_label(labels):
+    with pytest.raises(ValueError, match="9 images of 'numbered' need a label each"):
+        TwoScaleBatches(numbered(9), 3, 0, CPU, labels=labels)

@@ -67,12 +67,12 @@ def classes_note(images: ImageSet) -> list[str]:
     """The line that says that labels are not used, if the data set has any."""
 
     def words(classes: Classes) -> str:
-        shown = [textwrap.shorten(name, 30, placeholder="...") for name in classes.names[:SHOWN_CLASSES]]
-        more = ", ..." * (len(classes.names) > SHOWN_CLASSES)
-        return f"{len(classes.names):,} classes by {classes.by} ({', '.join(shown)}{more})"
+        shown = [textwrap.shorten(name, 30, placeholder="...") for name in classes.present[:SHOWN_CLASSES]]
+        more = ", ..." * (len(classes.present) > SHOWN_CLASSES)
+        return f"{len(classes.present):,} classes by {classes.by} ({', '.join(shown)}{more})"
 
-    found = " and ".join(map(words, images.classes))
-    text = f"note: the images have {found}; the model is trained without them (unconditionally), --classes tells it"
+    found = " and ".join(words(classes) for classes in images.classes if len(classes.present) > 1)
+    text = f"note: the images have {found}; the model is trained without them (unconditionally); --classes tells of them"
     return [text] if found else []
 
 

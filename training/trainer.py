@@ -228,7 +228,7 @@ class Trainer:
 
     def _rehearse(self, network: nn.Module) -> None:
         """Compute gradients as in a step, and forget them."""
-        batch = self.draw(*next(self.batches.epoch(0)))
+        batch = self.draw(*next(self.batches.epoch(0))[:2])
         self._backward(batch.rows(slice(self.part_size)), network)
         self.optimizer.zero_grad(set_to_none=True)
 

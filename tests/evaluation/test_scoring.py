@@ -300,7 +300,7 @@ def test_training_sees_the_rest(trainer, cache):
     run = trainer("--holdout", 3)
     np.testing.assert_array_equal(run.batches.pixels.numpy(), rest.pixels)
     assert run.config["holdout"] == 3 and run.config["data_fingerprint"] == rest.fingerprint != images.fingerprint
-    shown = torch.cat([x_64 for x_64, _ in run.batches.epoch(0)])
+    shown = torch.cat([x_64 for x_64, _, _ in run.batches.epoch(0)])
     assert {x.numpy().tobytes() for x in shown} <= {
         x.numpy().tobytes() for x in to_float(torch.from_numpy(rest.pixels))
     }

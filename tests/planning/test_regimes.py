@@ -575,7 +575,7 @@ def test_a_run_shows_its_regime_and_says_so_in_its_checkpoint(stage, tiny, cache
     config = load_model(checkpoint_file(tmp_path / "checkpoints", "single_t", 2)).config
     assert (config["t_pairs"], config["t_pairs_points"]) == ("band:1.5", None)
     run = trainer("--t_pairs", "band:1.5", "--output_dir", tmp_path / "a", "--log_dir", tmp_path / "b")
-    batches = [run.draw(*next(run.batches.epoch(0))) for run.step in range(50)]
+    batches = [run.draw(*next(run.batches.epoch(0))[:2]) for run.step in range(50)]
     t_64, t_32 = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("t_64", "t_32"))
     difference = (LOG_SNR[t_64] - LOG_SNR[t_32]).abs()
     assert difference.max() <= 1.5 and difference.max() > 1 and len(t_64) >= 200
@@ -586,7 +586,7 @@ def test_the_band_of_a_run_changes_from_its_first_step_to_its_last(trainer):
     assert len(run.batches) == 1
     spreads = []
     for run.step in range(11):
-        batch = run.draw(*next(run.batches.epoch(0)))
+        batch = run.draw(*next(run.batches.epoch(0))[:2])
         spreads.append((LOG_SNR[batch.t_64] - LOG_SNR[batch.t_32]).abs().max().item())
         # The nearest timestep is always there.
         assert spreads[-1] <= (6 - 0.6 * run.step) / 2 + 1e-9

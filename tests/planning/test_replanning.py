@@ -266,7 +266,7 @@ def test_a_run_draws_from_where_its_band_is(trainer):
     assert run.replan_due
     run.replan()
     curve = run.objective.pairs.state["log_snr_32"]
-    batches = [run.draw(*next(run.batches.epoch(0))) for run.step in range(50)]
+    batches = [run.draw(*next(run.batches.epoch(0))[:2]) for run.step in range(50)]
     t_64, t_32 = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("t_64", "t_32"))
     assert ((SCHEDULER.log_snr[t_32] - curve[t_64]).abs() <= 0.5 + STEP).all() and (t_64 != t_32).any()
     assert run.model.training

@@ -171,7 +171,7 @@ def test_a_step_in_parts_is_a_whole_step(stage, flags, tmp_path, straight):
 @pytest.mark.parametrize("count, accumulate", [(1, 1), (2, 1), (1, 4), (2, 2), (4, 1)])
 def test_shares_and_parts_make_up_the_batch_of_one_process(trainer, count, accumulate):
     run = trainer("--batch_size", 12, "--accumulate", accumulate)
-    images = next(run.batches.epoch(0))
+    images = next(run.batches.epoch(0))[:2]
     whole = run.draw(*images)
     shares = []
     for rank in range(count):

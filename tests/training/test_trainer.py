@@ -116,7 +116,7 @@ def test_the_target_equals_the_one_derived_from_what_the_model_saw(model_type, p
 
 def test_a_step_minimises_the_losses_weighed_by_scale_and_timestep(trainer):
     run = trainer("--loss_weights", "0.5,3", "--min_snr_gamma", 5)
-    batch = run.draw(*next(run.batches.epoch(0)))
+    batch = run.draw(*next(run.batches.epoch(0))[:2])
     losses = run.objective.losses(run.model.denoise, batch)
     expected = 0.0
     for weight, name, t in ((0.5, "loss_64", batch.t_64), (3, "loss_32", batch.t_32)):
@@ -126,7 +126,7 @@ def test_a_step_minimises_the_losses_weighed_by_scale_and_timestep(trainer):
     assert found.item() == pytest.approx(expected, rel=1e-6)
     assert found.item() != pytest.approx(sum(values.mean().item() for values in losses.values()), rel=0.05)
     # What is logged stays comparable between runs.
-    values = run.train_step(*next(run.batches.epoch(0)))
+    values = run.train_step(*next(run.batches.epoch(0))[:2])
     assert values["loss_32"].item() == pytest.approx(losses["loss_32"].mean().item(), rel=1e-6)
 
 
@@ -134,7 +134,7 @@ def test_a_scale_of_weight_0_is_not_learnt(trainer):
     run = trainer("--loss_weights", "1,0")
     head = run.model.unet.head[-1]
     before = head.weight.detach().clone()
-    run.train_step(*next(run.batches.epoch(0)))
+    run.train_step(*next(run.batches.epoch(0))[:2])
     # The channels of the coarse prediction are decayed and nothing else.
     torch.testing.assert_close(
         head.weight[3:], before[3:] * (1 - run.settings.lr * run.settings.weight_decay), rtol=1e-6, atol=0
@@ -207,7 +207,7 @@ def test_noise_of_a_step_is_a_function_of_seed_and_step_only():
 
 def run_steps(trainer, count):
     batches = [batch for epoch in range(-(-count // 3)) for batch in trainer.batches.epoch(epoch)]
-    return [trainer.train_step(*batch) for batch in batches[:count]]
+    return [trainer.train_step(*batch[:2]) for batch in batches[:count]]
 
 
 def parameters_of(model):
@@ -217,7 +217,7 @@ def parameters_of(model):
 def test_ema_is_the_recursion_computed_by_hand(trainer):
     run = trainer("--ema_decay", "0.7", "--lr", "0.01")
     expected = parameters_of(run.model)
-    for x_64, x_32 in [*run.batches.epoch(0), *run.batches.epoch(1)]:
+    for x_64, x_32, _ in [*run.batches.epoch(0), *run.batches.epoch(1)]:
         run.train_step(x_64, x_32)
         expected = [0.7 * e + 0.3 * p for e, p in zip(expected, parameters_of(run.model), strict=True)]
         for ema, value in zip(parameters_of(run.ema), expected, strict=True):
@@ -232,7 +232,7 @@ def test_ema_that_ramps_up_is_a_weighted_sum_of_the_weights_of_all_steps(trainer
     batches = [batch for epoch in range(4) for batch in run.batches.epoch(epoch)]
     trajectory = [parameters_of(run.model)]
     for batch in batches:
-        run.train_step(*batch)
+        run.train_step(*batch[:2])
         trajectory.append(parameters_of(run.model))
     # Half-lives in steps: 0.4, 0.8, ..., until they reach the one of the decay. The first step forgets the start.
     longest = math.log(0.5) / math.log(0.8)
@@ -275,7 +275,7 @@ def test_learning_rate_of_every_step(trainer, lr_schedule):
     for step, batch in enumerate([*run.batches.epoch(0), *run.batches.epoch(1)]):
         factor = (1 + math.cos(math.pi * step / 6)) / 2 if lr_schedule == "cosine" else 1
         assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.002 * factor, rel=1e-12)
-        run.train_step(*batch)
+        run.train_step(*batch[:2])
     end = run.optimizer.param_groups[0]["lr"]
     assert end == pytest.approx(0, abs=1e-12) if lr_schedule == "cosine" else end == 0.002
 
@@ -293,7 +293,7 @@ def test_training_lowers_the_loss_of_a_set_that_is_learnt_quickly(trainer):
     before = loss(run.model)
     for epoch in range(80):
         for batch in run.batches.epoch(epoch):
-            run.train_step(*batch)
+            run.train_step(*batch[:2])
     for model in (run.model, run.ema):
         after = loss(model)
         assert all(after[name] < 0.6 * before[name] for name in ("loss_64", "loss_32")), (before, after)
@@ -746,7 +746,7 @@ def test_the_board_shows_what_the_log_says_and_the_loss_per_timestep(straight):
 
 def test_bins_are_means_over_the_images_whose_timestep_is_in_them(trainer):
     run = trainer("--batch_size", 12)
-    batch = run.draw(*next(run.batches.epoch(0)))
+    batch = run.draw(*next(run.batches.epoch(0))[:2])
     with torch.no_grad():
         losses = run.objective.losses(run.model.denoise, batch)
     run_steps(run, 1)
