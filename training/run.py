@@ -72,7 +72,7 @@ def classes_note(images: ImageSet) -> list[str]:
         return f"{len(classes.present):,} classes by {classes.by} ({', '.join(shown)}{more})"
 
     found = " and ".join(words(classes) for classes in images.classes if len(classes.present) > 1)
-    text = f"note: the images have {found}; the model is trained without them (unconditionally); --classes tells of them"
+    text = f"note: the images have {found}; the model is trained without them (unconditionally); --classes tells it"
     return [text] if found else []
 
 
