@@ -31,7 +31,7 @@ def test_every_setting_is_said():
         timestep_weights="sigma2", t_law="log_normal", times="real", lr_schedule="cosine", epochs=40,
         loss_weights=(1.0, 0.25), prediction_type="x0",
         beta_schedule="linear", ema_rampup_ratio=0.25, t_pairs="follow:2", replan_every=7, replan_images=30,
-        more={"run": "mine"},
+        classes="label", label_dropout=0.2, more={"run": "mine", "class_names": ["cat", "dog"]},
     )  # fmt: skip
     assert describe_training(model, 150) == {
         "run": "mine",
@@ -45,6 +45,8 @@ def test_every_setting_is_said():
         "times": "real",
         "lr": "1e-05",
         "lr_schedule": "cosine over 40 epochs",
+        "classes": "[cat,dog]",
+        "label_dropout": "0.2",
         "batch_size": "10",
         "weight_decay": "0.5",
         "grad_clip": "2",
