@@ -3,26 +3,24 @@
 import torch
 
 from images.representation import Images
-from model import ScaleModel
+from model import DEFAULT_HIDDEN_DIMS, ScaleModel
 
 
 class BaselineModel(ScaleModel):
     """Noise predictor for one scale: `forward(x_64 [B, C, H, W], t [B])` -> `eps_64 [B, C, H, W]`.
 
     H and W must be multiples of the stride of the backbone, `2 ** len(hidden_dims)` for the UNet; t lies in [0, 999].
-    With classes, `forward(x_64, t, labels [B])`. Raises ValueError otherwise, and what `backbone_class` raises.
+    With classes, `forward(x_64, t, labels [B])`. Raises ValueError otherwise, and what `resolve_network` raises.
     """
 
     num_scales = 1
     num_predictions = 1
     one_clock = True
-    description = (
-        "the single-scale reference that LIFT is compared with: a UNet that denoises images of {fine} at one timestep"
-    )
+    description = "the single-scale reference that LIFT is compared with: a {network} that denoises images of {fine} at one timestep"
 
     def __init__(
         self,
-        hidden_dims: tuple[int, ...] = (64, 128, 256, 512),
+        hidden_dims: tuple[int, ...] = DEFAULT_HIDDEN_DIMS,
         channels: int = 3,
         network: str = "unet",
         num_classes: int = 0,

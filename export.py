@@ -43,6 +43,7 @@ from planning.replay import made_for
 from runtime.settings import REQUIRED, option, parse_settings
 
 STORED_SEED, STORED_IMAGES = 42, 8  # Whose noise goes with an export.
+USUAL_VALUES = (None, False, "overcomplete", "unet")  # Which a config need not say.
 # Other entries of a checkpoint's config may hold places on the machine that trained.
 TRAINING_KEYS = (
     "limit", "holdout", "resize_filter", "background", "pad", "skip_bad_images", "flip", "data_fingerprint", "epochs",
@@ -98,7 +99,7 @@ def export_config(loaded: LoadedModel, checkpoint: str) -> dict[str, Any]:
         {name: getattr(loaded.model, name) for name in ("num_scales", "num_predictions")}
         | {"class_name": type(loaded.model).__name__}
         | {key: config[key] for key in MODEL_KEYS}
-        | {key: config[key] for key in OPTIONAL_MODEL_KEYS if config.get(key, "overcomplete") != "overcomplete"}
+        | {key: config[key] for key in OPTIONAL_MODEL_KEYS if config.get(key) not in USUAL_VALUES}
         | dataset
         | {key: config[key] for key in TRAINING_KEYS if key in config}
         | {"weights_fingerprint": loaded.fingerprint}

@@ -1,36 +1,44 @@
-"""UNet noise predictors over one or two image scales.
+"""Noise predictors over one or two image scales.
 
-One set of blocks serves every model. A model maps noisy images (one tensor per scale) and timesteps
-(one `[B]` tensor per scale) to noise predictions:
+Every model may have any backbone: the UNet below, or one of `networks/`. A model maps noisy images (one tensor per
+scale) and timesteps (one `[B]` tensor per scale) to noise predictions:
 
     LIFTDualTimestepModel(x_64, x_32, t_64, t_32) -> (eps_64, eps_32)   each scale has its own clock
     LIFTBaselineModel(x_64, x_32, t)              -> (eps_64, eps_32)   both scales share one clock
     SingleTimestepModel(x_64, x_32, t_64)         -> eps_64             the coarse clock is hidden
     NoTimestepModel(x_64, x_32)                   -> eps_64             both clocks are hidden
 
-`baseline_model.BaselineModel(x_64, t) -> eps_64` is the single-scale reference built from the same UNet.
+`baseline_model.BaselineModel(x_64, t) -> eps_64` is the single-scale reference built from the same backbones.
 The names say 64 and 32; the sizes come from the tensors, so a 32/16 pair runs through the same code.
 
-Shapes: B batch, C image channels, H = W fine resolution (a multiple of 16), T embedding width.
+Shapes: B batch, C image channels, H = W fine resolution (a multiple of 16 for the UNet), T embedding width.
 """
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from images.representation import REPRESENTATIONS, Images
-from networks.blocks import NUM_GROUPS, Backbone, ClassEmbedder, ResidualBlock, SelfAttention, TimestepEmbedder
+from networks.blocks import (
+    NUM_GROUPS,
+    Backbone,
+    ClassEmbedder,
+    Named,
+    ResidualBlock,
+    SelfAttention,
+    TimestepEmbedder,
+    levels_reason,
+)
+from networks.ddpm_unet import DdpmUNet
+from networks.dit import DiT
 from networks.pretrained import PretrainedMixin
 
 ATTENTION_MIN_CHANNELS = 128
-
-
-def check_hidden_dims(hidden_dims: tuple[int, ...]) -> None:
-    """Raise ValueError unless GroupNorm and the attention heads can divide every width, and there is one."""
-    if not hidden_dims or any(d < NUM_GROUPS or d % NUM_GROUPS for d in hidden_dims):
-        raise ValueError(
-            f"hidden_dims {tuple(hidden_dims)} must be positive multiples of {NUM_GROUPS}, for example 64,128,256,512."
-        )
+DEFAULT_HIDDEN_DIMS = (64, 128, 256, 512)
 
 
 def _attention(channels: int) -> nn.Module:
@@ -38,23 +46,27 @@ def _attention(channels: int) -> nn.Module:
 
 
 class UNet(Backbone):
-    """The UNet of the published code: `[B, in_channels, H, W]`, embedding `[B, T]` -> `[B, out_channels, H, W]`.
+    """The UNet of the published code: the images of all scales `[B, C, H, W]`, embedding `[B, T]` -> `[B, C', H, W]`.
 
     Per level two residual blocks, self-attention where a level has at least 128 channels, and a stride-2
     convolution after every level, so H and W must be multiples of `2 ** len(hidden_dims)`; `forward` raises
-    ValueError for other sizes.
+    ValueError for other sizes. Features: the output of every level `[B, d, H, W]` and of the middle.
     """
+
+    name = "unet"
+    title = "UNet"
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
+        in_channels: tuple[int, ...],
+        out_channels: tuple[int, ...],
         hidden_dims: tuple[int, ...],
         embedding_dim: int | None,
     ):
         super().__init__()
         self.stride = 2 ** len(hidden_dims)
-        self.stem = nn.Conv2d(in_channels, hidden_dims[0], 3, padding=1)
+        self.stride_reason = levels_reason(hidden_dims)
+        self.stem = nn.Conv2d(sum(in_channels), hidden_dims[0], 3, padding=1)
         self.down = nn.ModuleList()
         channels = hidden_dims[0]
         for width in hidden_dims:
@@ -78,52 +90,97 @@ class UNet(Backbone):
             self.up.append(level)
             channels = width
         self.head = nn.Sequential(
-            nn.GroupNorm(NUM_GROUPS, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            nn.GroupNorm(NUM_GROUPS, channels), nn.SiLU(), nn.Conv2d(channels, sum(out_channels), 3, padding=1)
         )
 
     def _run_level(self, level: nn.Module, h: torch.Tensor, t: torch.Tensor | None) -> torch.Tensor:
         h = self._run(level.block2, self._run(level.block1, h, t), t)
         return self._run(level.attention, h)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor | None) -> torch.Tensor:
-        if x.shape[-1] % self.stride or x.shape[-2] % self.stride:
-            raise ValueError(
-                f"Image size {x.shape[-2]}x{x.shape[-1]} must be a multiple of {self.stride} for this model."
-            )
+    def _encode(self, x: torch.Tensor, t: torch.Tensor | None) -> list[torch.Tensor]:
+        self.check_size(x)
         h = self.stem(x)  # [B, d0, H, W]
-        skips = []
+        found = []
         for level in self.down:
             h = self._run_level(level, h, t)  # [B, d, H, W]
-            skips.append(h)
+            found.append(h)
             h = level.downsample(h)  # [B, d, H/2, W/2]
         h = self._run(self.middle1, h, t)  # [B, d, H/16, W/16]
         h = self._run(self.middle2, self._run(self.middle_attention, h), t)  # [B, d, H/16, W/16]
+        return [*found, h]
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor | None) -> torch.Tensor:
+        *skips, h = self._encode(x, t)
         for level in self.up:
             h = torch.cat([level.upsample(h), skips.pop()], dim=1)  # [B, d'+d, H, W]
             h = self._run_level(level, h, t)  # [B, d, H, W]
         return self.head(h)  # [B, out, H, W]
 
+    def features(self, x: torch.Tensor, embedding: torch.Tensor | None) -> list[torch.Tensor]:
+        """What skips carry, from the fine level on, and what the middle gives to the decoder."""
+        return self._encode(x, embedding)
 
-BACKBONES: dict[str, type[Backbone]] = {"unet": UNet}  # By what `--network` calls them.
+
+BACKBONES: tuple[type[Backbone], ...] = (UNet, DdpmUNet, DiT)
+NETWORK_NAMES = "unet, ddpm_unet, DiT-S/2, DiT-B/4, DiT-L/2, DiT-XL/2 (any patch behind the stroke), DiT/4"
 
 
-def backbone_class(network: str, hidden_dims: tuple[int, ...]) -> type[Backbone]:
-    """The backbone of a name; raises ValueError for one that is unknown, and for widths it cannot have."""
-    if network not in BACKBONES:
-        raise ValueError(f"Unknown network '{network}'; choose one of {', '.join(BACKBONES)}.")
-    check_hidden_dims(hidden_dims)
-    return BACKBONES[network]
+class Network(NamedTuple):
+    """A backbone that a name stands for: `make(in_channels, out_channels, hidden_dims, embedding_dim)` builds it."""
+
+    name: str
+    title: str
+    kind: type[Backbone]
+    make: Callable[..., Backbone]
+    hidden_dims: tuple[int, ...]
+
+
+def _named(name: str) -> tuple[type[Backbone], Named]:
+    for kind in BACKBONES:
+        if (said := kind.parse_name(name)) is not None:
+            return kind, said
+    raise ValueError(f"Unknown network '{name}'; choose one of {NETWORK_NAMES}.")
+
+
+def network_name(text: str) -> str:
+    """A name as configs have it, from one in any case; raises ValueError for one that is unknown."""
+    return _named(text)[1].name
+
+
+def resolve_network(name: str, hidden_dims: tuple[int, ...] = DEFAULT_HIDDEN_DIMS, knows_time: bool = True) -> Network:
+    """The backbone of a name, which may settle the widths that are not given, and of a model that may know no time.
+
+    Raises ValueError for a name that is unknown, for widths other than those that it settles or that the backbone
+    cannot have, and for a backbone that needs a timestep where there is none.
+    """
+    kind, said = _named(name)
+    hidden_dims = tuple(hidden_dims)
+    if said.hidden_dims is not None:
+        if hidden_dims not in (DEFAULT_HIDDEN_DIMS, said.hidden_dims):
+            raise ValueError(
+                f"{said.name} has {len(said.hidden_dims)} blocks of width {said.hidden_dims[0]}; leave hidden_dims out, "
+                f"or choose DiT/{said.options['patch']}, whose blocks they say."
+            )
+        hidden_dims = said.hidden_dims
+    kind.check_hidden_dims(hidden_dims)
+    if kind.needs_time and not knows_time:
+        raise ValueError(
+            f"{said.name} hears of its input through timesteps alone, and a model without any has nothing to tell it; "
+            "choose unet or ddpm_unet."
+        )
+    return Network(said.name, said.title, kind, partial(kind, **said.options), hidden_dims)
 
 
 class ScaleModel(nn.Module, PretrainedMixin):
     """A network that denoises an image in one or two scales; what a class says of itself is all that others ask.
 
     `num_scales` it reads and `num_predictions` of them, from the fine one on, it predicts. `one_clock`: its scales have
-    one timestep, or it has one scale. `description`, with {fine} and {coarse} for sizes, is what its card calls it.
+    one timestep, or it has one scale. `description`, with {network}, {fine} and {coarse} for what is
+    asked for, is what its card calls it.
     `unet` is its backbone, of whatever kind, as weights of earlier versions call it; `embed` embeds clocks.
     With `num_classes` > 0 it may be told what class an image is of. With `learned_variance` a prediction has 2C
     channels: the second half, v, says where the log variance of a step lies between the two that bound it
-    (arXiv 2102.09672, eq. 15). Raises ValueError for what `backbone_class` refuses, and for classes without a clock.
+    (arXiv 2102.09672, eq. 15). Raises ValueError for what `resolve_network` refuses, and for classes without a clock.
     """
 
     num_scales = 2
@@ -134,9 +191,9 @@ class ScaleModel(nn.Module, PretrainedMixin):
 
     def __init__(
         self,
-        hidden_dims: tuple[int, ...] = (64, 128, 256, 512),
+        hidden_dims: tuple[int, ...] = DEFAULT_HIDDEN_DIMS,
         channels: int = 3,
-        network: str = "unet",  # a key of BACKBONES
+        network: str = "unet",  # a name that `resolve_network` knows
         num_classes: int = 0,
         learned_variance: bool = False,
     ):
@@ -144,21 +201,23 @@ class ScaleModel(nn.Module, PretrainedMixin):
         if num_classes and not self.knows_time:
             raise ValueError(f"{type(self).__name__} has no embedding, which classes are added to.")
         self.channels, self.num_classes, self.learned_variance = channels, num_classes, learned_variance
-        self.backbone = backbone_class(network, hidden_dims)
-        self.hidden_dims = hidden_dims
-        self.sinusoid_width, self.embedding_dim = self.backbone.embedding_widths(hidden_dims)
+        self.network = resolve_network(network, hidden_dims, self.knows_time)
+        self.hidden_dims = self.network.hidden_dims
+        self.sinusoid_width, self.embedding_dim = self.network.kind.embedding_widths(self.hidden_dims)
 
     def _make_unet(self) -> Backbone:
-        predicted = self.channels * (2 if self.learned_variance else 1) * self.num_predictions
-        return self.backbone(
-            self.num_scales * self.channels,
-            predicted,
+        predicted = self.channels * (2 if self.learned_variance else 1)
+        return self.network.make(
+            (self.channels,) * self.num_scales,
+            (predicted,) * self.num_predictions,
             self.hidden_dims,
             self.embedding_dim if self.knows_time else None,
         )
 
     def _make_embed(self) -> TimestepEmbedder:
-        return TimestepEmbedder(self.sinusoid_width, self.embedding_dim)
+        embedder = TimestepEmbedder(self.sinusoid_width, self.embedding_dim)
+        self.network.kind.init_embedder(embedder)
+        return embedder
 
     def _embed_classes(self) -> None:
         """Make the embeddings of classes: last of all, so that other weights are those of a model without."""
@@ -205,13 +264,13 @@ class _TwoScaleModel(ScaleModel):
 
     In the residual `representation` the fine input and its prediction are projected to the subspace of details, so that
     the network knows of nothing else and its Jacobian neither. Raises ValueError for the widths that
-    `backbone_class` refuses, for a representation that is unknown or that the predictions do not compose, for image
+    `resolve_network` refuses, for a representation that is unknown or that the predictions do not compose, for image
     sizes the backbone refuses, and for a coarse image that is not half the fine one.
     """
 
     def __init__(
         self,
-        hidden_dims: tuple[int, ...] = (64, 128, 256, 512),
+        hidden_dims: tuple[int, ...] = DEFAULT_HIDDEN_DIMS,
         channels: int = 3,
         representation: str = "overcomplete",
         network: str = "unet",
@@ -286,7 +345,7 @@ class LIFTDualTimestepModel(_TwoScaleModel):
     """
 
     description = (
-        "the LIFT model: one UNet that denoises images of {fine} and {coarse} together, each with its own timestep"
+        "the LIFT model: one {network} that denoises images of {fine} and {coarse} together, each with its own timestep"
     )
 
     def _make_parts(self) -> None:
@@ -317,7 +376,9 @@ class LIFTBaselineModel(_TwoScaleModel):
     """Both scales denoised together with one shared timestep: `(x_64, x_32, t [B])` -> `(eps_64, eps_32)`."""
 
     one_clock = True
-    description = "an ablation: one UNet that denoises images of {fine} and {coarse} together at one shared timestep"
+    description = (
+        "an ablation: one {network} that denoises images of {fine} and {coarse} together at one shared timestep"
+    )
 
     def forward(
         self, x_64: torch.Tensor, x_32: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
@@ -343,7 +404,7 @@ class SingleTimestepModel(_TwoScaleModel):
 
     num_predictions = 1
     description = (
-        "an ablation: a UNet that sees images of {fine} and {coarse}, denoises the fine one and knows the timestep of "
+        "an ablation: a {network} that sees images of {fine} and {coarse}, denoises the fine one and knows the timestep of "
         "that one alone"
     )
 
@@ -363,7 +424,7 @@ class NoTimestepModel(_TwoScaleModel):
     num_predictions = 1
     knows_time = False
     description = (
-        "an ablation: a UNet that sees images of {fine} and {coarse}, denoises the fine one and knows no timestep"
+        "an ablation: a {network} that sees images of {fine} and {coarse}, denoises the fine one and knows no timestep"
     )
 
     def forward(self, x_64: torch.Tensor, x_32: torch.Tensor) -> torch.Tensor:

@@ -210,7 +210,7 @@ class DiffusersBaseline(ScaleModel):
     num_scales, num_predictions, one_clock = 1, 1, True
     inputs = BaselineModel.inputs
 
-    def __init__(self, hidden_dims: tuple[int, ...], channels: int):
+    def __init__(self, hidden_dims: tuple[int, ...], channels: int, network: str = "unet"):
         super().__init__()
         step = max(NUM_GROUPS, hidden_dims[0] // 2)
         kinds = ["Attn" if width >= ATTENTION_MIN_CHANNELS else "" for width in hidden_dims]

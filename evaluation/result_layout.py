@@ -80,6 +80,7 @@ PUBLISHED_TRAINING = {
     "preset": "published",
     "lr": "0.0001",
     "batch_size": "64",
+    "network": "unet",
     "hidden_dims": "[64,128,256,512]",
     "min_snr_gamma": "none",
     "timestep_weights": "published",

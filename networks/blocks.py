@@ -4,6 +4,8 @@ Shapes: B images, C channels, H x W pixels, T embedding width.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +16,6 @@ NUM_GROUPS = 8
 NUM_HEADS = 4
 # Of initial class embeddings (arXiv 2212.09748), which begin as next to nothing beside the time.
 CLASS_DEVIATION = 0.02
-CLASS_DEVIATION = (
-    0.02  # Of initial class embeddings (arXiv 2212.09748), which begin as next to nothing beside the time.
-)
 
 
 def timestep_embedding(t: torch.Tensor, width: int, max_period: float = 10000.0) -> torch.Tensor:
@@ -32,7 +31,7 @@ def timestep_embedding(t: torch.Tensor, width: int, max_period: float = 10000.0)
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoid of width `hidden_dims[0]`, then Linear-SiLU-Linear to `embedding_dim`: `[B]` -> `[B, T]`."""
+    """Sinusoid of a width, then Linear-SiLU-Linear to `embedding_dim`: `[B]` -> `[B, T]`."""
 
     def __init__(self, width: int, embedding_dim: int):
         super().__init__()
@@ -90,19 +89,75 @@ class SelfAttention(nn.Module):
         return x + self.proj(a)
 
 
+def check_hidden_dims(hidden_dims: tuple[int, ...]) -> None:
+    """Raise ValueError unless GroupNorm and the attention heads can divide every width, and there is one."""
+    if not hidden_dims or any(d < NUM_GROUPS or d % NUM_GROUPS for d in hidden_dims):
+        raise ValueError(
+            f"hidden_dims {tuple(hidden_dims)} must be positive multiples of {NUM_GROUPS}, for example 64,128,256,512."
+        )
+
+
+def levels_reason(hidden_dims: tuple[int, ...]) -> str:
+    """Why a UNet refuses an image size, and the way out."""
+    return f"for the {len(hidden_dims)} levels of --hidden_dims; use fewer levels or another --resolution."
+
+
+class Named(NamedTuple):
+    """What the name of a network says: how it is written in configs and on cards, and what it settles."""
+
+    name: str
+    title: str
+    hidden_dims: tuple[int, ...] | None = None  # None: whatever is asked for
+    options: Mapping[str, Any] = {}  # further arguments of its class
+
+
 class Backbone(nn.Module):
     """What stands between embeddings and predictions, and what all kinds of it say of themselves.
 
-    Joined: `forward(x [B, in_channels, H, W], embedding [B, T] or None) -> [B, out_channels, H, W]`, and a model of two
-    scales brings both to one size. Otherwise (`reads_scales`) `forward(xs, embeddings)` takes one of each per scale,
-    fine first, and returns one prediction per scale. `stride`: what divides H and W of the fine scale.
-    With `recompute` set, the backward pass computes the inside of every block once more instead of keeping it
-    (arXiv 1604.06174).
+    A kind is built as `(in_channels, out_channels, hidden_dims, embedding_dim)`, where `in_channels` has the channels of
+    every scale that is read, fine first, `out_channels` those of every prediction, and `embedding_dim` is None for a
+    model without clocks (not of a kind that `needs_time`).
+
+    Joined: `forward(x [B, sum(in_channels), H, W], embedding [B, T] or None) -> [B, sum(out_channels), H, W]`, and a
+    model of two scales brings both to one size. Otherwise (`reads_scales`) `forward(xs, embeddings)` takes one of each
+    per scale, fine first, and returns one prediction per scale, `[B, out_channels[s], H >> s, W >> s]`.
+    `features` takes what `forward` takes. `stride`: what divides H and W of the fine scale, and `stride_reason` the rest
+    of the sentence that refuses another size. With `recompute` set, the backward pass computes the inside of every block
+    once more instead of keeping it (arXiv 1604.06174).
     """
 
+    name: ClassVar[str]  # of `--network`, in lower case
+    title: ClassVar[str]  # what cards call it, behind "a" or "one"
     recompute = False
     reads_scales = False
+    needs_time = False
     stride: int
+    stride_reason: str
+
+    @classmethod
+    def parse_name(cls, name: str) -> Named | None:
+        """What a name says, in whatever case; None if it is that of another kind."""
+        return Named(cls.name, cls.title) if name.lower() == cls.name else None
+
+    @classmethod
+    def check_hidden_dims(cls, hidden_dims: tuple[int, ...]) -> None:
+        """Raise ValueError for widths that this kind cannot have."""
+        check_hidden_dims(hidden_dims)
+
+    @classmethod
+    def init_embedder(cls, embedder: TimestepEmbedder) -> None:
+        """Give the embedder of clocks other initial weights than those of PyTorch, if this kind has such."""
+
+    def check_size(self, x: torch.Tensor) -> None:
+        """Raise ValueError for a fine image `[B, C, H, W]` that `stride` does not divide."""
+        if x.shape[-1] % self.stride or x.shape[-2] % self.stride:
+            raise ValueError(
+                f"Image size {x.shape[-2]}x{x.shape[-1]} must be a multiple of {self.stride} {self.stride_reason}"
+            )
+
+    def features(self, x: Any, embedding: Any) -> list[torch.Tensor]:
+        """What it makes of an input on the way, from the input on; nothing is computed that these do not need."""
+        raise NotImplementedError
 
     @classmethod
     def embedding_widths(cls, hidden_dims: tuple[int, ...]) -> tuple[int, int]:

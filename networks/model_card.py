@@ -152,7 +152,9 @@ def model_card(config: dict[str, Any], model: nn.Module, standalone: bool = True
     reads_more_than_it_predicts = model.num_predictions < model.num_scales
     is_residual = config.get("representation") == "residual"
     said = config | {
-        "description": model.description.format(fine=f"{fine}×{fine}", coarse=f"{fine // 2}×{fine // 2}"),
+        "description": model.description.format(
+            network=model.network.title, fine=f"{fine}×{fine}", coarse=f"{fine // 2}×{fine // 2}"
+        ),
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "hidden_dims": ", ".join(map(str, config["hidden_dims"])),
         "prediction": PREDICTIONS[config["prediction_type"]],

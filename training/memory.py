@@ -34,7 +34,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any], recomputed: Sequen
 
     def enter(module: nn.Module, inputs: tuple) -> None:
         for tensor in inputs:
-            if tensor is not None:
+            if isinstance(tensor, torch.Tensor):
                 keep(outside, tensor)
         current.append(inside[module])
 

@@ -13,6 +13,7 @@ import cli
 from checkpoint import MODEL_CLASSES
 from cli import CompileSettings, HardwareSettings, TrainingDataSettings
 from images.representation import REPRESENTATIONS
+from model import DEFAULT_HIDDEN_DIMS, network_name, resolve_network
 from networks.ema import USUAL_RAMPUP
 from planning.presets import PRESETS, balanced_weights, preset_help, preset_values
 from planning.regimes import check_regime, default_regime, parse_regime
@@ -110,8 +111,20 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         recorded=True,
         absent=0.0,
     )
+    network: str = option(
+        "unet",
+        "backbone: unet, that of the published code; ddpm_unet, 15.7 million parameters with attention; DiT-S/P, DiT-B/P, "
+        "DiT-L/P and DiT-XL/P, diffusion transformers of patches of PxP pixels; DiT/P, one of --hidden_dims",
+        parse=cli.checked(network_name),
+        metavar="NAME",
+        recorded=True,
+        absent="unet",
+    )
     hidden_dims: tuple[int, ...] = option(
-        (64, 128, 256, 512), "channels per level", parse=cli.hidden_dims, recorded=True
+        DEFAULT_HIDDEN_DIMS,
+        "channels per level; of DiT/P the width of every block, such as 128,128,128,128",
+        parse=cli.hidden_dims,
+        recorded=True,
     )
     process: str | None = option(
         None, "the two curves of image and noise (that of the preset)", choices=PROCESSES, recorded=True, absent="vp"
@@ -212,6 +225,11 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
                 raise ValueError(f"--resume {self.resume} names the folder of the run; leave --output_dir out.")
             self._derive(output_dir=str(folder), resume="required")
         predictions = MODEL_CLASSES[self.model_type].num_predictions
+        network = resolve_network(self.network, self.hidden_dims, MODEL_CLASSES[self.model_type].knows_time)
+        if network.hidden_dims != self.hidden_dims:
+            self._derive(hidden_dims=network.hidden_dims)
+        if network.name != self.network:
+            self._derive(network=network.name)
         preset = preset_values(self.preset, self.model_type, self.representation)
         self._derive_process(preset)
         self._derive(**{name: value for name, value in preset.items() if getattr(self, name) is None})

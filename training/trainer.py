@@ -72,7 +72,7 @@ class Trainer:
 
     Raises ValueError if `output_dir` or the log folder holds an earlier run that `--resume` does not continue, if a
     resumed run differs in anything but the place of the data and, at constant rate, the epochs, for a resolution that
-    the levels of the model do not divide, for a batch that processes and parts cannot share evenly, for CUDA graphs
+    the levels or patches of the model do not divide, for a batch that processes and parts cannot share evenly, for CUDA graphs
     where there can be none, and for a regime that the model cannot be trained with.
     """
 
@@ -128,8 +128,8 @@ class Trainer:
         self.model = build_model(self.config).to(self.device, memory_format=memory_format(self.device))
         if settings.resolution % self.model.unet.stride:
             raise ValueError(
-                f"--resolution {settings.resolution} must be a multiple of {self.model.unet.stride} for the "
-                f"{len(settings.hidden_dims)} levels of --hidden_dims; use fewer levels or another --resolution."
+                f"--resolution {settings.resolution} must be a multiple of {self.model.unet.stride} "
+                f"{self.model.unet.stride_reason}"
             )
         self.model.unet.recompute = settings.recompute
         self.parameters = list(self.model.parameters())

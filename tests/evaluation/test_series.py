@@ -78,6 +78,7 @@ SAID = {
     "ema_rampup_ratio": ("EMA ramp-up 0", "EMA ramp-up 0.05"),
     "replan_every": ("epochs between plans 10", "epochs between plans none"),
     "replan_images": ("images of plans 16", "images of plans none"),
+    "network": ("ddpm_unet", "unet"),
     "hidden_dims": ("widths 32,64", "widths 64,128,256,512"),
     "parameters": ("3,586,947 parameters", "58,123,456 parameters"),
     "resolution": ("32 px", "64 px"),

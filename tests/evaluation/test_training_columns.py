@@ -31,7 +31,7 @@ def test_every_setting_is_said():
         timestep_weights="sigma2", t_law="log_normal", times="real", lr_schedule="cosine", epochs=40,
         loss_weights=(1.0, 0.25), prediction_type="x0",
         beta_schedule="linear", ema_rampup_ratio=0.25, t_pairs="follow:2", replan_every=7, replan_images=30,
-        classes="label", label_dropout=0.2, more={"run": "mine", "class_names": ["cat", "dog"]},
+        classes="label", network="ddpm_unet", label_dropout=0.2, more={"run": "mine", "class_names": ["cat", "dog"]},
     )  # fmt: skip
     assert describe_training(model, 150) == {
         "run": "mine",
@@ -54,6 +54,7 @@ def test_every_setting_is_said():
         "ema_rampup_ratio": "0.25",
         "replan_every": "7",
         "replan_images": "30",
+        "network": "ddpm_unet",
         "hidden_dims": "[8,16]",
         "parameters": str(sum(value.numel() for value in model.model.state_dict().values())),
         "resolution": "16",
@@ -91,7 +92,7 @@ def test_a_preset_is_known_by_what_it_sets(preset, model_type, representation):
 def test_an_old_checkpoint_says_what_it_can():
     """Those from before there were choices made them as published."""
     new = ["representation", "loss_weights", "min_snr_gamma", "run", "preset", "data_fingerprint", "ema_rampup_ratio"]
-    new += ["timestep_weights", "t_law", "times"]
+    new += ["timestep_weights", "t_law", "times", "network"]
     old = loaded(without=new)
     said, new = describe_training(old, None), describe_training(loaded(more={"preset": "published"}), 99)
     silent = {name: "" for name in ("run", "training_images", "training_data")}

@@ -382,7 +382,7 @@ class OneConvolution(ScaleModel):
 
     description = "a convolution"
 
-    def __init__(self, hidden_dims, channels=3, representation="overcomplete"):
+    def __init__(self, hidden_dims, channels=3, representation="overcomplete", network="unet"):
         super().__init__()
         self.unet = nn.Sequential(nn.Conv2d(2 * channels + 2, 2 * channels, 3, padding=1))
         self.unet.stride = 2  # Which the trainer asks for.

@@ -518,7 +518,7 @@ def test_a_snapshot_is_no_resume_file(refused, tiny, cache, tmp_path, straight):
     [
         (["--batch_size", 13], 1, ("--batch_size 13", "12 images", "'synthetic'")),
         (["--resolution", 24], 1, ("--resolution 24", "multiple of 16")),
-        (["--hidden_dims", "8,12"], 1, ("(8, 12)", "multiples of 8")),
+        (["--hidden_dims", "8,12"], 2, ("(8, 12)", "multiples of 8")),
         (["--hidden_dims", "8,8,8,8,8"], 1, ("--resolution 16", "32", "--hidden_dims")),
         (["--hidden_dims", "wide"], 2, ("--hidden_dims", "'wide'")),
         (["--lr", -1], 2, ("--lr", "'-1'")),
