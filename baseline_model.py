@@ -16,7 +16,10 @@ class BaselineModel(ScaleModel):
     num_scales = 1
     num_predictions = 1
     one_clock = True
-    description = "the single-scale reference that LIFT is compared with: a {network} that denoises images of {fine} at one timestep"
+    description = (
+        "the single-scale reference that LIFT is compared with: a {network} that denoises images of {fine} at one "
+        "timestep"
+    )
 
     def __init__(
         self,

@@ -158,8 +158,8 @@ def resolve_network(name: str, hidden_dims: tuple[int, ...] = DEFAULT_HIDDEN_DIM
     if said.hidden_dims is not None:
         if hidden_dims not in (DEFAULT_HIDDEN_DIMS, said.hidden_dims):
             raise ValueError(
-                f"{said.name} has {len(said.hidden_dims)} blocks of width {said.hidden_dims[0]}; leave hidden_dims out, "
-                f"or choose DiT/{said.options['patch']}, whose blocks they say."
+                f"{said.name} has {len(said.hidden_dims)} blocks of width {said.hidden_dims[0]}; leave hidden_dims "
+                "out, or choose a network whose name says no size."
             )
         hidden_dims = said.hidden_dims
     kind.check_hidden_dims(hidden_dims)
@@ -404,8 +404,8 @@ class SingleTimestepModel(_TwoScaleModel):
 
     num_predictions = 1
     description = (
-        "an ablation: a {network} that sees images of {fine} and {coarse}, denoises the fine one and knows the timestep of "
-        "that one alone"
+        "an ablation: a {network} that sees images of {fine} and {coarse}, denoises the fine one and knows the "
+        "timestep of that one alone"
     )
 
     def forward(

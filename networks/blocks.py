@@ -114,16 +114,16 @@ class Named(NamedTuple):
 class Backbone(nn.Module):
     """What stands between embeddings and predictions, and what all kinds of it say of themselves.
 
-    A kind is built as `(in_channels, out_channels, hidden_dims, embedding_dim)`, where `in_channels` has the channels of
-    every scale that is read, fine first, `out_channels` those of every prediction, and `embedding_dim` is None for a
-    model without clocks (not of a kind that `needs_time`).
+    A kind is built as `(in_channels, out_channels, hidden_dims, embedding_dim)`, where `in_channels` has the channels
+    of every scale that is read, fine first, `out_channels` those of every prediction, and `embedding_dim` is None for
+    a model without clocks (not of a kind that `needs_time`).
 
     Joined: `forward(x [B, sum(in_channels), H, W], embedding [B, T] or None) -> [B, sum(out_channels), H, W]`, and a
     model of two scales brings both to one size. Otherwise (`reads_scales`) `forward(xs, embeddings)` takes one of each
     per scale, fine first, and returns one prediction per scale, `[B, out_channels[s], H >> s, W >> s]`.
-    `features` takes what `forward` takes. `stride`: what divides H and W of the fine scale, and `stride_reason` the rest
-    of the sentence that refuses another size. With `recompute` set, the backward pass computes the inside of every block
-    once more instead of keeping it (arXiv 1604.06174).
+    `features` takes what `forward` takes. `stride`: what divides H and W of the fine scale, and `stride_reason` the
+    rest of the sentence that refuses another size. With `recompute` set, the backward pass computes the inside of every
+    block once more instead of keeping it (arXiv 1604.06174).
     """
 
     name: ClassVar[str]  # of `--network`, in lower case

@@ -34,7 +34,7 @@ def heads_of_width(width: int) -> int:
 
 
 def positions(rows: int, columns: int, spacing: int, width: int, device: torch.device | None = None) -> torch.Tensor:
-    """Sine-cosine positions of patches in row-major order, float32 `[rows * columns, width]` (arXiv 2010.11929, D.4).
+    """Sine-cosine positions of patches in row-major order, float32 `[N_s, D]` (arXiv 2212.09748).
 
     spacing: of patches, in patches of the fine scale, whose centres lie at 0, 1, 2, ...; so patches of two scales around
     one place of the picture have positions around one. width: a multiple of 4; a quarter each are sines and cosines of
@@ -55,8 +55,8 @@ def positions(rows: int, columns: int, spacing: int, width: int, device: torch.d
 
 def unpatchify(tokens: torch.Tensor, rows: int, columns: int, patch: int) -> torch.Tensor:
     """Patches in row-major order, `[B, rows * columns, P * P * C]`, as images `[B, C, rows * P, columns * P]`."""
-    x = tokens.reshape(len(tokens), rows, columns, patch, patch, -1)  # [B, rows, columns, P, P, C]
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, rows * patch, columns * patch)  # [B, C, H, W]
+    x = tokens.unflatten(2, (patch, patch, -1)).unflatten(1, (rows, columns))  # [B, rows, columns, P, P, C]
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # [B, C, H, W]
 
 
 def _by_scale(
@@ -120,7 +120,10 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """From tokens to the values of their patches: `[B, N_s, D]`, embedding `[B, T]` -> `[B, N_s, P * P * C]`; 0 at first."""
+    """From tokens to the values of their patches: `[B, N_s, D]`, embedding `[B, T]` -> `[B, N_s, P * P * C]`.
+
+    At initialisation all of them are zero.
+    """
 
     def __init__(self, width: int, embedding_dim: int, values: int):
         super().__init__()

@@ -113,7 +113,7 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
     )
     network: str = option(
         "unet",
-        "backbone: unet, that of the published code; ddpm_unet, 15.7 million parameters with attention; DiT-S/P, DiT-B/P, "
+        "backbone: unet, that of the published code; ddpm_unet, a smaller one with attention; DiT-S/P, DiT-B/P, "
         "DiT-L/P and DiT-XL/P, diffusion transformers of patches of PxP pixels; DiT/P, one of --hidden_dims",
         parse=cli.checked(network_name),
         metavar="NAME",

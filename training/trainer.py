@@ -72,8 +72,8 @@ class Trainer:
 
     Raises ValueError if `output_dir` or the log folder holds an earlier run that `--resume` does not continue, if a
     resumed run differs in anything but the place of the data and, at constant rate, the epochs, for a resolution that
-    the levels or patches of the model do not divide, for a batch that processes and parts cannot share evenly, for CUDA graphs
-    where there can be none, and for a regime that the model cannot be trained with.
+    the levels or patches of the model do not divide, for a batch that processes and parts cannot share evenly, for CUDA
+    graphs where there can be none, and for a regime that the model cannot be trained with.
     """
 
     def __init__(self, settings: TrainingSettings, images: ImageSet, processes: Processes):
