@@ -36,9 +36,9 @@ def heads_of_width(width: int) -> int:
 def positions(rows: int, columns: int, spacing: int, width: int, device: torch.device | None = None) -> torch.Tensor:
     """Sine-cosine positions of patches in row-major order, float32 `[N_s, D]` (arXiv 2212.09748).
 
-    spacing: of patches, in patches of the fine scale, whose centres lie at 0, 1, 2, ...; so patches of two scales around
-    one place of the picture have positions around one. width: a multiple of 4; a quarter each are sines and cosines of
-    the column, and sines and cosines of the row, of falling frequency.
+    spacing: of patches, in patches of the fine scale, whose centres lie at 0, 1, 2, ...; so patches of two scales
+    around one place of the picture have positions around one. width: a multiple of 4; a quarter each are sines and
+    cosines of the column, and sines and cosines of the row, of falling frequency.
     """
     quarter = width // 4
     frequencies = MAX_PERIOD ** (-torch.arange(quarter, device=device) / quarter)  # [D/4]
