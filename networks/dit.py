@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from networks.blocks import Backbone, Named, TimestepEmbedder
+from networks.blocks import Backbone, Named, TimestepEmbedder, attend
 
 SIZES = {
     "S": (12, 384, 6),
@@ -90,7 +90,7 @@ class Attention(nn.Module):
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(h).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, N, D/heads]
-        a = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, D/heads]
+        a = attend(q, k, v)  # [B, heads, N, D/heads]
         return self.proj(a.transpose(1, 2).flatten(2))  # [B, N, D]
 
 
