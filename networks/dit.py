@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Collection
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from networks.blocks import Backbone, Named, TimestepEmbedder, attend
