@@ -1,4 +1,4 @@
-"""Train LIFT: one UNet that denoises an image and its half-size version, each with its own timestep.
+"""Train LIFT: one network that denoises an image and its half-size version, each with its own timestep.
 
     python train_lift.py --epochs 2000 --batch_size 64 --device 0            # AFHQ, published settings
     python train_lift.py --model single_t --epochs 2000 --device 0           # ablation: fine timestep only
