@@ -27,7 +27,7 @@ from images.reading import (
     read_image,
     report_left_out,
 )
-from images.torchvision_sets import find_set, read_set
+from images.torchvision_sets import find_sets, read_set
 from runtime.reports import say_once
 
 # Files by which `datasets` knows what it saved to a folder, all of one line.
@@ -307,11 +307,11 @@ def _dataset_source(dataset: str, name: str, config: str | None) -> Source:
     )
 
 
-def _torchvision_source(folder: Path, place: Path) -> Source:
-    found = read_set(place)
+def _torchvision_source(folder: Path, places: list[Path]) -> Source:
+    found = read_set(folder, places)
     return Source(
         count=len(found.images),
-        key=json.dumps(["torchvision", found.kind, *(_listed(place, file) for file in found.files)]),
+        key=json.dumps(["torchvision", found.kind, *(_listed(file.parent, file) for file in found.files)]),
         read=lambda i: found.images[i],
         describe=lambda i: f"image {i} of '{folder}'",
         classes=_of_first(lambda: found.classes),
@@ -345,11 +345,11 @@ def open_source(dataset: str, leave_out: frozenset[str] = frozenset()) -> Source
     folder = Path(name)
     if folder.is_dir():
         plain = not config and not is_saved(folder)
-        arrays = find_set(folder) if plain else None
-        files = _image_files(folder, leave_out, arrays is not None) if plain else []
+        arrays = find_sets(folder) if plain else []
+        files = _image_files(folder, leave_out, bool(arrays)) if plain else []
         if files:
             return _folder_source(folder, files)
-        if arrays is not None:
+        if arrays:
             return _torchvision_source(folder, arrays)
     elif config is None and folder.suffix.lower() == ".zip" and folder.is_file():
         packed, left_out = _packed([folder])

@@ -40,26 +40,24 @@ class TorchvisionSet:
     classes: tuple[Classes, ...]
 
 
-def find_set(folder: Path) -> Path | None:
-    """Where in a folder the files of a data set of torchvision's lie: there, or where torchvision puts them below it.
-
-    Raises ValueError if there are several.
-    """
+def find_sets(folder: Path) -> list[Path]:
+    """Where in a folder the files of data sets of torchvision's lie: there, or where torchvision puts them below it."""
+    for place in (folder, folder / "raw"):
+        if _is_set(place):
+            return [place]
     below = [*(folder / name / "raw" for name in IDX_SETS), *(folder / name for name in CIFAR_SETS)]
-    if any(_is_set(place) for place in (folder, folder / "raw")):
-        return folder if _is_set(folder) else folder / "raw"
-    found = [place for place in below if _is_set(place)]
-    if len(found) > 1:
-        places = [str(place.parent if place.name == "raw" else place) for place in found]
-        raise ValueError(f"'{folder}' holds several data sets; name the folder of one of them: {', '.join(places)}.")
-    return found[0] if found else None
+    return [place for place in below if _is_set(place)]
 
 
-def read_set(place: Path) -> TorchvisionSet:
-    """The data set whose files lie in a place that `find_set` gave.
+def read_set(folder: Path, places: list[Path]) -> TorchvisionSet:
+    """The data set whose files lie in the only place that `find_sets` gave for a folder.
 
-    Raises ValueError if one of them is missing or is not what was published, and so damaged.
+    Raises ValueError if there are several, or if a file is missing or is not what was published, and so damaged.
     """
+    if len(places) > 1:
+        names = ", ".join(str(place.parent if place.name == "raw" else place) for place in places)
+        raise ValueError(f"'{folder}' holds several data sets; name the folder of one of them: {names}.")
+    [place] = places
     if _idx_file(place, IDX_FILES[0]) is not None:
         return _read_idx(place)
     return _read_cifar(place, _cifar_kind(place))
@@ -70,17 +68,17 @@ def _is_set(place: Path) -> bool:
 
 
 def _cifar_kind(place: Path) -> str | None:
-    """Which of CIFAR_SETS lies in a folder; of one that has its name a file may be missing, which is said later."""
+    """Which of CIFAR_SETS lies in a folder; if it has that name a file may be missing, which is said later."""
 
     def is_kind(kind: str, marks: tuple[str, ...]) -> bool:
-        there = [(place / mark).is_file() for mark in marks]
+        there = [os.path.isfile(place / mark) for mark in marks]
         return any(there) if place.name == kind else all(there)
 
     return next((kind for kind, marks in CIFAR_SETS.items() if is_kind(kind, marks)), None)
 
 
 def _idx_file(place: Path, name: str) -> Path | None:
-    return next((file for file in (place / name, place / f"{name}.gz") if file.is_file()), None)
+    return next((file for file in (place / name, place / f"{name}.gz") if os.path.isfile(file)), None)
 
 
 def _read_idx(place: Path) -> TorchvisionSet:

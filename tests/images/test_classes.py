@@ -15,6 +15,7 @@ import train_baseline
 import train_lift
 from conftest import TINY
 from data import ImageSet, fingerprint_array, fingerprint_labels, load_images, split_holdout
+from images.classes import by_columns
 from images.sources import Classes, open_source
 
 SIDE = 16
@@ -162,6 +163,11 @@ def test_classes_of_columns(tmp_path, form, labels, features, found):
     expected = [(f"column '{column}'", names.split(), numbers) for column, names, numbers in found]
     assert ways(source) == expected
     assert ways(source, 2) == [(by, names, numbers[:2]) for by, names, numbers in expected]
+
+
+def test_no_rows_have_no_classes(tmp_path):
+    features = {"label": LABEL, "class": datasets.Value("string")}
+    assert by_columns(rows(0, {"label": [], "class": []}, features)) == ()
 
 
 # From the source to an ImageSet: every image is of one grey level, ten times its label and the number of its kind

@@ -253,6 +253,9 @@ def test_of_several_sets_one_must_be_named(tmp_path, cifar10):
         caught.value
     )
     assert open_source(str(tmp_path / "MNIST")).count == 7
+    # None of them is meant.
+    Image.new("L", (16, 16)).save(tmp_path / "photo.png")
+    assert open_source(str(tmp_path)).count == 1
 
 
 # Beside images
