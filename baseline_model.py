@@ -35,10 +35,12 @@ class BaselineModel(ScaleModel):
         self._embed_classes()
 
     def forward(self, x_64: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        out = self.unet(*self._backbone_inputs(x_64, t, labels=labels))
+        return out[0] if self.unet.reads_scales else out
+
+    def _backbone_inputs(self, x_64: torch.Tensor, t: torch.Tensor, *, labels: torch.Tensor | None) -> tuple:
         t = self.with_class(self.embed(t), labels)  # [B, T]
-        if self.unet.reads_scales:
-            return self.unet((x_64,), (t,))[0]
-        return self.unet(x_64, t)
+        return ((x_64,), (t,)) if self.unet.reads_scales else (x_64, t)
 
     def inputs(self, xs: Images, ts: Images) -> Images:
         """The first of the scales, and its clock."""

@@ -258,6 +258,14 @@ class ScaleModel(nn.Module, PretrainedMixin):
         predictions = (self if network is None else network)(*(inputs if labels is None else (*inputs, labels)))
         return predictions if isinstance(predictions, tuple) else (predictions,)
 
+    def features(self, xs: Images, ts: Images, labels: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """What `Backbone.features` says of noisy images and timesteps by scale, as `denoise` takes them."""
+        return self.unet.features(*self._backbone_inputs(*self.inputs(xs, ts), labels=labels))
+
+    def _backbone_inputs(self, *inputs: torch.Tensor, labels: torch.Tensor | None) -> tuple:
+        """What the backbone takes, of what `forward` takes."""
+        raise NotImplementedError
+
 
 class _TwoScaleModel(ScaleModel):
     """What the four two-scale models share: joining the scales at the input, splitting at the output.
@@ -302,13 +310,9 @@ class _TwoScaleModel(ScaleModel):
         t = self.embed(clocks[0])  # [B, T]
         return (t, t) if self.unet.reads_scales else t
 
-    def _predict(
-        self,
-        x_64: torch.Tensor,
-        x_32: torch.Tensor,
-        clocks: tuple[torch.Tensor, ...] = (),
-        labels: torch.Tensor | None = None,
-    ):
+    def _backbone_inputs(
+        self, x_64: torch.Tensor, x_32: torch.Tensor, *clocks: torch.Tensor, labels: torch.Tensor | None
+    ) -> tuple:
         if tuple(x_64.shape[-2:]) != (2 * x_32.shape[-2], 2 * x_32.shape[-1]):
             raise ValueError(
                 f"A coarse image of {x_32.shape[-2]}x{x_32.shape[-1]} must be half the size of the fine image, "
@@ -317,12 +321,21 @@ class _TwoScaleModel(ScaleModel):
         x_64, x_32 = self.representation.project((x_64, x_32))
         embeddings = self._embeddings(clocks)
         if self.unet.reads_scales:
-            out = self.unet((x_64, x_32), tuple(self.with_class(t, labels) for t in embeddings))
-        else:
-            x_up = F.interpolate(x_32, size=x_64.shape[-2:], mode="bilinear", align_corners=False)
-            t = embeddings if embeddings is None else self.with_class(embeddings, labels)  # [B, T]
-            joined = self.unet(torch.cat([x_64, x_up], dim=1), t)  # [B, 2C or C, H, W], of learned variance twice that
-            out = joined.chunk(self.num_predictions, dim=1)
+            return (x_64, x_32), tuple(self.with_class(t, labels) for t in embeddings)
+        x_up = F.interpolate(x_32, size=x_64.shape[-2:], mode="bilinear", align_corners=False)
+        t = embeddings if embeddings is None else self.with_class(embeddings, labels)  # [B, T]
+        return torch.cat([x_64, x_up], dim=1), t
+
+    def _predict(
+        self,
+        x_64: torch.Tensor,
+        x_32: torch.Tensor,
+        clocks: tuple[torch.Tensor, ...] = (),
+        labels: torch.Tensor | None = None,
+    ):
+        out = self.unet(*self._backbone_inputs(x_64, x_32, *clocks, labels=labels))
+        if not self.unet.reads_scales:  # [B, 2C or C, H, W], of learned variance twice that
+            out = out.chunk(self.num_predictions, dim=1)
             out = (out[0], *(F.avg_pool2d(coarse, 2) for coarse in out[1:]))  # [B, C, H, W], [B, C, H/2, W/2]
         if self.num_predictions == 1:
             return out[0]

@@ -42,6 +42,7 @@ def _cosine_betas(num_steps: int, max_beta: float, min_beta: float = 0.0) -> tor
 BETA_SCHEDULES = {
     "cosine_clipped": lambda n: _cosine_betas(n, max_beta=0.02, min_beta=1e-4),
     "cosine": lambda n: _cosine_betas(n, max_beta=0.999),
+    "cosine_report": lambda n: _cosine_betas(n, max_beta=0.9999, min_beta=1e-4),
     "linear": lambda n: torch.linspace(1e-4, 0.02, n, dtype=torch.float64),
 }
 SCHEDULE_NAMES = tuple(BETA_SCHEDULES) + tuple(name + ZERO_TERMINAL_SUFFIX for name in BETA_SCHEDULES)
@@ -71,7 +72,8 @@ def make_alphas_cumprod(beta_schedule: str, num_train_timesteps: int = 1000) -> 
     """The table abar_t, float64 `[num_train_timesteps]`, decreasing.
 
     `cosine` (arXiv 2102.09672, eq. 17, s = 0.008) with betas at most 0.999; `cosine_clipped` the same with
-    betas clipped to [1e-4, 0.02]; `linear` 1e-4..0.02 (arXiv 2006.11239). The suffix `_zero_terminal`
+    betas clipped to [1e-4, 0.02]; `cosine_report` clipped to [1e-4, 0.9999], as the preset `ddpm_report` has it;
+    `linear` 1e-4..0.02 (arXiv 2006.11239). The suffix `_zero_terminal`
     shifts and scales sqrt(abar) so that the last SNR is exactly 0 and the first is kept (arXiv 2305.08891,
     algorithm 1). Raises ValueError for another name.
     """
@@ -259,6 +261,16 @@ class DDIMScheduler:
             return self.snr[t]
         curves = self.curves(t)
         return (curves.alpha / curves.sigma).square()
+
+    def alpha_bar_at(self, t: torch.Tensor) -> torch.Tensor:
+        """alpha^2 / (alpha^2 + sigma^2) at times t, int64 or float64 of any shape; float64 in [0, 1].
+
+        Of vp it is alpha^2, of any process abar of the variance-preserving one of the same SNR.
+        """
+        if not t.is_floating_point():
+            return self.alphas_cumprod[t]
+        alpha, sigma = (each.square() for each in self.curves(t)[:2])
+        return alpha / (alpha + sigma)
 
     def snr_slope(self, t: torch.Tensor) -> torch.Tensor:
         """The derivative of SNR by tau = t / (T - 1), at times t int64 or float64; float64."""

@@ -4,12 +4,16 @@
     python benchmarks/bench_train.py --models dual --batch_sizes 4 --steps 2
     python benchmarks/bench_train.py --models dual --batch_sizes 16 64 --precision bf16 --compile
     python benchmarks/bench_train.py --resolution 32 --hidden_dims 16,32,64,128 --batch_sizes 32 --no-diffusers
+    python benchmarks/bench_train.py --models baseline --resolution 32 --hidden_dims 32,64,128,256 --terms
 
 Three contestants take steps in turn, so that a busy machine slows all alike, and are judged by their median step:
 - plain: what one writes first: fp32, eager, contiguous, DataLoader, AdamW as PyTorch sets it, an EMA loop over the
   parameters, `.item()` every step; convolutions and TF32 are set as in training;
 - ours: `training.trainer.Trainer` itself;
 - diffusers: the same on a `diffusers.UNet2DModel` of as many parameters as the baseline model, if installed.
+
+With --terms, steps of ours with the perceptual loss, with feature matching and with both take turns with those without,
+and the report says how many times as long they take; VGG19 has random weights. The last command has 15 M parameters.
 
 FLOP are those of convolutions and matrix products, forward and backward, as PyTorch counts them. The peak is the best
 rate of square matrix products in the same run, before or after. Images are random bytes, as many as a real epoch has.
@@ -41,6 +45,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import vgg19
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -66,6 +71,11 @@ EPOCH_IMAGES = 13_700  # As many as the cat faces.
 COMPARED_TO_DIFFUSERS = ("baseline", "dual")
 # A GPU runs behind the host, which waits for it at the end of a turn only, as training does at a row of its log.
 STEPS_PER_TURN = {"cpu": 1, "cuda": 10}
+TERMS = {
+    "perceptual": {"perceptual_weight": 0.1},
+    "features": {"feature_weight": 0.05},
+    "both": {"perceptual_weight": 0.1, "feature_weight": 0.05},
+}
 # Functions of training.trainer, and what their time is called.
 PARTS = {
     "draw": "noise",
@@ -99,6 +109,7 @@ class TrainingBenchSettings(HardwareSettings):
     compile: bool | None = option(None, "compile ours and diffusers (with a GPU)", parse=bool)
     steps: int = option(10, "timed turns of each contestant", parse=cli.positive_int)
     seconds: float = option(120, "no further turn after so long", parse=cli.positive_float)
+    terms: bool = option(False, "also time ours with further terms of the loss")
     no_diffusers: bool = option(False, "leave diffusers out", flag="--no-diffusers")
     output: str | None = option(None, "write the report here too", metavar="FILE")
 
@@ -132,6 +143,7 @@ class Result(NamedTuple):
     operators: dict[str, float]  # Microseconds of the same.
     idle: float | None
     notes: list[str]
+    with_terms: dict[str, float]  # Seconds of a step with each of TERMS, and of "none" in the same turns.
 
 
 def endless(epoch: Callable[[int], Iterable]) -> Iterator:
@@ -355,6 +367,24 @@ def training_settings(
     )
 
 
+def write_vgg(folder: str) -> str:
+    """A file of random weights of the features of VGG19, for which a step takes as long as for those of ImageNet."""
+    with torch.device("meta"):
+        layers = vgg19(weights=None, init_weights=False).features
+    file = Path(folder) / "vgg.pth"
+    torch.save({name: torch.randn(value.shape) / 20 for name, value in layers.state_dict().items()}, file)
+    return str(file)
+
+
+def time_terms(ours: Ours, run: TrainingSettings, images: ImageSet, folder: str, limits: tuple) -> dict[str, float]:
+    """Seconds per step of ours without further terms of the loss, and with each of TERMS, taking turns."""
+    contestants, vgg = {"none": ours}, write_vgg(folder)
+    for name, weights in TERMS.items():
+        file = vgg if "perceptual_weight" in weights else None
+        contestants[name] = Ours(run.but(**weights, vgg_weights=file), images)
+    return race(contestants, *limits, ours.trainer.device)
+
+
 def measure(model_type: str, batch_size: int, settings: TrainingBenchSettings, images: ImageSet, folder: str) -> Result:
     """Race the contestants, then take a step of ours apart."""
     run = training_settings(model_type, batch_size, settings, folder)
@@ -370,7 +400,8 @@ def measure(model_type: str, batch_size: int, settings: TrainingBenchSettings, i
     measured["plain"] = measured["ours"]._replace(images_per_second=batch_size / seconds["plain"], graph="eager")
     label = {"model": model_type, "batch": batch_size}
     notes = [f"{name}: {note}" for name, trainer in trainers.items() for note in trainer.trainer.notes]
-    return Result(label, measured, time_parts(ours, *limits), *profile(ours), notes)
+    with_terms = time_terms(ours, run, images, folder, limits) if settings.terms else {}
+    return Result(label, measured, time_parts(ours, *limits), *profile(ours), notes, with_terms)
 
 
 def network_rows(results: list[Result]) -> list[dict[str, Any]]:
@@ -414,6 +445,13 @@ def share_row(result: Result, spent: dict[str, float], names: Iterable[str]) -> 
     return result.label | {name: f"{spent.get(name, 0) / sum(spent.values()):.1%}" for name in names}
 
 
+def terms_rows(result: Result) -> Iterator[dict[str, Any]]:
+    """A step with each of TERMS, beside one without."""
+    for name, seconds in result.with_terms.items():
+        ratio = seconds / result.with_terms["none"]
+        yield result.label | {"terms": name, "ms per step": 1000 * seconds, "times a step without": f"{ratio:.3f}"}
+
+
 def report(
     results: list[Result], peaks: dict[str, list[tuple[float, int]]], settings: TrainingBenchSettings, machine: str
 ) -> str:
@@ -428,6 +466,7 @@ def report(
         f"Speed; an epoch has {EPOCH_IMAGES:,} images": [
             row for r in results for row in speed_rows(r, settings.precision, peak)
         ],
+        "Further terms of the loss": [row for r in results for row in terms_rows(r)],
         "Parts of a step of ours, waiting for the device after each": [
             share_row(r, r.parts, r.parts) | {"ms in all": 1000 * sum(r.parts.values())} for r in results
         ],

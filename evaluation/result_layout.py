@@ -86,6 +86,8 @@ PUBLISHED_TRAINING = {
     "timestep_weights": "published",
     "t_law": "uniform",
     "times": "whole",
+    "perceptual_weight": "0",
+    "feature_weight": "0",
     "flip": "no",
 }
 

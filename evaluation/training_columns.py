@@ -69,6 +69,12 @@ TRAINING_COLUMNS = {
         told_by=("preset", "model_type", "representation"),
         of_model=True,
     ),
+    "perceptual_weight": TrainingColumn(
+        _setting("perceptual_weight", 0.0), "perceptual weight {}", "number", told_by=("preset",)
+    ),
+    "feature_weight": TrainingColumn(
+        _setting("feature_weight", 0.0), "feature weight {}", "number", told_by=("preset",)
+    ),
     "min_snr_gamma": TrainingColumn(_choice("min_snr_gamma"), "min-SNR {}"),
     "timestep_weights": TrainingColumn(
         _setting("timestep_weights", "published"), "timestep weights {}", told_by=("preset",)
@@ -88,7 +94,7 @@ TRAINING_COLUMNS = {
     ),
     "replan_every": TrainingColumn(_choice("replan_every"), "epochs between plans {}"),
     "replan_images": TrainingColumn(_choice("replan_images"), "images of plans {}"),
-    "network": TrainingColumn(_setting("network", "unet"), "{}"),
+    "network": TrainingColumn(_setting("network", "unet"), "{}", told_by=("preset",)),
     "hidden_dims": TrainingColumn(_setting("hidden_dims"), "widths {}", told_by=("network",)),
     "parameters": TrainingColumn(
         lambda loaded, num_images: sum(weights.numel() for weights in loaded.model.parameters()),

@@ -14,17 +14,20 @@ from matplotlib.ticker import MaxNLocator
 
 from figures.style import COLORS, STYLE, even_columns, log_axis, save_figure
 
-LOSS_TITLES = {"loss_64": "fine scale", "loss_32": "coarse scale"}
+LOSS_TITLES = {
+    "loss_64": "fine scale", "loss_32": "coarse scale", "perceptual": "perceptual loss", "features": "feature matching",
+}  # fmt: skip
+PANELS_PER_ROW = 2
 
 
 def plot_losses(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]],  # label -> rows with step, loss_64 and maybe loss_32
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],  # label -> rows with step, loss_64 and maybe others
     file: str | os.PathLike,
 ) -> None:
     """Draw training losses against the step: every logged value faintly, a running mean over it, log axis.
 
-    There is one panel per scale that any run has. Rows without a loss, and losses that are not positive and
-    finite, are skipped.
+    There is one panel per scale, and per further term of the loss, that any run has. Rows without a loss, and losses
+    that are not positive and finite, are skipped.
     Raises ValueError if nothing is left to draw.
     """
     save_figure(_losses_figure(runs), file)
@@ -39,10 +42,13 @@ def _losses_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     curves = {key: by_label for key, by_label in curves.items() if by_label}
     if not curves:
         raise ValueError("no run has a positive fine or coarse loss to draw; log some training steps first")
-    figure = Figure(figsize=(5.4 * len(curves) + 0.6, 4.6), layout="constrained")
+    columns, rows = min(len(curves), PANELS_PER_ROW), -(-len(curves) // PANELS_PER_ROW)
+    figure = Figure(figsize=(5.4 * columns + 0.6, 4.1 * rows + 0.5), layout="constrained")
     colors = {label: COLORS[k % len(COLORS)] for k, label in enumerate(runs)}
-    panels = figure.subplots(1, len(curves), squeeze=False)[0]
-    for axes, (key, by_label) in zip(panels, curves.items(), strict=True):
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[len(curves) :]:
+        axes.remove()
+    for axes, (key, by_label) in zip(panels, curves.items(), strict=False):
         for label, (steps, losses) in by_label.items():
             axes.plot(steps, losses, ".", color=colors[label], markersize=3, alpha=0.3)
         for label, (steps, losses) in by_label.items():
@@ -51,7 +57,8 @@ def _losses_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         log_axis(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("training step")
-        axes.set_ylabel("training loss (mean squared error)")
+        errors = "mean squared error" if key in ("loss_64", "loss_32") else "mean squared error of features"
+        axes.set_ylabel(f"training loss ({errors})")
         axes.set_title(LOSS_TITLES[key])
         axes.grid(True, which="both")
     handles = [Line2D([], [], color=color, linewidth=1.8, label=label) for label, color in colors.items()]

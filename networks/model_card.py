@@ -101,6 +101,8 @@ def _training_section(config: dict[str, Any]) -> str:
         ("gradient clip", "norm {grad_clip:g}", ("grad_clip",)),
         ("pairs of timesteps", "{t_pairs}", ("t_pairs",)),
         ("weights of the losses, fine and coarse", "{weighed}", ("loss_weights",)),
+        ("perceptual loss, weight", "{perceptual_weight:g}", ("perceptual_weight",)),
+        ("feature matching, weight", "{feature_weight:g}", ("feature_weight",)),
         ("min-SNR weights of the timesteps", "gamma {min_snr_gamma:g}", ("min_snr_gamma",)),
         ("weights of the timesteps", "{timestep_weights}", ("timestep_weights",)),
         ("timesteps", "{t_law}, {times} numbers", ("t_law", "times")),
@@ -123,7 +125,9 @@ def _training_section(config: dict[str, Any]) -> str:
     lines = [
         f"| {label} | {text.format(**said)} |"
         for label, text, keys in rows
-        if all(config.get(key) is not None for key in keys) and not (keys == ("loss_weights",) and one_loss)
+        if all(config.get(key) is not None for key in keys)
+        and not (keys == ("loss_weights",) and one_loss)
+        and not (keys[0] in ("perceptual_weight", "feature_weight") and not config[keys[0]])
     ]
     if not lines:
         return "How these weights were trained is not recorded."

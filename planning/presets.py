@@ -8,6 +8,7 @@ from networks.ema import USUAL_RAMPUP
 
 PRESETS: dict[str, dict[str, Any]] = {
     "published": {
+        "network": "unet",
         "process": "vp",
         "prediction_type": "epsilon",
         "beta_schedule": "cosine_clipped",
@@ -16,9 +17,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "timestep_weights": "published",
         "t_law": "uniform",
         "times": "whole",
+        "perceptual_weight": 0.0,
+        "feature_weight": 0.0,
         "t_pairs": {"overcomplete": "independent", "residual": "independent"},
     },
     "improved": {
+        "network": "unet",
         "process": "vp",
         "prediction_type": "v",
         "beta_schedule": "cosine",
@@ -27,6 +31,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "timestep_weights": "published",
         "t_law": "uniform",
         "times": "whole",
+        "perceptual_weight": 0.0,
+        "feature_weight": 0.0,
         "t_pairs": {"overcomplete": "band:diagonal,1", "residual": "band:image,1"},
     },
 }
@@ -35,6 +41,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 _NOISE = PRESETS["improved"] | {"prediction_type": "epsilon", "timestep_weights": "sigma2"}
 PRESETS |= {
     "ddpm": _NOISE | {"beta_schedule": "linear", "timestep_weights": "published"},  # arXiv 2006.11239
+    # The loss of arXiv 2006.11239 and two terms of the predicted clean image (`training.terms`); as its clipped betas
+    # end at almost no signal, both are weighed by abar.
+    "ddpm_report": _NOISE
+    | {"network": "ddpm_unet", "beta_schedule": "cosine_report", "timestep_weights": "published"}
+    | {"perceptual_weight": 0.1, "feature_weight": 0.05},
     "ncsn": _NOISE | {"process": "ve", "beta_schedule": "ve"},  # arXiv 1907.05600, levels and all
     "vp": _NOISE | {"beta_schedule": "linear", "times": "real"},  # arXiv 2011.13456, as the next two
     "sub_vp": _NOISE | {"process": "sub_vp", "beta_schedule": "sub_vp_linear", "times": "real"},
@@ -44,7 +55,9 @@ PRESETS |= {
 }
 # What configs from before there was a choice stand for.
 EARLIER_VALUES = {
+    "network": "unet",
     "ema_rampup_ratio": 0.0, "process": "vp", "timestep_weights": "published", "t_law": "uniform", "times": "whole",
+    "perceptual_weight": 0.0, "feature_weight": 0.0,
 }  # fmt: skip
 COARSE_SHARE = 0.25  # Dimensions of the coarse scale, as a share of those of the image.
 
@@ -100,7 +113,9 @@ def preset_help() -> str:
         weights, pairs = preset["loss_weights"], preset["t_pairs"]
         weights = weights if isinstance(weights, str) else ",".join(f"{weight:g}" for weight in weights)
         pairs = " or ".join(f"{regime} ({kind})" for kind, regime in pairs.items())
-        names = ("process", "prediction_type", "beta_schedule", "ema_rampup_ratio")
-        flags = " ".join(f"--{name} {preset[name] or 0}" for name in names if preset[name] != "vp")
+        names = ("network", "process", "prediction_type", "beta_schedule", "ema_rampup_ratio")
+        flags = " ".join(f"--{name} {preset[name] or 0}" for name in names if preset[name] not in ("unet", "vp"))
+        terms = (f" --{name} {preset[name]:g}" for name in ("perceptual_weight", "feature_weight") if preset[name])
+        flags += "".join(terms)
         texts.append(f"{name}: {flags} --loss_weights {weights}, for dual models --t_pairs {pairs}")
     return "; ".join(texts)

@@ -12,6 +12,8 @@ TRAINING = {
     "process": "vp cosine_clipped",
     "prediction": "epsilon",
     "loss_weights": "[1,1]",
+    "perceptual_weight": "0",
+    "feature_weight": "0",
     "min_snr_gamma": "none",
     "timestep_weights": "published",
     "t_law": "uniform",
@@ -45,6 +47,8 @@ OTHER_TRAINING = {
     "process": "vp cosine",
     "prediction": "v",
     "loss_weights": "[0.8,0.2]",
+    "perceptual_weight": "0.1",
+    "feature_weight": "0.05",
     "min_snr_gamma": "5",
     "timestep_weights": "sigma2",
     "t_law": "logit_normal:0,1",
@@ -85,6 +89,7 @@ _TRAINING = (
     "ema_rampup_ratio,replan_every,replan_images,hidden_dims,parameters,resolution,training_images,training_data,flip,"
     "training_precision,training_seed,images_seen"
 )
+_LATER_TRAINING = _TRAINING.replace("min_snr_gamma,", "min_snr_gamma,timestep_weights,t_law,times,")
 # By the number of their columns.
 EARLIER_HEADERS = {
     header.count(",") + 1: header
@@ -95,8 +100,8 @@ EARLIER_HEADERS = {
         f"{_LATER_KEY},{_LATER},coarse_from,regime,{VALUES},seconds,checkpoint,date",
         f"{_LATER_KEY},{_LATER},coarse_from,regime,representation,{VALUES},seconds,checkpoint,date",
         f"{_LATER_KEY},{_LATER},coarse_from,regime,representation,solver,{_TRAINING},{VALUES},seconds,checkpoint,date",
-        f"{_LATER_KEY},{_LATER},coarse_from,regime,representation,solver,"
-        f"{_TRAINING.replace('_gamma,', '_gamma,timestep_weights,t_law,times,')},{VALUES},seconds,checkpoint,date",
+        f"{_LATER_KEY},{_LATER},coarse_from,regime,representation,solver,{_LATER_TRAINING},{VALUES},seconds,checkpoint,"
+        "date",
     )
 }
 

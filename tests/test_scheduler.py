@@ -52,6 +52,22 @@ def test_cosine_equals_diffusers_and_almost_ends_in_noise():
     assert table[999].item() == pytest.approx(2.4e-9, rel=0.02)
 
 
+def test_cosine_of_the_report_is_a_plain_product_between_its_bounds():
+    table, product, clipped = make_alphas_cumprod("cosine_report"), 1.0, []
+    for t in range(1000):
+        curve = [math.cos((u / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (t, t + 1)]
+        beta = 1 - curve[1] / curve[0]
+        clipped += [t] * (not 1e-4 <= beta <= 0.9999)
+        product *= 1 - min(max(beta, 1e-4), 0.9999)
+        assert table[t].item() == pytest.approx(product, rel=1e-12)
+    # The first betas are raised and the last one is lowered; between them, abar is cos² again.
+    assert clipped[:1] == [0] and clipped[-1] == 999 and len(clipped) < 30
+    first = clipped[-2] + 1
+    curve = [math.cos((u / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (first, 999)]
+    assert (table[998] / table[first - 1]).item() == pytest.approx(curve[1] / curve[0], rel=1e-9)
+    assert (table[999] / table[998]).item() == pytest.approx(1e-4, rel=1e-9)
+
+
 def test_linear_has_its_end_points():
     table = make_alphas_cumprod("linear")
     assert 1 - table[0].item() == pytest.approx(1e-4, rel=1e-9)

@@ -13,12 +13,17 @@ from training.settings import TrainingSettings
 from training.trainer import Trainer
 
 
-def saved_bytes(model: nn.Module, forward: Callable[[], Any], recomputed: Sequence[nn.Module] = ()) -> int:
+def saved_bytes(
+    model: nn.Module,
+    forward: Callable[[], Any],
+    recomputed: Sequence[nn.Module] = (),
+    others: Sequence[nn.Module] = (),  # further networks that the pass goes through
+) -> int:
     """Bytes that the forward pass `forward()` of `model` keeps for its backward pass, parameters not counted.
 
     Of the modules in `recomputed` only the inputs are kept, and everything inside for one of them at a time.
     """
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters = {p.untyped_storage().data_ptr() for network in (model, *others) for p in network.parameters()}
     outside: dict[int, int] = {}
     inside: dict[nn.Module | None, dict[int, int]] = {module: {} for module in recomputed}
     current = [outside]
@@ -34,12 +39,15 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any], recomputed: Sequen
 
     def enter(module: nn.Module, inputs: tuple) -> None:
         for tensor in inputs:
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and torch.is_grad_enabled():
                 keep(outside, tensor)
         current.append(inside[module])
 
+    def leave(*_: Any) -> None:  # What a hook returns would be the output of the module.
+        current.pop()
+
     hooks = [module.register_forward_pre_hook(enter) for module in recomputed]
-    hooks += [module.register_forward_hook(lambda *_: current.pop() and None) for module in recomputed]
+    hooks += [module.register_forward_hook(leave) for module in recomputed]
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             result = forward()  # Held until the end, so that no two storages have the same address.
@@ -60,7 +68,10 @@ def for_batch(measure: Callable[[int], int], batch_size: int) -> int:
 def training_memory(trainer: Trainer) -> dict[str, int]:
     """Bytes that one process keeps during a step, by what they are for, without the working space of kernels."""
     weights = bytes_of(trainer.model.state_dict())
-    recomputed = trainer.model.unet.blocks() if trainer.model.unet.recompute else []
+    networks = [term.network for term in trainer.objective.terms]
+    backbones = [trainer.model.unet] + [network.unet for network in networks if network is trainer.ema]
+    recompute = trainer.model.unet.recompute
+    recomputed = [block for backbone in backbones for block in backbone.blocks()] if recompute else []
 
     def measure(images: int) -> int:
         def forward() -> dict[str, torch.Tensor]:
@@ -68,17 +79,20 @@ def training_memory(trainer: Trainer) -> dict[str, int]:
             with autocast(trainer.device, trainer.config["precision"]):
                 return trainer.objective.losses(trainer.model.denoise, batch)
 
-        return saved_bytes(trainer.model, forward, recomputed)
+        return saved_bytes(trainer.model, forward, recomputed, networks)
 
     # What recomputing leaves out is counted by what it would keep.
-    trainer.model.unet.recompute = False
+    for backbone in backbones:
+        backbone.recompute = False
     activations = for_batch(measure, trainer.part_size)
-    trainer.model.unet.recompute = bool(recomputed)
+    for backbone in backbones:
+        backbone.recompute = recompute
     return {
         "weights": weights,
         "gradients": weights,
         "AdamW": 2 * weights,
         "EMA": 0 if trainer.ema is None else weights,
+        "VGG": sum(bytes_of(network.state_dict()) for network in networks if network is not trainer.ema),
         "data set": trainer.batches.pixels.nbytes,
         "activations": activations,
     }

@@ -7,7 +7,7 @@ for nothing else, so that a family of models is an objective, and not another lo
 Shapes: B images of a step, C channels, H x W pixels of the fine scale.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +16,14 @@ import torch.nn.functional as F
 
 from planning.regimes import TimestepPairs
 from scheduler import DDIMScheduler, Denoiser
+from training.terms import Term, compare
 from training.timesteps import IMPORTANCE, UNIFORM, Importance, densities, prediction_weight
 
-LOSS_NAMES = {"loss_64": "fine loss", "loss_32": "coarse loss"}  # Key in files: what people read.
+# Key in files: what people read.
+LOSS_NAMES = {
+    "loss_64": "fine loss", "loss_32": "coarse loss", "perceptual": "perceptual loss", "features": "feature loss",
+}  # fmt: skip
+SCALE_LOSSES = ("loss_64", "loss_32")  # Squared errors of predictions; the rest are `training.terms`.
 
 
 def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
@@ -44,8 +49,8 @@ class TrainingBatch(NamedTuple):
         return TrainingBatch(*(None if field is None else field[rows] for field in self))
 
     def clock(self, loss: str) -> torch.Tensor:
-        """The timesteps `[B]` that a loss belongs to, by its name."""
-        return self.t_64 if loss == "loss_64" else self.t_32
+        """The timesteps `[B]` that a loss belongs to, by its name; of a term those of the fine scale."""
+        return self.t_32 if loss == "loss_32" else self.t_64
 
 
 class Denoising:
@@ -53,12 +58,15 @@ class Denoising:
 
     config: of a run, with `t_pairs`, `t_pairs_points`, `loss_weights` and, if they are not the published ones,
     `t_law`, `times`, `timestep_weights`, `min_snr_gamma`. Draws happen on the device of the tables of the scheduler.
+    terms: further losses of the predicted clean image, on that device.
     """
 
-    def __init__(self, config: dict[str, Any], scheduler: DDIMScheduler):
-        self.scheduler = scheduler
+    def __init__(self, config: dict[str, Any], scheduler: DDIMScheduler, terms: Sequence[Term] = ()):
+        self.scheduler, self.terms = scheduler, terms
         self.pairs = TimestepPairs(config, scheduler)
-        self._loss_weights = config.get("loss_weights", [1.0] * len(LOSS_NAMES))
+        loss_weights = config.get("loss_weights", [1.0] * len(SCALE_LOSSES))
+        self._loss_weights = dict(zip(SCALE_LOSSES, loss_weights, strict=False))
+        self._loss_weights |= {term.name: term.weight for term in terms}
         self._weight = prediction_weight(config, scheduler)
         self._null_class, self._label_dropout = len(config.get("class_names") or ()), config.get("label_dropout")
         self._real = config.get("times", "whole") == "real"
@@ -114,31 +122,46 @@ class Denoising:
         """Squared error of every image per predicted scale, `loss_64` and where predicted `loss_32`, float32 `[B]`.
 
         denoise: a network, which is shown noisy images as it is to see them. Each loss is a mean over the dimensions of
-        its scale: a residual has three for every four pixels.
+        its scale: a residual has three for every four pixels. Behind them, by its name, each of the terms.
         """
         scheduler = self.scheduler
         scales = [(batch.x_64, batch.noise_64, batch.t_64), (batch.x_32, batch.noise_32, batch.t_32)]
-        zs = tuple(scheduler.shown(scheduler.add_noise(x, noise, t), t) for x, noise, t in scales)
+        clean, noise, ts = zip(*scales, strict=True)
+        noisy = tuple(map(scheduler.add_noise, clean, noise, ts))
+        shown = tuple(map(scheduler.shown, noisy, ts))
         told = () if batch.labels is None else (batch.labels,)
-        predictions = denoise(zs, (batch.t_64, batch.t_32), *told)
+        predictions = denoise(shown, ts, *told)
         shares = (scheduler.representation.fine_share, 1.0)
-        return {
+        losses = {
             name: F.mse_loss(prediction.float(), scheduler.target(*scale), reduction="none").flatten(1).mean(1) / share
-            for name, prediction, scale, share in zip(LOSS_NAMES, predictions, scales, shares, strict=False)
+            for name, prediction, scale, share in zip(SCALE_LOSSES, predictions, scales, shares, strict=False)
         }  # [B] each
+        if self.terms:
+            images = compare(scheduler, predictions, clean, noise, noisy, shown, ts, batch.labels)
+            signal = scheduler.alpha_bar_at(batch.t_64)  # [B]
+            for term in self.terms:
+                distance = term.distance(images)
+                losses[term.name] = signal.to(distance) * distance  # [B]
+        return losses
 
     def minimised(self, losses: dict[str, torch.Tensor], batch: TrainingBatch) -> torch.Tensor:
-        """What a step minimises: the mean over images of their losses, weighed by scale and by timestep."""
+        """What a step minimises: the mean over images of their losses, weighed by scale and by timestep.
+
+        Terms have their own weights and none by timestep but that which is in them.
+        """
         total = torch.zeros((), device=batch.x_64.device)
-        for weight, values in zip(self._loss_weights, self._by_timestep(losses, batch), strict=False):
+        for name, values in self._by_timestep(losses, batch).items():
             by_image = values if batch.share is None else values * batch.share.to(values)
-            total = total + weight * by_image.mean()
+            total = total + self._loss_weights[name] * by_image.mean()
         return total
 
-    def _by_timestep(self, losses: dict[str, torch.Tensor], batch: TrainingBatch) -> list[torch.Tensor]:
+    def _by_timestep(self, losses: dict[str, torch.Tensor], batch: TrainingBatch) -> dict[str, torch.Tensor]:
         if self._weight is None:
-            return list(losses.values())
-        return [values * self._weight(batch.clock(name)).to(values) for name, values in losses.items()]
+            return losses
+        return {
+            name: values * self._weight(batch.clock(name)).to(values) if name in SCALE_LOSSES else values
+            for name, values in losses.items()
+        }
 
     def observe(
         self,
@@ -149,8 +172,8 @@ class Denoising:
     ) -> None:
         """Learn from the losses of a step, of this process's share of the images."""
         if self._importance is not None:
-            weighed = zip(self._loss_weights, self._by_timestep(losses, batch), strict=False)
-            by_image = sum(weight * values for weight, values in weighed)
+            weighed = self._by_timestep(losses, batch)
+            by_image = sum(self._loss_weights[name] * values for name, values in weighed.items())
             self._importance.observe(by_image, (batch.t_64, batch.t_32), good, total)
 
     @property

@@ -150,6 +150,7 @@ def _compare(settings: TrainingSettings, identity: dict[str, Any], saved: dict[s
     for key in sorted(identity, key=lambda key: (key in ("data_fingerprint", "epochs", "beta_schedule"), key)):
         if saved.get(key) != identity[key]:
             file = " (--t_pairs with the schedule file of its path)" if "path:" in str(saved.get(key)) else ""
+            file = " (--vgg_weights with the weights of then)" if key == "vgg_fingerprint" else file
             raise ValueError(
                 f"{what} with {key} = {saved.get(key)}, not {identity[key]}; resume with the same value{file}, or "
                 "start another --run, or in another --output_dir and --log_dir."

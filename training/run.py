@@ -29,6 +29,7 @@ from training.run_log import RunLog
 from training.settings import TrainingSettings
 from training.stop import StopRequest
 from training.trainer import Trainer
+from training.vgg import load_vgg
 
 SHOWN_CLASSES = 3
 MIN_EPSILON_SNR = 1e-6  # Below it, the error of a noise prediction is amplified a thousand times and more.
@@ -101,16 +102,18 @@ def train(settings: TrainingSettings) -> None:
         processes = Processes(settings.device)
         choose_kernels(processes.device, settings.deterministic)
         settings, notes = placed(settings)
+        # First of all, as the images may take long to be read.
+        vgg = load_vgg(settings.vgg_weights) if settings.perceptual_weight else None
         images = cli.load_training_images(settings)
         try:
             if settings.dry_run:
-                trainer = Trainer(settings, images, processes)
+                trainer = Trainer(settings, images, processes, vgg)
                 trainer.notes += notes
                 if processes.is_main:
                     print(describe(trainer, images), describe_dry_run(trainer), sep="\n")
             else:
                 with locked(settings) if processes.is_main else nullcontext():
-                    trainer = Trainer(settings, images, processes)
+                    trainer = Trainer(settings, images, processes, vgg)
                     trainer.notes += notes
                     _run(trainer, images, stop)
         except (RuntimeError, MemoryError) as error:

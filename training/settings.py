@@ -111,10 +111,11 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         recorded=True,
         absent=0.0,
     )
-    network: str = option(
-        "unet",
+    network: str | None = option(
+        None,
         "backbone: unet, that of the published code; ddpm_unet, a smaller one with attention; DiT-S/P, DiT-B/P, "
-        "DiT-L/P and DiT-XL/P, diffusion transformers of patches of PxP pixels; DiT/P, one of --hidden_dims",
+        "DiT-L/P and DiT-XL/P, diffusion transformers of patches of PxP pixels; DiT/P, one of --hidden_dims (that of "
+        "the preset)",
         parse=cli.checked(network_name),
         metavar="NAME",
         recorded=True,
@@ -199,6 +200,26 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         metavar="A,B",
         recorded=True,
     )
+    perceptual_weight: float | None = option(
+        None,
+        "weight of a further loss: how far the predicted clean image is from the true one in features of VGG19, times "
+        "alpha^2; 0 for none (that of the preset)",
+        parse=cli.number_from_zero,
+        metavar="A",
+        recorded=True,
+        absent=0.0,
+    )
+    vgg_weights: str | None = option(
+        None, "weights of torchvision's vgg19 for it (those that torchvision downloads)", metavar="FILE"
+    )
+    feature_weight: float | None = option(
+        None,
+        "likewise in features of the EMA network, both images being noised as in the step (that of the preset)",
+        parse=cli.number_from_zero,
+        metavar="A",
+        recorded=True,
+        absent=0.0,
+    )
     representation: str = option(
         "overcomplete",
         "the scales: image and half-size image, or half-size image and the details it lacks",
@@ -225,14 +246,14 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
                 raise ValueError(f"--resume {self.resume} names the folder of the run; leave --output_dir out.")
             self._derive(output_dir=str(folder), resume="required")
         predictions = MODEL_CLASSES[self.model_type].num_predictions
+        preset = preset_values(self.preset, self.model_type, self.representation)
+        self._derive_process(preset)
+        self._derive(**{name: value for name, value in preset.items() if getattr(self, name) is None})
         network = resolve_network(self.network, self.hidden_dims, MODEL_CLASSES[self.model_type].knows_time)
         if network.hidden_dims != self.hidden_dims:
             self._derive(hidden_dims=network.hidden_dims)
         if network.name != self.network:
             self._derive(network=network.name)
-        preset = preset_values(self.preset, self.model_type, self.representation)
-        self._derive_process(preset)
-        self._derive(**{name: value for name, value in preset.items() if getattr(self, name) is None})
         if self.min_snr_gamma is not None and self.timestep_weights != "published":
             if "timestep_weights" not in self._derived:
                 raise ValueError("--min_snr_gamma and --timestep_weights exclude each other; leave one of them out.")
@@ -262,6 +283,13 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
             raise ValueError(
                 f"a '{self.model_type}' model has no clock, beside which classes are told; leave --classes out."
             )
+        if self.feature_weight and not self.ema_decay:
+            raise ValueError(
+                "--feature_weight compares features of the EMA network, of which --ema_decay 0 keeps none; leave that "
+                "out, or pass --feature_weight 0."
+            )
+        if self.vgg_weights is not None and not self.perceptual_weight:
+            raise ValueError("--vgg_weights belongs to --perceptual_weight, which is 0; leave it out, or pass both.")
         check_regime(self.t_pairs, self.model_type)
         if (self.replan_every or self.replan_images) and not self.follows:
             raise ValueError("--replan_every and --replan_images belong to --t_pairs follow:W; leave them out.")
@@ -307,6 +335,7 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         return self.absent() | {
             "t_pairs": default_regime(self.model_type),
             "t_pairs_points": None,
+            "vgg_fingerprint": None,
             "loss_weights": [1.0] * len(self.loss_weights),
             "class_names": None,
             "labels_fingerprint": None,

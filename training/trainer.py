@@ -55,6 +55,8 @@ from training.resume import earlier_run
 from training.run_log import RunLog
 from training.settings import REPLAN_EVERY, REPLAN_IMAGES, TrainingSettings
 from training.stop import StopRequest
+from training.terms import terms_of
+from training.vgg import VGG, load_vgg
 
 TIMESTEP_BINS = 10
 GRID_IMAGES = 32
@@ -68,15 +70,15 @@ class Trainer:
     """Everything a run is made of: weights, EMA, optimizer, schedule, data and position.
 
     A step with a loss or gradient that is not finite leaves weights and optimizer as they were and is counted; the EMA
-    takes those weights once more.
+    takes those weights once more. vgg: what `load_vgg` makes of the settings, if that has been done before.
 
     Raises ValueError if `output_dir` or the log folder holds an earlier run that `--resume` does not continue, if a
     resumed run differs in anything but the place of the data and, at constant rate, the epochs, for a resolution that
     the levels or patches of the model do not divide, for a batch that processes and parts cannot share evenly, for CUDA
-    graphs where there can be none, and for a regime that the model cannot be trained with.
+    graphs where there can be none, for a regime that the model cannot be trained with, and what `load_vgg` raises.
     """
 
-    def __init__(self, settings: TrainingSettings, images: ImageSet, processes: Processes):
+    def __init__(self, settings: TrainingSettings, images: ImageSet, processes: Processes, vgg: VGG | None = None):
         self.settings, self.processes, self.device = settings, processes, processes.device
         self.config = settings.recorded() | {
             "dataset_is_here": is_here(settings.dataset),
@@ -86,6 +88,10 @@ class Trainer:
             "num_train_timesteps": 1000,
             "precision": resolve_precision(self.device, settings.precision),
         }
+        if vgg is None and settings.perceptual_weight:
+            vgg = load_vgg(settings.vgg_weights)
+        # The weights count by what they are, as their file may lie elsewhere when the run is resumed.
+        self.config["vgg_fingerprint"] = None if vgg is None else vgg.fingerprint
         self.scheduler = build_scheduler(self.config)
         read = functools.partial(replay, scheduler=self.scheduler, resolution=settings.resolution)
         self.config |= resolve_regime(settings.t_pairs, settings.model_type, read) | self._replanning(images)
@@ -114,7 +120,6 @@ class Trainer:
             if settings.precision == "auto":
                 self.config["precision"] = saved["config"]["precision"]
         self.scheduler = self.scheduler.to(self.device)
-        self.objective = Denoising(self.config, self.scheduler)
         self.batches = TwoScaleBatches(
             images, settings.batch_size, settings.seed, self.device, settings.flip, self.labels
         )
@@ -135,6 +140,10 @@ class Trainer:
         self.parameters = list(self.model.parameters())
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if settings.ema_decay > 0 else None
         self.ema_parameters = [] if self.ema is None else list(self.ema.parameters())
+        if vgg is not None:
+            vgg.to(self.device, memory_format=memory_format(self.device))
+        terms = terms_of(self.config, self.scheduler, self.ema, vgg)
+        self.objective = Denoising(self.config, self.scheduler, terms)
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )

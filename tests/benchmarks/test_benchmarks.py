@@ -51,6 +51,29 @@ def test_bench_train_prints_and_writes_a_report_of_all_models(stage, tmp_path):
     assert str(tmp_path) not in output
 
 
+def test_bench_train_times_steps_with_further_terms_beside_those_without(stage):
+    raced, race = [], bench_train.race
+
+    def watched(contestants, *limits):
+        raced.append({name: one.trainer.objective.terms for name, one in contestants.items() if name != "plain"})
+        return race(contestants, *limits)
+
+    flags = ("--models", "baseline", "--batch_sizes", 2, "--steps", 1, "--precision", "fp32", "--no-diffusers")
+    with mock.patch.multiple(bench_train, EPOCH_IMAGES=8, WARM_UP_STEPS=1, race=watched):
+        with mock.patch.object(machine, "PEAK_SECONDS", 1e-4):
+            output = stage(bench_train, *TINY, *flags, "--terms").output
+    assert {name: [term.name for term in terms] for name, terms in raced[1].items()} == {
+        "none": [],
+        "perceptual": ["perceptual"],
+        "features": ["features"],
+        "both": ["perceptual", "features"],
+    }
+    for name in ("none", "perceptual", "features", "both"):
+        assert f"| baseline | 2 | {name} | " in output
+    result = SimpleNamespace(label={"batch": 2}, with_terms={"none": 0.5, "both": 0.75})
+    assert [row["times a step without"] for row in bench_train.terms_rows(result)] == ["1.000", "1.500"]
+
+
 @pytest.mark.skipif(bench_train.diffusers is None, reason="diffusers is not installed")
 @pytest.mark.parametrize("hidden_dims", [(8, 16), (16, 32, 64, 128), (64, 128, 256, 512)])
 def test_the_network_of_diffusers_has_as_many_parameters_within_5_percent(hidden_dims):

@@ -63,6 +63,8 @@ SAID = {
     "process": ("vp cosine", "vp cosine_clipped"),
     "prediction": ("epsilon prediction", "v prediction"),
     "loss_weights": ("loss weights 0.8,0.2", "loss weights 1,1"),
+    "perceptual_weight": ("perceptual weight 0", "perceptual weight 0.1"),
+    "feature_weight": ("feature weight 0", "feature weight 0.05"),
     "min_snr_gamma": ("min-SNR 5", "min-SNR none"),
     "timestep_weights": ("timestep weights published", "timestep weights sigma2"),
     "t_law": ("logit_normal:0,1 timesteps", "uniform timesteps"),

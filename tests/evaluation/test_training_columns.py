@@ -29,7 +29,7 @@ def test_every_setting_is_said():
     model = loaded(
         lr=1e-5, batch_size=10, weight_decay=0.5, grad_clip=2.0, ema_decay=0.0, seed=7, resolution=16, flip=True,
         timestep_weights="sigma2", t_law="log_normal", times="real", lr_schedule="cosine", epochs=40,
-        loss_weights=(1.0, 0.25), prediction_type="x0",
+        loss_weights=(1.0, 0.25), perceptual_weight=0.2, feature_weight=0.0, prediction_type="x0",
         beta_schedule="linear", ema_rampup_ratio=0.25, t_pairs="follow:2", replan_every=7, replan_images=30,
         classes="label", network="ddpm_unet", label_dropout=0.2, more={"run": "mine", "class_names": ["cat", "dog"]},
     )  # fmt: skip
@@ -39,6 +39,8 @@ def test_every_setting_is_said():
         "process": "vp linear",
         "prediction": "x0",
         "loss_weights": "[1,0.25]",
+        "perceptual_weight": "0.2",
+        "feature_weight": "0",
         "min_snr_gamma": "none",
         "timestep_weights": "sigma2",
         "t_law": "log_normal:-1.2,1.2",
@@ -92,7 +94,7 @@ def test_a_preset_is_known_by_what_it_sets(preset, model_type, representation):
 def test_an_old_checkpoint_says_what_it_can():
     """Those from before there were choices made them as published."""
     new = ["representation", "loss_weights", "min_snr_gamma", "run", "preset", "data_fingerprint", "ema_rampup_ratio"]
-    new += ["timestep_weights", "t_law", "times", "network"]
+    new += ["timestep_weights", "t_law", "times", "network", "perceptual_weight", "feature_weight"]
     old = loaded(without=new)
     said, new = describe_training(old, None), describe_training(loaded(more={"preset": "published"}), 99)
     silent = {name: "" for name in ("run", "training_images", "training_data")}

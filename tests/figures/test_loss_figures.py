@@ -42,6 +42,26 @@ def test_losses_are_drawn_per_scale_on_log_axes():
     assert len(figures.losses._losses_figure({"baseline": RUNS["baseline"]}).axes) == 1
 
 
+def test_further_terms_have_panels_of_their_own_below():
+    terms = [row | {"perceptual": 1 / (k + 2), "features": 1 / (k + 3)} for k, row in enumerate(RUNS["dual"])]
+    figure = figures.losses._losses_figure({"baseline": RUNS["baseline"], "terms": terms})
+    check_layout(figure)
+    assert [axes.get_title() for axes in figure.axes] == [
+        "fine scale",
+        "coarse scale",
+        "perceptual loss",
+        "feature matching",
+    ]
+    assert [len(axes.lines) for axes in figure.axes] == [4, 2, 2, 2]
+    np.testing.assert_allclose(figure.axes[3].lines[0].get_ydata(), [row["features"] for row in terms])
+    assert "of features" in figure.axes[2].get_ylabel() and "of features" not in figure.axes[1].get_ylabel()
+    # Three of them leave one place empty.
+    three = [{name: value for name, value in row.items() if name != "loss_32"} for row in terms]
+    figure = figures.losses._losses_figure({"terms": three})
+    check_layout(figure)
+    assert len(figure.axes) == 3
+
+
 def test_useless_losses_are_skipped(tmp_path):
     rows = [{"step": 1, "loss_64": 0.5}, {"step": 2, "loss_64": float("nan")}, {"step": 3}]
     rows += [{"step": 4, "loss_64": float("inf")}, {"step": 5, "loss_64": 0.25}, {"step": 6, "loss_64": 0.0}]
