@@ -28,7 +28,7 @@ from runtime.errors import need_file
 from runtime.reports import say_once
 from runtime.runs import hint_at_runs, places, results_of
 from runtime.safe_write import replacing, versions
-from scheduler import DDIMScheduler, Denoiser
+from scheduler import NO_VARIANCE, DDIMScheduler, Denoiser, predictions_alone
 
 FORMAT_VERSION = 1
 MODEL_CLASSES = {
@@ -229,8 +229,24 @@ class LoadedModel(NamedTuple):
 
     @property
     def denoise(self) -> Denoiser:
-        """The model as a denoiser of noisy images of its process."""
+        """The model as a denoiser of noisy images of its process, which returns predictions alone."""
+        learned = self.learned_variance
+        return predictions_alone(self.denoise_with_variance) if learned else self.denoise_with_variance
+
+    @property
+    def denoise_with_variance(self) -> Denoiser:
+        """The same with all that the model returns: for the walk, which splits it, and for what acts on all of it."""
         return self.scheduler.denoiser(self.model.denoise)
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the model says what variance a step has."""
+        return getattr(self.model, "learned_variance", False)
+
+    def check_variance(self) -> None:
+        """Raise ValueError unless the model says what variance a step has."""
+        if not self.learned_variance:
+            raise ValueError(NO_VARIANCE)
 
     @property
     def results(self) -> Path:

@@ -118,7 +118,9 @@ class Encoder:
                 loaded, self.path, pixels.to(self.device), settings.tolerance or TOLERANCE,
                 settings.most_calls or MOST_CALLS,
             )  # fmt: skip
-            back, down = decode(loaded.denoise, loaded.scheduler, self.path, latents, settings.make_solver())
+            back, down = decode(
+                loaded.denoise_with_variance, loaded.scheduler, self.path, latents, settings.make_solver()
+            )
         check_finite(back, list(images))
         apart = ((back.double().cpu() - to_float(pixels).double()) * GREY_LEVELS).flatten(1)
         figures = (up, down, apart.square().mean(1).sqrt(), apart.abs().amax(1))
@@ -136,7 +138,7 @@ class Encoder:
             noise = SeededNoise(noise_seeds(scales[0], settings.seed))
             with exact_autocast(self.device, settings.precision):
                 images, calls = decode(
-                    loaded.denoise, loaded.scheduler, self.path, tuple(x.to(self.device) for x in scales),
+                    loaded.denoise_with_variance, loaded.scheduler, self.path, tuple(x.to(self.device) for x in scales),
                     settings.make_solver(), settings.end, lambda shape, noise=noise: noise.draw(shape, self.device),
                 )  # fmt: skip
             names = [latents.names[k] for k in chosen]

@@ -38,7 +38,7 @@ from data import fingerprint_array
 from diffusion.adaptive import MOST_CALLS, TOLERANCE, check_tolerance
 from diffusion.elbo import Chain, bits_of_grey_levels, check_timesteps, ddpm_chain, elbo
 from diffusion.likelihood import bits_per_dim, dequantised, log_likelihood, why_undefined
-from diffusion.solvers import VARIANCES
+from diffusion.solvers import LEARNED, VARIANCES
 from diffusion.super_resolution import noise_seeds
 from evaluation.given_images import evaluation_images
 from evaluation.table_file import csv_line
@@ -168,6 +168,8 @@ def find_path(settings: LikelihoodSettings, loaded: LoadedModel) -> tuple[Sampli
     if reason := why_undefined(model.num_scales, model.num_predictions, loaded.scheduler.representation):
         raise ValueError(f"{settings.checkpoint} is a '{loaded.config['model_type']}' model: {reason}")
     if settings.method == "elbo":
+        if settings.variance == LEARNED:
+            loaded.check_variance()
         settings = settings.but(num_steps=settings.num_steps or loaded.scheduler.num_train_timesteps - 1)
     return usual_path(settings, loaded)
 
@@ -226,7 +228,7 @@ def measure_bound(
     """The rows of some images by the bound; raises what `elbo` raises."""
     with exact_autocast(device, settings.precision):
         found = elbo(
-            loaded.denoise, loaded.scheduler, chain, pixels.to(device), drawn_timesteps(settings, chain),
+            loaded.denoise_with_variance, loaded.scheduler, chain, pixels.to(device), drawn_timesteps(settings, chain),
             noise_seeds(pixels, settings.seed),
         )  # fmt: skip
     dims = pixels[0].numel()

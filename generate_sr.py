@@ -127,6 +127,8 @@ class Upscaler:
                 f"{settings.checkpoint} is a '{self.loaded.config['model_type']}' model; super-resolution needs one "
                 "with two clocks (train_lift.py), which can be told that the coarse image is clean."
             )
+        if settings.make_solver().reads_variance:
+            self.loaded.check_variance()
         log_snr = self.loaded.scheduler.log_snr.numpy()
         base = diagonal(settings.num_steps, settings.spacing, 1, log_snr, len(log_snr), settings.start)  # One scale.
         self.path: SamplingPath = super_resolution_path(base)
@@ -144,7 +146,7 @@ class Upscaler:
     def run(self, coarse_pixels: torch.Tensor) -> Iterator[tuple[slice, Upscaled]]:
         """`super_resolve` for uint8 `[N, C, H, W]` with a progress bar: the place of each batch, and the batch."""
         settings, (count, channels, height, width) = self.settings, coarse_pixels.shape
-        batch_size, denoise = min(settings.batch_size, count), self.loaded.denoise
+        batch_size, denoise = min(settings.batch_size, count), self.loaded.denoise_with_variance
         if resolve_compile(self.device, settings.compile, count * settings.make_solver().calls(self.path.nfe)):
             shapes = [(channels, 2 * height, 2 * width), (channels, height, width)]
             denoise, note = compile_denoiser(denoise, shapes, batch_size, self.device, settings.precision)

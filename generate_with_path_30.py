@@ -143,7 +143,7 @@ def main() -> None:
             states.append([to_uint8(x[0]).cpu() for x in shown])
 
     batch_size = min(settings.batch_size, max(1, len(missing)))
-    denoise = conditions.guided(loaded.denoise)
+    denoise = conditions.guided(loaded.denoise_with_variance)
     if missing and resolve_compile(device, settings.compile, len(missing) * settings.calls(path.nfe)):
         denoise, note = compile_denoiser(
             denoise, shapes, batch_size, device, settings.precision, with_labels=bool(conditions.names)

@@ -328,7 +328,7 @@ def main() -> None:
     settings = parse_args()
     device = select_device(settings.device)
     loaded = load_model(settings.checkpoint, settings.ema, device)
-    config, denoise = loaded.config, loaded.denoise
+    config, denoise = loaded.config, loaded.denoise_with_variance
     weights = loaded.weights
     path, kind = path_of_settings(settings, loaded)
     feed = coarse_feed(loaded.model, settings.coarse_from)

@@ -306,8 +306,8 @@ def main() -> None:
         for chunk in chunks if missing else []:
             rows = [0, settings.frames - 1, *chunk]
             samples = interpolate(
-                loaded.denoise, ends.scheduler, path, settings.seeds, shares[rows], shapes, settings.at, device,
-                settings.end, feed, settings.make_solver(), latents,
+                loaded.denoise_with_variance, ends.scheduler, path, settings.seeds, shares[rows], shapes, settings.at,
+                device, settings.end, feed, settings.make_solver(), latents,
             )  # fmt: skip
             nfe = samples.nfe
             check_finite(samples.images[0], [names[k] for k in rows])

@@ -26,6 +26,11 @@ from images.representation import REPRESENTATIONS, Images
 # Noisy images and timesteps by scale, and where the model has classes those of the images, to predictions by scale.
 Denoiser = Callable[..., Images]
 CLEAN = -1
+# Said where a learned variance is asked of a network that has none.
+NO_VARIANCE = (
+    "This model has not learnt the variance of its steps; pass --variance beta or beta_tilde, or train one with "
+    "--objective hybrid or vlb."
+)
 PREDICTION_TYPES = ("epsilon", "x0", "v", "velocity", "score")
 PROCESSES = ("vp", "sub_vp", "ve", "flow")
 SCHEDULED_PROCESSES = ("vp", "sub_vp")  # Those that a noise schedule describes.
@@ -85,6 +90,26 @@ def make_alphas_cumprod(beta_schedule: str, num_train_timesteps: int = 1000) -> 
         root = alphas_cumprod.sqrt()
         alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     return alphas_cumprod
+
+
+def parts_of(outputs: Images, xs: Images) -> tuple[Images, Images | None]:
+    """What networks return of noisy images `[B, C, H, W]`, as predictions and what is said of the variance of a step.
+
+    Outputs of 2C channels are both, one after the other; those of C are predictions, and the rest is None.
+    """
+    if outputs[0].shape[1] != 2 * xs[0].shape[1]:
+        return outputs, None
+    halves = [output.chunk(2, dim=1) for output in outputs]
+    return tuple(zip(*halves, strict=True))
+
+
+def predictions_alone(denoise: Denoiser) -> Denoiser:
+    """A denoiser without what it says of variances: for all that is about clean images."""
+
+    def call(xs: Images, ts: Images, *labels: torch.Tensor | None) -> Images:
+        return parts_of(denoise(xs, ts, *labels), xs)[0]
+
+    return call
 
 
 class Curves(NamedTuple):
@@ -449,6 +474,19 @@ class DDIMScheduler:
         """
         x0s = tuple(self.predict_x0(*each) for each in zip(predictions, ts, xs, strict=False))
         return self.representation.clamp(x0s) if self.clip_sample else x0s
+
+    def split_variance(self, outputs: Images, xs: Images) -> tuple[Images, Images | None]:
+        """What a network returns of noisy images, as predictions and the shares v of its variances; both by scale.
+
+        A step has the variance exp(v log beta + (1 - v) log beta_tilde) (arXiv 2102.09672, eq. 15), v = (o + 1) / 2 of
+        an output o that is meant to lie in [-1, 1] and is not clamped, as in the code of that paper. v is None for a
+        network that returns predictions alone. Of the residual pair a 2x2 block of the fine scale has one v, the mean:
+        only noise that is even over a block stays in the subspace of details, and has three dimensions there.
+        """
+        predictions, said = parts_of(outputs, xs)
+        if said is None:
+            return predictions, None
+        return predictions, self.representation.blockwise(tuple((each + 1) / 2 for each in said))
 
     def check_step(self, t: int | torch.Tensor, t_next: int | torch.Tensor) -> None:
         """Raise ValueError unless a step from t to t_next lowers the noise, within the schedule."""

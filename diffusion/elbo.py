@@ -14,10 +14,15 @@ x̂0 the clean image that the network sees in z_t, clamped where sampling clamps
 Scaled images have the same KL, so that every process is the same chain. Two scales take their steps at once, each at
 its own time: their noise is independent, the KL is the sum, and one that rests adds nothing.
 
+A learned variance is beta_tilde (beta / beta_tilde)^v, with a v of every number (arXiv 2102.09672, eq. 15): then r =
+((1 + γ_t) / (1 + γ_s))^v is one too, and d (r - 1 - log r) a sum over them. Of the residual pair v is one for a block
+of 2x2 pixels of the fine scale, on which the noise has three dimensions: each pixel counts three quarters.
+
 The last step has the mean x̂0 and the variance beta (arXiv 2006.11239, eq. 13), or for beta tilde, which is 0 there,
-that of the step before (as the code of arXiv 2102.09672). Of 8-bit images p(x | z_0) is the probability of their grey
-levels, a Gaussian integrated over the width of each, to infinity at both ends; of others its density. The steps of the
-residual pair (r, c) leave on a block of 2x2 pixels of x = r + up(c) the covariance
+that of the step before (as the code of arXiv 2102.09672); a learned one lies between the two. Of 8-bit images
+p(x | z_0) is the probability of their grey levels, a Gaussian integrated over the width of each, to infinity at both
+ends; of others its density. The steps of the residual pair (r, c) leave on a block of 2x2 pixels of x = r + up(c) the
+covariance
 
     v_r (I - 1 1ᵀ / 4) + v_c 1 1ᵀ,
 
@@ -36,10 +41,11 @@ import torch.nn.functional as F
 from data import to_float
 from diffusion.likelihood import GREY_LEVEL, prior_size, why_undefined
 from diffusion.sampler import SeededNoise
-from diffusion.solvers import VARIANCES
+from diffusion.solvers import LEARNED, VARIANCES
+from diffusion.step import variance_span
 from images.representation import Images
 from paths.path import Path
-from scheduler import DDIMScheduler, Denoiser
+from scheduler import NO_VARIANCE, DDIMScheduler, Denoiser
 
 LAST_DRAWS = 2  # Of the noise of the last step, so that there is a difference to estimate an error from.
 # Of pixels in [-1, 1], for the guess of how much a step counts.
@@ -55,6 +61,8 @@ class Chain(NamedTuple):
     snr: torch.Tensor  # float64 [N + 1, scales]
     ratios: torch.Tensor  # float64 [N, scales]: variance of the true step to that of the chain, 1 where a scale rests
     last: tuple[float, ...]  # variances of the last step, from timestep 0 to the image
+    # Of a learned variance what is said so far is of beta tilde, and exp(v span) times that is the variance.
+    spans: torch.Tensor | None = None  # float64 [N + 1, scales], those of the last step at the end
 
     @property
     def gains(self) -> torch.Tensor:
@@ -74,10 +82,11 @@ class Bound(NamedTuple):
 
 
 def ddpm_chain(scheduler: DDIMScheduler, path: Path, variance: str = "beta") -> Chain:
-    """The chain along a path with the variance "beta" or "beta_tilde".
+    """The chain along a path with the variance "beta", "beta_tilde" or "learned", which the network says.
 
     The chain of T steps of the paper is that of all timesteps, which a diagonal of T - 1 steps visits. Raises
-    ValueError for another variance, a process without noise at timestep 0, and for beta tilde a scale that never moves.
+    ValueError for another variance, a process without noise at timestep 0, and for a scale that never moves unless the
+    variance is beta.
     """
     if variance not in VARIANCES:
         raise ValueError(f"Unknown variance '{variance}'; choose one of {', '.join(VARIANCES)}.")
@@ -103,7 +112,12 @@ def ddpm_chain(scheduler: DDIMScheduler, path: Path, variance: str = "beta") -> 
             )
         k = moves[-1].item()
         last.append((sigmas[0].square() * (1 - before[k, scale] / after[k, scale])).item())
-    return Chain(path.points, snr, ratios, tuple(last))
+    if variance != LEARNED:
+        return Chain(path.points, snr, ratios, tuple(last))
+    spans = torch.cat(
+        [variance_span(before, after), -torch.log1p(snr[-1:]) - torch.tensor([last], dtype=torch.float64).log()]
+    )
+    return Chain(path.points, snr, ratios, tuple(last), spans)
 
 
 def check_timesteps(num_timesteps: int, chain: Chain) -> None:
@@ -127,13 +141,15 @@ def elbo(
 ) -> Bound:
     """An unbiased estimate of the bound of the log probability of bytes, or of the log density of floats.
 
-    denoise: `(xs, ts) -> predictions`, one for each scale of the chain, called at timesteps int64 `[B]` by scale. Every
+    denoise: `(xs, ts) -> predictions`, one for each scale of the chain, called at timesteps int64 `[B]` by scale; of 2C
+    channels if the chain has a learned variance, which else is left aside. Every
     term has noise of its own. Steps are drawn in strata of equal shares of what they count for white images of variance
     GUESSED_VARIANCE, mixed with an even share of all; each is divided by its chance. The noise of the last step is
     drawn LAST_DRAWS times. What is random for an image depends on its seed alone.
 
     Raises ValueError where the likelihood of an image is not defined (`why_undefined`), for another number of seeds or
-    of timesteps, and for a network that makes an image NaN or infinite.
+    of timesteps, for a network that says no variance where the chain has a learned one, and for one that makes an image
+    NaN or infinite.
     """
     count, num_scales, representation = len(images), len(chain.points[0]), scheduler.representation
     if reason := why_undefined(num_scales, num_scales, representation):
@@ -145,23 +161,29 @@ def elbo(
     if len(seeds) != count:
         raise ValueError(f"A bound of {count} images needs so many seeds, not {len(seeds)}.")
 
-    values, decoder = (to_float(images), _log_probability) if images.dtype == torch.uint8 else (images, _log_density)
+    values, decoder = (to_float(images), log_probability) if images.dtype == torch.uint8 else (images, log_density)
     scales = representation.split(values) if num_scales > 1 else (values,)
     parts = [representation.fine_share if k == 0 else 1.0 for k in range(num_scales)]
     dims = torch.tensor([round(part * x[0].numel()) for part, x in zip(parts, scales, strict=True)])
     tables, noise = scheduler.to(values.device), SeededNoise([(seed, NOISE) for seed in seeds])
     points = torch.tensor(chain.points)
 
-    def clean(at: torch.Tensor) -> Images:
-        """The clean images seen at points `[B]` of the chain, with fresh noise."""
+    def see(at: torch.Tensor) -> tuple[Images, Images | None]:
+        """The clean images seen at points `[B]` of the chain, with fresh noise, and logs of variances by beta tilde."""
         ts = tuple(points[at].T.to(values.device))
         drawn = representation.project(tuple(noise.draw(x.shape[1:], x.device).to(x.dtype) for x in scales))
         xs = tuple(tables.add_noise(x, n, t) for x, n, t in zip(scales, drawn, ts, strict=True))
-        predictions = denoise(xs, ts)
+        predictions, shares = tables.split_variance(denoise(xs, ts), xs)
         if len(predictions) < num_scales:
             raise ValueError(why_undefined(num_scales, len(predictions), representation))
         predictions = tuple(each.to(x.dtype) for each, x in zip(predictions, xs, strict=True))
-        return representation.project(tables.predict_clean(predictions, ts, xs))
+        x0s = representation.project(tables.predict_clean(predictions, ts, xs))
+        if chain.spans is None:
+            return x0s, None
+        if shares is None:
+            raise ValueError(NO_VARIANCE)
+        spans = chain.spans[at].T[..., None, None, None]  # [scales, B, 1, 1, 1]
+        return x0s, tuple(span * share.double().cpu() for span, share in zip(spans, shares, strict=True))
 
     constants = (dims * (chain.ratios - 1 - chain.ratios.log())).sum() / 2  # Without a network, and so never drawn.
     weights = chain.ratios * chain.gains / 2  # [N, scales]
@@ -173,18 +195,25 @@ def elbo(
         chances = num_timesteps * shares[chosen]  # How often each is drawn in expectation, [B, K].
     terms = torch.zeros(chosen.shape, dtype=torch.float64)
     for k, at in enumerate(chosen.T):
-        errors = torch.stack([_squares(x - x0) for x, x0 in zip(scales, clean(at), strict=True)], 1)  # [B, scales]
-        terms[:, k] = (weights[at] * errors).sum(1) / chances[:, k]
+        x0s, logs = see(at)
+        if logs is None:
+            errors = torch.stack([_squares(x - x0) for x, x0 in zip(scales, x0s, strict=True)], 1)  # [B, scales]
+            terms[:, k] = (weights[at] * errors).sum(1) / chances[:, k]
+            continue
+        for part, x, x0, log, gain in zip(parts, scales, x0s, logs, chain.gains[at].T, strict=True):
+            errors = gain[:, None, None, None] * (x - x0).double().square().cpu()  # [B, C, H, W]
+            terms[:, k] += kl_of_step(log, errors, part).flatten(1).sum(1) / chances[:, k]
 
     exact = (images.double() / 127.5 - 1 if images.dtype == torch.uint8 else images.double()).cpu()
     ends = torch.full((count,), num_steps)
-    lasts = torch.stack(
-        [
-            -_last_step(exact, representation.compose(clean(ends)).double().cpu(), chain.last, decoder)
-            for _ in range(LAST_DRAWS)
-        ],
-        1,
-    )  # [B, LAST_DRAWS]
+    ends_drawn = []
+    for _ in range(LAST_DRAWS):
+        x0s, logs = see(ends)
+        variances = chain.last
+        if logs is not None:
+            variances = tuple(smallest * log.exp() for smallest, log in zip(chain.last, logs, strict=True))
+        ends_drawn.append(-_last_step(exact, representation.compose(x0s).double().cpu(), variances, decoder))
+    lasts = torch.stack(ends_drawn, 1)  # [B, LAST_DRAWS]
     prior, steps, last = _prior(scheduler, chain, scales, dims), constants + terms.sum(1), lasts.mean(1)
     bound = -(prior + steps + last)
     if not bound.isfinite().all():
@@ -202,6 +231,14 @@ def elbo(
 def bits_of_grey_levels(log_probability: torch.Tensor, dims: int) -> torch.Tensor:
     """Bits per dimension from nats of the probability of grey levels of images of so many dimensions: -log2 P / D."""
     return -log_probability / (dims * math.log(2))
+
+
+def kl_of_step(log: torch.Tensor, errors: torch.Tensor, part: float = 1.0) -> torch.Tensor:
+    """KL of the true step from one whose variance is exp(log) times as large, number by number, in nats.
+
+    errors: (γ_s - γ_t) (x0 - x̂0)². part: dimensions of a scale by its numbers. `[B, C, H, W]` all.
+    """
+    return (part * (torch.expm1(-log) + log) + (-log).exp() * errors) / 2
 
 
 def _squares(x: torch.Tensor) -> torch.Tensor:
@@ -234,17 +271,19 @@ def _prior(scheduler: DDIMScheduler, chain: Chain, scales: Images, dims: torch.T
     return total
 
 
-# log p of values given means, float64 of one shape, and a deviation.
-Decoder = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+# log p of values given means and deviations, of one shape or one number.
+Decoder = Callable[[torch.Tensor, torch.Tensor, float | torch.Tensor], torch.Tensor]
 
 
 def _last_step(
-    images: torch.Tensor, means: torch.Tensor, variances: tuple[float, ...], decoder: Decoder
+    images: torch.Tensor, means: torch.Tensor, variances: tuple[float | torch.Tensor, ...], decoder: Decoder
 ) -> torch.Tensor:
-    """log p(x | z_0) in nats `[B]`; images, means: float64 `[B, C, H, W]`."""
+    """log p(x | z_0) in nats `[B]`; images, means: float64 `[B, C, H, W]`; variances: one, or one each, by scale."""
     if len(variances) == 1:
         return decoder(images, means, variances[0] ** 0.5).flatten(1).sum(1)
     fine, coarse = variances
+    if isinstance(fine, torch.Tensor):
+        fine = fine[..., ::2, ::2]  # One for a block, [B, C, H/2, W/2].
     own, shared = 0.75 * fine + coarse, coarse - fine / 4  # Of a pixel, and between two of a block.
     x, mean = (F.pixel_unshuffle(each, 2).unflatten(1, (-1, 4)) for each in (images, means))  # [B, C, 4, H/2, W/2]
     total = torch.zeros(len(images), dtype=torch.float64)
@@ -255,12 +294,17 @@ def _last_step(
     return total
 
 
-def _log_density(x: torch.Tensor, mean: torch.Tensor, deviation: float) -> torch.Tensor:
-    return -((x - mean) / deviation).square() / 2 - math.log(deviation) - math.log(2 * math.pi) / 2
+def log_density(x: torch.Tensor, mean: torch.Tensor, deviation: float | torch.Tensor) -> torch.Tensor:
+    """log of the Gaussian density in nats, number by number."""
+    log = deviation.log() if isinstance(deviation, torch.Tensor) else math.log(deviation)
+    return -((x - mean) / deviation).square() / 2 - log - math.log(2 * math.pi) / 2
 
 
-def _log_probability(x: torch.Tensor, mean: torch.Tensor, deviation: float) -> torch.Tensor:
-    """Of the grey levels at x in [-1, 1]."""
+def log_probability(x: torch.Tensor, mean: torch.Tensor, deviation: float | torch.Tensor) -> torch.Tensor:
+    """log probability in nats of the grey levels at x in [-1, 1], number by number: a Gaussian over the width of each.
+
+    Those at both ends reach to infinity (arXiv 2006.11239, eq. 13). Differentiable in mean and deviation.
+    """
     half = GREY_LEVEL / 2
     low = torch.where(x < half - 1, -math.inf, (x - half - mean) / deviation)
     high = torch.where(x > 1 - half, math.inf, (x + half - mean) / deviation)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from images.representation import Images
-from scheduler import DDIMScheduler, Denoiser
+from scheduler import DDIMScheduler, Denoiser, parts_of
 
 # log p(label | noisy images) float `[B]` of noisy images, timesteps and labels; differentiable in the images.
 LogProbability = Callable[[Images, Images, torch.Tensor], torch.Tensor]
@@ -73,5 +73,8 @@ class ClassifierGuided:
         # Noise of the fine scale has no other directions than its subspace, and neither has its score.
         gradients = scheduler.representation.project(gradients)
         shifts = (scheduler.shift(self.scale * each, t, x) for each, t, x in zip(gradients, ts, xs, strict=True))
-        predictions = self.denoise(xs, ts, labels)
-        return tuple(prediction.float() + shift for prediction, shift in zip(predictions, shifts, strict=False))
+        outputs = self.denoise(xs, ts, labels)
+        predictions, said = parts_of(outputs, xs)
+        moved = tuple(prediction.float() + shift for prediction, shift in zip(predictions, shifts, strict=False))
+        # What is said of variances is of the step, whose mean alone is moved.
+        return moved if said is None else tuple(torch.cat(pair, 1) for pair in zip(moved, said, strict=True))

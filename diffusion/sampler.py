@@ -18,7 +18,7 @@ from diffusion.solvers import Ddim
 from diffusion.step import Solver, Step
 from paths.path import Path
 from runtime.device import autocast, compile_or_not, compiling_failed
-from scheduler import CLEAN, DDIMScheduler, Denoiser
+from scheduler import CLEAN, NO_VARIANCE, DDIMScheduler, Denoiser
 
 Images = tuple[torch.Tensor, ...]
 # Called at a point of a path with its index and images; what it returns, if anything, is gone on with instead.
@@ -156,7 +156,8 @@ def sample(
     The scales are those of `scheduler.representation`, to whose subspaces all noise is brought.
 
     denoise: `(xs, ts) -> predictions`, one tensor per scale each, ts int64 `[B]`, called once at every point
-        but the last, and as often besides as the solver asks. A scale whose timestep does not move keeps its image,
+        but the last, and as often besides as the solver asks. Of 2C channels the second half is about variances, which
+        a solver may read (`DDIMScheduler.split_variance`). A scale whose timestep does not move keeps its image,
         except that with `end="clean"` the last step takes every scale to clean. solver: of `diffusion.solvers`; None:
         DDIM with eta, 0 DDIM to 1 ancestral. Where noise is needed on the way, `draw(shape)` supplies it,
         `[B, C, H, W]` for shape `(C, H, W)`, scale by scale. callback: called as `(k, images)` at
@@ -170,7 +171,8 @@ def sample(
     Returns images (float32, in [-1, 1] if the schedule clamps; the first is the image that the scales compose) and the
     calls counted, which are several for each evaluation of a denoiser that says so (`calls`). Raises ValueError if path
     and noise differ in their number of scales, for an unknown end or feed, for predictions that leave a scale to no
-    feed, for a callback that goes on from a later point, and what `scheduler.step_from` raises.
+    feed, for a solver that reads variances which are not there, for a callback that goes on from a later point, and
+    what `scheduler.step_from` raises.
     """
     if path.num_scales != len(noise):
         raise ValueError(f"The path has {path.num_scales} scale(s) but the model samples {len(noise)}.")
@@ -196,12 +198,14 @@ def sample(
     tables = functools.cache(lambda: scheduler.to(device))
     calls = getattr(denoise, "calls", 1)
 
-    def evaluate(xs: Images, point: tuple[int | torch.Tensor, ...], rows: torch.Tensor | None = None) -> Images:
+    def call(
+        xs: Images, point: tuple[int | torch.Tensor, ...], rows: torch.Tensor | None = None
+    ) -> tuple[Images, Images | None]:
         nonlocal seen
         count, is_real = len(xs[0]), isinstance(point[0], torch.Tensor)
         ts = point if is_real else tuple(torch.full((count,), t, dtype=torch.long, device=device) for t in point)
         told = () if labels is None else (labels if rows is None else labels[rows],)
-        predictions = denoise(xs, ts, *told)
+        predictions, variances = scheduler.split_variance(denoise(xs, ts, *told), xs)
         seen += count * calls
         if len(predictions) != (path.num_scales if coarse_from is None else 1):
             raise ValueError(
@@ -209,7 +213,10 @@ def sample(
                 f"coarse_from = {coarse_from}."
             )
         predictions = tuple(prediction.to(x.dtype) for x, prediction in zip(xs, predictions, strict=False))
-        return (tables() if is_real else scheduler).predict_clean(predictions, point, xs)
+        return (tables() if is_real else scheduler).predict_clean(predictions, point, xs), variances
+
+    def evaluate(xs: Images, point: tuple[int | torch.Tensor, ...], rows: torch.Tensor | None = None) -> Images:
+        return call(xs, point, rows)[0]
 
     while True:
         if callback is not None and (moved := callback(k, xs)) is not None:
@@ -224,14 +231,18 @@ def sample(
         moves = [t_next != t for t, t_next in zip(point, next_point, strict=True)]
         for t, t_next in itertools.compress(zip(point, next_point, strict=True), moves):
             scheduler.check_step(t, t_next)
-        x0s = evaluate(xs, point)
+        x0s, variances = call(xs, point)
+        if solver.reads_variance:
+            if variances is None:
+                raise ValueError(NO_VARIANCE)
+            variances = tuple(each.to(x.dtype) for each, x in zip(variances, xs, strict=False))
 
         moving = list(zip(xs, moves, strict=True))[: len(x0s)]
 
         def fresh(moving: list[tuple[torch.Tensor, bool]] = moving) -> Images:
             return representation.project(tuple(draw(x.shape[1:]) if move else x for x, move in moving))
 
-        stepped = solver.step(Step(scheduler, point, next_point, xs, x0s, evaluate, fresh, calls))
+        stepped = solver.step(Step(scheduler, point, next_point, xs, x0s, evaluate, fresh, calls, variances))
         if coarse_from == "noisy":
             stepped += tuple(_mean_like(stepped[0], x) for x in xs[1:])
         elif coarse_from == "x0":

@@ -6,7 +6,8 @@ own time, and one whose timestep rests keeps its image. With x̂ = x / alpha, σ
 process is the same diffusion, dx̂/dσ̂ = ε, so that no solver knows which one it works for.
 
     ddim            Euler's method in σ̂, with `eta` on the way to `ancestral` (arXiv 2010.02502)
-    ancestral       the chain of DDPM, with the larger or the smaller variance (arXiv 2006.11239, section 3.2)
+    ancestral       the chain of DDPM, with the larger or the smaller variance (arXiv 2006.11239, section 3.2), or with
+                    that in between that a network has learnt (arXiv 2102.09672, eq. 15)
     heun            the trapezoidal rule in σ̂, two calls a step (arXiv 2206.00364, algorithm 1)
     dpmpp_2m        DPM-Solver++ of second order, one call a step (arXiv 2211.01095, algorithm 2)
     dpmpp_3m        the same of third order: the clean image as a parabola in λ, integrated exactly
@@ -24,11 +25,12 @@ import torch
 
 from diffusion.adaptive import Ode
 from diffusion.multistep import Corrected, Line, Parabola, Rule, ScaleWalk
-from diffusion.step import Solver, Step, exponential_step, level_of
+from diffusion.step import Solver, Step, exponential_step, level_of, variance_span
 from images.representation import Images
 from scheduler import CLEAN
 
-VARIANCES = ("beta", "beta_tilde")
+LEARNED = "learned"
+VARIANCES = ("beta", "beta_tilde", LEARNED)
 LANGEVIN_ROUNDS = 5
 LONGEST_HEUN_FALL = 10  # Of σ̂ in a step of Heun's method.
 PC_SNR = 0.16  # Of the corrector of `pc` (arXiv 2011.13456, appendix G).
@@ -49,25 +51,33 @@ class Ddim(Solver):
 
 
 class Ancestral(Solver):
-    """The chain of DDPM on the points of a path: its posterior mean, and noise of variance beta or beta tilde."""
+    """The chain of DDPM on the points of a path: its posterior mean, and noise of variance beta or beta tilde.
+
+    These are of the step between two points, however far apart; "learned" lies between their logarithms, where v says.
+    """
 
     name, draws = "ancestral", True
 
     def __init__(self, variance: str = "beta"):
         if variance not in VARIANCES:
             raise ValueError(f"Unknown variance '{variance}'; choose one of {', '.join(VARIANCES)}.")
-        self.variance = variance
+        self.variance, self.reads_variance = variance, variance == LEARNED
 
     def step(self, step: Step) -> Images:
         scheduler = step.scheduler
 
-        def move(_, x, x0, t, t_next, noise):
+        def move(scale, x, x0, t, t_next, noise):
             now, after = level_of(scheduler, t), level_of(scheduler, t_next)
             if self.variance == "beta_tilde" or not after.sigma:  # Where no noise is left, none is drawn.
                 return scheduler.step_from(x0, t, t_next, x, 1.0, noise)
-            # 1 - abar / abar' where variance is preserved, and as much larger as alpha^2 + sigma^2 is.
-            abar, abar_next = (1 / (1 + level.ratio**2) for level in (now, after))
-            deviation = math.sqrt(1 - abar / abar_next) * math.hypot(after.alpha, after.sigma)
+            if self.variance == LEARNED:
+                smallest = after.sigma * math.sqrt(1 - (after.ratio / now.ratio) ** 2)
+                span = variance_span(*(torch.tensor(level.ratio, dtype=torch.float64) ** -2 for level in (now, after)))
+                deviation = smallest * (step.variances[scale] * (span.item() / 2)).exp()
+            else:
+                # 1 - abar / abar' where variance is preserved, and as much larger as alpha^2 + sigma^2 is.
+                abar, abar_next = (1 / (1 + level.ratio**2) for level in (now, after))
+                deviation = math.sqrt(1 - abar / abar_next) * math.hypot(after.alpha, after.sigma)
             return scheduler.step_from(x0, t, t_next, x, 1.0, torch.zeros_like(x)) + deviation * noise
 
         return step.each(move, step.draw())

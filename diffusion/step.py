@@ -19,7 +19,8 @@ class Step:
     x0s has the scales that the denoiser predicts, of which the solver returns the next images. `evaluate(xs, point)`
     calls the denoiser once more, and at real times, float64 `[B]` by scale; for some of the images with `rows`, their
     indices int64 `[n]`. `draw()` gives standard normal noise like xs, scale by scale for those that move. An evaluation
-    is `calls` network calls.
+    is `calls` network calls. `variances` has the shares v of `DDIMScheduler.split_variance` where the network says
+    them, for solvers that read them.
     """
 
     scheduler: DDIMScheduler
@@ -30,6 +31,7 @@ class Step:
     evaluate: Callable[..., Images]
     draw: Callable[[], Images]
     calls: int = 1
+    variances: Images | None = None
 
     def each(self, move: Callable[..., torch.Tensor], *more: Sequence) -> Images:
         """`move(scale, x, x0, t, t_next, *more)` for the scales that move; the others keep their image."""
@@ -60,6 +62,14 @@ def level_of(scheduler: DDIMScheduler, t: int) -> Level:
     return Level(alpha, sigma, math.log(alpha) - math.log(sigma))
 
 
+def variance_span(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """log(beta / beta_tilde) of a step between two SNRs, at least 0: log(1 + after) - log(1 + before).
+
+    The true step has the variance beta_tilde where the clean image is known, and beta where it is N(0, 1).
+    """
+    return torch.log1p(after) - torch.log1p(before)
+
+
 def level_of_log_snr(log_snr: torch.Tensor) -> Level:
     """The levels of variance-preserving states at log SNRs, as tensors like them; +inf is clean."""
     return Level((F.logsigmoid(log_snr) / 2).exp(), (F.logsigmoid(-log_snr) / 2).exp(), log_snr / 2)
@@ -79,6 +89,7 @@ class Solver:
     name = "ddim"
     draws = False  # Whether it needs noise on the way.
     calls_between = False  # Whether it calls the network more than once a step.
+    reads_variance = False  # Whether it needs a network that has learnt the variance of a step.
     adaptive = False  # Whether the number of calls depends on the images.
     rule = None  # Of `diffusion.multistep`, by which its steps go; None for one that no such rule describes.
 

@@ -366,8 +366,10 @@ class Evaluation:
         settings, which = self.settings, (job.checkpoint, job.weights)
         if self._loaded is None or self._loaded[0] != which:
             loaded = load_model(job.checkpoint, job.weights == "ema", self.device)
+            if settings.make_solver().reads_variance:
+                loaded.check_variance()
             config, conditions = loaded.config, settings.conditions(loaded)
-            denoise = conditions.guided(loaded.denoise)
+            denoise = conditions.guided(loaded.denoise_with_variance)
             training, held_out = cli.load_image_parts(settings, config)
             if self._scorer is None or self._scorer.training.fingerprint != training.fingerprint:
                 self._scorer = self._new_scorer(self._reference(training, held_out, config), training)

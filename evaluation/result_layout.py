@@ -82,6 +82,7 @@ PUBLISHED_TRAINING = {
     "batch_size": "64",
     "network": "unet",
     "hidden_dims": "[64,128,256,512]",
+    "objective": "denoising",
     "min_snr_gamma": "none",
     "timestep_weights": "published",
     "t_law": "uniform",

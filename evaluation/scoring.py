@@ -75,7 +75,7 @@ def generate(
     batches = torch.arange(len(seeds)).split(batch_size)[processes.rank :: processes.count]
     mine = torch.cat(batches).tolist() if batches else []
     sampled = sample_seeds(
-        denoise or loaded.denoise, loaded.scheduler, path, [seeds[k] for k in mine], shapes,
+        denoise or loaded.denoise_with_variance, loaded.scheduler, path, [seeds[k] for k in mine], shapes,
         batch_size, device, end=end, coarse_from=coarse_feed(loaded.model, coarse_from), solver=solver,
         labels=None if labels is None else [labels[k] for k in mine],
     )  # fmt: skip

@@ -75,6 +75,8 @@ TRAINING_COLUMNS = {
     "feature_weight": TrainingColumn(
         _setting("feature_weight", 0.0), "feature weight {}", "number", told_by=("preset",)
     ),
+    "objective": TrainingColumn(_setting("objective", "denoising"), "{} objective", told_by=("preset",)),
+    "vlb_weight": TrainingColumn(_choice("vlb_weight"), "bound weight {}", told_by=("preset", "objective")),
     "min_snr_gamma": TrainingColumn(_choice("min_snr_gamma"), "min-SNR {}"),
     "timestep_weights": TrainingColumn(
         _setting("timestep_weights", "published"), "timestep weights {}", told_by=("preset",)

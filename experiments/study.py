@@ -71,7 +71,9 @@ def score(
     """Sliced Wasserstein distance (x1000, mean over levels) of images along a path."""
     shapes = scale_shapes(loaded.model.num_scales, loaded.config["channels"], loaded.config["resolution"])
     seeds = image_seeds(seed, num_images)
-    batches = sample_seeds(loaded.denoise, loaded.scheduler, path, seeds, shapes, batch_size, device, solver=solver)
+    batches = sample_seeds(
+        loaded.denoise_with_variance, loaded.scheduler, path, seeds, shapes, batch_size, device, solver=solver
+    )
     with autocast(device, precision):
         pixels = torch.cat([to_uint8(samples.images[0]).cpu() for _, samples in batches])
     return statistics.mean(metric.distance(pixels).values())

@@ -49,6 +49,10 @@ class Overcomplete:
         """The pair with its fine half brought to its subspace, which makes white noise the noise of the pair."""
         return xs
 
+    def blockwise(self, values: Images) -> Images:
+        """Values for each pixel of a pair, made even where noise that they scale would leave its subspace."""
+        return values
+
     def directions(self, numbers: Images) -> Images:
         """The pair whose coordinates in orthonormal bases of the spaces of its scales are these numbers.
 
@@ -81,6 +85,9 @@ class Residual(Overcomplete):
 
     def project(self, xs: Images) -> Images:
         return (xs[0] - upsample_nearest(F.avg_pool2d(xs[0], 2)), *xs[1:])
+
+    def blockwise(self, values: Images) -> Images:
+        return (upsample_nearest(F.avg_pool2d(values[0], 2)), *values[1:])
 
     def directions(self, numbers: Images) -> Images:
         blocks = F.pixel_unshuffle(numbers[0], 2).unflatten(1, (-1, 4))  # [B, C, 4, H/2, W/2]

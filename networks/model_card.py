@@ -103,6 +103,8 @@ def _training_section(config: dict[str, Any]) -> str:
         ("weights of the losses, fine and coarse", "{weighed}", ("loss_weights",)),
         ("perceptual loss, weight", "{perceptual_weight:g}", ("perceptual_weight",)),
         ("feature matching, weight", "{feature_weight:g}", ("feature_weight",)),
+        ("objective", "{objective}", ("objective",)),
+        ("weight of the bound, bits per dimension", "{vlb_weight:g}", ("vlb_weight",)),
         ("min-SNR weights of the timesteps", "gamma {min_snr_gamma:g}", ("min_snr_gamma",)),
         ("weights of the timesteps", "{timestep_weights}", ("timestep_weights",)),
         ("timesteps", "{t_law}, {times} numbers", ("t_law", "times")),

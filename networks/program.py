@@ -16,7 +16,10 @@ LARGEST_BATCH = 2**31 - 1  # PyTorch 2.6 asks for a bound.
 
 
 class _Network(nn.Module):
-    """A model with one signature for all: `(xs, ts) -> predictions`, lists with one tensor per scale, fine first."""
+    """A model with one signature for all: `(xs, ts) -> predictions`, lists with one tensor per scale, fine first.
+
+    What it says of variances, which the script has no use for, is left out.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -24,7 +27,12 @@ class _Network(nn.Module):
 
     def forward(self, xs: list[torch.Tensor], ts: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         predictions = self.model(*self.model.inputs(tuple(xs), tuple(ts)))
-        return predictions if isinstance(predictions, tuple) else (predictions,)
+        return tuple(
+            prediction[:, : x.shape[1]]
+            for prediction, x in zip(
+                predictions if isinstance(predictions, tuple) else (predictions,), xs, strict=False
+            )
+        )
 
 
 def program_bytes(model: nn.Module, channels: int, resolution: int) -> bytes:

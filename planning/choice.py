@@ -68,7 +68,11 @@ class SolverSettings(Settings):
     eta: float | None = option(
         None, "of ddim: 0 DDIM to 1 ancestral (0; of inpaint.py 1, as published)", parse=cli.unit_interval
     )
-    variance: str | None = option(None, f"of ancestral ({VARIANCES[0]})", choices=VARIANCES)
+    variance: str | None = option(
+        None,
+        f"of ancestral: a bound, or learned, which models trained with --objective hybrid or vlb say ({VARIANCES[0]})",
+        choices=VARIANCES,
+    )
     langevin_rounds: int | None = option(
         None, f"of langevin: steps at every point ({LANGEVIN_ROUNDS})", parse=cli.positive_int, metavar="M"
     )
@@ -276,11 +280,14 @@ def path_of_settings(settings: OnePathSettings, loaded: LoadedModel) -> tuple[Pa
     """The path that settings name, and what to call it in the name of a file.
 
     Prints a warning if it leads far from what the model was trained on. Raises ValueError for a solver that the model
-    cannot be sampled by, or that takes more calls than there may be, and what `choose_path` raises.
+    cannot be sampled by, also for want of a variance, or that takes more calls than there may be, and what
+    `choose_path` raises.
     """
     config = loaded.config
     if isinstance(settings, SolverSettings) and (problem := solver_problem(settings, config["model_type"])):
         raise ValueError(problem)
+    if isinstance(settings, SolverSettings) and settings.make_solver().reads_variance:
+        loaded.check_variance()
     file = find_map(loaded.file, config, config["epoch"], loaded.weights)
     path_type = settings.path_type if settings.schedule is None else f"schedule:{settings.schedule}"
     path = choose_path(settings, path_type, settings.num_steps, loaded, settings.heatmap or file)

@@ -19,6 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "times": "whole",
         "perceptual_weight": 0.0,
         "feature_weight": 0.0,
+        "objective": "denoising",
         "t_pairs": {"overcomplete": "independent", "residual": "independent"},
     },
     "improved": {
@@ -33,6 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "times": "whole",
         "perceptual_weight": 0.0,
         "feature_weight": 0.0,
+        "objective": "denoising",
         "t_pairs": {"overcomplete": "band:diagonal,1", "residual": "band:image,1"},
     },
 }
@@ -46,6 +48,7 @@ PRESETS |= {
     "ddpm_report": _NOISE
     | {"network": "ddpm_unet", "beta_schedule": "cosine_report", "timestep_weights": "published"}
     | {"perceptual_weight": 0.1, "feature_weight": 0.05},
+    "iddpm": _NOISE | {"timestep_weights": "published", "objective": "hybrid"},  # arXiv 2102.09672
     "ncsn": _NOISE | {"process": "ve", "beta_schedule": "ve"},  # arXiv 1907.05600, levels and all
     "vp": _NOISE | {"beta_schedule": "linear", "times": "real"},  # arXiv 2011.13456, as the next two
     "sub_vp": _NOISE | {"process": "sub_vp", "beta_schedule": "sub_vp_linear", "times": "real"},
@@ -58,6 +61,7 @@ EARLIER_VALUES = {
     "network": "unet",
     "ema_rampup_ratio": 0.0, "process": "vp", "timestep_weights": "published", "t_law": "uniform", "times": "whole",
     "perceptual_weight": 0.0, "feature_weight": 0.0,
+    "objective": "denoising",
 }  # fmt: skip
 COARSE_SHARE = 0.25  # Dimensions of the coarse scale, as a share of those of the image.
 

@@ -15,7 +15,7 @@ from model import (
 )
 from networks.blocks import ResidualBlock, SelfAttention, timestep_embedding
 from paths.families import diagonal
-from scheduler import DDIMScheduler
+from scheduler import DDIMScheduler, predictions_alone
 
 PARAMETERS = {
     BaselineModel: 58_274_627,
@@ -414,6 +414,8 @@ def test_learned_variance_is_the_second_half_of_a_prediction(representation):
     model = LIFTDualTimestepModel((8, 16), 2, representation, learned_variance=True)
     xs, ts = (torch.randn(2, 2, 16, 16), torch.randn(2, 2, 8, 8)), (torch.zeros(2), torch.zeros(2))
     fine, coarse = model.denoise(xs, ts)
+    for alone, whole in zip(predictions_alone(model.denoise)(xs, ts), (fine, coarse), strict=True):
+        assert torch.equal(alone, whole[:, :2])
     assert fine.shape == (2, 4, 16, 16) and coarse.shape == (2, 4, 8, 8)
     means = torch.nn.functional.avg_pool2d(fine, 2).abs().amax((0, 2, 3))
     assert (means[:2] < 1e-6).all() == (representation == "residual") and (means[2:] > 1e-3).all()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from images.representation import Images
 from planning.regimes import TimestepPairs
 from scheduler import DDIMScheduler, Denoiser
 from training.terms import Term, compare
@@ -21,9 +22,14 @@ from training.timesteps import IMPORTANCE, UNIFORM, Importance, densities, predi
 
 # Key in files: what people read.
 LOSS_NAMES = {
-    "loss_64": "fine loss", "loss_32": "coarse loss", "perceptual": "perceptual loss", "features": "feature loss",
-}  # fmt: skip
-SCALE_LOSSES = ("loss_64", "loss_32")  # Squared errors of predictions; the rest are `training.terms`.
+    "loss_64": "fine loss",
+    "loss_32": "coarse loss",
+    "vlb_64": "fine bound, bits per dimension",
+    "vlb_32": "coarse bound, bits per dimension",
+    "perceptual": "perceptual loss",
+    "features": "feature loss",
+}
+SCALE_LOSSES = ("loss_64", "loss_32")  # Squared errors of predictions; the rest are bounds and `training.terms`.
 
 
 def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
@@ -48,18 +54,25 @@ class TrainingBatch(NamedTuple):
         """Some of the images."""
         return TrainingBatch(*(None if field is None else field[rows] for field in self))
 
+    @property
+    def scales(self) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]:
+        """Clean images, noise and timesteps of each scale, fine first."""
+        return (self.x_64, self.noise_64, self.t_64), (self.x_32, self.noise_32, self.t_32)
+
     def clock(self, loss: str) -> torch.Tensor:
         """The timesteps `[B]` that a loss belongs to, by its name; of a term those of the fine scale."""
-        return self.t_32 if loss == "loss_32" else self.t_64
+        return self.t_32 if loss.endswith("_32") else self.t_64
 
 
-class Denoising:
+class Denoising:  # A family of models is a class beside it, with its name in `training.objectives`.
     """Squared errors of predictions at timesteps of a regime, for one scale and for two.
 
     config: of a run, with `t_pairs`, `t_pairs_points`, `loss_weights` and, if they are not the published ones,
     `t_law`, `times`, `timestep_weights`, `min_snr_gamma`. Draws happen on the device of the tables of the scheduler.
     terms: further losses of the predicted clean image, on that device.
     """
+
+    learned_variance = False  # Whether the network is one that says the variance of a step.
 
     def __init__(self, config: dict[str, Any], scheduler: DDIMScheduler, terms: Sequence[Term] = ()):
         self.scheduler, self.terms = scheduler, terms
@@ -124,25 +137,37 @@ class Denoising:
         denoise: a network, which is shown noisy images as it is to see them. Each loss is a mean over the dimensions of
         its scale: a residual has three for every four pixels. Behind them, by its name, each of the terms.
         """
-        scheduler = self.scheduler
-        scales = [(batch.x_64, batch.noise_64, batch.t_64), (batch.x_32, batch.noise_32, batch.t_32)]
-        clean, noise, ts = zip(*scales, strict=True)
-        noisy = tuple(map(scheduler.add_noise, clean, noise, ts))
-        shown = tuple(map(scheduler.shown, noisy, ts))
+        noisy, shown = self._noised(batch)
+        predictions = self._outputs(denoise, shown, batch)
+        return self._errors(predictions, batch) | self._further(predictions, noisy, shown, batch)
+
+    def _noised(self, batch: TrainingBatch) -> tuple[Images, Images]:
+        """The noisy images of a step by scale, and what a network is shown of them."""
+        noisy = tuple(self.scheduler.add_noise(*scale) for scale in batch.scales)
+        return noisy, tuple(map(self.scheduler.shown, noisy, (batch.t_64, batch.t_32)))
+
+    def _outputs(self, denoise: Denoiser, shown: Images, batch: TrainingBatch) -> Images:
+        """What the network returns of the images of a step."""
         told = () if batch.labels is None else (batch.labels,)
-        predictions = denoise(shown, ts, *told)
-        shares = (scheduler.representation.fine_share, 1.0)
-        losses = {
+        return denoise(shown, (batch.t_64, batch.t_32), *told)
+
+    def _errors(self, predictions: Images, batch: TrainingBatch) -> dict[str, torch.Tensor]:
+        scheduler, shares = self.scheduler, (self.scheduler.representation.fine_share, 1.0)
+        return {
             name: F.mse_loss(prediction.float(), scheduler.target(*scale), reduction="none").flatten(1).mean(1) / share
-            for name, prediction, scale, share in zip(SCALE_LOSSES, predictions, scales, shares, strict=False)
+            for name, prediction, scale, share in zip(SCALE_LOSSES, predictions, batch.scales, shares, strict=False)
         }  # [B] each
-        if self.terms:
-            images = compare(scheduler, predictions, clean, noise, noisy, shown, ts, batch.labels)
-            signal = scheduler.alpha_bar_at(batch.t_64)  # [B]
-            for term in self.terms:
-                distance = term.distance(images)
-                losses[term.name] = signal.to(distance) * distance  # [B]
-        return losses
+
+    def _further(
+        self, predictions: Images, noisy: Images, shown: Images, batch: TrainingBatch
+    ) -> dict[str, torch.Tensor]:
+        if not self.terms:
+            return {}
+        clean, noise, ts = zip(*batch.scales, strict=True)
+        images = compare(self.scheduler, predictions, clean, noise, noisy, shown, ts, batch.labels)
+        signal = self.scheduler.alpha_bar_at(batch.t_64)  # [B]
+        distances = ((term.name, term.distance(images)) for term in self.terms)
+        return {name: signal.to(distance) * distance for name, distance in distances}  # [B] each
 
     def minimised(self, losses: dict[str, torch.Tensor], batch: TrainingBatch) -> torch.Tensor:
         """What a step minimises: the mean over images of their losses, weighed by scale and by timestep.
@@ -172,9 +197,12 @@ class Denoising:
     ) -> None:
         """Learn from the losses of a step, of this process's share of the images."""
         if self._importance is not None:
-            weighed = self._by_timestep(losses, batch)
-            by_image = sum(self._loss_weights[name] * values for name, values in weighed.items())
-            self._importance.observe(by_image, (batch.t_64, batch.t_32), good, total)
+            self._importance.observe(self._drives(losses, batch), (batch.t_64, batch.t_32), good, total)
+
+    def _drives(self, losses: dict[str, torch.Tensor], batch: TrainingBatch) -> torch.Tensor:
+        """What of each image `[B]` says how often its timesteps are to be drawn."""
+        weighed = self._by_timestep(losses, batch)
+        return sum(self._loss_weights[name] * values for name, values in weighed.items())
 
     @property
     def state(self) -> dict[str, torch.Tensor] | None:

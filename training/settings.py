@@ -20,7 +20,9 @@ from planning.regimes import check_regime, default_regime, parse_regime
 from runtime.runs import derived_name, is_same, resume_folder, run_name
 from runtime.settings import REQUIRED, Settings, option
 from scheduler import ALL_SCHEDULES, PREDICTION_TYPES, PROCESSES, schedule_name, split_schedule_name
-from training.timesteps import TIMESTEP_WEIGHTS, UNIFORM, law_name, parse_law
+from training.objectives import OBJECTIVES
+from training.timesteps import IMPORTANCE, TIMESTEP_WEIGHTS, UNIFORM, law_name, parse_law
+from training.variational import VLB_WEIGHT, check_chain
 
 TIMES = ("whole", "real")
 LABEL_DROPOUT = 0.1  # Unless told otherwise (arXiv 2207.12598 tries 0.1, 0.2 and 0.5).
@@ -134,6 +136,22 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         None, "noise schedule of vp and sub_vp (that of the preset)", choices=ALL_SCHEDULES, recorded=True
     )
     prediction_type: str | None = option(None, "(that of the preset)", choices=PREDICTION_TYPES, recorded=True)
+    objective: str | None = option(
+        None,
+        "what a step minimises: denoising, squared errors; hybrid, those and the variational bound of variances that "
+        "are learnt with it; vlb, that bound alone (that of the preset)",
+        choices=tuple(OBJECTIVES),
+        recorded=True,
+        absent="denoising",
+    )
+    vlb_weight: float | None = option(
+        None,
+        f"of hybrid: weight of the bound, a sum over all timesteps in bits per dimension ({VLB_WEIGHT})",
+        parse=cli.positive_float,
+        metavar="WEIGHT",
+        recorded=True,
+        absent=None,
+    )
     min_snr_gamma: float | None = option(
         None,
         "weigh the loss by min(SNR, GAMMA) times that of the clean image; 5 is usual (all timesteps alike)",
@@ -265,6 +283,7 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
             )
         if law_name(self.t_law) != self.t_law:
             self._derive(t_law=law_name(self.t_law))
+        self._check_objective()
         if self.loss_weights == "auto":
             self._derive(loss_weights=balanced_weights(self.representation) if predictions > 1 else (1.0,))
         if len(self.loss_weights) != predictions or (predictions == 1 and self.loss_weights != (1.0,)):
@@ -299,6 +318,30 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         if self.run is None:
             named = self.model_type, self.representation, self.preset, self.resolution, self.dataset, self.seed
             self._derive(run=derived_name(*named))
+
+    def _check_objective(self) -> None:
+        if self.vlb_weight is not None and self.objective != "hybrid":
+            raise ValueError(f"--vlb_weight belongs to --objective hybrid, not to {self.objective}; leave it out.")
+        if not OBJECTIVES[self.objective].learned_variance:
+            return
+        check_chain(self.objective, self.process, self.times)
+        if self.t_law not in (UNIFORM, IMPORTANCE):
+            raise ValueError(
+                f"--objective {self.objective} has a bound in which all timesteps count, so that --t_law {self.t_law} "
+                f"would change it; choose {UNIFORM} or {IMPORTANCE}."
+            )
+        if self.objective == "vlb" and (self.min_snr_gamma is not None or self.timestep_weights != "published"):
+            raise ValueError(
+                "--objective vlb says itself what errors count at each timestep; leave --timestep_weights and "
+                "--min_snr_gamma out, or use hybrid."
+            )
+        if self.objective == "vlb" and (self.perceptual_weight or self.feature_weight):
+            raise ValueError(
+                "--objective vlb minimises the bound alone; leave --perceptual_weight and --feature_weight out, or use "
+                "hybrid."
+            )
+        if self.objective == "hybrid" and self.vlb_weight is None:
+            self._derive(vlb_weight=VLB_WEIGHT)
 
     def _derive_process(self, preset: dict[str, Any]) -> None:
         """Both have a value in the end, the noise schedule the name that says the process too."""

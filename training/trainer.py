@@ -50,7 +50,9 @@ from runtime.device import (
 )
 from runtime.distributed import Processes
 from runtime.safe_write import versions
-from training.objective import LOSS_NAMES, Denoising, TrainingBatch, step_generator
+from scheduler import predictions_alone
+from training.objective import LOSS_NAMES, TrainingBatch, step_generator
+from training.objectives import OBJECTIVES
 from training.resume import earlier_run
 from training.run_log import RunLog
 from training.settings import REPLAN_EVERY, REPLAN_IMAGES, TrainingSettings
@@ -92,6 +94,9 @@ class Trainer:
             vgg = load_vgg(settings.vgg_weights)
         # The weights count by what they are, as their file may lie elsewhere when the run is resumed.
         self.config["vgg_fingerprint"] = None if vgg is None else vgg.fingerprint
+        objective = OBJECTIVES[settings.objective]
+        if objective.learned_variance:  # Configs that do not say it are of models without.
+            self.config["learned_variance"] = True
         self.scheduler = build_scheduler(self.config)
         read = functools.partial(replay, scheduler=self.scheduler, resolution=settings.resolution)
         self.config |= resolve_regime(settings.t_pairs, settings.model_type, read) | self._replanning(images)
@@ -143,7 +148,7 @@ class Trainer:
         if vgg is not None:
             vgg.to(self.device, memory_format=memory_format(self.device))
         terms = terms_of(self.config, self.scheduler, self.ema, vgg)
-        self.objective = Denoising(self.config, self.scheduler, terms)
+        self.objective = objective(self.config, self.scheduler, terms)
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
@@ -394,7 +399,7 @@ class Trainer:
         model, pairs = (self.model if self.ema is None else self.ema).eval(), self.objective.pairs
         try:
             curve, path = replan(
-                self.scheduler.denoiser(model.denoise),
+                predictions_alone(self.scheduler.denoiser(model.denoise)),
                 self.scheduler,
                 images,
                 pairs.state["log_snr_32"].numpy(),

@@ -94,6 +94,74 @@ def test_the_bound_has_its_known_gap(monkeypatch, variance, drawn, expected, res
         assert gap - last == pytest.approx(rest, abs=5e-4)
 
 
+def saying(denoise, shares):
+    """A denoiser that says these shares v besides, by timestep `[T]` or one for all."""
+
+    def call(xs, ts):
+        v = (shares[t] if isinstance(shares, torch.Tensor) else torch.full(t.shape, shares) for t in ts)
+        said = (2 * each.to(x.dtype)[:, None, None, None].expand_as(x) - 1 for each, x in zip(v, xs, strict=True))
+        return tuple(torch.cat(pair, 1) for pair in zip(denoise(xs, ts), said, strict=True))
+
+    return call
+
+
+def test_the_bound_of_the_best_learned_variance_is_the_likelihood_but_for_the_prior(monkeypatch):
+    """Of Gaussian data, with the v that the true chain has: entropy + KL(q_T || N) and nothing more."""
+    monkeypatch.setattr(module, "SeededNoise", Square)
+    scheduler = make()
+    shares = np.log(Known.backward / Known.clipped) / np.log(Known.betas / Known.clipped)
+    assert ((shares > 0) & (shares < 1)).all()
+    chain = ddpm_chain(scheduler, diagonal(999, num_scales=1), "learned")
+    images = S * torch.tensor([[[[1.0, 1.0], [-1.0, -1.0]]]], dtype=torch.float64)
+    found = elbo(saying(white(scheduler, S**2), torch.from_numpy(shares)), scheduler, chain, images)
+    entropy = math.log(2 * math.pi * S**2) / 2 + 0.5
+    assert -found.elbo.item() / 4 - entropy == pytest.approx(gap_of(Known.marginal[-1]), abs=1e-9)
+    assert gap_of(Known.marginal[-1]) < 1e-9
+    # A tenth of a share off is seen at once.
+    off = elbo(saying(white(scheduler, S**2), torch.from_numpy(shares) - 0.1), scheduler, chain, images)
+    assert found.elbo.item() - off.elbo.item() > 0.01
+
+
+@pytest.mark.parametrize("bytes_", [True, False])
+@pytest.mark.parametrize("v, variance", [(1.0, "beta"), (0.0, "beta_tilde")])
+@pytest.mark.parametrize("representation", ["overcomplete", "residual"])
+def test_a_learned_variance_at_its_ends_is_that_of_the_ends(representation, v, variance, bytes_):
+    """With both clocks on ways of their own, on which they rest at times."""
+    scheduler = make("cosine", "epsilon", 30, representation, clip=True)
+    path = diagonal(29, num_scales=1 if representation == "overcomplete" else 2, num_train_timesteps=30)
+    if representation == "residual":
+        path = log_snr_shift(path, math.log(4), scheduler.log_snr.numpy())
+    pixels = torch.randint(0, 256, (2, 2, 4, 4), generator=rng(), dtype=torch.uint8)
+    images = pixels if bytes_ else pixels.double() / 127.5 - 1
+    chains = (ddpm_chain(scheduler, path, name) for name in ("learned", variance))
+    found, expected = (elbo(saying(tiny, v), scheduler, chain, images) for chain in chains)
+    for one, other in zip(found[:1] + found[2:], expected[:1] + expected[2:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5 if bytes_ else 1e-9, atol=1e-6)
+
+
+def test_the_last_step_may_have_a_variance_of_its_own_for_each_block():
+    x, mean = torch.randn(2, 3, 2, 4, 6, generator=rng()).double() / 50
+    coarse = 1e-5 + torch.rand(3, 2, 2, 3, generator=rng(1)).double() / 1e4
+    fine = torch.nn.functional.interpolate(
+        1e-5 + torch.rand(3, 2, 2, 3, generator=rng(2)).double() / 1e4, scale_factor=2
+    )
+    found = module._last_step(x, mean, (fine, coarse), module.log_density)
+    expected = torch.zeros(3, dtype=torch.float64)
+    blocks = [torch.nn.functional.pixel_unshuffle(each, 2).unflatten(1, (2, 4)) for each in (x, mean)]
+    for b, c, i, j in np.ndindex(3, 2, 2, 3):
+        law = covariance(fine[b, c, 2 * i, 2 * j].item(), coarse[b, c, i, j].item())
+        law = torch.distributions.MultivariateNormal(blocks[1][b, c, :, i, j], law)
+        expected[b] += law.log_prob(blocks[0][b, c, :, i, j])
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-8)
+
+
+def test_a_chain_that_wants_variances_refuses_a_network_that_says_none():
+    scheduler = make(count=20)
+    chain = ddpm_chain(scheduler, diagonal(19, num_scales=1, num_train_timesteps=20), "learned")
+    with pytest.raises(ValueError, match="has not learnt the variance of its steps; pass --variance beta"):
+        elbo(tiny, scheduler, chain, torch.zeros(1, 1, 4, 4))
+
+
 def tiny(xs, ts):
     """A rough network of one or two scales, not linear, whose predictions depend on the times and on both scales."""
     mixed = xs[0].flatten(1).mean(1) + xs[-1].flatten(1).square().mean(1)
@@ -198,7 +266,7 @@ def test_the_chain_is_that_of_the_solver(schedule, variance):
 def test_grey_levels_have_probabilities(mean, deviation):
     """They sum to 1 over all levels, and agree with SciPy where that is exact."""
     x = torch.arange(256, dtype=torch.float64) / 127.5 - 1
-    logs = module._log_probability(x, torch.full_like(x, mean), deviation)
+    logs = module.log_probability(x, torch.full_like(x, mean), deviation)
     assert logs.isfinite().all() and logs.exp().sum().item() == pytest.approx(1, abs=1e-12)
     inner = norm.cdf((x[1:-1] + 1 / 255 - mean) / deviation) - norm.cdf((x[1:-1] - 1 / 255 - mean) / deviation)
     sure = np.abs(x[1:-1].numpy() - mean) < 4 * deviation
@@ -220,7 +288,7 @@ def covariance(fine, coarse):
 @pytest.mark.parametrize("fine, coarse", [(1e-4, 1e-4), (1e-4, 2.5e-5), (4e-4, 1e-6)])
 def test_the_last_step_of_the_pair_has_the_density_of_its_noise(fine, coarse):
     x, mean = torch.randn(2, 3, 2, 4, 6, generator=rng()).double() / 50
-    found = module._last_step(x, mean, (fine, coarse), module._log_density)
+    found = module._last_step(x, mean, (fine, coarse), module.log_density)
     blocks = [torch.nn.functional.unfold(each.flatten(0, 1)[:, None], 2, stride=2) for each in (x, mean)]  # [6, 4, 6]
     law = torch.distributions.MultivariateNormal(torch.zeros(4).double(), covariance(fine, coarse))
     expected = law.log_prob((blocks[0] - blocks[1]).transpose(1, 2)).sum(1).view(3, 2).sum(1)
@@ -237,7 +305,7 @@ def test_the_grey_levels_of_a_block_sum_to_one(fine, coarse):
     """Over all blocks of 19^4 grey levels about the mean, outside of which there is nothing to speak of."""
     levels = torch.cartesian_prod(*[torch.arange(89, 108).double()] * 4).view(-1, 1, 2, 2)
     x, mean = levels / 127.5 - 1, torch.tensor([[97.6, 98.2], [98.0, 98.9]]).double() / 127.5 - 1
-    logs = module._last_step(x, mean.expand_as(x), (fine, coarse), module._log_probability)
+    logs = module._last_step(x, mean.expand_as(x), (fine, coarse), module.log_probability)
     assert logs.exp().sum().item() == pytest.approx(1, abs=1e-6)
     # The noise of a block is shared, so that the mean over it is as sure as the coarse image.
     middle = x.flatten(1).mean(1)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
 from scipy.integrate import solve_ivp
 
 from diffusion.sampler import SeededNoise, sample, sample_seeds
@@ -451,3 +451,124 @@ def test_what_does_not_go_together_is_named():
             noise = [torch.zeros(1, 3, side, side) for side in (8, 4)]
             draw = SeededNoise([0]).draw
             sample(white(scheduler), scheduler, two, noise, draw=draw, coarse_from="x0", solver=make_solver(name))
+
+
+# Learned variances
+
+
+def saying(predict, v):
+    """A denoiser that says v(x, t) besides."""
+
+    def denoise(xs, ts):
+        return tuple(torch.cat([predict(x, t), 2 * v(x, t) - 1], 1) for x, t in zip(xs, ts, strict=True))
+
+    return denoise
+
+
+@pytest.mark.parametrize("representation", ["overcomplete", "residual"])
+@pytest.mark.parametrize("v, variance", [(0.0, "beta_tilde"), (1.0, "beta")])
+@pytest.mark.parametrize("name", ["linear", "cosine_zero_terminal", "ve"])
+def test_a_learned_variance_at_its_ends_walks_as_that_of_the_ends(name, v, variance, representation):
+    scheduler = DDIMScheduler(1000, name, "x0", representation=representation)
+    path = path_of([(999, 999), (800, 700), (800, 400), (300, 100), (40, 0), (0, 0)])
+    noise = [torch.randn(2, 2, side, side, generator=torch.Generator().manual_seed(side)).double() for side in (8, 4)]
+    plain = [lambda x, t: torch.tanh(x), lambda x, t: torch.full_like(x, v)]
+    found = []
+    for how in ("learned", variance):
+        draw = SeededNoise([5, 6]).draw
+        walk = sample(
+            saying(*plain), scheduler, path, noise, draw=lambda s, d=draw: d(s).double(), solver=Ancestral(how)
+        )
+        found.append(walk.images)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("respaced", [1000, 10])
+def test_a_step_of_learned_variance_equals_that_of_diffusers(respaced):
+    scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False)
+    theirs = DDPMScheduler(
+        beta_schedule="linear", beta_start=1e-4, beta_end=0.02, variance_type="learned_range", clip_sample=False
+    )
+    theirs.set_timesteps(respaced)
+    for t in (900, 300, 100):
+        generator = torch.Generator().manual_seed(t)
+        x, predicted, said = torch.randn(3, 2, 3, 4, 4, generator=generator)
+        expected = theirs.step(torch.cat([predicted, said], 1), t, x, torch.Generator().manual_seed(1)).prev_sample
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        _, (v,) = scheduler.split_variance((torch.cat([predicted, said], 1),), (x,))
+        next_point = (t - 1000 // respaced,)
+        x0 = scheduler.predict_x0(predicted, t, x)
+        step = Step(scheduler, (t,), next_point, (x,), (x0,), None, lambda noise=noise: (noise,), variances=(v,))
+        [found] = Ancestral("learned").step(step)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_noise_of_a_residual_stays_in_its_subspace():
+    """With a v of every pixel, of which a block has the mean."""
+    scheduler = DDIMScheduler(1000, "linear", "x0", False, "residual")
+    xs = scheduler.representation.project((torch.randn(1, 2, 4, 4).double(), torch.randn(1, 2, 2, 2).double()))
+    outputs = tuple(torch.cat([x, torch.randn(x.shape).double()], 1) for x in xs)
+    _, shares = scheduler.split_variance(outputs, xs)
+    raw = torch.nn.functional.avg_pool2d((outputs[0][:, 2:] + 1) / 2, 2)
+    torch.testing.assert_close(shares[0][..., ::2, ::2], raw)
+    torch.testing.assert_close(shares[1], (outputs[1][:, 2:] + 1) / 2)
+    zero = tuple(torch.zeros_like(x) for x in xs)
+    noise = scheduler.representation.project(tuple(torch.randn_like(x) for x in xs))
+    fine, _ = Ancestral("learned").step(
+        Step(scheduler, (700, 700), (500, 400), zero, zero, None, lambda: noise, variances=shares)
+    )
+    assert torch.nn.functional.avg_pool2d(fine, 2).abs().max() < 1e-12 < 1e-3 < fine.abs().max()
+
+
+def test_samples_of_the_best_learned_variance_have_the_deviation_of_the_data():
+    """Of N(0, 1/4) and the exact mean, 10^5 draws by the chain of 1000 steps; those of its bounds are off as known."""
+    s, count, scheduler = 0.5, 100_000, DDIMScheduler(1000, "linear", "x0", False)
+    betas = np.linspace(1e-4, 0.02, 1000)
+    abar = np.cumprod(np.append(1, 1 - betas))
+    law = abar * s**2 + 1 - abar
+    tilde = betas * (1 - abar[:-1]) / (1 - abar[1:])
+    tilde[0] = tilde[1]
+    best = torch.from_numpy(np.log(law[:-1] * betas / law[1:] / tilde) / np.log(betas / tilde))
+
+    def exact(x, t):
+        alpha, sigma = scheduler.scales(t, x)
+        return alpha * s**2 / (alpha**2 * s**2 + sigma**2) * x
+
+    denoise = saying(exact, lambda x, t: best[t].to(x.dtype)[:, None, None, None].expand_as(x))
+    path, found = path_of([(t,) for t in range(999, -1, -1)]), {}
+    for variance in ("learned", "beta", "beta_tilde"):
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(shape, generator=generator):
+            return torch.randn(1, *shape, generator=generator)
+
+        noise = [draw((1, 250, 400))]
+        [image] = sample(denoise, scheduler, path, noise, draw=draw, solver=Ancestral(variance)).images
+        found[variance] = image.std().item()
+    assert abs(found["learned"] - s) < 4 * s / (2 * count) ** 0.5
+    # The noise is the same, so that ratios have much less of it.
+    recursion = {}
+    for variance, drawn in (("beta", betas), ("beta_tilde", tilde)):
+        spread = 1.0
+        for t in range(999, -1, -1):
+            a, b = abar[t + 1], abar[t]
+            gain = b**0.5 * betas[t] * a**0.5 * s**2 / law[t + 1] + (1 - betas[t]) ** 0.5 * (1 - b)
+            spread = (gain / (1 - a)) ** 2 * spread + (drawn[t] if t else 0)
+        recursion[variance] = spread**0.5
+        assert found[variance] / found["learned"] == pytest.approx(recursion[variance] / s, abs=5e-4)
+    # With the noise of the last step, which the walk leaves out, these are the deviations that DDPM is known for.
+    drawn = {"beta": betas[0], "beta_tilde": tilde[0]}
+    recursion = {name: math.hypot(spread, drawn[name] ** 0.5) for name, spread in recursion.items()}
+    assert recursion == pytest.approx({"beta": 0.5009, "beta_tilde": 0.4961}, abs=1e-4)
+
+
+def test_a_walk_without_the_variance_that_it_wants_is_refused():
+    scheduler = DDIMScheduler(prediction_type="x0")
+    with pytest.raises(
+        ValueError, match="has not learnt the variance of its steps; pass --variance beta or beta_tilde"
+    ):
+        sample(
+            lambda xs, ts: xs, scheduler, path_of([(999,), (0,)]), [torch.zeros(1, 1, 2, 2)],
+            draw=torch.zeros, solver=Ancestral("learned"),
+        )  # fmt: skip

@@ -65,6 +65,8 @@ SAID = {
     "loss_weights": ("loss weights 0.8,0.2", "loss weights 1,1"),
     "perceptual_weight": ("perceptual weight 0", "perceptual weight 0.1"),
     "feature_weight": ("feature weight 0", "feature weight 0.05"),
+    "objective": ("denoising objective", "hybrid objective"),
+    "vlb_weight": ("bound weight 0.002", "bound weight none"),
     "min_snr_gamma": ("min-SNR 5", "min-SNR none"),
     "timestep_weights": ("timestep weights published", "timestep weights sigma2"),
     "t_law": ("logit_normal:0,1 timesteps", "uniform timesteps"),

@@ -41,6 +41,8 @@ def test_every_setting_is_said():
         "loss_weights": "[1,0.25]",
         "perceptual_weight": "0.2",
         "feature_weight": "0",
+        "objective": "denoising",
+        "vlb_weight": "none",
         "min_snr_gamma": "none",
         "timestep_weights": "sigma2",
         "t_law": "log_normal:-1.2,1.2",
@@ -82,6 +84,7 @@ def test_a_preset_is_known_by_what_it_sets(preset, model_type, representation):
     if model_type == "dual":
         assert describe_training(loaded(**chosen, t_pairs="same", without=["preset"]), None)["preset"] == preset
     changes = [{"prediction_type": "x0"}, {"process": "ve" if preset == "flow" else "flow", "prediction_type": "v"}]
+    changes[1]["objective"] = "denoising"  # The only one of that process.
     if preset not in ("ncsn", "ve", "flow"):
         changes.append({"beta_schedule": "cosine" if "linear" in PRESETS[preset]["beta_schedule"] else "linear"})
     changes += [{"loss_weights": (1.0, 0.5)}] if MODEL_CLASSES[model_type].num_predictions > 1 else []
@@ -94,7 +97,8 @@ def test_a_preset_is_known_by_what_it_sets(preset, model_type, representation):
 def test_an_old_checkpoint_says_what_it_can():
     """Those from before there were choices made them as published."""
     new = ["representation", "loss_weights", "min_snr_gamma", "run", "preset", "data_fingerprint", "ema_rampup_ratio"]
-    new += ["timestep_weights", "t_law", "times", "network", "perceptual_weight", "feature_weight"]
+    new += ["timestep_weights", "t_law", "times", "objective", "vlb_weight", "network"]
+    new += ["perceptual_weight", "feature_weight"]
     old = loaded(without=new)
     said, new = describe_training(old, None), describe_training(loaded(more={"preset": "published"}), 99)
     silent = {name: "" for name in ("run", "training_images", "training_data")}
