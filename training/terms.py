@@ -1,9 +1,9 @@
 """Further terms of the loss, which compare the clean image that a prediction stands for with the true one.
 
-A term is a class with a `name`, the `weight` it has in what is minimised, the frozen `network` it looks through, and
-one method, `distance`. Every distance is weighed by abar at the timestep of the fine scale,
-alpha^2 / (alpha^2 + sigma^2), which is alpha^2 where variance is preserved: of a little signal the clean image is
-predicted with errors 1 / alpha as large as those of the noise, which would be all that is learnt.
+A term is a class with a `name`, the `weight` it has in what is minimised, the frozen `network` it looks through by
+calling `look`, which may be compiled, and one method, `distance`. Every distance is weighed by abar at the timestep of
+the fine scale, alpha^2 / (alpha^2 + sigma^2), which is alpha^2 where variance is preserved: of a little signal the
+clean image is predicted with errors sigma / alpha times those of the noise, which would be all that is learnt.
 
 The clean image x̂0 is that of the fine scale, composed of both scales in the residual representation, so that there
 both predictions have a gradient. It is clamped to [-1, 1]. Beyond that the gradient of a value is zero, as that of any
@@ -13,7 +13,7 @@ one, as three quarters and more of the image are.
 Shapes: B images, C channels, H x W pixels of the fine scale.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -42,6 +42,7 @@ class Term(Protocol):
     name: str
     weight: float
     network: nn.Module
+    look: Callable[..., Any]
 
     def distance(self, images: Compared) -> torch.Tensor:
         """How far the predicted images are from the true ones, float32 `[B]`, each from its own."""
@@ -78,13 +79,13 @@ class Perceptual:
     name = "perceptual"
 
     def __init__(self, weight: float, network: VGG):
-        self.weight, self.network = weight, network
+        self.weight, self.network, self.look = weight, network, network
 
     def distance(self, images: Compared) -> torch.Tensor:
         """Of the features `[B, 128, H/2, W/2]` of both: `[B]`."""
         with torch.no_grad():
-            true = self.network(images.true)
-        return mean_square(self.network(images.predicted), true)
+            true = self.look(images.true)
+        return mean_square(self.look(images.predicted), true)
 
 
 class FeatureMatching:
@@ -99,6 +100,7 @@ class FeatureMatching:
 
     def __init__(self, weight: float, network: ScaleModel, scheduler: DDIMScheduler):
         self.weight, self.network, self.scheduler = weight, network, scheduler
+        self.look = network.features
 
     def distance(self, images: Compared) -> torch.Tensor:
         """Of the outputs `[B, d, h, w]` of every level of the encoder and of the middle: `[B]`."""
@@ -107,8 +109,8 @@ class FeatureMatching:
         noisy = map(scheduler.add_noise, clean, images.noise, images.ts)
         shown = tuple(map(scheduler.shown, noisy, images.ts))
         with torch.no_grad():
-            true = self.network.features(images.shown, images.ts, images.labels)
-        levels = zip(self.network.features(shown, images.ts, images.labels), true, strict=True)
+            true = self.look(images.shown, images.ts, images.labels)
+        levels = zip(self.look(shown, images.ts, images.labels), true, strict=True)
         return torch.stack([mean_square(*level) for level in levels]).mean(0)
 
 

@@ -9,6 +9,7 @@ import copy
 import functools
 import math
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ from training.resume import earlier_run
 from training.run_log import RunLog
 from training.settings import REPLAN_EVERY, REPLAN_IMAGES, TrainingSettings
 from training.stop import StopRequest
-from training.terms import terms_of
+from training.terms import Term, terms_of
 from training.vgg import VGG, load_vgg
 
 TIMESTEP_BINS = 10
@@ -234,11 +235,27 @@ class Trainer:
             if failed:
                 self.notes.append(compiling_failed(reason or "in another process"))
                 self.network, self.compile, self.execution["compile"] = self.model, False, False
+            else:
+                self._compile_terms()
         if self.processes.count > 1:
             devices = None if self.device.type == "cpu" else [self.device]
             self.network = DistributedDataParallel(self.network, devices, gradient_as_bucket_view=True)
             # The first backward pass orders the sums over processes for all that follow, in a resumed run as well.
             self._rehearse(self.network)
+
+    def _compile_terms(self) -> None:
+        for term in self.objective.terms:
+            eager = term.look
+
+            def rehearse(look: Callable, term: Term = term) -> None:
+                term.look = look
+                self._rehearse(self.network)
+
+            compiled, reason = compile_or_not(eager, rehearse)
+            [failed] = self.processes.any(bool(reason))
+            term.look = eager if failed else compiled
+            if failed:
+                self.notes.append(compiling_failed(reason or "in another process"))
 
     def _rehearse(self, network: nn.Module) -> None:
         """Compute gradients as in a step, and forget them."""

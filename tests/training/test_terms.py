@@ -1,6 +1,7 @@
 """Further terms of the loss: what they compare, how they are weighed, and runs that are trained with them."""
 
 import copy
+import functools
 import shutil
 from unittest import mock
 
@@ -559,6 +560,31 @@ def test_a_step_in_parts_or_recomputed_is_the_same(trainer, flags):
     for name in ("perceptual", "features", "grad_norm"):
         whole, parts, again = (each[name].item() for each in values)
         assert whole == pytest.approx(parts, rel=1e-4) and whole == pytest.approx(again, rel=1e-5)
+
+
+def test_what_terms_look_through_is_compiled_with_the_network_or_stays_as_it_is(trainer, flags):
+    plain, compiler = trainer(*flags), torch.compile
+    expected = plain.train_step(*next(plain.batches.epoch(0)))
+    with mock.patch.object(torch, "compile", functools.partial(compiler, backend="aot_eager")):
+        run = trainer(*flags, "--compile")
+        assert all(hasattr(term.look, "_torchdynamo_orig_callable") for term in run.objective.terms[1:])
+        assert run.objective.terms[0].look is not run.objective.terms[0].network
+        found = run.train_step(*next(run.batches.epoch(0)))
+    for name, value in expected.items():
+        assert found[name].item() == pytest.approx(value.item(), rel=1e-4)
+    assert run.compile and not run.notes
+
+    def failing(call, **options):
+        if call is run.ema.features or getattr(call, "__name__", "") == "features":
+            raise RuntimeError("no features")
+        return compiler(call, backend="aot_eager")
+
+    with mock.patch.object(torch, "compile", failing):
+        run = trainer(*flags, "--compile")
+        assert run.notes == ["note: compiling failed (RuntimeError: no features); going on without"]
+        assert run.objective.terms[1].look == run.ema.features
+        found = run.train_step(*next(run.batches.epoch(0)))
+    assert found["features"].item() == pytest.approx(expected["features"].item(), rel=1e-4)
 
 
 # Memory
