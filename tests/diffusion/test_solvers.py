@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
 from scipy.integrate import solve_ivp
 
+from diffusion.guidance import ClassifierFree, ClassifierGuided
 from diffusion.sampler import SeededNoise, sample, sample_seeds
 from diffusion.solvers import SOLVERS, Ancestral, Langevin, make_solver
 from diffusion.step import Step, level_of
@@ -572,3 +573,21 @@ def test_a_walk_without_the_variance_that_it_wants_is_refused():
             lambda xs, ts: xs, scheduler, path_of([(999,), (0,)]), [torch.zeros(1, 1, 2, 2)],
             draw=torch.zeros, solver=Ancestral("learned"),
         )  # fmt: skip
+
+
+def test_guidance_keeps_what_is_said_of_variances():
+    """Free of a classifier it acts on all channels; a classifier moves the mean alone."""
+    scheduler = DDIMScheduler(beta_schedule="linear")
+    x, t, labels = torch.randn(2, 1, 4, 4), torch.tensor([500, 20]), torch.tensor([0, 1])
+
+    def denoise(xs, ts, labels=None):
+        return (torch.cat([xs[0].tanh(), xs[0].cos()], 1) + labels[:, None, None, None],)
+
+    [free] = ClassifierFree(denoise, 2, 3.0)((x,), (t,), labels)
+    without, told = (denoise((x,), (t,), each)[0] for each in (torch.tensor([2, 2]), labels))
+    torch.testing.assert_close(free, without + 3 * (told - without))
+    score = torch.randn(2, 1, 4, 4)
+    guided = ClassifierGuided(denoise, lambda xs, ts, _: (score * xs[0]).flatten(1).sum(1), scheduler, 2.0)
+    [moved] = guided((x,), (t,), labels)
+    torch.testing.assert_close(moved[:, :1], told[:, :1] + scheduler.shift(2 * score, t, x))
+    torch.testing.assert_close(moved[:, 1:], told[:, 1:])
