@@ -20,7 +20,9 @@ import torch
 from torch import nn
 
 from baseline_model import BaselineModel
-from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, SingleTimestepModel
+from images.representation import Images
+from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, ScaleModel, SingleTimestepModel
+from networks.classifier import NoisyClassifier, PairClassifier
 from networks.ema import USUAL_RAMPUP, ema_note
 from networks.pretrained import model_options
 from runtime.device import memory_format
@@ -31,6 +33,7 @@ from runtime.safe_write import replacing, versions
 from scheduler import NO_VARIANCE, DDIMScheduler, Denoiser, predictions_alone
 
 FORMAT_VERSION = 1
+# What makes images, and so is sampled, mapped, planned for, scored and exported.
 MODEL_CLASSES = {
     "baseline": BaselineModel,
     "dual": LIFTDualTimestepModel,
@@ -38,7 +41,9 @@ MODEL_CLASSES = {
     "single_t": SingleTimestepModel,
     "no_t": NoTimestepModel,
 }
-FILE_STEMS = {name: name for name in MODEL_CLASSES} | {"dual": "lift_dual_timestep"}
+# What says of noisy images what they are of, and guides or judges the others.
+CLASSIFIERS = {"classifier": NoisyClassifier, "classifier_pair": PairClassifier}
+FILE_STEMS = {name: name for name in (*MODEL_CLASSES, *CLASSIFIERS)} | {"dual": "lift_dual_timestep"}
 REQUIRED_KEYS = ("format_version", "model_state", "ema_state", "config", "epoch", "step")
 # Of a resume file: AdamW, learning rate, loss scale of fp16, sums since the last row of the log, counts of skipped
 # steps, rows that a full disk kept out of the log, and how the run was executed, which may change its rounding.
@@ -49,9 +54,14 @@ class DamagedCheckpointError(ValueError):
     """A file is not what was written: cut short, altered, or no checkpoint at all."""
 
 
+def network_class(model_type: str) -> type[ScaleModel] | type[NoisyClassifier]:
+    """The class of a model or classifier by its type; raises KeyError for an unknown one."""
+    return (MODEL_CLASSES | CLASSIFIERS)[model_type]
+
+
 def build_model(config: dict[str, Any]) -> nn.Module:
     """A freshly initialised model of the `model_type` of a config, of what `model_options` finds there."""
-    model_class, options = MODEL_CLASSES[config["model_type"]], model_options(config)
+    model_class, options = network_class(config["model_type"]), model_options(config)
     if model_class.num_scales == 1:
         options.pop("representation", None)
     return model_class(**options)
@@ -189,6 +199,23 @@ def peek(file: str | os.PathLike) -> dict[str, Any]:
         return {}
 
 
+def describe_model(file: str | os.PathLike) -> dict[str, Any]:
+    """What a checkpoint of a model of images says beside its tensors, which `peek` leaves on the disk.
+
+    Raises what `read_checkpoint` raises if that is nothing, and ValueError for a classifier.
+    """
+    said = peek(file) or read_checkpoint(file)
+    _check_makes_images(file, said["config"])
+    return said
+
+
+def _check_makes_images(file: str | os.PathLike, config: dict[str, Any]) -> None:
+    if config.get("model_type") in CLASSIFIERS:
+        raise ValueError(
+            f"{file} is a classifier, which makes no images; pass it as --classifier or --judge, or another checkpoint."
+        )
+
+
 def read_resume_file(file: str | os.PathLike) -> tuple[dict[str, Any], Path, list[Path]]:
     """The newest whole version of a resume file: its content, its name, and the newer versions that are damaged.
 
@@ -249,6 +276,11 @@ class LoadedModel(NamedTuple):
             raise ValueError(NO_VARIANCE)
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.model.parameters()).device
+
+    @property
     def results(self) -> Path:
         """The folder for what is made with it."""
         return results_of(self.file, self.config)
@@ -265,9 +297,17 @@ def load_model(file: str | os.PathLike, ema: bool = False, device: torch.device 
     Its config also holds `epoch`, `step` and `weights`, and where the file has them `steps_per_epoch` and
     `regime_state`. Prints a warning, once per file, if EMA weights are largely the initial ones
     (`networks.ema.ema_note`). Raises what `read_checkpoint` raises, and ValueError if `ema` is asked of a file without
-    EMA weights or if the weights do not fit the model of the config.
+    EMA weights, if the weights do not fit the model of the config, or for a classifier.
     """
     content = read_checkpoint(file)
+    _check_makes_images(file, content["config"])
+    model, scheduler, config, fingerprint = _load(file, content, ema, device)
+    return LoadedModel(model, scheduler, config, fingerprint, Path(file))
+
+
+def _load(
+    file: str | os.PathLike, content: dict[str, Any], ema: bool, device: torch.device | str
+) -> tuple[nn.Module, DDIMScheduler, dict[str, Any], str]:
     state = content["ema_state" if ema else "model_state"]
     if state is None:
         raise ValueError(f"Checkpoint {file} holds no EMA weights; leave --ema out or train with --ema_decay.")
@@ -289,4 +329,44 @@ def load_model(file: str | os.PathLike, ema: bool = False, device: torch.device 
             f"{USUAL_RAMPUP}"
         )
     model = model.to(device, memory_format=memory_format(torch.device(device))).eval().requires_grad_(False)
-    return LoadedModel(model, scheduler, config, weights_fingerprint(state), Path(file))
+    return model, scheduler, config, weights_fingerprint(state)
+
+
+class LoadedClassifier(NamedTuple):
+    """A checkpoint of a classifier ready for use: as `LoadedModel`, on the device of the model."""
+
+    model: NoisyClassifier
+    scheduler: DDIMScheduler
+    config: dict[str, Any]
+    fingerprint: str
+    file: Path
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of its classes, in the order of its logits."""
+        return tuple(self.config["class_names"])
+
+    def shown(self, xs: Images, ts: Images) -> Images:
+        """What its `features` and `forward` take, of images as its process makes them, at timesteps by scale."""
+        zs = tuple(self.scheduler.shown(x, t) for x, t in zip(xs, ts, strict=True))
+        return self.model.inputs(zs, ts)
+
+    def log_probability(self, xs: Images, ts: Images, labels: torch.Tensor) -> torch.Tensor:
+        """log p(label | noisy images) `[B]`, differentiable in the images `[B, C, H, W]` by scale; labels int64 `[B]`.
+
+        Scales that it does not read do not matter.
+        """
+        logits = self.model(*self.shown(xs, ts)).float()  # [B, K]
+        return logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
+
+
+def load_classifier(file: str | os.PathLike, device: torch.device | str = "cpu") -> LoadedClassifier:
+    """The classifier of a checkpoint, frozen, in eval mode on `device`, with its EMA weights if it has them.
+
+    Raises what `load_model` raises, and ValueError for a checkpoint of anything else.
+    """
+    content = read_checkpoint(file)
+    if content["config"].get("model_type") not in CLASSIFIERS:
+        raise ValueError(f"{file} is no classifier; pass a checkpoint of train_classifier.py.")
+    model, scheduler, config, fingerprint = _load(file, content, content["ema_state"] is not None, device)
+    return LoadedClassifier(model, scheduler.to(device), config, fingerprint, Path(file))

@@ -7,6 +7,7 @@
     python generate_with_path_30.py --checkpoint FILE --path_type cascade:2,6    # or shift:1, lead:2, heuristic:0.8
     python generate_with_path_30.py --checkpoint checkpoints/single_t_400ep.pth --coarse_from noisy
     python generate_with_path_30.py --checkpoint FILE --class cat dog --guidance_scale 2
+    python generate_with_path_30.py --checkpoint FILE --classifier FILE --classifier_scale 3 --class cat
 
 Writes one PNG per image, named by its seed, into --output (images already there are skipped), and nothing else that
 `python -m pytorch_fid results/fid_real FOLDER` would take for one: `schedule.json`, which replays the path without the
@@ -143,13 +144,14 @@ def main() -> None:
             states.append([to_uint8(x[0]).cpu() for x in shown])
 
     batch_size = min(settings.batch_size, max(1, len(missing)))
-    denoise = conditions.guided(loaded.denoise_with_variance)
+    denoise = conditions.told_classes(loaded.denoise_with_variance)
     if missing and resolve_compile(device, settings.compile, len(missing) * settings.calls(path.nfe)):
         denoise, note = compile_denoiser(
             denoise, shapes, batch_size, device, settings.precision, with_labels=bool(conditions.names)
         )
         if note:
             print(note)
+    denoise = conditions.guided(denoise, loaded)
 
     def run(chosen, callback=None):
         return sample_seeds(

@@ -183,6 +183,7 @@ class ScaleModel(nn.Module, PretrainedMixin):
     (arXiv 2102.09672, eq. 15). Raises ValueError for what `resolve_network` refuses, and for classes without a clock.
     """
 
+    predicts_images = True
     num_scales = 2
     num_predictions = 2
     one_clock = False

@@ -397,8 +397,11 @@ class DDIMScheduler:
         """What a prediction at (x, t) changes by when `score` `[B, C, H, W]` is added to the score of x.
 
         The noise changes by -sigma score (arXiv 2105.05233, algorithm 2), the clean image by sigma^2 score / alpha.
+        Where alpha is 0 x is its noise, whatever is said of the image, and nothing changes.
         """
         curves = self._curves_like(t, x)
+        score = torch.where(curves.alpha > 0, score, 0.0)
+        curves = curves._replace(alpha=torch.where(curves.alpha > 0, curves.alpha, 1.0))
         return prediction_from(
             self.prediction_type, curves.sigma.square() / curves.alpha * score, -curves.sigma * score, curves
         )

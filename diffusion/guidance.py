@@ -34,7 +34,8 @@ class ClassifierFree:
     def __call__(self, xs: Images, ts: Images, labels: torch.Tensor) -> Images:
         both = torch.cat([torch.full_like(labels, self.null), labels])  # [2B]
         twice = (tuple(torch.cat([each, each]) for each in group) for group in (xs, ts))
-        halves = [prediction.float().chunk(2) for prediction in self.denoise(*twice, both)]
+        predictions = self.denoise(*twice, both)
+        halves = [each.to(torch.promote_types(each.dtype, torch.float32)).chunk(2) for each in predictions]
         return tuple(without + self.scale * (told - without) for without, told in halves)
 
 
@@ -51,9 +52,10 @@ class Unconditional:
 
 
 class ClassifierGuided:
-    """`denoise`, which is told the classes or not, guided by a classifier of noisy images by the factor `scale`.
+    """`denoise`, which is told the classes or not, guided by a classifier of noisy images by the factor `scale` (γ).
 
-    log_probability: of the labels, given what the process of `scheduler` makes of images at timesteps.
+    log_probability: of the labels, given what the process of `scheduler` makes of images at timesteps; a scale that it
+    does not read is left as it is. What a prediction holds beyond the channels of the image is, too.
     """
 
     def __init__(self, denoise: Denoiser, log_probability: LogProbability, scheduler: DDIMScheduler, scale: float):
@@ -69,7 +71,8 @@ class ClassifierGuided:
         scheduler = self._tables[device]
         with torch.enable_grad():
             leaves = tuple(x.detach().requires_grad_() for x in xs)
-            gradients = torch.autograd.grad(self.log_probability(leaves, ts, labels).sum(), leaves)
+            total = self.log_probability(leaves, ts, labels).sum()
+            gradients = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
         # Noise of the fine scale has no other directions than its subspace, and neither has its score.
         gradients = scheduler.representation.project(gradients)
         shifts = (scheduler.shift(self.scale * each, t, x) for each, t, x in zip(gradients, ts, xs, strict=True))

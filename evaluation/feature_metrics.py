@@ -1,4 +1,4 @@
-"""From features of Inception to numbers: how far generated images are from real ones.
+"""From features of Inception, or of another classifier, to numbers: how far generated images are from real ones.
 
 The Fréchet distance (FID), its extrapolation to infinitely many images, the kernel distance (KID), the inception score,
 precision and recall. Features are arrays or CPU tensors [N, D]. Most numbers depend on N, and compare only at equal N.
@@ -50,7 +50,7 @@ def _library_metric(module: str, function: str, metric: str, flag: str) -> Calla
         ) from error
 
 
-# Fréchet inception distance
+# Fréchet distance
 
 
 class FeatureMoments:
@@ -226,7 +226,7 @@ def fid_infinity(
     return FIDInfinity(float(intercept), sizes, np.array(fids))
 
 
-# Kernel distance, inception score, precision and recall
+# Kernel distance, inception and class score, precision and recall
 
 
 def kernel_distance(
@@ -253,18 +253,38 @@ def kernel_distance(
     return out["kernel_inception_distance_mean"], out["kernel_inception_distance_std"]
 
 
-def inception_score(logits: np.ndarray | torch.Tensor, seed: int = 0) -> tuple[float, float]:
+def inception_score(
+    logits: np.ndarray | torch.Tensor,  # [N, C]
+    seed: int = 0,
+    metric: str = "is",  # what `--metrics` calls it: "is", or "cs" of another classifier
+) -> tuple[float, float]:
     """Inception score: exp of the mean KL(p(y|x) ‖ p(y)), as mean and standard deviation over ten random parts.
 
-    Section 4 of arXiv 1606.03498, by torch-fidelity, from the logits [N, C] of p(y|x). It lies between 1 and C,
-    looks at no real image, and is biased by N: compare equal numbers of images only.
+    Section 4 of arXiv 1606.03498, by torch-fidelity, from the logits of p(y|x). It lies between 1, where all images
+    look alike to the classifier, and C, where it is sure of each and finds every class as often; it looks at no real
+    image, and is biased by N: compare equal numbers of images only. Of another classifier than Inception it is called
+    the class score.
 
     Raises ValueError below ten images or for values that are not finite, RuntimeError when torch-fidelity is missing.
     """
     logits = _checked_features(logits, "logits of the generated images", SCORE_SPLITS)
-    score = _library_metric("metric_isc", "isc_features_to_metric", "The inception score", "is")
+    score = _library_metric(
+        "metric_isc", "isc_features_to_metric", "The class score" if metric == "cs" else "The inception score", metric
+    )
     out = score(torch.from_numpy(logits.astype(np.float64)), splits=SCORE_SPLITS, shuffle=True, rng_seed=seed)
     return out["inception_score_mean"], out["inception_score_std"]
+
+
+def accuracy(logits: np.ndarray | torch.Tensor, labels: np.ndarray | torch.Tensor) -> float:
+    """The share of images whose likeliest class, by logits [N, C], is their label [N].
+
+    Raises ValueError for values that are not finite, and for another number of labels.
+    """
+    logits = _checked_features(logits, "logits of the images", 1)
+    labels = np.asarray(labels)
+    if labels.shape != (len(logits),):
+        raise ValueError(f"{len(logits)} images need a label each, not {list(labels.shape)}.")
+    return float((logits.argmax(1) == labels).mean())
 
 
 def precision_recall(

@@ -7,7 +7,7 @@ reaches 299x299 pixels changes every score (arXiv 2104.11222), so it is part of 
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,10 +24,26 @@ RESIZES = ("pytorch-fid", "clean", "bicubic-antialias")
 
 
 class Features(NamedTuple):
-    """What the network says of N images: `pool` float32 [N, 2048] and `logits` float32 [N, 1008], on the CPU."""
+    """What a network says of N images: `pool` [N, D] and `logits` [N, classes], float32 on the CPU.
+
+    Of Inception D is 2048 and there are 1008 classes.
+    """
 
     pool: torch.Tensor
     logits: torch.Tensor
+
+
+class FeatureNetwork(Protocol):
+    """A network by whose features images are compared, such as Inception: uint8 [B, C, H, W] to Features.
+
+    `fingerprint` names its weights, `resize` the filter by which images reach it, and `num_features` is D.
+    """
+
+    fingerprint: str
+    resize: str
+    num_features: int
+
+    def __call__(self, pixels: torch.Tensor) -> Features: ...
 
 
 def network_input(pixels: torch.Tensor, resize: str) -> torch.Tensor:
@@ -171,7 +187,7 @@ def _read_weights(file: Path) -> Mapping[str, torch.Tensor]:
 
 
 def stream(
-    inception: Inception,
+    network: FeatureNetwork,
     pixels: np.ndarray | torch.Tensor,  # uint8 [N, C, H, W]
     batch_size: int = 64,
 ) -> Iterator[Features]:
@@ -182,19 +198,19 @@ def stream(
     dtype = str(pixels.dtype).removeprefix("torch.")
     if dtype != "uint8" or pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or len(pixels) == 0:
         raise ValueError(
-            f"The Inception network needs at least one image, uint8 of shape [N, 1 or 3, H, W], "
+            f"A network of features needs at least one image, uint8 of shape [N, 1 or 3, H, W], "
             f"but is given {dtype} of shape {list(pixels.shape)}."
         )
     for start in range(0, len(pixels), batch_size):
         batch = pixels[start : start + batch_size]  # [B, C, H, W]
         # A copy, because a read-only memory map cannot back a tensor.
-        yield inception(batch if isinstance(batch, torch.Tensor) else torch.from_numpy(np.array(batch)))
+        yield network(batch if isinstance(batch, torch.Tensor) else torch.from_numpy(np.array(batch)))
 
 
 def extract(
-    inception: Inception,
+    network: FeatureNetwork,
     pixels: np.ndarray | torch.Tensor,  # uint8 [N, C, H, W]
     batch_size: int = 64,
 ) -> Features:
     """Features of all `pixels`, in order, from `batch_size` images per call; raises as `stream`."""
-    return Features(*(torch.cat(parts) for parts in zip(*stream(inception, pixels, batch_size), strict=True)))
+    return Features(*(torch.cat(parts) for parts in zip(*stream(network, pixels, batch_size), strict=True)))

@@ -21,12 +21,11 @@ from filelock import FileLock, Timeout
 
 import cli
 from checkpoint import (
-    FILE_STEMS,
     MODEL_CLASSES,
     LoadedModel,
+    describe_model,
     find_checkpoints,
     load_model,
-    peek,
     read_checkpoint,
     types_in_run,
 )
@@ -35,9 +34,10 @@ from data import BACKGROUND, ImageSet
 from diffusion.adaptive import MOST_CALLS
 from diffusion.sampler import COARSE_FEEDS, Denoiser, coarse_feed, compile_denoiser, image_seeds, scale_shapes
 from evaluation.inception import NUM_FEATURES, RESIZES, Inception, load_inception
+from evaluation.judge import Judge, load_judge
 from evaluation.reference_set import ReferenceSet, from_images, load_reference
 from evaluation.results_table import METRICS, append_row, has_row
-from evaluation.scoring import FEATURE_METRICS, Scorer, generate
+from evaluation.scoring import EITHER_METRICS, FEATURES, JUDGE_METRICS, Scorer, generate, judged, needs_inception
 from evaluation.training_columns import describe_training
 from paths.optimal import check_steps
 from paths.path import Path as SamplingPath
@@ -50,7 +50,7 @@ from planning.choice import (
     solver_problem,
     why_not,
 )
-from planning.conditions import ClassSettings
+from planning.conditions import ClassSettings, Conditions, listed
 from planning.heatmap import MissingMapSettings, compute_missing, heatmap_file
 from planning.path_types import parse_path_type
 from planning.regimes import default_regime, off_regime_note
@@ -77,6 +77,24 @@ class MetricSettings(Settings):
     )
     resize: str = option("pytorch-fid", "filter by which images reach the 299x299 pixels of Inception", choices=RESIZES)
     inception_weights: str | None = option(None, "pt_inception-2015-12-05 weights, if not downloaded", metavar="FILE")
+    judge: str | None = option(
+        None,
+        f"a checkpoint of train_classifier.py, of whose features or probabilities {', '.join(JUDGE_METRICS)} are",
+        metavar="FILE",
+    )
+    features: str = option("inception", f"of which {' and '.join(EITHER_METRICS)} are, also judge", choices=FEATURES)
+
+    def check(self) -> None:
+        super().check()
+        by_judge = judged(self.metrics, self.features)
+        if by_judge and self.judge is None:
+            raise ValueError(f"the metric {min(by_judge)} needs a judge; pass --judge FILE, of train_classifier.py")
+        if self.judge is not None and not by_judge:
+            raise ValueError(
+                f"--judge belongs to --metrics {', '.join(JUDGE_METRICS)} and to --features judge; leave it out"
+            )
+        if self.features == "judge" and not set(self.metrics) & set(EITHER_METRICS):
+            raise ValueError(f"--features belongs to --metrics {' and '.join(EITHER_METRICS)}; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +109,7 @@ class EvaluationSettings(
     model_type: tuple[str, ...] | None = option(
         None,
         "types of model in these folders (baseline lift; of a run, all it has)",
-        choices=(*FILE_STEMS, *MODEL_ALIASES),
+        choices=(*MODEL_CLASSES, *MODEL_ALIASES),
         nargs="+",
     )
     epochs: tuple[int, ...] | None = option(None, "epochs to score (all found)", parse=cli.positive_int, nargs="+")
@@ -191,7 +209,7 @@ def _found(settings: EvaluationSettings) -> list[tuple[str, list[tuple[Path, Pat
     """Checkpoints by type of model, each with the table that its rows go to."""
     if settings.checkpoint is not None:
         # Of a file that is no checkpoint, reading says why.
-        said = {Path(file): (peek(file) or read_checkpoint(file))["config"] for file in settings.checkpoint}
+        said = {Path(file): describe_model(file)["config"] for file in settings.checkpoint}
         tables = {file: settings.output or results_of(file, config) / SCORES_FILE for file, config in said.items()}
         types = {file: config["model_type"] for file, config in said.items()}
         return [
@@ -222,8 +240,9 @@ class Evaluation:
 
     def __init__(self, settings: EvaluationSettings, processes: Processes):
         self.settings, self.processes, self.device = settings, processes, processes.device
-        self._loaded: tuple[Any, LoadedModel, Denoiser, str] | None = None
+        self._loaded: tuple[Any, LoadedModel, Conditions, Denoiser, str] | None = None
         self._inception: Inception | None = None
+        self._judge: Judge | None = None
         self._scorer: Scorer | None = None
         self._warned = False
         self._judged: set[tuple[str, str, str | None]] = set()
@@ -266,7 +285,7 @@ class Evaluation:
 
     def _run(self, job: Job) -> None:
         chosen = self.settings
-        loaded, denoise, dataset = self._model(job)
+        loaded, conditions, denoise, dataset = self._model(job)
         path = self._path(job, loaded)
         scorer = self._scorer
         is_training_set = loaded.config.get("data_fingerprint") in (None, scorer.training.fingerprint)
@@ -277,7 +296,6 @@ class Evaluation:
             walk = f"-{chosen.solver_label.replace(' ', '-')}"
         # Images depend on where the network's coarse image comes from as they do on the solver.
         walk += f"-{job.coarse_from}" if job.coarse_from else ""
-        conditions = chosen.conditions(loaded)
         walk += f"-{conditions.label.replace(', ', '-').replace(' ', '-')}" if conditions.names else ""
         solver = chosen.make_solver()
         key = {
@@ -296,7 +314,7 @@ class Evaluation:
         keys = {metric: key | more for metric, more in scorer.settings.items()}
         missing = {m: k for m, k in keys.items() if chosen.force or not has_row(job.output, k)}
         # What the first process finds in the table counts for all, as the others may see it as it was before.
-        wanted = [bool(missing), bool(set(missing) & set(FEATURE_METRICS))]
+        wanted = [bool(missing), needs_inception(missing, chosen.features)]
         any_missing, any_features = self.processes.any(*(self.processes.is_main and one for one in wanted))
         if not any_missing:
             self._say(f"{job}: scored already")
@@ -331,6 +349,7 @@ class Evaluation:
                 "dataset": " ".join(dataset.splitlines()),
                 "reference": " ".join(scorer.reference.name.splitlines()),
                 "reference_images": scorer.reference.count,
+                "floor_images": scorer.floors[metric],
                 "model_type": loaded.config["model_type"],
                 "epoch": loaded.config["epoch"],
                 "coarse_from": job.coarse_from,
@@ -361,18 +380,23 @@ class Evaluation:
         if note:
             print(f"warning: {job.checkpoint.name}: {note}", file=sys.stderr)
 
-    def _model(self, job: Job) -> tuple[LoadedModel, Denoiser, str]:
-        """The weights of a job, what is called to denoise with them, and the name of their data; sees to the scorer."""
+    def _model(self, job: Job) -> tuple[LoadedModel, Conditions, Denoiser, str]:
+        """The weights of a job, what is sampled, what denoises with them, and the name of their data.
+
+        It sees to the scorer.
+        """
         settings, which = self.settings, (job.checkpoint, job.weights)
         if self._loaded is None or self._loaded[0] != which:
             loaded = load_model(job.checkpoint, job.weights == "ema", self.device)
             if settings.make_solver().reads_variance:
                 loaded.check_variance()
             config, conditions = loaded.config, settings.conditions(loaded)
-            denoise = conditions.guided(loaded.denoise_with_variance)
+            denoise = conditions.told_classes(loaded.denoise_with_variance)
             training, held_out = cli.load_image_parts(settings, config)
             if self._scorer is None or self._scorer.training.fingerprint != training.fingerprint:
-                self._scorer = self._new_scorer(self._reference(training, held_out, config), training)
+                self._scorer = self._new_scorer(self._reference(training, held_out, config), training, held_out)
+            if "ca" in settings.metrics:
+                self._check_classes(loaded, conditions)
             jobs_in_steps = len(settings.path_type) * len(settings.seeds) * sum(settings.num_steps)
             if resolve_compile(self.device, settings.compile, jobs_in_steps * self._scorer.num_images):
                 shapes = scale_shapes(loaded.model.num_scales, config["channels"], config["resolution"])
@@ -381,7 +405,7 @@ class Evaluation:
                     denoise, shapes, batch_size, self.device, settings.precision, with_labels=bool(conditions.names)
                 )
                 self._say(note or "the network is compiled")
-            self._loaded = which, loaded, denoise, training.name
+            self._loaded = which, loaded, conditions, conditions.guided(denoise, loaded), training.name
         return self._loaded[1:]
 
     def _reference(self, training: ImageSet, held_out: ImageSet | None, config: dict) -> ReferenceSet:
@@ -405,12 +429,27 @@ class Evaluation:
             config.get("pad"),
         )
 
-    def _new_scorer(self, reference: ReferenceSet, training: ImageSet) -> Scorer:
+    def _check_classes(self, loaded: LoadedModel, conditions: Conditions) -> None:
+        """Raise ValueError unless samples are of classes that the judge knows."""
+        if not conditions.names:
+            raise ValueError(
+                f"The metric ca needs images sampled by class, but {loaded.file} was trained without classes; leave it "
+                "out of --metrics, or pass --classifier."
+            )
+        if conditions.known != self._judge.class_names:
+            raise ValueError(
+                f"The judge {self.settings.judge} knows the classes {listed(self._judge.class_names)}, but the samples "
+                f"of {loaded.file} are of {listed(conditions.known)}; train one on the same data."
+            )
+
+    def _new_scorer(self, reference: ReferenceSet, training: ImageSet, held_out: ImageSet | None) -> Scorer:
         settings = self.settings
         num_images = settings.num_images or reference.count
         if num_images is None:
             raise ValueError(f"{reference.name} does not say of how many images it is; pass --num_images.")
-        uses_features = bool(set(settings.metrics) & set(FEATURE_METRICS))
+        if settings.judge is not None and self._judge is None:
+            self._judge = load_judge(settings.judge, self.device)
+        uses_features = needs_inception(settings.metrics, settings.features)
         if uses_features and self._inception is None:
             self._inception = load_inception(settings.inception_weights, self.device, settings.resize)
         if uses_features and num_images < NUM_FEATURES and not self._warned and self.processes.is_main:
@@ -420,9 +459,26 @@ class Evaluation:
                 "with none of another number of images",
                 file=sys.stderr,
             )
-        return Scorer(
-            settings.metrics, num_images, reference, training, self._inception, self.device, settings.cache_dir
+        scorer = Scorer(
+            settings.metrics,
+            num_images,
+            reference,
+            training,
+            self._inception,
+            self.device,
+            settings.cache_dir,
+            self._judge,
+            held_out,
+            settings.features,
         )
+        without = [metric for metric in settings.metrics if metric in JUDGE_METRICS and scorer.floors[metric] is None]
+        if without and self.processes.is_main:
+            print(
+                f"note: {', '.join(without)} of real images would need images held out of training, with labels for "
+                "ca, and there are none, or too few; train with --holdout N",
+                file=sys.stderr,
+            )
+        return scorer
 
     def _path(self, job: Job, loaded: LoadedModel) -> SamplingPath:
         """The path of a job, on a heatmap that is computed if there is none."""

@@ -1,7 +1,7 @@
 """The set that generated images are compared with: images, or the mean and covariance of their features in a file.
 
-What the Inception network says of the reference is computed once per set, weights and filter and kept in the cache
-folder, also when several processes ask for it at the same time.
+What Inception or another network says of the reference is computed once per set, weights and filter and kept in the
+cache folder, also when several processes ask for it at the same time.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from data import BACKGROUND, ImageSet, load_images, save_png
 from evaluation.feature_metrics import FeatureMoments
-from evaluation.inception import Inception, stream
+from evaluation.inception import FeatureNetwork, stream
 from image_folder import claim, evenly, write_settings
 from runtime.progress import Progress
 from runtime.safe_write import replacing
@@ -54,7 +54,7 @@ class ReferenceSet:
         return self.images
 
     def moments(
-        self, inception: Inception, cache_dir: str | os.PathLike, batch_size: int = 64
+        self, network: FeatureNetwork, cache_dir: str | os.PathLike, batch_size: int = 64
     ) -> tuple[np.ndarray, np.ndarray]:
         """Mean [D] and covariance [D, D] of the pool features, float64.
 
@@ -65,31 +65,31 @@ class ReferenceSet:
         fewer than two images.
         """
         if self.statistics is not None:
-            found, needed = len(self.statistics[0]), inception.num_features
+            found, needed = len(self.statistics[0]), network.num_features
             if found != needed:
                 raise ValueError(
                     f"The reference {self.name} has statistics of {found} features, but the network gives {needed}: "
-                    "pass one that was made of the pool features of Inception."
+                    "pass one that was made of its features, those of the pool of Inception."
                 )
             return self.statistics
 
         def write(temporary: Path) -> None:
             moments = FeatureMoments()
-            for batch in self._feature_batches(inception, cache_dir, batch_size):
+            for batch in self._feature_batches(network, cache_dir, batch_size):
                 moments.update(batch)
             np.savez(temporary, mu=moments.mean, sigma=moments.cov, n=moments.n)
 
-        file = self._cache_file("fid_reference", ".npz", inception, cache_dir)
+        file = self._cache_file("fid_reference", ".npz", network, cache_dir)
         _make_once(file, write)
         mean, cov, count = _read_statistics(file, MAKE_AGAIN)
-        if (len(mean), count) != (inception.num_features, self.count):
+        if (len(mean), count) != (network.num_features, self.count):
             raise ValueError(
                 f"The FID reference {file} is damaged, as it is of {count} images and {len(mean)} features instead of "
-                f"{self.count} and {inception.num_features}: {MAKE_AGAIN}."
+                f"{self.count} and {network.num_features}: {MAKE_AGAIN}."
             )
         return mean, cov
 
-    def features(self, inception: Inception, cache_dir: str | os.PathLike, batch_size: int = 64) -> np.ndarray:
+    def features(self, network: FeatureNetwork, cache_dir: str | os.PathLike, batch_size: int = 64) -> np.ndarray:
         """Pool features of the images, float32 [M, D].
 
         They are memory-mapped from `features_{fingerprint}_{weights}_{resize}.npy` in the cache folder.
@@ -97,16 +97,16 @@ class ReferenceSet:
         Raises ValueError for a statistics file, or if the cached file is damaged.
         """
         pixels = self.pixels
-        shape = (len(pixels), inception.num_features)
+        shape = (len(pixels), network.num_features)
 
         def write(temporary: Path) -> None:
             features, start = np.empty(shape, np.float32), 0
-            for batch in self._stream(inception, batch_size):
+            for batch in self._stream(network, batch_size):
                 features[start : start + len(batch)] = batch
                 start += len(batch)
             np.save(temporary, features)
 
-        file = self._cache_file("features", ".npy", inception, cache_dir)
+        file = self._cache_file("features", ".npy", network, cache_dir)
         _make_once(file, write)
         try:
             features = np.load(file, mmap_mode="r")
@@ -122,23 +122,23 @@ class ReferenceSet:
             )
         return features
 
-    def _cache_file(self, stem: str, suffix: str, inception: Inception, cache_dir: str | os.PathLike) -> Path:
-        return Path(cache_dir) / f"{stem}_{self.fingerprint}_{inception.fingerprint}_{inception.resize}{suffix}"
+    def _cache_file(self, stem: str, suffix: str, network: FeatureNetwork, cache_dir: str | os.PathLike) -> Path:
+        return Path(cache_dir) / f"{stem}_{self.fingerprint}_{network.fingerprint}_{network.resize}{suffix}"
 
-    def _stream(self, inception: Inception, batch_size: int) -> Iterator[np.ndarray]:
+    def _stream(self, network: FeatureNetwork, batch_size: int) -> Iterator[np.ndarray]:
         with Progress(total=self.count, desc=f"features of {self.name}", unit="img") as bar:
-            for features in stream(inception, self.pixels, batch_size):
+            for features in stream(network, self.pixels, batch_size):
                 yield features.pool.numpy()
                 bar.update(len(features.pool))
 
     def _feature_batches(
-        self, inception: Inception, cache_dir: str | os.PathLike, batch_size: int
+        self, network: FeatureNetwork, cache_dir: str | os.PathLike, batch_size: int
     ) -> Iterator[np.ndarray]:
         """Pool features [B, D], in equal batches whether they come from the cache or from the network."""
-        if not self._cache_file("features", ".npy", inception, cache_dir).exists():
-            yield from self._stream(inception, batch_size)
+        if not self._cache_file("features", ".npy", network, cache_dir).exists():
+            yield from self._stream(network, batch_size)
             return
-        features = self.features(inception, cache_dir, batch_size)
+        features = self.features(network, cache_dir, batch_size)
         for start in range(0, len(features), batch_size):
             yield features[start : start + batch_size]
 

@@ -33,7 +33,7 @@ from runtime.errors import need_file
 COMPARABLE = tuple(field for field in SETTING_FIELDS if field != "nfe")
 DEFAULT_NFE = 18  # --num_steps of every stage
 # The levels of the sliced Wasserstein distance are in the tables, and real images have no curve.
-CURVE_FIELDS = tuple(field for field in VALUE_LAYOUTS if not field.startswith("swd_") and field != "nn_distance_real")
+CURVE_FIELDS = tuple(field for field in VALUE_LAYOUTS if not field.startswith("swd_") and not field.endswith("_real"))
 GRID_ENLARGED = 3  # Pixels of the page per pixel of a grid, at most.
 
 # A reader who comes from a number looks for what was measured first.
@@ -391,6 +391,7 @@ def fact_tables(rows: Sequence[Row]) -> list[FactTable]:
             dataset="Data set",
             reference="Reference",
             reference_images="Images",
+            floor_images="Real images of the floor",
             reference_fingerprint="Fingerprint",
         ),
         table(

@@ -45,7 +45,14 @@ VALUE_LAYOUTS = {
     "nn_distance": ValueLayout(None, 2),
     "nn_distance_real": ValueLayout(None, 2),
     "authenticity": ValueLayout(None, 4),
+    "fd": ValueLayout("lower", 3),
+    "fd_real": ValueLayout(None, 3),
+    "class_score": ValueLayout("higher", 3),
+    "class_score_real": ValueLayout(None, 3),
+    "class_accuracy": ValueLayout("higher", 4),
+    "class_accuracy_real": ValueLayout(None, 4),
 }
+FLOOR_FIELDS = ("fd_real", "class_score_real", "class_accuracy_real")  # Of real images alone.
 
 # Results that differ in one of these do not share a table; the metric follows from the value.
 SETTING_FIELDS = (
@@ -57,6 +64,7 @@ SETTING_FIELDS = (
     "reference",
     "reference_images",
     "reference_fingerprint",
+    "floor_images",
     "precision",
 )
 
@@ -218,6 +226,8 @@ def _note(field: str, results: Sequence[Result], said: str, rows: Iterable[Itera
         f"Features {setting['metric_features']}, resize {setting['resize']}, reference {setting['reference']} "
         f"({images}{setting['reference_fingerprint']}), {setting['precision']}.",
     ]
+    if field in FLOOR_FIELDS and setting["floor_images"]:
+        sentences.append(f"Of {int(setting['floor_images']):,} real images.")
     num_images = int(setting["num_images"])
     if field == "fid" and num_images < MIN_FID_IMAGES:
         sentences.append(f"n = {num_images:,}: FID at another n does not compare.")

@@ -41,7 +41,7 @@ RESULT_KEY = (
     "seed",
     "num_images",
     "metric",  # one of METRICS
-    "metric_features",  # inception-<fingerprint>, swd-7x7-64-32-16 or pixels
+    "metric_features",  # inception-<fingerprint>, <run>-<fingerprint> of a judge, swd-7x7-64-32-16 or pixels
     "resize",  # the filter by which images reach the network of the metric, or none
     "reference_fingerprint",
     "precision",  # of the network, fp32 or bf16
@@ -50,6 +50,7 @@ DESCRIPTION_FIELDS = (
     "dataset",
     "reference",
     "reference_images",
+    "floor_images",  # real images of which a value of them beside that of generated ones is (`fd_real`); empty if none
     "model_type",
     "epoch",
     "path_type",
@@ -70,6 +71,10 @@ METRIC_VALUES = {
     "pr": ("manifold_precision", "manifold_recall"),
     "swd": ("swd", "swd_64", "swd_32", "swd_16"),  # swd is the mean over its levels
     "nn": ("nn_distance", "nn_distance_real", "authenticity"),
+    # Of a classifier trained here, with what real images have beside.
+    "fd": ("fd", "fd_real"),
+    "cs": ("class_score", "class_score_sd", "class_score_real"),
+    "ca": ("class_accuracy", "class_accuracy_real"),
 }
 METRICS = tuple(METRIC_VALUES)
 VALUE_FIELDS = tuple(field for fields in METRIC_VALUES.values() for field in fields)
@@ -81,7 +86,7 @@ RESULT_FIELDS = (*RESULT_KEY, *DESCRIPTION_FIELDS, *VALUE_FIELDS, "seconds", "ch
 GROUP_FIELDS = (*DESCRIPTION_FIELDS, *(field for field in RESULT_KEY if field != "seed"))
 
 # Error bars of one evaluation, so that over seeds only their mean says something.
-ERROR_BAR_FIELDS = ("kid_sd", "inception_score_sd")
+ERROR_BAR_FIELDS = ("kid_sd", "inception_score_sd", "class_score_sd")
 
 _INTEGER = re.compile(r"0|[1-9][0-9]{0,17}")
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -147,7 +152,10 @@ _COLUMN_CHECKS: dict[str, tuple[Callable[[str], bool], str]] = {
     "seed": _COUNT,
     "num_images": _POSITIVE,
     "metric": (METRICS.__contains__, f"one of {', '.join(METRICS)}"),
-    "reference_images": (lambda text: text == "" or _POSITIVE[0](text), "empty or a positive integer"),
+    **dict.fromkeys(
+        ("reference_images", "floor_images"),
+        (lambda text: text == "" or _POSITIVE[0](text), "empty or a positive integer"),
+    ),
     "epoch": _COUNT,
     **{name: _TRAINING_CHECKS[kind.form] for name, kind in TRAINING_COLUMNS.items() if kind.form in _TRAINING_CHECKS},
     **dict.fromkeys(VALUE_FIELDS, _EMPTY_OR_NUMBER),
@@ -205,7 +213,10 @@ DEFAULTS: dict[str, Callable[[Mapping[str, str]], str]] = {
     "regime": lambda row: default_regime(row["model_type"]) or "",
     "representation": _default_representation,
     "solver": _solver_of_path,
-    **dict.fromkeys(("reference_images", "coarse_from", "guidance", *TRAINING_FIELDS, *VALUE_FIELDS), lambda row: ""),
+    **dict.fromkeys(
+        ("reference_images", "floor_images", "coarse_from", "guidance", *TRAINING_FIELDS, *VALUE_FIELDS),
+        lambda row: "",
+    ),
 }
 FORMAT = TableFormat(
     columns=RESULT_FIELDS,
@@ -224,7 +235,8 @@ def read_numbered_rows(file: str | os.PathLike) -> dict[int, dict[str, str]]:
 
     Keys are the numbers of their lines, of which the header is line 1.
 
-    Integers are nfe and num_images (from 1), seed and epoch (from 0) and reference_images (from 1, or empty). Of
+    Integers are nfe and num_images (from 1), seed and epoch (from 0), reference_images and floor_images (from 1, or
+    empty). Of
     VALUE_FIELDS at least one of METRIC_VALUES[metric] is a finite number, those of other metrics are empty. A line that
     a crash cut short, which therefore lacks a whole date at its end, is skipped with a warning that names it.
 

@@ -21,25 +21,41 @@ from evaluation.feature_metrics import (
     MIN_EXTRAPOLATED_FEATURES,
     SCORE_SPLITS,
     FeatureMoments,
+    accuracy,
     fid_infinity,
     frechet_distance,
     inception_score,
     kernel_distance,
     precision_recall,
 )
-from evaluation.inception import Features, Inception
+from evaluation.inception import FeatureNetwork, Features, Inception, extract
+from evaluation.judge import Judge
 from evaluation.pixel_metrics import NearestNeighbours, SlicedWasserstein, swd_levels
 from evaluation.reference_set import ReferenceSet
 from evaluation.results_table import METRIC_VALUES
+from image_folder import evenly
 from paths.path import Path
 from runtime.device import autocast
 from runtime.distributed import Processes
 from runtime.progress import Progress
 
 FEATURE_METRICS = ("fid", "fid_infinity", "kid", "is", "pr")
+JUDGE_METRICS = ("fd", "cs", "ca")
+EITHER_METRICS = ("kid", "pr")  # Of FEATURE_METRICS those that a judge may take over from Inception.
+FEATURES = ("inception", "judge")
 # Known before an image is made, whereas the metrics themselves would refuse only then.
 FEWEST_IMAGES = {"fid": 2, "fid_infinity": MIN_EXTRAPOLATED_FEATURES, "kid": 2, "is": SCORE_SPLITS}
-FEWEST_IMAGES |= {"pr": MANIFOLD_K + 1, "swd": 1, "nn": 1}
+FEWEST_IMAGES |= {"pr": MANIFOLD_K + 1, "swd": 1, "nn": 1, "fd": 2, "cs": SCORE_SPLITS, "ca": 1}
+
+
+def judged(metrics: Iterable[str], features: str = "inception") -> set[str]:
+    """The metrics that need a judge, if EITHER_METRICS are computed of these FEATURES."""
+    return set(metrics) & {*JUDGE_METRICS, *(EITHER_METRICS if features == "judge" else ())}
+
+
+def needs_inception(metrics: Iterable[str], features: str = "inception") -> bool:
+    """Whether any of the metrics needs Inception."""
+    return bool((set(metrics) & set(FEATURE_METRICS)) - judged(metrics, features))
 
 
 class Generated(NamedTuple):
@@ -48,6 +64,7 @@ class Generated(NamedTuple):
     pixels: torch.Tensor  # uint8 [N, C, R, R], on the CPU, rounded as in a PNG
     features: Features | None  # of those pixels, if asked for
     nfe: int  # network calls that each image took, of an adaptive solver in the mean
+    labels: torch.Tensor | None = None  # int64 [N], the classes that were sampled, if any
 
 
 def generate(
@@ -112,6 +129,7 @@ def generate(
         torch.cat([part[1] for part in parts])[order],
         Features(*(values[order] for values in _join(known))) if known else None,
         round(sum(part[3] for part in parts) / len(seeds)),
+        None if labels is None else torch.tensor(labels),
     )
 
 
@@ -155,10 +173,13 @@ class _Beside:
 class Scorer:
     """The metrics of generated images against one reference; what belongs to the reference is made once.
 
-    metrics: of results_table.METRICS. training: the images the model was trained on, for `nn`. inception: needed for
-    FEATURE_METRICS. `settings[metric]` holds the key columns metric, metric_features and resize of its rows.
+    metrics: of results_table.METRICS. training: the images the model was trained on, for `nn`; held_out: those kept
+    out, for what a judge says of real images. inception: needed for FEATURE_METRICS. judge: for JUDGE_METRICS, and for
+    EITHER_METRICS if `features` says so. `settings[metric]` holds the key columns metric, metric_features and resize of
+    its rows, `floors[metric]` the number of real images that a judge sees beside, None without any.
 
-    Raises ValueError if a metric cannot be computed from so many images, or against this reference.
+    Raises ValueError if a metric cannot be computed from so many images, or against this reference, and for images that
+    the judge cannot judge.
     """
 
     def __init__(
@@ -170,10 +191,18 @@ class Scorer:
         inception: Inception | None = None,
         device: torch.device | str = "cpu",
         cache_dir: str | os.PathLike = "cache",
+        judge: Judge | None = None,
+        held_out: ImageSet | None = None,
+        features: str = "inception",  # of FEATURES, for EITHER_METRICS
     ):
         self.reference, self.training, self.inception = reference, training, inception
+        self.judge, self._held_out, self._by_judge = judge, held_out, judged(metrics, features)
+        self._judged: tuple[Generated, Features] | None = None
+        self._floor: dict[str, dict[str, float]] = {}
+        if self._by_judge:
+            judge.check(training.pixels.shape[-1], training.channels)
         self.num_images, self.cache_dir = num_images, cache_dir
-        self.settings = {}
+        self.settings, self.floors = {}, dict.fromkeys(metrics)
         for metric in metrics:
             if num_images < FEWEST_IMAGES[metric]:
                 raise ValueError(
@@ -181,12 +210,15 @@ class Scorer:
                     "--num_images or leave it out of --metrics."
                 )
             features, resize = "pixels", "none"
-            if metric in FEATURE_METRICS:
+            if metric in self._by_judge:
+                features, resize = judge.label, judge.resize
+                self.floors[metric] = self._floor_size(metric)
+            elif metric in FEATURE_METRICS:
                 features, resize = f"inception-{inception.fingerprint}", inception.resize
             elif metric == "swd":
                 features = f"swd-7x7-{'-'.join(str(level) for level in swd_levels(training.pixels.shape[-1]))}"
             self.settings[metric] = {"metric": metric, "metric_features": features, "resize": resize}
-        if set(metrics) & {"swd", "kid", "pr"}:
+        if set(metrics) & {"swd", "kid", "pr"}:  # Which a file of statistics does not do for.
             reference_pixels = reference.pixels
         for metric in ("kid", "pr"):
             if metric in metrics and reference.count < FEWEST_IMAGES[metric]:
@@ -206,10 +238,10 @@ class Scorer:
         Raises ValueError as `ReferenceSet.moments` and `ReferenceSet.features`.
         """
         # Moments come from features where there are any, and then the network sees the reference once.
-        if set(metrics) & {"kid", "pr"}:
-            self._reference_features()
-        if set(metrics) & {"fid", "fid_infinity"}:
-            self._reference_moments()
+        for metric in sorted(set(metrics) & {"kid", "pr"}):
+            self._reference_features(metric)
+        for metric in sorted(set(metrics) & {"fid", "fid_infinity", "fd"}):
+            self._reference_moments(metric)
 
     def score(self, metric: str, generated: Generated) -> dict[str, float]:
         """The value columns of one metric."""
@@ -217,23 +249,97 @@ class Scorer:
         # The table has columns for the levels of 64x64 images only; the mean of SWD counts every level.
         return {name: round(value, 6) for name, value in values.items() if name in METRIC_VALUES[metric]}
 
-    def _reference_moments(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.reference.moments(self.inception, self.cache_dir)
+    def _network(self, metric: str) -> FeatureNetwork:
+        return self.judge if metric in self._by_judge else self.inception
 
-    def _reference_features(self) -> np.ndarray:
-        return self.reference.features(self.inception, self.cache_dir)
+    def _features(self, metric: str, generated: Generated) -> Features:
+        """What the network of a metric says of generated images; a judge, which is small, sees them after all."""
+        if metric not in self._by_judge:
+            return generated.features
+        if self._judged is None or self._judged[0] is not generated:
+            self._judged = generated, extract(self.judge, generated.pixels)
+        return self._judged[1]
+
+    def _reference_moments(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        return self.reference.moments(self._network(metric), self.cache_dir)
+
+    def _reference_features(self, metric: str) -> np.ndarray:
+        return self.reference.features(self._network(metric), self.cache_dir)
+
+    def _distance(self, metric: str, features: Features) -> float:
+        moments = FeatureMoments()
+        for batch in features.pool.split(1024):
+            moments.update(batch)
+        return frechet_distance(moments.mean, moments.cov, *self._reference_moments(metric))
 
     def _fid_values(self, generated: Generated) -> dict[str, float]:
-        moments = FeatureMoments()
-        for batch in generated.features.pool.split(1024):
-            moments.update(batch)
-        return {"fid": frechet_distance(moments.mean, moments.cov, *self._reference_moments())}
+        return {"fid": self._distance("fid", generated.features)}
 
     def _fid_infinity_values(self, generated: Generated) -> dict[str, float]:
-        return {"fid_infinity": fid_infinity(generated.features.pool, *self._reference_moments()).value}
+        moments = self._reference_moments("fid_infinity")
+        return {"fid_infinity": fid_infinity(generated.features.pool, *moments).value}
+
+    def _fd_values(self, generated: Generated) -> dict[str, float]:
+        def floor(real: Features, _) -> dict[str, float]:
+            return {"fd_real": self._distance("fd", real)}
+
+        return {"fd": self._distance("fd", self._features("fd", generated))} | self._of_real("fd", floor)
+
+    def _cs_values(self, generated: Generated) -> dict[str, float]:
+        mean, sd = inception_score(self._features("cs", generated).logits, metric="cs")
+
+        def floor(real: Features, _) -> dict[str, float]:
+            return {"class_score_real": inception_score(real.logits, metric="cs")[0]}
+
+        return {"class_score": mean, "class_score_sd": sd} | self._of_real("cs", floor)
+
+    def _ca_values(self, generated: Generated) -> dict[str, float]:
+        if generated.labels is None:
+            raise ValueError("The metric ca needs images that were sampled by class; leave it out of --metrics.")
+
+        def floor(real: Features, labels: torch.Tensor) -> dict[str, float]:
+            return {"class_accuracy_real": accuracy(real.logits, labels)}
+
+        found = accuracy(self._features("ca", generated).logits, generated.labels)
+        return {"class_accuracy": found} | self._of_real("ca", floor)
+
+    def _real_images(self, metric: str) -> ImageSet | None:
+        """Real images that a judge sees beside generated ones, as many if there are: those held out.
+
+        A distance is from the reference: where that is what is held out, they are those of the training. None if there
+        are none, or too few.
+        """
+        held_out = self._held_out
+        if metric == "fd" and held_out is not None and self.reference.fingerprint == held_out.fingerprint:
+            held_out = self.training
+        if metric not in JUDGE_METRICS or held_out is None or len(held_out) < FEWEST_IMAGES[metric]:
+            return None
+        if metric == "ca" and self._labels_of(held_out) is None:
+            return None
+        return held_out
+
+    def _labels_of(self, images: ImageSet) -> np.ndarray | None:
+        """The labels of images by the classes of the judge; None if they are not divided so."""
+        ways = (way for way in images.classes if tuple(way.names) == self.judge.class_names and (way.labels >= 0).all())
+        return next((way.labels for way in ways), None)
+
+    def _floor_size(self, metric: str) -> int | None:
+        real = self._real_images(metric)
+        return None if real is None else min(self.num_images, len(real))
+
+    def _of_real(self, metric: str, values: Callable[[Features, torch.Tensor | None], dict]) -> dict[str, float]:
+        """The value of real images of a metric, which is computed once; nothing without such images."""
+        if metric not in self._floor:
+            self._floor[metric] = {}
+            real = self._real_images(metric)
+            if real is not None:
+                chosen = evenly(self.floors[metric], len(real), "the images held out")
+                labels = torch.from_numpy(self._labels_of(real)[chosen]) if metric == "ca" else None
+                self._floor[metric] = values(extract(self.judge, real.pixels[chosen]), labels)
+        return self._floor[metric]
 
     def _kid_values(self, generated: Generated) -> dict[str, float]:
-        mean, sd = kernel_distance(generated.features.pool, self._reference_features())
+        mean, sd = kernel_distance(self._features("kid", generated).pool, self._reference_features("kid"))
         return {"kid": mean, "kid_sd": sd}
 
     def _is_values(self, generated: Generated) -> dict[str, float]:
@@ -241,7 +347,7 @@ class Scorer:
         return {"inception_score": mean, "inception_score_sd": sd}
 
     def _pr_values(self, generated: Generated) -> dict[str, float]:
-        precision, recall = precision_recall(generated.features.pool, self._reference_features())
+        precision, recall = precision_recall(self._features("pr", generated).pool, self._reference_features("pr"))
         return {"manifold_precision": precision, "manifold_recall": recall}
 
     def _swd_values(self, generated: Generated) -> dict[str, float]:

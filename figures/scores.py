@@ -41,6 +41,12 @@ METRIC_TITLES |= {
     "nn_distance": "distance to the nearest training image",
     "nn_distance_real": "distance of real images to the nearest training image",
     "authenticity": "authenticity",
+    "fd": "Fréchet distance by a judge",
+    "fd_real": "Fréchet distance of real images by a judge",
+    "class_score": "class score",
+    "class_score_real": "class score of real images",
+    "class_accuracy": "class accuracy",
+    "class_accuracy_real": "class accuracy of real images",
 }
 # Scores that differ in one of these must not share a figure.
 COMPARABLE = ("dataset", "num_images", "nfe", "metric_features", "resize", "reference_fingerprint", "precision")

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import cli
-from checkpoint import LoadedModel
-from diffusion.guidance import ClassifierFree, Unconditional
+from checkpoint import LoadedClassifier, LoadedModel, load_classifier
+from diffusion.guidance import ClassifierFree, ClassifierGuided, Unconditional
 from diffusion.sampler import IMAGES_PER_SEED
 from runtime.settings import Settings, option
 from scheduler import Denoiser
@@ -33,44 +33,122 @@ class ClassSettings(Settings):
         parse=cli.number_from_zero,
         metavar="G",
     )
+    classifier: str | None = option(
+        None, "guide by this checkpoint of train_classifier.py, at one network call more each time", metavar="FILE"
+    )
+    classifier_scale: float | None = option(
+        None,
+        "of --classifier: what the gradient of log p(class | noisy image) is multiplied by (1)",
+        parse=cli.number_from_zero,
+        metavar="S",
+    )
 
     def check(self) -> None:
         super().check()
+        if self.classifier_scale is not None and self.classifier is None:
+            raise ValueError("--classifier_scale belongs to --classifier FILE; name that too, or leave it out.")
         if self.classes is not None and len(set(self.classes)) < len(self.classes):
             raise ValueError("--class names a class twice; leave one of them out.")
 
     @property
     def calls_each(self) -> int:
-        """Network calls of an evaluation: one, and another for guidance."""
-        return 1 + (self.guidance_scale not in (None, 0.0, 1.0))
+        """Network calls of an evaluation: one, another for guidance, another for a classifier."""
+        return 1 + (self.guidance_scale not in (None, 0.0, 1.0)) + (self.classifier is not None)
 
     def conditions(self, loaded: LoadedModel) -> "Conditions":
         """What the flags mean for a model.
 
-        Raises ValueError for classes or guidance where there are none, and for a class that does not exist.
+        Raises ValueError for classes or guidance where there are none, for a class that does not exist, and for a
+        classifier that is none, or one of another resolution, process or other classes.
         """
         names = tuple(loaded.config.get("class_names") or ())
+        classifier = None
+        if self.classifier is not None:
+            classifier = load_classifier(self.classifier, loaded.device)
+            _check_classifier(classifier, loaded)
+            of_classifier = classifier.class_names
+            if names and names != of_classifier:
+                raise ValueError(
+                    f"The classifier {self.classifier} knows the classes {listed(of_classifier)}, but {loaded.file} "
+                    f"{listed(names)}; train one on the same data."
+                )
+            names = of_classifier
+        told = bool(loaded.config.get("class_names"))
         if not names and (self.classes is not None or self.guidance_scale is not None):
             flag = "--class" if self.classes is not None else "--guidance_scale"
             raise ValueError(
                 f"{loaded.file} was trained without classes, so that {flag} says nothing to it; train with --classes, "
                 "or leave it out."
             )
+        if not told and self.guidance_scale is not None:
+            raise ValueError(
+                f"{loaded.file} was trained without classes, and only --classifier guides it; leave --guidance_scale "
+                "out, or train with --classes."
+            )
         chosen = names if self.classes is None else self.classes
         unknown = [name for name in chosen if name not in names]
         if unknown:
-            raise ValueError(f"--class {unknown[0]} is no class of {loaded.file}, which has {_listed(names)}.")
+            whose = loaded.file if told else self.classifier
+            raise ValueError(f"--class {unknown[0]} is no class of {whose}, which has {listed(names)}.")
+        scale = (1.0 if self.guidance_scale is None else self.guidance_scale) if told else 0.0
         return Conditions(
             names=chosen,
             indices=tuple(map(names.index, chosen)),
+            known=names,
             null=len(names),
             all_classes=self.classes is None,
-            scale=1.0 if self.guidance_scale is None else self.guidance_scale,
+            told=told,
+            scale=scale,
+            classifier=classifier,
+            classifier_scale=1.0 if self.classifier_scale is None else self.classifier_scale,
         )
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The names of classes as messages have them, of many the first ones."""
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {len(names) - SHOWN_NAMES} more" * (len(names) > SHOWN_NAMES))
+
+
+def _check_classifier(classifier: LoadedClassifier, loaded: LoadedModel) -> None:
+    """Raise ValueError unless a classifier reads what the process of a model makes of its images."""
+    model = loaded.model
+    for what, ours, theirs in (
+        ("images at side", loaded.config["resolution"], classifier.config["resolution"]),
+        ("channels", loaded.config["channels"], classifier.config["channels"]),
+        ("timesteps", loaded.scheduler.num_train_timesteps, classifier.scheduler.num_train_timesteps),
+        ("the process", loaded.scheduler.process_name, classifier.scheduler.process_name),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"The classifier {classifier.file} was trained on {what} {theirs}, but {loaded.file} on {ours}; train "
+                "one like the model."
+            )
+    if classifier.model.num_scales > 1:
+        if model.num_predictions < 2:
+            raise ValueError(
+                f"The classifier {classifier.file} reads two scales with noise of their own, of which {loaded.file} "
+                "makes one; train one with --scales 1."
+            )
+        if classifier.scheduler.representation.name != loaded.scheduler.representation.name:
+            raise ValueError(
+                f"The classifier {classifier.file} reads the pair '{classifier.scheduler.representation.name}', but "
+                f"{loaded.file} makes '{loaded.scheduler.representation.name}'; train one with that --representation."
+            )
+    elif model.num_scales > 1 and loaded.scheduler.representation.name == "residual":
+        raise ValueError(
+            f"The classifier {classifier.file} reads images, but the fine scale of {loaded.file} is a residual; train "
+            "one with --scales 2 --representation residual."
+        )
+
+
+def _has_ema(file: str) -> bool:
+    from checkpoint import peek
+
+    return peek(file).get("ema_state") is not None
+
+
+def _device_of(loaded: LoadedModel) -> Any:
+    return next(loaded.model.parameters()).device
 
 
 @dataclass(frozen=True)
@@ -79,24 +157,37 @@ class Conditions:
 
     names: tuple[str, ...]  # of the classes to sample
     indices: tuple[int, ...]  # and their labels
+    known: tuple[str, ...]  # all classes of the model, or else of the classifier
     null: int
     all_classes: bool
+    told: bool  # whether the model itself takes classes
     scale: float
+    classifier: LoadedClassifier | None  # which guides beside the model
+    classifier_scale: float
 
     @property
     def calls(self) -> int:
         """Network calls of an evaluation."""
-        return 1 + (self.scale not in (0.0, 1.0))
+        return 1 + (self.told and self.scale not in (0.0, 1.0)) + (self.classifier is not None)
 
     def labels(self, seeds: Sequence[int]) -> list[int] | None:
         """The class of each seed, which depends on it alone; None for a model that knows no classes."""
         return [self.indices[seed % IMAGES_PER_SEED % len(self.indices)] for seed in seeds] if self.names else None
 
-    def guided(self, denoise: Denoiser) -> Denoiser:
-        """`denoise` guided by its own predictions; it takes labels then, if there are classes."""
-        if not self.names or self.scale == 1.0:
+    def told_classes(self, denoise: Denoiser) -> Denoiser:
+        """`denoise` with guidance by its own predictions; it takes labels then, if there are classes."""
+        if not self.names or (self.told and self.scale == 1.0):
             return denoise
         return ClassifierFree(denoise, self.null, self.scale) if self.scale else Unconditional(denoise)
+
+    def guided(self, denoise: Denoiser, loaded: LoadedModel) -> Denoiser:
+        """What `told_classes` returned, compiled or not, guided by the classifier too if there is one.
+
+        loaded: the model that it came from. What a classifier does is not compiled, as it takes a gradient.
+        """
+        if self.classifier is None:
+            return denoise
+        return ClassifierGuided(denoise, self.classifier.log_probability, loaded.scheduler, self.classifier_scale)
 
     @property
     def label(self) -> str:
@@ -104,7 +195,10 @@ class Conditions:
         if not self.names:
             return ""
         words = [] if self.all_classes else [f"class {'+'.join(self.names)}"]
-        return ", ".join([*words, f"guidance {self.scale:g}"])
+        words += [f"guidance {self.scale:g}"] if self.told else []
+        if self.classifier is not None:
+            words.append(f"classifier {self.classifier.fingerprint} {self.classifier_scale:g}")
+        return ", ".join(words)
 
     @property
     def said(self) -> dict[str, Any]:
@@ -117,5 +211,6 @@ class Conditions:
         if not self.names:
             return ""
         words = [] if self.all_classes else ["-".join(self.names)]
-        words += [f"g{self.scale:g}"] if self.scale != 1.0 else []
+        words += [f"g{self.scale:g}"] if self.told and self.scale != 1.0 else []
+        words += [f"c{self.classifier_scale:g}"] if self.classifier is not None else []
         return "".join(f"_{word}" for word in words)

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 import cli
-from checkpoint import MODEL_CLASSES, LoadedModel, load_model, peek, read_checkpoint
+from checkpoint import MODEL_CLASSES, LoadedModel, describe_model, load_model, peek
 from cli import CheckpointSettings, DataSettings, HardwareSettings
 from data import ImageSet, to_float
 from paths.optimal import check_steps, find_optimal_paths_all_steps
@@ -105,7 +105,7 @@ def find_map(checkpoint: str | Path, config: Mapping[str, Any], epoch: int, weig
 def map_of(settings: CheckpointSettings) -> Path:
     """The file of the map that was made of the checkpoint of settings, which is not loaded for it."""
     # Of a file that is no checkpoint, reading says why.
-    said = peek(settings.checkpoint) or read_checkpoint(settings.checkpoint)
+    said = describe_model(settings.checkpoint)
     return find_map(settings.checkpoint, said["config"], said["epoch"], "ema" if settings.ema else "raw")
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from checkpoint import MODEL_CLASSES
+from checkpoint import MODEL_CLASSES, network_class
 from images.representation import REPRESENTATIONS
 from networks.ema import USUAL_RAMPUP
 
@@ -70,10 +70,10 @@ def preset_values(preset: str, model_type: str, representation: str) -> dict[str
     """What a preset means for a type of model, setting by setting.
 
     Pairs of timesteps are None for models that do not predict two scales by two clocks, which have pairs of their own,
-    and a model of one prediction has nothing to weigh.
+    and a model of one prediction, or a classifier, has nothing to weigh.
     """
     values = PRESETS[preset]
-    model = MODEL_CLASSES[model_type]
+    model = network_class(model_type)
     pairs = values["t_pairs"][representation] if model.has_two_clocks() else None
     weights = values["loss_weights"] if model.num_predictions > 1 else (1.0,)
     return values | {"loss_weights": weights, "t_pairs": pairs}

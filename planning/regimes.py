@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from checkpoint import MODEL_CLASSES
+from checkpoint import CLASSIFIERS, MODEL_CLASSES
 from paths.path import Path
 from paths.schedule_file import load_schedule
 from scheduler import DDIMScheduler
@@ -50,8 +50,8 @@ NOISE_OF_MEANS = math.log(4)  # By which the log SNR of the 2x2 mean of a noisy 
 
 
 def default_regime(model_type: str) -> str | None:
-    """What a model is trained with unless told otherwise; None for the baseline, which has one scale."""
-    model = MODEL_CLASSES.get(model_type)
+    """What a model or classifier is trained with unless told otherwise; None for those of one scale."""
+    model = (MODEL_CLASSES | CLASSIFIERS).get(model_type)
     if model is None:  # Of a row of results that another version wrote.
         return "independent"
     if model.num_scales == 1:
@@ -149,6 +149,8 @@ def check_regime(text: str | None, model_type: str) -> None:
     regime = parse_regime(text)
     if default_regime(model_type) == "same" and regime.name != "same":
         raise ValueError(f"a model with one shared timestep cannot be trained with --t_pairs {text}; leave it out.")
+    if regime.name == "follow" and model_type in CLASSIFIERS:
+        raise ValueError(f"--t_pairs {text} plans by the errors of predictions, and a classifier has none; use band.")
     if regime.name == "follow" and MODEL_CLASSES[model_type].num_predictions == 1:
         raise ValueError(
             f"--t_pairs {text} plans by the errors of both scales; a '{model_type}' model has one, so use band."

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 
 import cli
-from checkpoint import LoadedModel, load_model, peek, read_checkpoint, weights_fingerprint
+from checkpoint import LoadedModel, describe_model, load_model, peek, weights_fingerprint
 from cli import CheckpointSettings, HardwareSettings
 from diffusion.likelihood import why_no_equation
 from diffusion.sampler import SeededNoise, image_seeds, scale_shapes
@@ -70,7 +70,7 @@ def trajectory_file(checkpoint: str | os.PathLike, config: Mapping[str, Any], ep
 
 def trajectories_of(settings: CheckpointSettings) -> FilePath:
     """The file of the trajectories of the checkpoint of settings, which is not loaded for it."""
-    said = peek(settings.checkpoint) or read_checkpoint(settings.checkpoint)
+    said = describe_model(settings.checkpoint)
     return trajectory_file(settings.checkpoint, said["config"], said["epoch"], "ema" if settings.ema else "raw")
 
 

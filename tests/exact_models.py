@@ -89,3 +89,74 @@ def tied(line):
 
 def data_set(count=7):
     return torch.rand(count, C, H, W, generator=rng(12), dtype=torch.float64) * 2 - 1
+
+
+class Mixture:
+    """Images of K classes, each about a mean of its own with independent pixels of one deviation, in one scale or two.
+
+    `denoise` is the posterior mean of such a class, or of all for the null class K, as a prediction; `log_probability`
+    the Bayes classifier of the noisy images. In float64, with the dense covariance of both scales.
+    """
+
+    def __init__(self, scheduler, num_scales=2, num_classes=3, deviation=0.4):
+        self.scheduler, self.num_scales, self.null = scheduler, num_scales, num_classes
+        fine = fine_of(scheduler.representation.name if num_scales > 1 else "overcomplete")
+        parts = torch.cat([fine, pooling()][:num_scales])  # [N, N_64]
+        means = torch.randn(num_classes, N_64, generator=rng(21), dtype=torch.float64) / 8
+        self.means = means @ parts.T  # [K, N]
+        self.cov = deviation**2 * parts @ parts.T  # [N, N]
+        self.log_prior = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)[:num_classes].log()
+        self.noise = torch.block_diag(fine, torch.eye(N_32, dtype=torch.float64))[: len(parts), : len(parts)]
+        self.shapes = [(C, H, W), (C, H // 2, W // 2)][:num_scales]
+
+    def draw(self, ts, count=4):
+        """Noisy images at timesteps, one each, and their classes."""
+        labels = torch.arange(count) % self.null
+        root = torch.linalg.cholesky(self.cov + 1e-12 * torch.eye(len(self.cov), dtype=torch.float64))
+        z = torch.randn(count, len(root), generator=rng(22), dtype=torch.float64)
+        alpha, sigma = self._scales(ts)
+        noise = torch.randn(z.shape, generator=rng(23), dtype=torch.float64) @ self.noise
+        return self._split((self.means[labels] + z @ root.T) * alpha + sigma * noise), labels
+
+    def _split(self, flat):
+        parts = flat.split([math.prod(shape) for shape in self.shapes], dim=1)
+        return tuple(part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True))
+
+    def _scales(self, ts):
+        """alpha and sigma of every dimension, [N] each."""
+        sizes = torch.tensor([math.prod(shape) for shape in self.shapes])
+        one = torch.ones(1, dtype=torch.float64)
+        pairs = (torch.cat(self.scheduler.scales(t[:1], one)) for t in ts)
+        return torch.stack(list(pairs), 1).repeat_interleave(sizes, 1)
+
+    def _residuals(self, xs, ts):
+        """x - alpha mean [B, K, N], the inverse of the covariance of x [N, N], and alpha [N]."""
+        alpha, sigma = self._scales(ts)
+        covariance = alpha[:, None] * self.cov * alpha + sigma[:, None] * self.noise * sigma
+        flat = torch.cat([x.flatten(1) for x in xs], 1)
+        return flat[:, None] - alpha * self.means, torch.linalg.pinv(covariance, rtol=1e-13, hermitian=True), alpha
+
+    def log_posterior(self, xs, ts):
+        """log p(class | noisy images) [B, K]."""
+        away, inverse, _ = self._residuals(xs, ts)
+        return (self.log_prior - (away @ inverse * away).sum(2) / 2).log_softmax(1)
+
+    def log_probability(self, xs, ts, labels):
+        return self.log_posterior(xs, ts).gather(1, labels[:, None])[:, 0]
+
+    def clean(self, xs, ts, labels=None):
+        """E[x0 | noisy images, class], by scale; of the null class and without labels whatever the class."""
+        away, inverse, alpha = self._residuals(xs, ts)
+        by_class = self.means + away @ inverse @ (alpha[:, None] * self.cov)  # [B, K, N]
+        weights = self.log_posterior(xs, ts).exp()  # [B, K]
+        if labels is not None:
+            known = F.one_hot(labels, self.null + 1)[:, : self.null].double()
+            weights = torch.where((labels == self.null)[:, None], weights, known)
+        return self._split((weights[:, :, None] * by_class).sum(1))
+
+    def denoise(self, xs, ts, labels=None):
+        predictions = []
+        for x, x0, t in zip(xs, self.clean(xs, ts, labels), ts, strict=True):
+            alpha, sigma = self.scheduler.scales(t, x)
+            predictions.append(self.scheduler.target(x0, (x - alpha * x0) / sigma, t))
+        return tuple(predictions)

@@ -75,9 +75,9 @@ def training_memory(trainer: Trainer) -> dict[str, int]:
 
     def measure(images: int) -> int:
         def forward() -> dict[str, torch.Tensor]:
-            batch = trainer.draw(*next(trainer.batches.epoch(0))[:2]).rows(slice(images))
+            batch = trainer.draw(*next(trainer.batches.epoch(0))).rows(slice(images))
             with autocast(trainer.device, trainer.config["precision"]):
-                return trainer.objective.losses(trainer.model.denoise, batch)
+                return trainer.losses(batch, trainer.model)
 
         return saved_bytes(trainer.model, forward, recomputed, networks)
 

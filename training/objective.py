@@ -30,6 +30,7 @@ LOSS_NAMES = {
     "features": "feature loss",
 }
 SCALE_LOSSES = ("loss_64", "loss_32")  # Squared errors of predictions; the rest are bounds and `training.terms`.
+MEASURE_NAMES = LOSS_NAMES | {"cross_entropy": "cross-entropy", "accuracy": "accuracy"}  # Of classifiers, too.
 
 
 def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
@@ -60,27 +61,24 @@ class TrainingBatch(NamedTuple):
         return (self.x_64, self.noise_64, self.t_64), (self.x_32, self.noise_32, self.t_32)
 
     def clock(self, loss: str) -> torch.Tensor:
-        """The timesteps `[B]` that a loss belongs to, by its name; of a term those of the fine scale."""
+        """The timesteps `[B]` that a loss belongs to, by its name: of what both scales share, those of the fine one."""
         return self.t_32 if loss.endswith("_32") else self.t_64
 
 
-class Denoising:  # A family of models is a class beside it, with its name in `training.objectives`.
-    """Squared errors of predictions at timesteps of a regime, for one scale and for two.
+class Noising:
+    """What objectives share that show noisy images at timesteps of a regime, of one scale and of two.
 
-    config: of a run, with `t_pairs`, `t_pairs_points`, `loss_weights` and, if they are not the published ones,
-    `t_law`, `times`, `timestep_weights`, `min_snr_gamma`. Draws happen on the device of the tables of the scheduler.
-    terms: further losses of the predicted clean image, on that device.
+    config: of a run, with `t_pairs`, `t_pairs_points` and, if they are not the published ones, `t_law`, `times`.
+    Draws happen on the device of the tables of the scheduler. terms: further losses of the predicted clean image, on
+    that device.
     """
 
+    evaluates = "denoise"  # The method of a model that `losses` calls.
     learned_variance = False  # Whether the network is one that says the variance of a step.
 
     def __init__(self, config: dict[str, Any], scheduler: DDIMScheduler, terms: Sequence[Term] = ()):
         self.scheduler, self.terms = scheduler, terms
         self.pairs = TimestepPairs(config, scheduler)
-        loss_weights = config.get("loss_weights", [1.0] * len(SCALE_LOSSES))
-        self._loss_weights = dict(zip(SCALE_LOSSES, loss_weights, strict=False))
-        self._loss_weights |= {term.name: term.weight for term in terms}
-        self._weight = prediction_weight(config, scheduler)
         self._null_class, self._label_dropout = len(config.get("class_names") or ()), config.get("label_dropout")
         self._real = config.get("times", "whole") == "real"
         law = config.get("t_law", UNIFORM)
@@ -110,7 +108,7 @@ class Denoising:  # A family of models is a class beside it, with its name in `t
         noise_64 = torch.randn(x_64.shape, generator=generator, device=device)  # [B, C, H, W]
         noise_32 = torch.randn(x_32.shape, generator=generator, device=device)  # [B, C, H/2, W/2]
         clean, noise = map(representation.project, ((x_64, x_32), (noise_64, noise_32)))
-        if labels is not None:
+        if labels is not None and self._label_dropout is not None:
             hidden = torch.rand(len(labels), generator=generator, device=device) < self._label_dropout
             labels = torch.where(hidden, self._null_class, labels)
         return TrainingBatch(*clean, *noise, t_64, t_32, share, labels)
@@ -131,20 +129,63 @@ class Denoising:  # A family of models is a class beside it, with its name in `t
             t_32 = t_64 if pairs.same else t_32
         return t_64, t_32, None if self._importance is None else 1 / likelier
 
+    def noised(self, batch: TrainingBatch) -> tuple[Images, Images]:
+        """Both scales of the images of a step, noisy, and as a network is shown them."""
+        noisy = tuple(self.scheduler.add_noise(*scale) for scale in batch.scales)
+        return noisy, tuple(map(self.scheduler.shown, noisy, (batch.t_64, batch.t_32)))
+
+    def drives(self, losses: dict[str, torch.Tensor], batch: TrainingBatch) -> torch.Tensor:
+        """What of each image `[B]` says how often its timesteps are to be drawn."""
+        raise NotImplementedError
+
+    def observe(
+        self,
+        losses: dict[str, torch.Tensor],
+        batch: TrainingBatch,
+        good: torch.Tensor,  # whether the step was taken
+        total: Callable[[torch.Tensor], torch.Tensor],  # sums over processes
+    ) -> None:
+        """Learn from the losses of a step, of this process's share of the images."""
+        if self._importance is not None:
+            self._importance.observe(self.drives(losses, batch), (batch.t_64, batch.t_32), good, total)
+
+    @property
+    def state(self) -> dict[str, torch.Tensor] | None:
+        """What a run that goes on from here has to know, other than `pairs.state`; None for nothing."""
+        return None if self._importance is None else self._importance.state
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        if saved.get("regime_state") is not None:
+            for name in ("before_32", "log_snr_32"):
+                self.pairs = self.pairs.moved_to(saved["regime_state"][name])
+        if self._importance is not None:
+            device = self.scheduler.log_snr.device
+            self._importance.state = {name: value.to(device) for name, value in saved["objective_state"].items()}
+
+
+class Denoising(Noising):  # A family of models is a class beside it, with its name in `training.objectives`.
+    """Squared errors of predictions.
+
+    config: also with `loss_weights` and, if they are not the published ones, `timestep_weights`, `min_snr_gamma`.
+    """
+
+    def __init__(self, config: dict[str, Any], scheduler: DDIMScheduler, terms: Sequence[Term] = ()):
+        super().__init__(config, scheduler, terms)
+        loss_weights = config.get("loss_weights", [1.0] * len(SCALE_LOSSES))
+        self._loss_weights = dict(zip(SCALE_LOSSES, loss_weights, strict=False))
+        self._loss_weights |= {term.name: term.weight for term in terms}
+        self._weight = prediction_weight(config, scheduler)
+
     def losses(self, denoise: Denoiser, batch: TrainingBatch) -> dict[str, torch.Tensor]:
         """Squared error of every image per predicted scale, `loss_64` and where predicted `loss_32`, float32 `[B]`.
 
         denoise: a network, which is shown noisy images as it is to see them. Each loss is a mean over the dimensions of
         its scale: a residual has three for every four pixels. Behind them, by its name, each of the terms.
         """
-        noisy, shown = self._noised(batch)
+        noisy, shown = self.noised(batch)
         predictions = self._outputs(denoise, shown, batch)
         return self._errors(predictions, batch) | self._further(predictions, noisy, shown, batch)
-
-    def _noised(self, batch: TrainingBatch) -> tuple[Images, Images]:
-        """The noisy images of a step by scale, and what a network is shown of them."""
-        noisy = tuple(self.scheduler.add_noise(*scale) for scale in batch.scales)
-        return noisy, tuple(map(self.scheduler.shown, noisy, (batch.t_64, batch.t_32)))
 
     def _outputs(self, denoise: Denoiser, shown: Images, batch: TrainingBatch) -> Images:
         """What the network returns of the images of a step."""
@@ -180,6 +221,10 @@ class Denoising:  # A family of models is a class beside it, with its name in `t
             total = total + self._loss_weights[name] * by_image.mean()
         return total
 
+    def drives(self, losses: dict[str, torch.Tensor], batch: TrainingBatch) -> torch.Tensor:
+        weighed = self._by_timestep(losses, batch)
+        return sum(self._loss_weights[name] * values for name, values in weighed.items())
+
     def _by_timestep(self, losses: dict[str, torch.Tensor], batch: TrainingBatch) -> dict[str, torch.Tensor]:
         if self._weight is None:
             return losses
@@ -187,33 +232,3 @@ class Denoising:  # A family of models is a class beside it, with its name in `t
             name: values * self._weight(batch.clock(name)).to(values) if name in SCALE_LOSSES else values
             for name, values in losses.items()
         }
-
-    def observe(
-        self,
-        losses: dict[str, torch.Tensor],
-        batch: TrainingBatch,
-        good: torch.Tensor,  # whether the step was taken
-        total: Callable[[torch.Tensor], torch.Tensor],  # sums over processes
-    ) -> None:
-        """Learn from the losses of a step, of this process's share of the images."""
-        if self._importance is not None:
-            self._importance.observe(self._drives(losses, batch), (batch.t_64, batch.t_32), good, total)
-
-    def _drives(self, losses: dict[str, torch.Tensor], batch: TrainingBatch) -> torch.Tensor:
-        """What of each image `[B]` says how often its timesteps are to be drawn."""
-        weighed = self._by_timestep(losses, batch)
-        return sum(self._loss_weights[name] * values for name, values in weighed.items())
-
-    @property
-    def state(self) -> dict[str, torch.Tensor] | None:
-        """What a run that goes on from here has to know, other than `pairs.state`; None for nothing."""
-        return None if self._importance is None else self._importance.state
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        if saved.get("regime_state") is not None:
-            for name in ("before_32", "log_snr_32"):
-                self.pairs = self.pairs.moved_to(saved["regime_state"][name])
-        if self._importance is not None:
-            device = self.scheduler.log_snr.device
-            self._importance.state = {name: value.to(device) for name, value in saved["objective_state"].items()}

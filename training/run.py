@@ -23,7 +23,7 @@ from runtime.progress import Progress
 from runtime.safe_write import remove_temporaries, versions
 from runtime.settings import lines_of
 from training.memory import out_of_memory_message, peak_memory, training_memory
-from training.objective import LOSS_NAMES
+from training.objective import MEASURE_NAMES
 from training.resume import placed
 from training.run_log import RunLog
 from training.settings import TrainingSettings
@@ -104,16 +104,16 @@ def train(settings: TrainingSettings) -> None:
         settings, notes = placed(settings)
         # First of all, as the images may take long to be read.
         vgg = load_vgg(settings.vgg_weights) if settings.perceptual_weight else None
-        images = cli.load_training_images(settings)
+        images, held_out = cli.load_image_parts(settings)
         try:
             if settings.dry_run:
-                trainer = Trainer(settings, images, processes, vgg)
+                trainer = Trainer(settings, images, processes, vgg, held_out)
                 trainer.notes += notes
                 if processes.is_main:
                     print(describe(trainer, images), describe_dry_run(trainer), sep="\n")
             else:
                 with locked(settings) if processes.is_main else nullcontext():
-                    trainer = Trainer(settings, images, processes, vgg)
+                    trainer = Trainer(settings, images, processes, vgg, held_out)
                     trainer.notes += notes
                     _run(trainer, images, stop)
         except (RuntimeError, MemoryError) as error:
@@ -228,7 +228,7 @@ def _loop(trainer: Trainer, log: RunLog | None, bar: Progress, stop: StopRequest
                     save(trainer, log, must=stopping or trainer.epoch == settings.epochs)
                 if trainer.snapshot_due and not stopping:
                     if log is not None:
-                        trainer.draw_grids(log, stop)
+                        trainer.show_epoch(log, stop)
                     [stopping] = processes.any(stop.signal is not None)
                 last_save = time.monotonic()
                 clock.restart()
@@ -246,7 +246,7 @@ def write_row(trainer: Trainer, log: RunLog | None, bar: Progress, clock: Clock)
     }
     if log is not None:
         log.write(row, speed, curves)
-    names = LOSS_NAMES | {"bad_steps": "bad steps"}
+    names = MEASURE_NAMES | {"bad_steps": "bad steps"}
     shown = {name: row[key] for key, name in names.items() if row.get(key)}
     shown["images/s"] = speed["images_per_second"]
     bar.set_postfix_str(", ".join(f"{key} {value:.4g}" for key, value in shown.items()))

@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from runtime.errors import naming
 from runtime.safe_write import replacing
-from training.objective import LOSS_NAMES
+from training.objective import MEASURE_NAMES
 
 METRICS_FILE = "metrics.jsonl"
 SPEED_FILE = "speed.jsonl"
@@ -152,9 +152,13 @@ class RunLog:
         def show(board: SummaryWriter) -> None:
             for name, value in (row | speed | curves).items():
                 if name not in position:
-                    board.add_scalar(LOSS_NAMES.get(name, name), value, row["step"])
+                    board.add_scalar(MEASURE_NAMES.get(name, name), value, row["step"])
 
         self._on_board(show)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Show numbers on the board alone."""
+        self._on_board(lambda board: [board.add_scalar(name, value, step) for name, value in values.items()] and None)
 
     def images(self, name: str, pixels: torch.Tensor, step: int) -> None:
         """Show uint8 images `[N, C, H, W]` on the board."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import cli
-from checkpoint import MODEL_CLASSES
+from checkpoint import CLASSIFIERS, MODEL_CLASSES, network_class
 from cli import CompileSettings, HardwareSettings, TrainingDataSettings
 from images.representation import REPRESENTATIONS
 from model import DEFAULT_HIDDEN_DIMS, network_name, resolve_network
@@ -29,6 +29,11 @@ LABEL_DROPOUT = 0.1  # Unless told otherwise (arXiv 2207.12598 tries 0.1, 0.2 an
 REPLAN_EVERY, REPLAN_IMAGES = 10, 16  # Epochs and images, unless told otherwise.
 # What only models of two scales have; the stage of the baseline has no flags for them.
 TWO_SCALE_SETTINGS = ("t_pairs", "replan_every", "replan_images", "loss_weights", "representation")
+# What only models of images have; the stage of classifiers has no flags for them.
+IMAGE_SETTINGS = (
+    "network", "objective", "vlb_weight", "perceptual_weight", "feature_weight", "vgg_weights", "prediction_type",
+    "min_snr_gamma", "timestep_weights", "replan_every", "replan_images", "loss_weights", "label_dropout",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +94,7 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
     """
 
     group = "training"
-    model_type: str = option(REQUIRED, choices=tuple(MODEL_CLASSES), recorded=True)
+    model_type: str = option(REQUIRED, choices=(*MODEL_CLASSES, *CLASSIFIERS), recorded=True)
     preset: str = option(
         "published",
         f"what the flags that are not given are: {preset_help()}",
@@ -263,15 +268,20 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
             if self.output_dir is not None and not is_same(self.output_dir, folder):
                 raise ValueError(f"--resume {self.resume} names the folder of the run; leave --output_dir out.")
             self._derive(output_dir=str(folder), resume="required")
-        predictions = MODEL_CLASSES[self.model_type].num_predictions
+        kind = network_class(self.model_type)
+        predictions = max(1, kind.num_predictions)
         preset = preset_values(self.preset, self.model_type, self.representation)
+        if not kind.predicts_images:
+            self._check_classifier(kind.num_scales)
+            preset = {name: value for name, value in preset.items() if name not in IMAGE_SETTINGS}
         self._derive_process(preset)
         self._derive(**{name: value for name, value in preset.items() if getattr(self, name) is None})
-        network = resolve_network(self.network, self.hidden_dims, MODEL_CLASSES[self.model_type].knows_time)
-        if network.hidden_dims != self.hidden_dims:
-            self._derive(hidden_dims=network.hidden_dims)
-        if network.name != self.network:
-            self._derive(network=network.name)
+        if kind.predicts_images:
+            network = resolve_network(self.network, self.hidden_dims, kind.knows_time)
+            if network.hidden_dims != self.hidden_dims:
+                self._derive(hidden_dims=network.hidden_dims)
+            if network.name != self.network:
+                self._derive(network=network.name)
         if self.min_snr_gamma is not None and self.timestep_weights != "published":
             if "timestep_weights" not in self._derived:
                 raise ValueError("--min_snr_gamma and --timestep_weights exclude each other; leave one of them out.")
@@ -289,16 +299,16 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         if len(self.loss_weights) != predictions or (predictions == 1 and self.loss_weights != (1.0,)):
             losses = "the loss of the fine scale alone" if predictions == 1 else "a loss for each scale"
             raise ValueError(f"a '{self.model_type}' model has {losses}; leave --loss_weights out, or weigh these.")
-        if self.representation == "residual" and predictions == 1:
+        if self.representation == "residual" and kind.predicts_images and predictions == 1:
             raise ValueError(
                 f"a '{self.model_type}' model predicts the fine scale alone, of which no image can be composed; train "
                 "a dual or shared_t model, or leave --representation residual out."
             )
         if self.classes is None and self.label_dropout is not None:
             raise ValueError("--label_dropout belongs to --classes; name that too, or leave it out.")
-        if self.classes is not None and self.label_dropout is None:
+        if self.classes is not None and self.label_dropout is None and kind.predicts_images:
             self._derive(label_dropout=LABEL_DROPOUT)
-        if self.classes is not None and not MODEL_CLASSES[self.model_type].knows_time:
+        if self.classes is not None and not kind.knows_time:
             raise ValueError(
                 f"a '{self.model_type}' model has no clock, beside which classes are told; leave --classes out."
             )
@@ -322,7 +332,7 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
     def _check_objective(self) -> None:
         if self.vlb_weight is not None and self.objective != "hybrid":
             raise ValueError(f"--vlb_weight belongs to --objective hybrid, not to {self.objective}; leave it out.")
-        if not OBJECTIVES[self.objective].learned_variance:
+        if self.objective is None or not OBJECTIVES[self.objective].learned_variance:
             return
         check_chain(self.objective, self.process, self.times)
         if self.t_law not in (UNIFORM, IMPORTANCE):
@@ -342,6 +352,18 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
             )
         if self.objective == "hybrid" and self.vlb_weight is None:
             self._derive(vlb_weight=VLB_WEIGHT)
+
+    def _check_classifier(self, num_scales: int) -> None:
+        """A classifier predicts no image, so that its config says of predictions what changes nothing."""
+        given = [name for name in IMAGE_SETTINGS if getattr(self, name) is not None]
+        if given:
+            raise ValueError(f"a classifier predicts no image, to which --{given[0]} belongs; leave it out.")
+        if self.classes is None:
+            raise ValueError("a classifier is trained on classes; leave --classes as it is, or name the column.")
+        if num_scales == 1 and (self.t_pairs is not None or self.representation != "overcomplete"):
+            raise ValueError("--t_pairs and --representation belong to classifiers of both scales; pass --scales 2.")
+        # Any process can be trained with it, one that ends at zero SNR too.
+        self._derive(prediction_type="x0", timestep_weights="published", loss_weights=(1.0,))
 
     def _derive_process(self, preset: dict[str, Any]) -> None:
         """Both have a value in the end, the noise schedule the name that says the process too."""

@@ -7,6 +7,7 @@ would see. docs/training.md says what is promised and where the time goes.
 
 import copy
 import functools
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -50,9 +51,10 @@ from runtime.device import (
     resolve_precision,
 )
 from runtime.distributed import Processes
-from runtime.safe_write import versions
+from runtime.safe_write import replacing, versions
 from scheduler import predictions_alone
-from training.objective import LOSS_NAMES, TrainingBatch, step_generator
+from training.classification import CLEAN_NAME, Classification, accuracies
+from training.objective import MEASURE_NAMES, TrainingBatch, step_generator
 from training.objectives import OBJECTIVES
 from training.resume import earlier_run
 from training.run_log import RunLog
@@ -81,12 +83,19 @@ class Trainer:
     graphs where there can be none, for a regime that the model cannot be trained with, and what `load_vgg` raises.
     """
 
-    def __init__(self, settings: TrainingSettings, images: ImageSet, processes: Processes, vgg: VGG | None = None):
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        images: ImageSet,
+        processes: Processes,
+        vgg: VGG | None = None,
+        held_out: ImageSet | None = None,  # by which a classifier is measured
+    ):
         self.settings, self.processes, self.device = settings, processes, processes.device
         self.config = settings.recorded() | {
             "dataset_is_here": is_here(settings.dataset),
             "channels": images.channels,
-            **self._classes(images),
+            **self._classes(images, held_out),
             "data_fingerprint": images.fingerprint,
             "num_train_timesteps": 1000,
             "precision": resolve_precision(self.device, settings.precision),
@@ -95,7 +104,7 @@ class Trainer:
             vgg = load_vgg(settings.vgg_weights)
         # The weights count by what they are, as their file may lie elsewhere when the run is resumed.
         self.config["vgg_fingerprint"] = None if vgg is None else vgg.fingerprint
-        objective = OBJECTIVES[settings.objective]
+        objective = Classification if settings.objective is None else OBJECTIVES[settings.objective]
         if objective.learned_variance:  # Configs that do not say it are of models without.
             self.config["learned_variance"] = True
         self.scheduler = build_scheduler(self.config)
@@ -192,13 +201,16 @@ class Trainer:
         count = settings.replan_images or min(REPLAN_IMAGES, len(images))
         return {"replan_every": settings.replan_every or REPLAN_EVERY, "replan_images": count}
 
-    def _classes(self, images: ImageSet) -> dict[str, Any]:
+    def _classes(self, images: ImageSet, held_out: ImageSet | None) -> dict[str, Any]:
         """What the config says of classes: None for a model that is not told of them."""
-        self.labels = None
+        self.labels = self.held_out = None
         if self.settings.classes is None:
             return {"class_names": None, "labels_fingerprint": None}
-        classes = images.divided(None if self.settings.classes == cli.ANY_CLASSES else self.settings.classes)
+        by = None if self.settings.classes == cli.ANY_CLASSES else self.settings.classes
+        classes = images.divided(by)
         self.labels = classes.labels
+        if held_out is not None:
+            self.held_out = held_out.pixels, held_out.divided(by).labels
         return {"class_names": list(classes.names), "labels_fingerprint": fingerprint_labels(classes)}
 
     @property
@@ -259,7 +271,7 @@ class Trainer:
 
     def _rehearse(self, network: nn.Module) -> None:
         """Compute gradients as in a step, and forget them."""
-        batch = self.draw(*next(self.batches.epoch(0))[:2])
+        batch = self.draw(*next(self.batches.epoch(0)))
         self._backward(batch.rows(slice(self.part_size)), network)
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -270,10 +282,15 @@ class Trainer:
         batch = self.objective.draw(x_64, x_32, generator, progress, labels)
         return batch.rows(self.processes.share(len(x_64)))
 
+    def losses(self, batch: TrainingBatch, network: nn.Module) -> dict[str, torch.Tensor]:
+        """The losses of every image `[B]` by name, with `network` called in place of the model."""
+        evaluate = getattr(self.model, self.objective.evaluates)
+        return self.objective.losses(functools.partial(evaluate, network=network), batch)
+
     def _backward(self, part: TrainingBatch, network: nn.Module) -> dict[str, torch.Tensor]:
         """Add the gradient of one part to that of the step; returns the losses per image."""
         with autocast(self.device, self.config["precision"]):
-            losses = self.objective.losses(functools.partial(self.model.denoise, network=network), part)
+            losses = self.losses(part, network)
         loss = self.objective.minimised(losses, part)
         self.scaler.scale(loss / self.settings.accumulate).backward()
         return {name: values.detach() for name, values in losses.items()}
@@ -356,7 +373,7 @@ class Trainer:
         row |= {"lr": self.lr, "bad_steps": self.bad_steps["total"].item()}
         width = self.scheduler.num_train_timesteps // TIMESTEP_BINS
         curves = {
-            f"{LOSS_NAMES[name]} by timestep/{k * width:03d}-{(k + 1) * width - 1:03d}": total / count
+            f"{MEASURE_NAMES[name]} by timestep/{k * width:03d}-{(k + 1) * width - 1:03d}": total / count
             for name, bins in zip(totals, sums, strict=False)
             for k, (total, count) in enumerate(zip(*bins, strict=True))
             if count
@@ -504,6 +521,42 @@ class Trainer:
             tqdm.write(f"warning: {self._grid_file('fine')} could not be written ({error})", file=sys.stderr)
 
     @property
+    def _accuracy_file(self) -> Path:
+        return self.log_dir / f"accuracy_{self.epoch}ep.json"
+
+    def write_accuracy(self, log: RunLog | None = None) -> None:
+        """How often a classifier is right on the images held out, by timestep, to a file, on the board and the screen.
+
+        It is that of the EMA (else raw) weights.
+        """
+        if self.held_out is None:
+            return
+        model = (self.model if self.ema is None else self.ema).eval()
+        try:
+            with autocast(self.device, self.config["precision"]):
+                found = accuracies(
+                    model.classify, self.scheduler, *self.held_out, self.settings.seed, self.settings.batch_size
+                )
+        finally:
+            self.model.train()
+        said = {"epoch": self.epoch, "step": self.step, "images": len(self.held_out[0]), "accuracy": found}
+        try:
+            with replacing(self._accuracy_file) as temporary:
+                temporary.write_text(json.dumps(said, indent=2) + "\n")
+        except OSError as error:
+            tqdm.write(f"warning: {self._accuracy_file} could not be written ({error})", file=sys.stderr)
+        if log is not None:
+            log.scalars({f"held-out accuracy/{name}": value for name, value in found.items()}, self.step)
+        tqdm.write(f"epoch {self.epoch}: held-out accuracy {found[CLEAN_NAME]:.4g} of clean images")
+
+    def show_epoch(self, log: RunLog | None = None, stop: StopRequest | None = None) -> None:
+        """Show what the weights of a saved epoch are good for: samples, or how often a classifier is right."""
+        if self.model.predicts_images:
+            self.draw_grids(log, stop)
+        else:
+            self.write_accuracy(log)
+
+    @property
     def snapshot_due(self) -> bool:
         """Whether a saved epoch ends at this step."""
         ends = self.step > 0 and self.step % len(self.batches) == 0
@@ -540,5 +593,6 @@ class Trainer:
                 self.save_snapshots()
         except OSError as error:
             tqdm.write(f"warning: {error}", file=sys.stderr)
-        if not self._grid_file("fine").exists():
-            self.draw_grids(log, stop)
+        shown = self._grid_file("fine") if self.model.predicts_images else self._accuracy_file
+        if not shown.exists():
+            self.show_epoch(log, stop)

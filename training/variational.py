@@ -83,7 +83,7 @@ class Hybrid(Denoising):
         denoise: a network that returns 2C channels. The bound is T times a term of the chain, in bits per dimension.
         Raises ValueError for a network that says no variance.
         """
-        noisy, shown = self._noised(batch)
+        noisy, shown = self.noised(batch)
         outputs = self._outputs(denoise, shown, batch)
         predictions, shares = self.scheduler.split_variance(outputs, (batch.x_64, batch.x_32))
         if shares is None:
@@ -127,10 +127,10 @@ class Hybrid(Denoising):
         return super().minimised(errors, batch) + self._vlb_weight * self._mean_bound(losses, batch)
 
     def _mean_bound(self, losses: dict[str, torch.Tensor], batch: TrainingBatch) -> torch.Tensor:
-        by_image = self._drives(losses, batch)
+        by_image = self.drives(losses, batch)
         return (by_image if batch.share is None else by_image * batch.share.to(by_image)).mean()
 
-    def _drives(self, losses: dict[str, torch.Tensor], batch: TrainingBatch) -> torch.Tensor:
+    def drives(self, losses: dict[str, torch.Tensor], batch: TrainingBatch) -> torch.Tensor:
         weights = zip(VLB_NAMES, SCALE_LOSSES, strict=True)
         return sum(self._loss_weights[scale] * losses[name] for name, scale in weights if name in losses)
 
