@@ -184,7 +184,7 @@ def test_terms_add_to_what_is_minimised_by_their_weights_alone():
     batch = batch_of(images_of(4), scheduler, [1, 200, 500, 900], [7, 7, 7, 7])
     plain = {"loss_64": torch.rand(4, generator=rng(3)), "loss_32": torch.rand(4, generator=rng(4))}
     values = torch.rand(4, generator=rng(5))
-    config = {"timestep_weights": "sigma2", "loss_weights": [0.3, 0.7]}
+    config = {"timestep_weights": "likelihood", "loss_weights": [0.3, 0.7]}
     without = objective(scheduler, **config).minimised(plain, batch).item()
     for share in (None, torch.tensor([1, 0.5, 2, 0.1]).double()):
         drawn = batch._replace(share=share)
@@ -455,10 +455,19 @@ def resume_file(folder):
     return content | {"execution": {}, "settings": {}}  # How it was come by.
 
 
-@pytest.mark.parametrize("more", [[], ["--representation", "residual", "--preset", "improved", "--times", "real"]])
+@pytest.mark.parametrize(
+    "more", [["--preset", "ddpm_report"], ["--representation", "residual", "--preset", "improved", "--times", "real"]]
+)
 @pytest.mark.parametrize("script", [train_baseline, train_lift])
 def test_a_stopped_run_ends_as_one_in_one_go(stage, tiny, cache, tmp_path, flags, script, more):
-    more = [*flags, "--cache_dir", cache, "--lr", 0.003, *(more if script is train_lift else [])]
+    more = [
+        *flags,
+        "--cache_dir",
+        cache,
+        "--lr",
+        0.003,
+        *(more if script is train_lift else more[:2] * (more[0] == "--preset")),
+    ]
     stage(script, *tiny(tmp_path / "whole"), *more)
     stage(script, *tiny(tmp_path / "parts"), *more, "--epochs", 1)
     stage(script, *tiny(tmp_path / "parts"), *more, "--resume")
@@ -466,7 +475,7 @@ def test_a_stopped_run_ends_as_one_in_one_go(stage, tiny, cache, tmp_path, flags
     assert_same(parts, whole)
     logs = [next((tmp_path / name).rglob("metrics.jsonl")).read_bytes() for name in ("whole", "parts")]
     assert logs[0] == logs[1]
-    without = [word for word in more if word not in flags] + ["--ema_decay", 0.5]
+    without = [*more[len(flags) :], "--ema_decay", 0.5, "--perceptual_weight", 0, "--feature_weight", 0]
     stage(script, *tiny(tmp_path / "without"), *without)
     assert any(
         not torch.equal(value, whole["model_state"][name])
