@@ -23,6 +23,11 @@ from scheduler import DDIMScheduler, Denoiser, parts_of
 LogProbability = Callable[[Images, Images, torch.Tensor], torch.Tensor]
 
 
+def _wide(prediction: torch.Tensor) -> torch.Tensor:
+    """In single precision or better."""
+    return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+
+
 class ClassifierFree:
     """`denoise` guided by the difference of its own predictions, by the factor `scale` (γ)."""
 
@@ -35,7 +40,7 @@ class ClassifierFree:
         both = torch.cat([torch.full_like(labels, self.null), labels])  # [2B]
         twice = (tuple(torch.cat([each, each]) for each in group) for group in (xs, ts))
         predictions = self.denoise(*twice, both)
-        halves = [each.to(torch.promote_types(each.dtype, torch.float32)).chunk(2) for each in predictions]
+        halves = [_wide(each).chunk(2) for each in predictions]
         return tuple(without + self.scale * (told - without) for without, told in halves)
 
 
@@ -78,6 +83,6 @@ class ClassifierGuided:
         shifts = (scheduler.shift(self.scale * each, t, x) for each, t, x in zip(gradients, ts, xs, strict=True))
         outputs = self.denoise(xs, ts, labels)
         predictions, said = parts_of(outputs, xs)
-        moved = tuple(prediction.float() + shift for prediction, shift in zip(predictions, shifts, strict=False))
+        moved = tuple(_wide(prediction) + shift for prediction, shift in zip(predictions, shifts, strict=False))
         # What is said of variances is of the step, whose mean alone is moved.
-        return moved if said is None else tuple(torch.cat(pair, 1) for pair in zip(moved, said, strict=True))
+        return moved if said is None else tuple(torch.cat([one, v.to(one)], 1) for one, v in zip(moved, said, strict=True))
