@@ -85,4 +85,6 @@ class ClassifierGuided:
         predictions, said = parts_of(outputs, xs)
         moved = tuple(_wide(prediction) + shift for prediction, shift in zip(predictions, shifts, strict=False))
         # What is said of variances is of the step, whose mean alone is moved.
-        return moved if said is None else tuple(torch.cat([one, v.to(one)], 1) for one, v in zip(moved, said, strict=True))
+        if said is None:
+            return moved
+        return tuple(torch.cat([one, v.to(one)], 1) for one, v in zip(moved, said, strict=True))
