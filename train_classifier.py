@@ -68,7 +68,7 @@ class ClassifierSettings(TrainingSettings):
 
 def parse_args() -> ClassifierSettings:
     """The settings of this stage, from its flags."""
-    stored = partial(stored_settings, model_types=tuple(CLASSIFIERS))
+    stored = partial(stored_settings, model_types=tuple(CLASSIFIERS), flag="--scales")
     return parse_settings(ClassifierSettings, __doc__, leave_out=IMAGE_SETTINGS, stored=stored)
 
 

@@ -452,10 +452,13 @@ class Evaluation:
         uses_features = needs_inception(settings.metrics, settings.features)
         if uses_features and self._inception is None:
             self._inception = load_inception(settings.inception_weights, self.device, settings.resize)
-        if uses_features and num_images < NUM_FEATURES and not self._warned and self.processes.is_main:
+        widths = [NUM_FEATURES] * uses_features + [
+            self._judge.num_features for metric in settings.metrics if metric == "fd"
+        ]
+        if widths and num_images < max(widths) and not self._warned and self.processes.is_main:
             self._warned = True
             print(
-                f"note: {num_images} images are fewer than the {NUM_FEATURES} features, so that these scores compare "
+                f"note: {num_images} images are fewer than the {max(widths)} features, so that these scores compare "
                 "with none of another number of images",
                 file=sys.stderr,
             )

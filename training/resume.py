@@ -53,11 +53,12 @@ def _published_run(model_type: str) -> str | None:
     return config.get("run") or (derived_name(*(said[key] for key in names)) if said.keys() >= set(names) else saved[0])
 
 
-def stored_settings(values: dict[str, Any], model_types: Sequence[str]) -> dict[str, Any]:
+def stored_settings(values: dict[str, Any], model_types: Sequence[str], flag: str = "--model") -> dict[str, Any]:
     """The settings of the run that `--resume` names by its folder, or `--run` by its name; nothing without either.
 
-    model_types: those that the stage trains. Raises FileNotFoundError if the folder holds no resume file of these, and
-    ValueError for several of which none is that of the flags, or if the file is damaged.
+    model_types: those that the stage trains; flag: which says what of them. Raises FileNotFoundError if the folder
+    holds no resume file of these, and ValueError for several of which none is that of the flags, or if the file is
+    damaged.
     """
     place = values["resume"]
     if place == "required" and values["run"] and values["output_dir"] is None:
@@ -70,7 +71,7 @@ def stored_settings(values: dict[str, Any], model_types: Sequence[str]) -> dict[
         what = " or ".join(f"{FILE_STEMS[name]}_last.pth" for name in model_types)
         raise FileNotFoundError(f"{folder} holds no {what} to resume{hint_at_runs()}.")
     if len(there) > 1 and values["model_type"] not in there:
-        raise ValueError(f"{folder} holds several runs; pass --model {' or '.join(there)}.")
+        raise ValueError(f"{folder} holds several runs; pass {flag} {' or '.join(there)}.")
     model_type = values["model_type"] if values["model_type"] in there else there[0]
     for file in versions(checkpoint_file(folder, model_type, "last")):
         saved = peek(file)

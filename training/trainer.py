@@ -209,8 +209,10 @@ class Trainer:
         by = None if self.settings.classes == cli.ANY_CLASSES else self.settings.classes
         classes = images.divided(by)
         self.labels = classes.labels
-        if held_out is not None:
-            self.held_out = held_out.pixels, held_out.divided(by).labels
+        if held_out is not None and not network_class(self.settings.model_type).predicts_images:
+            labels = next(way.labels for way in held_out.classes if way.by == classes.by)
+            known = labels >= 0
+            self.held_out = (held_out.pixels[known], labels[known]) if known.any() else None
         return {"class_names": list(classes.names), "labels_fingerprint": fingerprint_labels(classes)}
 
     @property
