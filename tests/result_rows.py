@@ -127,6 +127,7 @@ def make_row(**changes):
         "dataset": "cats, small",
         "reference": "train",
         "reference_images": 13747,
+        "floor_images": "",
         "model_type": "dual",
         "epoch": 200,
         "path_type": "diagonal",

@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from evaluation.results_table import (
+    ERROR_BAR_FIELDS,
     GROUP_FIELDS,
     METRIC_VALUES,
     METRICS,
@@ -142,12 +143,12 @@ INTEGERS = ("nfe", "seed", "num_images", "epoch")
     [
         *((column, text) for column in ("nfe", "num_images") for text in ("0", "x")),
         *((column, text) for column in INTEGERS for text in ("", "1.0", "-1", "1e3", " 1", "²")),
-        *(("reference_images", text) for text in ("0", "many", "1.5")),
+        *((column, text) for column in ("reference_images", "floor_images") for text in ("0", "many", "1.5")),
         *(("fid", text) for text in ("abc", "nan", "inf", "1e999", "1_0", "1,5", " 1", "")),
         ("kid", "abc"),
         ("kid", "0.5"),
         *(("weights", text) for text in ("", "EMA", "raw ")),
-        *(("metric", text) for text in ("", "FID", "fd")),
+        *(("metric", text) for text in ("", "FID", "fide")),
         *(("seconds", text) for text in ("soon", "nan", "-1")),
         *(("date", text) for text in ("yesterday", "31.01.2025", "2025-13-01T00:00:00Z", "2025-13-31 23:59:59")),
         *((column, text) for column in ("lr", "ema_decay") for text in ("fast", "nan", "0,001")),
@@ -248,7 +249,7 @@ def test_a_corrupted_cell_is_harmless_or_refused_by_name(tmp_path_factory, colum
             rate = column in TRAINING_COLUMNS and TRAINING_COLUMNS[column].form == "number" and text
             assert float(rows[1][column]) == float(text) if rate else rows[1][column] == text
             if column not in FREE_TEXT and column not in VALUE_FIELDS:
-                assert text or column in ("seconds", "reference_images", *TRAINING_FIELDS)
+                assert text or column in ("seconds", "reference_images", "floor_images", *TRAINING_FIELDS)
             if column in VALUE_FIELDS and text:
                 assert math.isfinite(float(text)) and column in METRIC_VALUES["fid"]
     assert file.read_bytes() == before
@@ -313,7 +314,7 @@ def test_empty_file_gets_a_header(tmp_path):
         ({"fid": None}, "no other of its metric fid"),
         ({"kid": 0.5}, "kid '0.5' is not empty, but the metric of the row is fid"),
         ({"weights": "best"}, "raw or ema"),
-        ({"metric": "fd"}, "one of fid"),
+        ({"metric": "fide"}, "one of fid"),
     ],
 )
 def test_wrong_row_is_refused_before_the_file_is_touched(tmp_path, change, message):
@@ -351,7 +352,7 @@ def test_aggregate_agrees_with_the_statistics_module(tmp_path):
             assert result["fid_sd"] == pytest.approx(statistics.stdev(values), rel=1e-12)
         assert result["swd_mean"] is None and result["swd_seeds"] == 0
         statistic = {f"{v}_{s}" for v in VALUE_FIELDS for s in ("mean", "sd", "seeds")}
-        assert set(result) == {*GROUP_FIELDS, *statistic} - {"kid_sd_sd", "inception_score_sd_sd"}
+        assert set(result) == {*GROUP_FIELDS, *statistic} - {f"{bar}_sd" for bar in ERROR_BAR_FIELDS}
 
 
 def test_hand_computed_mean_and_deviation():
