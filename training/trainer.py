@@ -29,6 +29,7 @@ from checkpoint import (
     build_model,
     build_scheduler,
     checkpoint_file,
+    network_class,
     save_checkpoint,
     weights_fingerprint,
 )
