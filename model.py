@@ -122,7 +122,9 @@ class UNet(Backbone):
 
 
 BACKBONES: tuple[type[Backbone], ...] = (UNet, DdpmUNet, DiT)
-NETWORK_NAMES = "unet, ddpm_unet, DiT-S/2, DiT-B/4, DiT-L/2, DiT-XL/2 (any patch behind the stroke), DiT/4"
+NETWORK_NAMES = (
+    "unet, ddpm_unet, ddpm_unet_plain, DiT-S/2, DiT-B/4, DiT-L/2, DiT-XL/2 (any patch behind the stroke), DiT/4"
+)
 
 
 class Network(NamedTuple):

@@ -11,7 +11,7 @@ from networks.ddpm_unet import DdpmUNet
 WIDTHS = (64, 128, 256, 512)
 
 
-def described(widths, channels, time):
+def described(widths, channels, time, with_attention=True):
     """Parameters, counted from the description: kernels and biases, GroupNorms, and what embeds the time."""
 
     def conv(a, b, side):
@@ -30,7 +30,7 @@ def described(widths, channels, time):
     total += block(widths[-1], widths[-1])
     for narrow, wide in zip(widths, widths[1:], strict=False):
         total += conv(narrow, narrow, 3) + conv(wide, narrow, 3) + block(2 * narrow, narrow)
-    return total + 2 * (attention(widths[1]) + attention(widths[2]))
+    return total + (2 * (attention(widths[1]) + attention(widths[2])) if with_attention else 0)
 
 
 @pytest.mark.parametrize("widths", [WIDTHS, (16, 8, 24, 32, 8)])
@@ -41,6 +41,16 @@ def test_it_has_the_parameters_of_its_description(widths, channels):
     count = sum(p.numel() for p in model.parameters())
     assert count == described(widths, channels, 4 * widths[0])
     assert widths != WIDTHS or 0.9 * 15e6 < count < 1.1 * 15e6
+
+
+@pytest.mark.parametrize("widths", [WIDTHS, (16, 8, 24, 32, 8)])
+def test_the_plain_one_lacks_attention_and_nothing_else(widths):
+    with torch.device("meta"):
+        model, whole = (BaselineModel(widths, 3, f"ddpm_unet{suffix}") for suffix in ("_plain", ""))
+    assert not any(isinstance(module, SelfAttention) for module in model.modules())
+    assert sum(p.numel() for p in model.parameters()) == described(widths, 3, 4 * widths[0], with_attention=False)
+    shared = {name: p.shape for name, p in whole.named_parameters() if ".attention." not in name}
+    assert {name: p.shape for name, p in model.named_parameters()} == shared
 
 
 def shapes_of_attention(network, size):
