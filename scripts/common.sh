@@ -107,23 +107,32 @@ GPUS_PER_JOB=${GPUS_PER_JOB:-1}        # of train.sh, for one model; BATCH_SIZE 
 
 hardware_flags=(--precision "$PRECISION" --num_workers "$NUM_WORKERS" --cache_dir "$CACHE_DIR")
 [[ -z $DEVICE ]] || hardware_flags+=(--device "$DEVICE")
-training_flags=(--dataset "$DATASET" --resolution "$RESOLUTION" --hidden_dims "$HIDDEN_DIMS" --epochs "$EPOCHS")
-training_flags+=(--batch_size "$BATCH_SIZE" --lr "$LR" --ema_decay "$EMA_DECAY" --save_every "$SAVE_EVERY")
-training_flags+=(--seed "$SEED" --output_dir "$CHECKPOINT_DIR" --log_dir "$LOG_DIR" "${hardware_flags[@]}")
-[[ -z $RUN ]] || training_flags+=(--run "$RUN")
-[[ -z $LIMIT ]] || training_flags+=(--limit "$LIMIT")
+# Set training_flags from the settings.
+set_training_flags() {
+    training_flags=(--dataset "$DATASET" --resolution "$RESOLUTION" --hidden_dims "$HIDDEN_DIMS" --epochs "$EPOCHS")
+    training_flags+=(--batch_size "$BATCH_SIZE" --lr "$LR" --ema_decay "$EMA_DECAY" --save_every "$SAVE_EVERY")
+    training_flags+=(--seed "$SEED" --output_dir "$CHECKPOINT_DIR" --log_dir "$LOG_DIR" "${hardware_flags[@]}")
+    [[ -z $RUN ]] || training_flags+=(--run "$RUN")
+    [[ -z $LIMIT ]] || training_flags+=(--limit "$LIMIT")
+}
+set_training_flags
 criterion_flags=(--max_jump "$MAX_JUMP" --factor "$FACTOR" --normalisation "$NORMALISATION" --kl_weight "$KL_WEIGHT")
 path_flags=(--num_steps "$NUM_STEPS" "${criterion_flags[@]}")
 solver_flags=(--spacing "$SPACING" --solver "$SOLVER" --end "$END")
 [[ $SOLVER != ddim ]] || solver_flags+=(--eta "$ETA")
 sampling_flags=("${path_flags[@]}" "${solver_flags[@]}")
 
-# Epochs that have a LIFT checkpoint, ascending.
-lift_epochs() {
+# Epochs that have a checkpoint of the name "$1", ascending.
+epochs_of() {
     local file
-    for file in "$CHECKPOINT_DIR"/lift_dual_timestep_*ep.pth; do
+    for file in "$CHECKPOINT_DIR/$1"_*ep.pth; do
         [[ ! $file =~ _([0-9]+)ep\.pth$ ]] || echo "${BASH_REMATCH[1]}"
     done | sort -n
+}
+
+# Epochs that have a LIFT checkpoint, ascending.
+lift_epochs() {
+    epochs_of lift_dual_timestep
 }
 
 # The error map of epoch "$1" with weights "$2".
@@ -142,30 +151,81 @@ need_map() {
     return 1
 }
 
+# Set launcher to what starts a training on GPUS_PER_JOB GPUs.
+set_launcher() {
+    [[ $GPUS_PER_JOB =~ ^[1-9][0-9]*$ ]] || refuse "GPUS_PER_JOB='$GPUS_PER_JOB' is not a number of GPUs"
+    [[ $GPUS_PER_JOB == 1 || -z $DEVICE || $DEVICE == cpu ]] ||
+        refuse "DEVICE='$DEVICE' names one GPU for $GPUS_PER_JOB"
+    launcher=(python)
+    if [[ $GPUS_PER_JOB -gt 1 ]]; then
+        # With --standalone the system chooses a free port, so that two of these run beside each other.
+        # Behind -- it leaves --run to the script.
+        launcher+=(-m torch.distributed.run --standalone "--nproc_per_node=$GPUS_PER_JOB" --)
+        # Otherwise torchrun fails on the Ctrl-C of a terminal, however well its processes end.
+        export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGHUP,SIGQUIT
+    fi
+}
+
+# Ask every training to stop, by SIGTERM as they ignore SIGINT until their loop runs.
+pass_on_stop() {
+    stop_requests=$((stop_requests + 1))
+    local job processes
+    for job in $(jobs -pr); do
+        processes=$job
+        # torchrun gives its processes 30 s and fails when it is asked itself, but ends well when they do.
+        [[ $GPUS_PER_JOB == 1 ]] || processes=$(cat "/proc/$job/task/"*/children 2>/dev/null || true)
+        # shellcheck disable=SC2086
+        kill -TERM ${processes:-$job} 2>/dev/null || true
+    done
+}
+
+# To be called in the background: replaces the shell, which would else get the signals that are meant for Python.
+train() {
+    local script=$1
+    shift
+    [[ $stop_requests == 0 ]] || exit 0
+    # The Ctrl-C of a terminal comes here as well as to pass_on_stop, which is enough.
+    trap '' INT
+    local further=$TRAIN_ARGS
+    [[ $script != train_lift.py ]] || further+=" $LIFT_ARGS"
+    # shellcheck disable=SC2086
+    exec "${launcher[@]}" "$script" "${training_flags[@]}" "$@" $further
+}
+
 # Set evaluation_flags to score "$1" (model types) along "$2" (path types) at the epochs given, or at all of them.
 set_evaluation_flags() {
     local models=$1 paths=$2
     shift 2
     # shellcheck disable=SC2206
-    evaluation_flags=(--model_type $models --path_type $paths --weights $WEIGHTS --num_steps $SCORED_STEPS)
+    evaluation_flags=(--model_type $models --path_type $paths --num_steps $SCORED_STEPS)
     # shellcheck disable=SC2206
-    evaluation_flags+=(--metrics $METRICS --seeds $SEEDS --reference "$REFERENCE" --resize "$RESIZE")
-    # shellcheck disable=SC2206
-    evaluation_flags+=(--coarse_from $COARSE_FROM)
-    evaluation_flags+=("${criterion_flags[@]}" "${solver_flags[@]}" --batch_size "$EVAL_BATCH_SIZE" --grid "$GRID")
+    evaluation_flags+=(--metrics $METRICS --coarse_from $COARSE_FROM)
+    evaluation_flags+=("${criterion_flags[@]}" "${solver_flags[@]}" --grid "$GRID")
     evaluation_flags+=(--grid_spacing "$GRID_SPACING" --K "$K" --heatmap_images "$HEATMAP_IMAGES")
     evaluation_flags+=(--checkpoint_dir "$CHECKPOINT_DIR" --heatmap_dir "$RESULTS_DIR")
-    evaluation_flags+=(--output "$RESULTS_DIR/fid_results.csv" "${hardware_flags[@]}")
     [[ $# == 0 ]] || evaluation_flags+=(--epochs "$@")
+    add_scoring_flags
+}
+
+# Add to evaluation_flags what does not depend on the models and how they are sampled.
+add_scoring_flags() {
+    # shellcheck disable=SC2206
+    evaluation_flags+=(--weights $WEIGHTS --seeds $SEEDS --reference "$REFERENCE" --resize "$RESIZE")
+    evaluation_flags+=(--batch_size "$EVAL_BATCH_SIZE" --output "$RESULTS_DIR/fid_results.csv" "${hardware_flags[@]}")
     [[ -z $NUM_IMAGES ]] || evaluation_flags+=(--num_images "$NUM_IMAGES")
     [[ $FORCE == 0 ]] || evaluation_flags+=(--force)
     # shellcheck disable=SC2206
     evaluation_flags+=($EVAL_ARGS)
 }
 
-# Score as set_evaluation_flags says: in one process, or with a process for each job, several at a time.
+# Score as set_evaluation_flags says.
 evaluate() {
     set_evaluation_flags "$@"
+    run_evaluation
+}
+
+# Score as evaluation_flags say: in one process, or with a process for each job, several at a time.
+run_evaluation() {
     local gpus=0 visible slots=$PARALLEL
     if [[ -z $DEVICE ]]; then
         gpus=$(python -c "import torch; print(torch.cuda.device_count())")

@@ -14,46 +14,10 @@ source "$(dirname "$0")/common.sh"
 model=${1:-both}
 [[ $model =~ ^(baseline|lift|both)$ ]] || refuse "unknown model '$model'"
 [[ $# -le 1 ]] || refuse "unknown argument '$2'"
-[[ $GPUS_PER_JOB =~ ^[1-9][0-9]*$ ]] || refuse "GPUS_PER_JOB='$GPUS_PER_JOB' is not a number of GPUs"
-[[ $GPUS_PER_JOB == 1 || -z $DEVICE || $DEVICE == cpu ]] || refuse "DEVICE='$DEVICE' names one GPU for $GPUS_PER_JOB"
+set_launcher
 setup_environment requirements.txt
 
-launcher=(python)
-if [[ $GPUS_PER_JOB -gt 1 ]]; then
-    # With --standalone the system chooses a free port, so that two of these run beside each other.
-    # Behind -- it leaves --run to the script.
-    launcher+=(-m torch.distributed.run --standalone "--nproc_per_node=$GPUS_PER_JOB" --)
-    # Otherwise torchrun fails on the Ctrl-C of a terminal, however well its processes end.
-    export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGHUP,SIGQUIT
-fi
-
-# Ask every training to stop, by SIGTERM as they ignore SIGINT until their loop runs.
-pass_on_stop() {
-    stop_requests=$((stop_requests + 1))
-    local job processes
-    for job in $(jobs -pr); do
-        processes=$job
-        # torchrun gives its processes 30 s and fails when it is asked itself, but ends well when they do.
-        [[ $GPUS_PER_JOB == 1 ]] || processes=$(cat "/proc/$job/task/"*/children 2>/dev/null || true)
-        # shellcheck disable=SC2086
-        kill -TERM ${processes:-$job} 2>/dev/null || true
-    done
-}
-
-# To be called in the background: replaces the shell, which would else get the signals that are meant for Python.
-train() {
-    local script=$1
-    shift
-    [[ $stop_requests == 0 ]] || exit 0
-    # The Ctrl-C of a terminal comes here as well as to pass_on_stop, which is enough.
-    trap '' INT
-    local further=$TRAIN_ARGS
-    [[ $script != train_lift.py ]] || further+=" $LIFT_ARGS"
-    # shellcheck disable=SC2086
-    exec "${launcher[@]}" "$script" "${training_flags[@]}" "$@" $further
-}
-
-# The same on GPUs of its own, the first of which is number $1 of those that are visible.
+# `train` on GPUs of its own, the first of which is number $1 of those that are visible.
 train_on() {
     local first=$1 script=$2 visible
     [[ $GPUS_PER_JOB -gt 1 ]] || train "$script" --device "$first"
