@@ -3,6 +3,7 @@
     python aggregate_results.py --input results/fid_results.csv --output results/fid_table
     python aggregate_results.py --run NAME NAME                     # of several runs in one table
     python aggregate_results.py --input host_a/fid_results.csv host_b/fid_results.csv --metric fid kid
+    python aggregate_results.py --run ddpm_cifar10 --targets cifar10    # which results meet those of the DDPM report
 
 Writes {output}.csv (one line per checkpoint, path and setting) and the tables as {output}.md, {output}.tex and
 {output}_tables.csv, and prints {output}.md. Published numbers stand beside measured ones of the same kind.
@@ -17,6 +18,7 @@ from cli import run_stage
 from evaluation.result_layout import MODEL_AND_PATH, layout_tables
 from evaluation.results_table import METRICS, aggregate, read_rows, write_csv
 from evaluation.table_text import render_markdown, write_tables
+from evaluation.targets import TARGETS, target_tables, unmeasured
 from runtime.runs import SCORES_FILE, places, run_name
 from runtime.settings import Settings, option, parse_settings
 
@@ -33,7 +35,12 @@ class TableSettings(Settings):
         "results/fid_table_NAME_NAME)",
     )
     metric: tuple[str, ...] = option(METRICS, "only these", choices=METRICS, nargs="+", shown="all that were measured")
-    brief: bool = option(False, "print the best of every model and path alone, of the first metric")
+    targets: str | None = option(
+        None,
+        "first a table of every result beside the targets of the DDPM report for this data set",
+        choices=tuple(TARGETS),
+    )
+    brief: bool = option(False, "print the best of every model and path alone, of the first metric, and targets")
 
     def check(self) -> None:
         super().check()
@@ -68,12 +75,16 @@ def main() -> None:
     rows = [row for row in rows if row["metric"] in settings.metric]
     if not rows:
         raise ValueError(f"{' and '.join(settings.input)} hold no result of --metric {' '.join(settings.metric)}.")
-    tables = layout_tables(rows)
+    targets = target_tables(rows, settings.targets) if settings.targets else []
+    laid_out = layout_tables(rows)
+    tables = [*targets, *laid_out]
     write_csv(f"{settings.output}.csv", aggregate(rows))
     for suffix in (".md", ".tex", "_tables.csv"):
         write_tables(f"{settings.output}{suffix}", tables)
-    shown = [table for table in tables if table.columns[0] == MODEL_AND_PATH][:1] if settings.brief else tables
-    print(render_markdown(shown))
+    best = [table for table in laid_out if table.columns[0] == MODEL_AND_PATH][:1]
+    print(render_markdown([*targets, *best] if settings.brief else tables))
+    for sentence in unmeasured(rows, settings.targets) if settings.targets else ():
+        print(sentence)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cli import file_of, positive_int, run_stage
 from evaluation.report_content import gather
+from evaluation.targets import TARGETS
 from figures.page import LARGE_PAGE_MB, render
 from runtime.runs import SCORES_FILE, places, run_name
 from runtime.safe_write import replacing
@@ -32,6 +33,10 @@ class ReportSettings(Settings):
     title: str = option("LIFT: results")
     nfe: int | None = option(None, "network calls of the headline tables (those with most results)", parse=positive_int)
 
+    targets: str | None = option(
+        None, "set the scores against the targets of the DDPM report for this data set", choices=tuple(TARGETS)
+    )
+
     def check(self) -> None:
         super().check()
         results = places(self.run).results
@@ -47,7 +52,7 @@ def parse_args() -> ReportSettings:
 def main() -> None:
     """Build the page and write it as a whole."""
     settings = parse_args()
-    content = gather(Path(settings.results), Path(settings.folder), settings.title, settings.nfe)
+    content = gather(Path(settings.results), Path(settings.folder), settings.title, settings.nfe, settings.targets)
     page = render(content).encode(errors="replace")
     with replacing(settings.output) as temporary:
         temporary.write_bytes(page)

@@ -22,6 +22,7 @@ from evaluation.results_table import (
     read_numbered_rows,
 )
 from evaluation.series import Result, Row, Series, named_results, parameters_note
+from evaluation.targets import LABELS, target_title, unmeasured, verdicts
 from evaluation.training_columns import TRAINING_FIELDS
 from figures.page import Content, FactTable, Group, Number, Picture, ScoreTable, embed
 from figures.scores import METRIC_TITLES, plot_scores_against_epoch, plot_scores_against_nfe
@@ -404,8 +405,26 @@ def fact_tables(rows: Sequence[Row]) -> list[FactTable]:
     ]
 
 
-def gather(results: Path, folder: Path, title: str, nfe: int | None = None) -> Content:
+def fact_tables_of_targets(rows: Sequence[Row], name: str) -> list[FactTable]:
+    """Every result beside a target of the report `name`, those of all runs side by side."""
+    tables = []
+    for group in verdicts(rows, name):
+        headers = [*LABELS, METRIC_TITLES[group[0].target.field], "target", "met"]
+        members = [
+            (
+                [*verdict.labels, verdict.value, verdict.target.text, "yes" if verdict.met else "no"],
+                [row["line"] for row in verdict.result["rows"] if row[verdict.target.field]],
+            )
+            for verdict in group
+        ]
+        tables.append(FactTable(target_title(name, group), [_capitalised(header) for header in headers], members))
+    return tables
+
+
+def gather(results: Path, folder: Path, title: str, nfe: int | None = None, targets: str | None = None) -> Content:
     """What a page says of a results table and of the folder with its figures; of `nfe` calls in the headline tables.
+
+    targets: a name of `evaluation.targets.TARGETS`, against which the scores are set.
 
     Raises FileNotFoundError if the table or the folder is missing, and ValueError for a table without rows, a damaged
     picture, heatmap, schedule or settings file (named), and an NFE that no row has.
@@ -439,6 +458,8 @@ def gather(results: Path, folder: Path, title: str, nfe: int | None = None) -> C
         title=title,
         results=results.name,
         groups=groups,
+        targets=fact_tables_of_targets(rows, targets) if targets else [],
+        target_notes=unmeasured(rows, targets) if targets else [],
         heatmaps=heatmaps,
         heatmap_notes=notes,
         paths=paths,

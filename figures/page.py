@@ -66,6 +66,8 @@ class Content(NamedTuple):
     title: str
     results: str  # Name of the results table.
     groups: list[Group]
+    targets: list[FactTable]  # Results beside the targets of a report; none where none are asked for.
+    target_notes: list[str]
     heatmaps: list[Picture]
     heatmap_notes: list[str]
     paths: list[Picture]

@@ -19,11 +19,11 @@ PLAIN = "ddpm_unet_plain"
 class DdpmUNet(Backbone):
     """A UNet with attention (arXiv 2006.11239): images of all scales `[B, C, H, W]`, `[B, T]` -> `[B, C', H, W]`.
 
-    A 7x7 stem, one residual block per level on the way down and up and two at the lowest level, self-attention of
-    8 heads after the blocks of levels 1 and 2, counted from 0, unless `attention` is False, and a 3x3 head. Images are halved between levels alone,
-    so H and W must be multiples of `2 ** (len(hidden_dims) - 1)`, and of 2 with two scales; `forward` raises ValueError
-    for other sizes, the constructor for widths that 8 heads and 8 groups do not divide. Features: the output of every
-    level on the way down, `[B, d, H >> k, W >> k]`.
+    A 7x7 stem, one residual block per level on the way down and up and two at the lowest level, self-attention of 8
+    heads after the blocks of levels 1 and 2, counted from 0, unless `attention` is False, and a 3x3 head. Images are
+    halved between levels alone, so H and W must be multiples of `2 ** (len(hidden_dims) - 1)`, and of 2 with two
+    scales; `forward` raises ValueError for other sizes, the constructor for widths that 8 heads and 8 groups do not
+    divide. Features: the output of every level on the way down, `[B, d, H >> k, W >> k]`.
     """
 
     name = "ddpm_unet"

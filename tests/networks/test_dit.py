@@ -66,7 +66,13 @@ def test_sizes_have_the_parameters_of_the_paper(size):
 
 
 def test_names_say_size_and_patch_in_any_case():
-    for text, name in (("dit-xl/2", "DiT-XL/2"), ("DIT/16", "DiT/16"), ("UNet", "unet"), ("DDPM_UNET", "ddpm_unet"), ("DDPM_UNet_plain", "ddpm_unet_plain")):
+    for text, name in (
+        ("dit-xl/2", "DiT-XL/2"),
+        ("DIT/16", "DiT/16"),
+        ("UNet", "unet"),
+        ("DDPM_UNET", "ddpm_unet"),
+        ("DDPM_UNet_plain", "ddpm_unet_plain"),
+    ):
         assert network_name(text) == name == network_name(name)
     for text in (
         "DiT",
@@ -81,7 +87,9 @@ def test_names_say_size_and_patch_in_any_case():
         "DiT/٣",
         "DiT/2\n",
     ):
-        with pytest.raises(ValueError, match=r"(?s)^Unknown network '.*choose one of unet, ddpm_unet, ddpm_unet_plain, DiT-S/2"):
+        with pytest.raises(
+            ValueError, match=r"(?s)^Unknown network '.*choose one of unet, ddpm_unet, ddpm_unet_plain, DiT-S/2"
+        ):
             network_name(text)
     found = resolve_network("dit-b/8")
     assert found.hidden_dims == (768,) * 12 and found.make.keywords == {"patch": 8, "num_heads": 12}
