@@ -72,10 +72,10 @@ class Recorder:
     """A denoiser that keeps what it was called with."""
 
     def __init__(self, denoise=fading):
-        self.denoise, self.calls = denoise, []
+        self.denoise, self.asked = denoise, []
 
     def __call__(self, xs, ts):
-        self.calls.append((xs, ts))
+        self.asked.append((xs, ts))
         return self.denoise(xs, ts)
 
 
@@ -84,12 +84,12 @@ class Recorder:
 def test_one_call_at_every_point_but_the_last(path, end):
     recorder, noise, seen = Recorder(), start_noise(path), []
     result = sample(recorder, DDIMScheduler(), path, noise, end=end, callback=lambda k, xs: seen.append((k, xs)))
-    assert len(recorder.calls) == result.nfe == path.nfe
-    for (_, ts), point in zip(recorder.calls, path.points, strict=False):
+    assert len(recorder.asked) == result.nfe == path.nfe
+    for (_, ts), point in zip(recorder.asked, path.points, strict=False):
         assert [t.tolist() for t in ts] == [[t, t] for t in point]
         assert all(t.dtype == torch.long for t in ts)
     assert [k for k, _ in seen] == list(range(path.nfe + 1))
-    for (xs, _), (_, images) in zip(recorder.calls, seen, strict=False):
+    for (xs, _), (_, images) in zip(recorder.asked, seen, strict=False):
         assert all(x is image for x, image in zip(xs, images, strict=True))
     assert all(a is b for a, b in zip(seen[0][1], noise, strict=True))
     assert all(a is b for a, b in zip(seen[-1][1], result.images, strict=True))
@@ -376,11 +376,11 @@ def test_a_fed_coarse_image_is_made_as_a_plain_loop_makes_it(name, feed, eta, en
     result = sample(recorder, scheduler, path, noise, eta, end=end, draw=draw, coarse_from=feed)
     left = iter(drawn)
     expected = fed_by_hand(blending, scheduler, path, noise, feed, eta, end, left)
-    assert next(left, None) is None and result.nfe == len(recorder.calls) == path.nfe
+    assert next(left, None) is None and result.nfe == len(recorder.asked) == path.nfe
     for x, y in zip(result.images, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-7, atol=1e-7)
     # A denoiser is told both timesteps, whatever it makes of them.
-    assert [tuple(t[0].item() for t in ts) for _, ts in recorder.calls] == list(path.points[:-1])
+    assert [tuple(t[0].item() for t in ts) for _, ts in recorder.asked] == list(path.points[:-1])
 
 
 def test_a_feed_is_for_models_that_read_what_they_do_not_predict():
@@ -411,8 +411,8 @@ def test_a_callback_may_go_back_with_other_images(path, end):
     def callback(k, xs):
         seen.append(k)
         if left and left[0][0] == k:
-            handed[len(recorder.calls)] = tuple(1 - x for x in xs)
-            return left.pop(0)[1], handed[len(recorder.calls)]
+            handed[len(recorder.asked)] = tuple(1 - x for x in xs)
+            return left.pop(0)[1], handed[len(recorder.asked)]
 
     result = sample(recorder, scheduler, path, noise, end=end, callback=callback)
     xs, k, waiting, visited = tuple(noise), 0, list(jumps), []
@@ -426,12 +426,12 @@ def test_a_callback_may_go_back_with_other_images(path, end):
         steps = zip(fading(xs, None), path.points[k], path.points[k + 1], xs, strict=True)
         xs = tuple(scheduler.step(e, t, CLEAN if clean else u, x) if clean or u != t else x for e, t, u, x in steps)
         k += 1
-    assert result.nfe == len(recorder.calls) == len(visited) > path.nfe
-    assert [tuple(t[0].item() for t in ts) for _, ts in recorder.calls] == [path.points[k] for k in visited]
+    assert result.nfe == len(recorder.asked) == len(visited) > path.nfe
+    assert [tuple(t[0].item() for t in ts) for _, ts in recorder.asked] == [path.points[k] for k in visited]
     # A point that was jumped to is not announced again.
     assert seen == [0, *(k + 1 for k in visited)] and not left
     for call, images in handed.items():
-        assert all(a is b for a, b in zip(recorder.calls[call][0], images, strict=True))
+        assert all(a is b for a, b in zip(recorder.asked[call][0], images, strict=True))
     for x, y in zip(result.images, xs, strict=True):
         assert torch.equal(x, y)
 
@@ -441,7 +441,7 @@ def test_a_callback_may_replace_the_images_where_it_is():
     replaced = {k: tuple(torch.full_like(x, k) for x in start_noise(path)) for k in range(5)}
     result = sample(recorder, DDIMScheduler(), path, start_noise(path), callback=lambda k, xs: (k, replaced[k]))
     assert result.nfe == 4 and result.images is replaced[4]
-    assert all(xs is replaced[k] for k, (xs, _) in enumerate(recorder.calls))
+    assert all(xs is replaced[k] for k, (xs, _) in enumerate(recorder.asked))
 
 
 @pytest.mark.parametrize(("at", "to"), [(0, 1), (2, 3), (2, -1), (4, 5)])
@@ -449,7 +449,7 @@ def test_a_callback_cannot_go_on(at, to):
     recorder, path = Recorder(), diagonal(4)
     with pytest.raises(ValueError, match=rf"^A callback at point {at} must go on from point 0 to {at}, not from {to}"):
         sample(recorder, DDIMScheduler(), path, start_noise(path), callback=lambda k, xs: (to, xs) if k == at else None)
-    assert len(recorder.calls) == at
+    assert len(recorder.asked) == at
 
 
 def test_fresh_noise_changes_the_image_but_not_its_start():
@@ -527,7 +527,7 @@ def test_mistakes_raise_one_clear_sentence_before_any_call():
         sample(recorder, DDIMScheduler(), path, start_noise(path)[:1])
     with pytest.raises(ValueError, match=r"^Unknown end 'T0'; choose one of clean, t0\.$"):
         sample(recorder, DDIMScheduler(), path, start_noise(path), end="T0")
-    assert recorder.calls == []
+    assert recorder.asked == []
     with pytest.raises(ValueError, match=r"^ddim draws noise at every step; pass draw"):
         sample(recorder, DDIMScheduler(), path, start_noise(path), eta=0.5)
     with pytest.raises(ValueError, match=r"^A DDIM step must go from a timestep in 0\.\.99 to a lower one"):
@@ -591,7 +591,7 @@ def test_smaller_batches_are_filled_up_and_larger_ones_left():
         ts = tuple(t.double() for t in ts)
         for x, t, prediction in zip(xs, ts, predictions, strict=True):
             assert torch.equal(prediction, x * t[:, None, None, None])
-        seen_xs, seen_ts = recorder.calls[-1]
+        seen_xs, seen_ts = recorder.asked[-1]
         for tensor, seen in zip((*xs, *ts), (*seen_xs, *seen_ts), strict=True):
             assert len(seen) == max(count, 4) and seen.is_contiguous()
             assert torch.equal(seen[:count], tensor) and (seen[count:] == tensor[-1]).all()
