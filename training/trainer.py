@@ -434,9 +434,10 @@ class Trainer:
         )
         images = to_float(self.batches.pixels[torch.from_numpy(np.sort(chosen)).to(self.device)])  # [B, C, H, W]
         model, pairs = (self.model if self.ema is None else self.ema).eval(), self.objective.pairs
+        denoise = self.scheduler.denoiser(model.denoise)
         try:
             curve, path = replan(
-                predictions_alone(self.scheduler.denoiser(model.denoise)),
+                predictions_alone(denoise) if model.learned_variance else denoise,
                 self.scheduler,
                 images,
                 pairs.state["log_snr_32"].numpy(),

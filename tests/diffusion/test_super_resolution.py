@@ -54,10 +54,10 @@ class Spy:
     """A denoiser whose answer depends on both images, and which keeps what it was called with."""
 
     def __init__(self):
-        self.calls = []
+        self.asked = []
 
     def __call__(self, xs, ts):
-        self.calls.append((tuple(x.clone() for x in xs), ts))
+        self.asked.append((tuple(x.clone() for x in xs), ts))
         return 0.5 * xs[0] + xs[1].repeat_interleave(2, 2).repeat_interleave(2, 3), 0.3 * xs[1] + 1
 
 
@@ -86,13 +86,13 @@ def test_every_call_sees_the_coarse_image_as_given(eta):
     spy, path, given = Spy(), sr_path(start=800), to_float(pixels_of(3, 4))
     kept = given.clone()
     [upscaled] = super_resolve(spy, DDIMScheduler(), path, given, [7, 8, 9], eta=eta)
-    assert len(spy.calls) == upscaled.nfe == path.nfe == 6
-    for (t_64, t_32), (xs, ts) in zip(path.points, spy.calls, strict=False):
+    assert len(spy.asked) == upscaled.nfe == path.nfe == 6
+    for (t_64, t_32), (xs, ts) in zip(path.points, spy.asked, strict=False):
         assert torch.equal(xs[1], kept) and torch.equal(given, kept)
         assert (ts[0] == t_64).all() and (ts[1] == t_32).all() and t_32 == 0
-    assert spy.calls[0][1][0].tolist() == [800] * 3
+    assert spy.asked[0][1][0].tolist() == [800] * 3
     # The first fine image is the noise of each seed and nothing else.
-    for seed, noise in zip((7, 8, 9), spy.calls[0][0][0], strict=True):
+    for seed, noise in zip((7, 8, 9), spy.asked[0][0][0], strict=True):
         np.testing.assert_array_equal(noise, np.random.default_rng(seed).standard_normal((3, 8, 8), dtype=np.float32))
     assert upscaled.images.shape == (3, 3, 8, 8)
 

@@ -341,6 +341,18 @@ def test_a_full_disk_costs_the_file_of_a_path_alone(trainer, capsys):
     assert np.abs(run.objective.pairs.state["log_snr_32"].numpy() - LOG_SNR).max() > 0
 
 
+def test_a_run_that_learns_variances_replans_by_its_predictions(trainer):
+    run = trainer("--t_pairs", "follow:1", "--replan_every", 2, "--replan_images", 5, "--objective", "hybrid")
+    calls = []
+    with watched(training.trainer, "replan", calls):
+        run.replan()
+    [((denoise, *_), _, _)] = calls
+    xs, ts = (torch.randn(2, 3, 16, 16), torch.randn(2, 3, 8, 8)), (torch.tensor([3, 700]),) * 2
+    with torch.no_grad():
+        for alone, whole in zip(denoise(xs, ts), run.ema.denoise(xs, ts), strict=True):
+            assert torch.equal(alone, whole[:, :3])
+
+
 def test_a_run_replans_on_all_of_its_images_at_most(trainer):
     for flags, said in (
         (["--replan_images", 12], (10, 12)),
