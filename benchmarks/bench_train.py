@@ -4,7 +4,7 @@
     python benchmarks/bench_train.py --models dual --batch_sizes 4 --steps 2
     python benchmarks/bench_train.py --models dual --batch_sizes 16 64 --precision bf16 --compile
     python benchmarks/bench_train.py --resolution 32 --hidden_dims 16,32,64,128 --batch_sizes 32 --no-diffusers
-    python benchmarks/bench_train.py --models baseline --resolution 32 --hidden_dims 32,64,128,256 --terms
+    python benchmarks/bench_train.py --models baseline --network ddpm_unet --resolution 32 --terms --no-diffusers
 
 Three contestants take steps in turn, so that a busy machine slows all alike, and are judged by their median step:
 - plain: what one writes first: fp32, eager, contiguous, DataLoader, AdamW as PyTorch sets it, an EMA loop over the
@@ -13,7 +13,8 @@ Three contestants take steps in turn, so that a busy machine slows all alike, an
 - diffusers: the same on a `diffusers.UNet2DModel` of as many parameters as the baseline model, if installed.
 
 With --terms, steps of ours with the perceptual loss, with feature matching and with both take turns with those without,
-and the report says how many times as long they take; VGG19 has random weights. The last command has 15 M parameters.
+and the report says how many times as long they take; VGG19 has random weights. The last command is of the size of the
+DDPM report.
 
 FLOP are those of convolutions and matrix products, forward and backward, as PyTorch counts them. The peak is the best
 rate of square matrix products in the same run, before or after. Images are random bytes, as many as a real epoch has.
@@ -56,7 +57,7 @@ from checkpoint import MODEL_CLASSES, build_model
 from cli import HardwareSettings
 from data import ImageSet, coarse, to_float
 from machine import WARM_UP_STEPS, describe_machine, diffusers, matmul_peak, synchronize, turns
-from model import ATTENTION_MIN_CHANNELS, ScaleModel
+from model import ATTENTION_MIN_CHANNELS, ScaleModel, network_name
 from networks.blocks import NUM_GROUPS
 from planning.regimes import resolve_regime
 from runtime.device import AUTOCAST_DTYPES, choose_kernels, resolve_precision, select_device
@@ -104,6 +105,7 @@ class TrainingBenchSettings(HardwareSettings):
 
     resolution: int = option(64, "side of the fine image", parse=cli.positive_int)
     hidden_dims: tuple[int, ...] = option((64, 128, 256, 512), parse=cli.hidden_dims)
+    network: str | None = option(None, "backbone, as of training", parse=cli.checked(network_name), metavar="NAME")
     models: tuple[str, ...] = option(tuple(MODEL_CLASSES), choices=tuple(MODEL_CLASSES), nargs="+", shown="all")
     batch_sizes: tuple[int, ...] = option((16, 64), parse=cli.positive_int, nargs="+", metavar="N")
     compile: bool | None = option(None, "compile ours and diffusers (with a GPU)", parse=bool)
@@ -359,6 +361,7 @@ def training_settings(
         batch_size=batch_size,
         resolution=settings.resolution,
         hidden_dims=settings.hidden_dims,
+        network=settings.network,
         compile=settings.compile,
         device=settings.device,
         precision=settings.precision,
