@@ -81,6 +81,7 @@ class JsonLines:
 def _import_wandb():
     try:
         import wandb
+        from wandb import init  # noqa: F401  A folder called wandb, as its runs leave, can be imported too.
     except ImportError as error:
         raise ValueError("--wandb needs the wandb package; pip install wandb, or leave --wandb out.") from error
     return wandb

@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 import sys
+import types
 from unittest import mock
 
 import numpy as np
@@ -778,8 +779,9 @@ def test_weights_and_biases_gets_the_settings_and_one_run_for_all_its_parts(
     assert_same_run(tmp_path, straight())
 
 
-def test_weights_and_biases_that_is_missing_is_named(refused, tiny, cache, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
+@pytest.mark.parametrize("found", [None, types.ModuleType("wandb")], ids=["nothing", "a folder of its runs"])
+def test_weights_and_biases_that_is_missing_is_named(refused, tiny, cache, tmp_path, monkeypatch, found):
+    monkeypatch.setitem(sys.modules, "wandb", found)
     refused(train_lift, *tiny(tmp_path), "--cache_dir", cache, "--wandb", says=("--wandb needs the wandb package",))
 
 
