@@ -319,6 +319,30 @@ def test_one_that_fails_side_by_side_leaves_the_other_alone(scripts, first, seco
     assert names(scripts.events("end")) == [first, second] and scripts.events("signal") == []
 
 
+# train_ddpm.sh
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_ablations_train_one_after_the_other_until_a_request_to_stop(scripts, gpus):
+    process = scripts.start(
+        "scripts/train_ddpm.sh", "cifar10", "--ablation", "none", "both", "attention", GPUS_PER_JOB=str(gpus)
+    )
+    scripts.wait_for("start", gpus)
+    process.terminate()
+    scripts.wait_for("signal", gpus)
+    # The training saves now; the script waits for it.
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.1)
+    assert scripts.end(process).status == 0
+    assert names(scripts.events("start")) == names(scripts.events("signal")) == ["train_baseline"] * gpus
+    assert len(scripts.events("torchrun")) == (gpus > 1)
+
+
+def test_an_ablation_that_fails_keeps_the_others_from_starting(scripts):
+    process = scripts.start("scripts/train_ddpm.sh", "mnist", "--ablation", "all", STATUS_train_baseline="3")
+    assert scripts.end(process).status == 3 and len(scripts.events("start")) == 1
+
+
 # slurm_train.sbatch
 
 
