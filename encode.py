@@ -4,6 +4,7 @@
     python encode.py --run mine --ema --input my_images --resize --tolerance 1e-5 --output encoded
     python encode.py --run mine --ema --decode encoded/latents.npz
     python encode.py --run mine --ema --decode edited.npz --solver heun --num_steps 18 --output edited
+    python encode.py --run mine --ema --input my_images --class cat --output encoded_as_cats
 
 With --input, files or one folder, the probability-flow equation takes each image up to its latents, the noise that
 `--solver ode` starts from, and the latents down again (arXiv 2011.13456, section 4.3), both to --tolerance along one
@@ -38,11 +39,13 @@ from figures.images import plot_samples
 from figures.style import WEIGHTS_TITLES
 from image_folder import SETTINGS_FILE, as_in_training, check_apart, claim, claim_images, evenly, read_given
 from planning.choice import WalkSettings
+from planning.conditions import OneClassSettings
 from planning.usual_path import OpenPathSettings, usual_path
 from runtime.device import PRECISIONS, exact_autocast, resolve_precision, select_device
 from runtime.progress import Progress
 from runtime.safe_write import beside, short_name
 from runtime.settings import option, parse_settings
+from scheduler import Denoiser
 
 LATENTS_FILE, GRID_FILE = "latents.npz", "figures/grid.png"
 GRID_IMAGES = 8
@@ -52,7 +55,7 @@ COLUMNS = {"calls_up": "calls up", "calls_down": "calls down", "rms": "rms diffe
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodingSettings(CheckpointSettings, OpenPathSettings, WalkSettings, HardwareSettings):
+class EncodingSettings(OneClassSettings, CheckpointSettings, OpenPathSettings, WalkSettings, HardwareSettings):
     """Which images or latents, along which path, how exactly."""
 
     input: tuple[str, ...] | None = option(
@@ -96,18 +99,25 @@ class Encoder:
         self.settings, self.device = settings, select_device(settings.device)
         self.loaded = load_model(settings.checkpoint, settings.ema, self.device)
         check_latents_exist(self.loaded, settings.checkpoint)
+        self.conditions = settings.conditions(self.loaded)
         self.path, kind = usual_path(settings, self.loaded)
         self.said = {
             "weights_fingerprint": self.loaded.fingerprint,
             "path_fingerprint": self.path.fingerprint(),
             "precision": resolve_precision(self.device, settings.precision),
+            **self.conditions.said,
         }
         self.name = f"{Path(settings.checkpoint).stem}_{self.loaded.weights}_{kind}_{self.path.nfe}"
+        self.name += self.conditions.suffix
 
     def folder(self, *words: str) -> Path:
         """Where results go, by default a folder named after these words too."""
         name = short_name("_".join([self.name, *words]))
         return Path(self.settings.output or self.loaded.results / "latents" / name)
+
+    def told(self, denoise: Denoiser) -> Denoiser:
+        """The model as a denoiser, told of the class if there is one."""
+        return self.conditions.of_the_class(self.conditions.told_classes(denoise), self.loaded)
 
     def encode(self, images: dict[str, torch.Tensor], made_by: dict[str, Any]) -> tuple[Latents, torch.Tensor]:
         """The latents of images, uint8 `[C, R, R]` by name, with what is measured of each, and what comes back."""
@@ -116,10 +126,10 @@ class Encoder:
         with exact_autocast(self.device, settings.precision):
             latents, up = encode_pixels(
                 loaded, self.path, pixels.to(self.device), settings.tolerance or TOLERANCE,
-                settings.most_calls or MOST_CALLS,
+                settings.most_calls or MOST_CALLS, self.told(loaded.denoise),
             )  # fmt: skip
             back, down = decode(
-                loaded.denoise_with_variance, loaded.scheduler, self.path, latents, settings.make_solver()
+                self.told(loaded.denoise_with_variance), loaded.scheduler, self.path, latents, settings.make_solver()
             )
         check_finite(back, list(images))
         apart = ((back.double().cpu() - to_float(pixels).double()) * GREY_LEVELS).flatten(1)
@@ -132,13 +142,14 @@ class Encoder:
     def decode(self, latents: Latents, rows: list[int]) -> Iterator[tuple[str, torch.Tensor, int]]:
         """Name, image (uint8 `[C, R, R]`) and calls of some rows of latents, batch by batch."""
         settings, loaded = self.settings, self.loaded
+        denoise = self.told(loaded.denoise_with_variance)
         for start in range(0, len(rows), settings.batch_size):
             chosen = rows[start : start + settings.batch_size]
             scales = tuple(x[chosen] for x in latents.scales)
             noise = SeededNoise(noise_seeds(scales[0], settings.seed))
             with exact_autocast(self.device, settings.precision):
                 images, calls = decode(
-                    loaded.denoise_with_variance, loaded.scheduler, self.path, tuple(x.to(self.device) for x in scales),
+                    denoise, loaded.scheduler, self.path, tuple(x.to(self.device) for x in scales),
                     settings.make_solver(), settings.end, lambda shape, noise=noise: noise.draw(shape, self.device),
                 )  # fmt: skip
             names = [latents.names[k] for k in chosen]
@@ -206,6 +217,7 @@ def to_latents_and_back(encoder: Encoder) -> None:
         "decoded": torch.stack([read_png(folder / f"{name}.png") for name in shown]).numpy(),
     }
     title = f"To latents and back, epoch {config['epoch']}, {WEIGHTS_TITLES[encoder.loaded.weights]}"
+    title += encoder.conditions.title
     plot_samples(pairs, folder / GRID_FILE, title)
     print_table(own, names)
     made = f"{len(missing)} new" if missing else "all there already"
@@ -220,6 +232,9 @@ def to_images(encoder: Encoder) -> None:
     check_fits(latents, settings.decode, encoder.loaded, settings.checkpoint)
     if latents.settings["path_fingerprint"] != path.fingerprint():
         print(f"note: {settings.decode} was encoded along another path than {path.kind} {path.fingerprint()}")
+    was = latents.settings.get("guidance")
+    if was != encoder.said.get("guidance"):
+        print(f"note: {settings.decode} was encoded with {was or 'no class'}, and other images come out")
     folder = encoder.folder(settings.solver, Path(settings.decode).resolve().stem)
     check_apart(folder, [settings.decode])
     solver = settings.make_solver()

@@ -3,6 +3,7 @@
     python generate_sr.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema --input my_images --output big
     python generate_sr.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema
     python generate_sr.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema --on train --num_images 200
+    python generate_sr.py --checkpoint FILE --ema --input my_images --class cat --guidance_scale 2
 
 The coarse image is given clean (at timestep 0) and the fine one denoised from noise, N steps for N network calls; then
 the 2x2 mean of the result is made to equal the input. A model of --resolution 32 takes 16x16 images, and so on.
@@ -49,6 +50,7 @@ from paths.families import diagonal
 from paths.path import SPACINGS
 from paths.path import Path as SamplingPath
 from planning.choice import SolverSettings
+from planning.conditions import OneClassSettings
 from planning.regimes import off_regime_note
 from runtime.device import autocast, resolve_compile, resolve_precision, select_device
 from runtime.progress import Progress
@@ -79,7 +81,13 @@ class FinePathSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SuperResolutionSettings(
-    CheckpointSettings, FinePathSettings, SolverSettings, DataSettings, CompileSettings, HardwareSettings
+    OneClassSettings,
+    CheckpointSettings,
+    FinePathSettings,
+    SolverSettings,
+    DataSettings,
+    CompileSettings,
+    HardwareSettings,
 ):
     """What is enlarged, or on what the model is measured."""
 
@@ -127,6 +135,7 @@ class Upscaler:
                 f"{settings.checkpoint} is a '{self.loaded.config['model_type']}' model; super-resolution needs one "
                 "with two clocks (train_lift.py), which can be told that the coarse image is clean."
             )
+        self.conditions = settings.conditions(self.loaded)
         if settings.make_solver().reads_variance:
             self.loaded.check_variance()
         log_snr = self.loaded.scheduler.log_snr.numpy()
@@ -141,17 +150,23 @@ class Upscaler:
             **settings.solver_said,
             "seed": settings.seed,
             "precision": resolve_precision(self.device, settings.precision),
+            **self.conditions.said,
         }
 
     def run(self, coarse_pixels: torch.Tensor) -> Iterator[tuple[slice, Upscaled]]:
         """`super_resolve` for uint8 `[N, C, H, W]` with a progress bar: the place of each batch, and the batch."""
         settings, (count, channels, height, width) = self.settings, coarse_pixels.shape
-        batch_size, denoise = min(settings.batch_size, count), self.loaded.denoise_with_variance
-        if resolve_compile(self.device, settings.compile, count * settings.make_solver().calls(self.path.nfe)):
+        conditions, batch_size = self.conditions, min(settings.batch_size, count)
+        denoise = conditions.told_classes(self.loaded.denoise_with_variance)
+        calls = settings.make_solver().calls(self.path.nfe) * conditions.calls
+        if resolve_compile(self.device, settings.compile, count * calls):
             shapes = [(channels, 2 * height, 2 * width), (channels, height, width)]
-            denoise, note = compile_denoiser(denoise, shapes, batch_size, self.device, settings.precision)
+            denoise, note = compile_denoiser(
+                denoise, shapes, batch_size, self.device, settings.precision, with_labels=bool(conditions.names)
+            )
             if note:
                 print(note)
+        denoise = conditions.of_the_class(denoise, self.loaded)
         seeds = noise_seeds(coarse_pixels, settings.seed)
         batches = super_resolve(
             denoise, self.loaded.scheduler, self.path, to_float(coarse_pixels), seeds, batch_size,
@@ -238,13 +253,13 @@ def measure(upscaler: Upscaler, folder: Path) -> None:
             "dataset": settings.dataset or config["dataset"],
             "checkpoint": settings.checkpoint,
         }
-        | said
+        | {name: value for name, value in said.items() if name != "classes"}  # Which "guidance" says, too.
         for name, quality in qualities.items()
     ]
     with replacing(folder / METRICS_FILE) as temporary:
         lines = (csv_line(line) for line in (rows[0], *(row.values() for row in rows)))
         temporary.write_bytes("".join(lines).encode(errors="replace"))
-    draw(upscaler, originals, coarse_pixels, results, qualities, folder / FIGURE_FILE)
+    draw(upscaler, originals, coarse_pixels, results, qualities, nfe, folder / FIGURE_FILE)
     print_table(rows)
     print(f"before rounding, the 2x2 mean of LIFT consistent is off its input by {error.item():.1e} of [-1, 1] at most")
     print(f"{folder / METRICS_FILE} and {folder / FIGURE_FILE}; path {upscaler.path.fingerprint()}")
@@ -256,6 +271,7 @@ def draw(
     coarse_pixels: torch.Tensor,
     results: dict[str, torch.Tensor],
     qualities: dict[str, Quality],
+    nfe: int,
     file: Path,
 ) -> None:
     """The figure of some of the images."""
@@ -270,8 +286,8 @@ def draw(
     kind = "training" if upscaler.settings.on == "train" else "held-out"
     config = upscaler.loaded.config
     title = (
-        f"Super-resolution of {kind} images, {upscaler.path.nfe} network calls, "
-        f"epoch {config['epoch']}, {WEIGHTS_TITLES[upscaler.loaded.weights]}"
+        f"Super-resolution of {kind} images, {nfe} network calls, "
+        f"epoch {config['epoch']}, {WEIGHTS_TITLES[upscaler.loaded.weights]}{upscaler.conditions.title}"
     )
     plot_super_resolution(
         {heading: columns[name][shown].numpy() for name, heading in FIGURE_COLUMNS.items()}, file, title, captions
@@ -291,6 +307,7 @@ def main() -> None:
     settings = parse_args()
     upscaler = Upscaler(settings)
     name = f"{Path(settings.checkpoint).stem}_{upscaler.loaded.weights}_{settings.num_steps}{settings.solver_suffix}"
+    name = short_name(name + upscaler.conditions.suffix)
     results = upscaler.loaded.results / "super_resolution"
     if settings.input is None:
         measure(upscaler, Path(settings.output or results / name))

@@ -2,6 +2,7 @@
 
     python inpaint.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema --mask center
     python inpaint.py --checkpoint FILE --ema --input my_images --mask mask.png --repeats 4 --output painted
+    python inpaint.py --checkpoint FILE --ema --mask center --class cat --guidance_scale 2
     python inpaint.py --checkpoint FILE --ema --mask left --mask_scale coarse --path_type dp_total --heatmap FILE
 
 White of a mask is known and black is painted, with the line at mid-grey; what is transparent is the opposite of what is
@@ -58,6 +59,7 @@ from images.reading import TooLargeError, UnreadableImageError, WrongSizeError, 
 from images.representation import RESIDUAL, upsample_nearest
 from paths.path import Path as SamplingPath
 from planning.choice import OnePathSettings, SolverSettings, path_of_settings
+from planning.conditions import OneClassSettings
 from runtime.device import autocast, resolve_compile, resolve_precision, select_device
 from runtime.progress import Progress
 from runtime.safe_write import short_name
@@ -78,7 +80,13 @@ UNKNOWN_GREY = 128
 
 @dataclass(frozen=True, kw_only=True)
 class InpaintingSettings(
-    CheckpointSettings, OnePathSettings, SolverSettings, DataSettings, CompileSettings, HardwareSettings
+    OneClassSettings,
+    CheckpointSettings,
+    OnePathSettings,
+    SolverSettings,
+    DataSettings,
+    CompileSettings,
+    HardwareSettings,
 ):
     """What is painted into which images, and how."""
 
@@ -328,8 +336,8 @@ def main() -> None:
     settings = parse_args()
     device = select_device(settings.device)
     loaded = load_model(settings.checkpoint, settings.ema, device)
-    config, denoise = loaded.config, loaded.denoise_with_variance
-    weights = loaded.weights
+    config, weights = loaded.config, loaded.weights
+    conditions = settings.conditions(loaded)
     path, kind = path_of_settings(settings, loaded)
     feed = coarse_feed(loaded.model, settings.coarse_from)
     pad = config.get("pad") is not None
@@ -342,7 +350,7 @@ def main() -> None:
     name = f"{Path(settings.checkpoint).stem}_{weights}_{kind}_{path.nfe}_{Path(settings.mask).stem}"
     name += settings.solver_suffix
     words = (settings.mask_scale, feed, Path(settings.input).resolve().name if settings.input else None)
-    name += "".join(f"_{word}" for word in words if word)
+    name += "".join(f"_{word}" for word in words if word) + conditions.suffix
     folder = Path(settings.output or loaded.results / "inpainting" / short_name(name))
     if settings.input and folder.resolve() == Path(settings.input).resolve():
         raise ValueError(f"--output {folder} is the folder of the input; pass another.")
@@ -358,6 +366,7 @@ def main() -> None:
         "free_fine": settings.free_fine,
         "coarse_from": feed,
         "precision": resolve_precision(device, settings.precision),
+        **conditions.said,
     }
     seeds = range(settings.seed, settings.seed + settings.repeats)
     results = {f"{name}_{seed}": (pixels, seed) for name, pixels in images.items() for seed in seeds}
@@ -366,12 +375,17 @@ def main() -> None:
 
     batch_size = min(settings.batch_size, max(1, len(missing)))
     solver = settings.make_solver()
-    along, calls = (solver.calls(steps) for steps in (path.nfe, path.nfe + settings.jump_length * sum(jumps.values())))
+    steps = path.nfe, path.nfe + settings.jump_length * sum(jumps.values())
+    along, calls = (solver.calls(count) * conditions.calls for count in steps)
+    denoise = conditions.told_classes(loaded.denoise_with_variance)
     if missing and resolve_compile(device, settings.compile, len(missing) * calls):
         shapes = scale_shapes(loaded.model.num_scales, config["channels"], config["resolution"])
-        denoise, note = compile_denoiser(denoise, shapes, batch_size, device, settings.precision)
+        denoise, note = compile_denoiser(
+            denoise, shapes, batch_size, device, settings.precision, with_labels=bool(conditions.names)
+        )
         if note:
             print(note)
+    denoise = conditions.of_the_class(denoise, loaded)
     nfe = start = 0
     with autocast(device, settings.precision), Progress(total=len(missing), unit="img", desc="inpainting") as bar:
         if missing:
@@ -391,6 +405,7 @@ def main() -> None:
 
     counted = f"{'at least ' * solver.adaptive}{calls} network calls"
     title = f"Inpainting along {path.kind}, {counted}, epoch {config['epoch']}, {WEIGHTS_TITLES[weights]}"
+    title += conditions.title
     draw_figure(images, mask, seeds, folder, title)
     made = "all there already"
     if missing:

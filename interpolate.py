@@ -4,6 +4,7 @@
     python interpolate.py --checkpoint FILE --ema --seeds 42000000 42000007 --frames 24 --gif
     python interpolate.py --checkpoint FILE --ema --seeds 42000000 42000007 --at 6 --schedule schedule.json
     python interpolate.py --checkpoint FILE --ema --input A.png B.png
+    python interpolate.py --checkpoint FILE --ema --seeds 42000000 42000001 --class cat --guidance_scale 2
 
 Seeds are those in the names of the images of generate_with_path_30.py, which the first and the last frame are. Between
 them lie the great circles of their noise, each scale by itself, sampled on without fresh noise of their own; with
@@ -52,6 +53,7 @@ from image_folder import as_in_training, check_apart, claim_images, read_file
 from images.own import GIF_COMMENT
 from paths.path import Path as SamplingPath
 from planning.choice import OnePathSettings, WalkSettings
+from planning.conditions import Conditions, OneClassSettings
 from planning.path_types import path_type
 from planning.usual_path import OTHER_TYPES, TWO_CLOCK_STEPS, OpenPathSettings, usual_path
 from runtime.device import PRECISIONS, autocast, exact_autocast, resolve_precision, select_device
@@ -71,7 +73,7 @@ def image_seed(text: str) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterpolationSettings(CheckpointSettings, OpenPathSettings, WalkSettings, HardwareSettings):
+class InterpolationSettings(OneClassSettings, CheckpointSettings, OpenPathSettings, WalkSettings, HardwareSettings):
     """Between which images, along which path, in how many frames."""
 
     seeds: tuple[int, int] | None = option(
@@ -234,8 +236,8 @@ def save_gif(frames: torch.Tensor, file: Path) -> None:
 class Ends:
     """The first and the last frame, by their seeds or as given images."""
 
-    def __init__(self, settings: InterpolationSettings, loaded: LoadedModel):
-        self.settings, self.loaded = settings, loaded
+    def __init__(self, settings: InterpolationSettings, loaded: LoadedModel, conditions: Conditions):
+        self.settings, self.loaded, self.conditions = settings, loaded, conditions
         self.scheduler, self.said = loaded.scheduler, {"seeds": list(settings.seeds or ())}
         self.names = [str(seed) for seed in settings.seeds or ()]
         if settings.input is None:
@@ -259,9 +261,11 @@ class Ends:
         settings = self.settings
         # Of a solver of fixed steps --num_calls counts those of the way down.
         limit = settings.most_calls if settings.make_solver().adaptive else None
+        told = self.conditions.told_classes(self.loaded.denoise)
         return encode_pixels(
-            self.loaded, path, self.pixels.to(device), settings.tolerance or TOLERANCE, limit or MOST_CALLS
-        ).latents
+            self.loaded, path, self.pixels.to(device), settings.tolerance or TOLERANCE, limit or MOST_CALLS,
+            self.conditions.of_the_class(told, self.loaded),
+        ).latents  # fmt: skip
 
 
 def main() -> None:
@@ -269,15 +273,15 @@ def main() -> None:
     settings = parse_args()
     device = select_device(settings.device)
     loaded = load_model(settings.checkpoint, settings.ema, device)
-    config = loaded.config
-    weights = loaded.weights
+    config, weights = loaded.config, loaded.weights
+    conditions = settings.conditions(loaded)
     path, kind = usual_path(settings, loaded)
     feed = coarse_feed(loaded.model, settings.coarse_from)
     check_point(settings.at, path)
-    ends = Ends(settings, loaded)
+    ends = Ends(settings, loaded, conditions)
     name = "_".join([Path(settings.checkpoint).stem, weights, kind, str(path.nfe), *ends.names, *([feed] * bool(feed))])
     name += f"_at{settings.at}" if settings.at else ""
-    name += settings.solver_suffix
+    name += settings.solver_suffix + conditions.suffix
     folder = Path(settings.output or loaded.results / "interpolation" / short_name(name))
     check_apart(folder, settings.input or ())
 
@@ -292,7 +296,9 @@ def main() -> None:
         "end": settings.end,
         "coarse_from": feed,
         "precision": resolve_precision(device, settings.precision),
+        **conditions.said,
     }
+    denoise = conditions.of_the_class(conditions.told_classes(loaded.denoise_with_variance), loaded)
     # The ends lead every batch, because what is between them is made from their rows.
     shares = torch.linspace(0, 1, settings.frames, dtype=torch.float64)
     names = [f"frame_{k:03d}" for k in range(settings.frames)]
@@ -306,7 +312,7 @@ def main() -> None:
         for chunk in chunks if missing else []:
             rows = [0, settings.frames - 1, *chunk]
             samples = interpolate(
-                loaded.denoise_with_variance, ends.scheduler, path, settings.seeds, shares[rows], shapes, settings.at,
+                denoise, ends.scheduler, path, settings.seeds, shares[rows], shapes, settings.at,
                 device, settings.end, feed, settings.make_solver(), latents,
             )  # fmt: skip
             nfe = samples.nfe

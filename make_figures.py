@@ -4,6 +4,7 @@
     python make_figures.py paths results/samples/*/schedule.json --output results/paths.png
     python make_figures.py scores results/fid_results.csv --metric swd --output results/swd.png
     python make_figures.py nfe "EMA=results/fid_results.csv" --path_type diagonal kl --output results/nfe.png
+    python make_figures.py guidance results/fid_results.csv --output results/guidance.png
     python make_figures.py paths_epochs results/heatmap_30_*ep*.pth --output results/paths_epochs.png
     python make_figures.py t_pairs independent same shift:2 heuristic:0.8 band:image,1 --output results/t_pairs.png
     python make_figures.py samples "Baseline=results/samples/a" "LIFT=results/samples/b" --output results/rows.png
@@ -24,7 +25,8 @@ import torch
 from cli import checked, file_of, named, positive_int, run_stage
 from data import read_png
 from evaluation.results_table import VALUE_FIELDS, read_rows
-from evaluation.series import named_results
+from evaluation.series import guided_results, named_results
+from figures.guidance import plot_guidance
 from figures.images import plot_samples
 from figures.losses import plot_losses
 from figures.paths import plot_path_and_samples, plot_path_comparison, plot_paths_across_epochs, plot_timestep_pairs
@@ -40,6 +42,7 @@ from runtime.settings import REQUIRED, Settings, option, parse_command
 from scheduler import ALL_SCHEDULES, DDIMScheduler
 from training.run_log import METRICS_FILE, read_metrics
 
+DISTANCES = ("fid", "fd", "fid_infinity", "kid", "swd")
 STAGES_OF_A_RUN = 100  # At which the width of a band that changes is drawn from.
 
 
@@ -107,6 +110,16 @@ class AgainstCallsSettings(TitledSettings):
         nargs="+",
     )
     hide_regime: bool = option(False, "name curves without these pairs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceFigureSettings(TitledSettings):
+    """Quality by scale of guidance."""
+
+    inputs: tuple[str, ...] = _inputs("results table")
+    metric: str | None = option(
+        None, f"distance (the first that there is of {', '.join(DISTANCES)})", choices=DISTANCES
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +293,40 @@ def draw_against_nfe(settings: AgainstCallsSettings) -> None:
     plot_scores_against_nfe(panels, settings.output, settings.title, label)
 
 
+def draw_guidance(settings: GuidanceFigureSettings) -> None:
+    """Precision against recall, and a distance against the scale, mean and deviation over seeds, a curve per series."""
+    where = " and ".join(settings.inputs)
+    try:
+        results = guided_results(row for file in settings.inputs for row in read_rows(file))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    there = [name for name in DISTANCES if any(result[f"{name}_mean"] is not None for result in results)]
+    metric = settings.metric or next(iter(there), DISTANCES[0])
+    titles = [METRIC_TITLES[name] for name in ("manifold_recall", "manifold_precision", metric)]
+    panels, counts = [], []
+    for fields, scored in ((("manifold_recall", "manifold_precision"), "pr"), ((metric,), metric)):
+        drawn = [result for result in results if all(result[f"{field}_mean"] is not None for field in fields)]
+        if not drawn:
+            raise ValueError(f"{where}: no row of a guidance scale has {' and '.join(fields)}; score it with "
+                             f"eval_fid_batch.py --guidance_scale G --metrics {scored}.")  # fmt: skip
+        check_comparable(drawn, but=("nfe",))
+        curves: dict[str, dict[float, tuple]] = {}
+        for result in drawn:
+            points = curves.setdefault(result["curve"], {})
+            if result["scale"] in points:
+                raise ValueError(
+                    f"{where}: there are two results of {result['curve']} at guidance scale {result['scale']:g}, such "
+                    "as of two paths of one type; keep them in tables of their own."
+                )
+            points[result["scale"]] = tuple((result[f"{name}_mean"], result.get(f"{name}_sd")) for name in fields)
+        panels.append(curves)
+        counts.append(f", {int(drawn[0]['num_images']):,} images")
+    quality, distances = panels
+    distances = {name: {scale: score for scale, (score,) in points.items()} for name, points in distances.items()}
+    labels = [f"{title}{count}" for title, count in zip(titles, (counts[0], "", counts[1]), strict=True)]
+    plot_guidance(quality, distances, settings.output, settings.title, labels)
+
+
 def draw_timestep_pairs(settings: TimestepPairsSettings) -> None:
     """A histogram of each regime, of pairs as a training on that noise schedule draws them from start to end."""
     scheduler = DDIMScheduler(beta_schedule=settings.beta_schedule, prediction_type="v")
@@ -306,6 +353,7 @@ FIGURES = {
     "paths_epochs": (PathsOfEpochsSettings, "published paths, epochs side by side", draw_paths_epochs),
     "scores": (ScoresSettings, "a metric against the epoch, or beside each other for one epoch", draw_scores),
     "nfe": (AgainstCallsSettings, "a metric against network calls, a panel for each table", draw_against_nfe),
+    "guidance": (GuidanceFigureSettings, "precision, recall and a distance by scale of guidance", draw_guidance),
     "samples": (SamplesSettings, "samples of equal seeds beside each other", draw_samples),
     "overview": (OverviewSettings, "a path and what was sampled along it", draw_overview),
     "t_pairs": (TimestepPairsSettings, "pairs of timesteps that a training draws", draw_timestep_pairs),

@@ -56,6 +56,17 @@ class Unconditional:
         return self.denoise(xs, ts)
 
 
+class OfClass:
+    """`denoise`, which takes labels, told that all images are of one class; itself it takes none."""
+
+    def __init__(self, denoise: Denoiser, label: int):
+        self.denoise, self.label = denoise, label
+        self.calls = getattr(denoise, "calls", 1)
+
+    def __call__(self, xs: Images, ts: Images) -> Images:
+        return self.denoise(xs, ts, torch.full((len(xs[0]),), self.label, device=xs[0].device))  # int64 [B]
+
+
 class ClassifierGuided:
     """`denoise`, which is told the classes or not, guided by a classifier of noisy images by the factor `scale` (γ).
 

@@ -110,7 +110,7 @@ def encode(
     path: Path,
     scales: Images,  # clean, [B, C, H, W] each, fine first
     tolerance: float = TOLERANCE,  # relative and absolute error of a step
-    max_calls: int = MOST_CALLS,  # for an image
+    max_calls: int = MOST_CALLS,  # for an image; an evaluation is `denoise.calls` of them, or one
 ) -> Encoded:
     """The noise of clean images: `decode` along the same path takes it back to them.
 
@@ -222,7 +222,7 @@ def _walk_up(
     calls = Calls(count, max_calls, tolerance, "An image")
     first, alpha = _clean_level(scheduler)
     xs = tuple(alpha * x for x in representation.project(scales))
-    divergence = np.zeros(count)
+    divergence, calls_each = np.zeros(count), getattr(denoise, "calls", 1)
     everyone = torch.arange(count)
 
     def clean(xs: Images, ts: tuple[torch.Tensor, ...]) -> Images:
@@ -242,7 +242,7 @@ def _walk_up(
         dims = sum(xs[k][0].numel() for k in line.moving)
 
         def slopes(rows: np.ndarray, s: np.ndarray, states: np.ndarray, line: Line = line, dims: int = dims):
-            calls.spend(rows)
+            calls.spend(rows, calls_each)
             chosen, times = torch.from_numpy(rows), line.times(s)
             states = torch.from_numpy(states[:, :dims]).clone()
             with torch.set_grad_enabled(directions is not None):

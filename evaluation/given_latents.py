@@ -8,6 +8,7 @@ from diffusion.latents import SCALES, Latents
 from diffusion.likelihood import Encoded, encode, why_no_equation
 from diffusion.sampler import scale_shapes
 from paths.path import Path
+from scheduler import Denoiser
 
 
 def check_latents_exist(loaded: LoadedModel, checkpoint: str) -> None:
@@ -22,6 +23,7 @@ def encode_pixels(
     pixels: torch.Tensor,  # uint8 [N, C, R, R], on the device of the model
     tolerance: float,
     max_calls: int,
+    denoise: Denoiser | None = None,  # the model told of a class, with predictions alone; None: as it is
 ) -> Encoded:
     """The latents of images as `diffusion.likelihood.encode` finds them; raises what it raises.
 
@@ -29,7 +31,7 @@ def encode_pixels(
     """
     images = to_float(pixels)
     scales = loaded.scheduler.representation.split(images) if path.num_scales > 1 else (images,)
-    return encode(loaded.denoise, loaded.scheduler, path, scales, tolerance, max_calls)
+    return encode(denoise or loaded.denoise, loaded.scheduler, path, scales, tolerance, max_calls)
 
 
 def check_fits(latents: Latents, file: str, loaded: LoadedModel, checkpoint: str) -> None:

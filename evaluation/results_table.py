@@ -293,14 +293,15 @@ def evaluations(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
     but_calls = [field for field in GROUP_FIELDS if field != "nfe"]
     calls: dict[tuple[str, ...], list[int]] = {}
-    for row in filter(_is_adaptive, filled):
+    for row in filter(is_adaptive, filled):
         calls.setdefault(group_of(row, but_calls), []).append(int(row["nfe"]))
-    for row in filter(_is_adaptive, filled):
+    for row in filter(is_adaptive, filled):
         row["nfe"] = str(round(statistics.mean(calls[group_of(row, but_calls)])))
     return list({(group_of(row), str(row["seed"])): row for row in filled}.values())
 
 
-def _is_adaptive(row: Mapping[str, Any]) -> bool:
+def is_adaptive(row: Mapping[str, Any]) -> bool:
+    """Whether the number of calls of a row depends on its images."""
     name = str(row["solver"]).partition(" ")[0]
     return name in SOLVERS and SOLVERS[name].adaptive
 

@@ -4,13 +4,16 @@ No series holds two trainings, two solvers, or at one point two checkpoints or t
 have in their names what the trainings on the page differ in.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from evaluation.results_table import GROUP_FIELDS, aggregate, evaluations, group_of, natural_order
+from evaluation.results_table import GROUP_FIELDS, aggregate, evaluations, group_of, is_adaptive, natural_order
 from evaluation.training_columns import CHANGED, TRAINING_COLUMNS, TRAINING_FIELDS
+from figures.style import WEIGHTS_TITLES
+from planning.conditions import Guidance, guidance_of
 from planning.regimes import default_regime
 
 # What the published table calls a model type and a path type, and those beyond it in its manner.
@@ -171,7 +174,49 @@ def _name_solvers_and_paths(results: Sequence[Result]) -> None:
     for group in _grouped(results, lambda result: group_of(result, others)):
         if len(group) > 1:
             for result in group:
-                _add_sampling(result, f"path {result['path_fingerprint']}")
+                _add_sampling(result, _path_words(result))
+
+
+def _path_words(result: Result) -> str:
+    return f"path {result['path_fingerprint']}"
+
+
+def guided_results(rows: Iterable[Row]) -> list[Result]:
+    """`named_results` of the rows that name a guidance scale, each with its `scale` and the name of its `curve`.
+
+    Results of one curve differ in the scale alone: not in the number of evaluations, which cost one call or several
+    each, nor in the kind of guidance. A name has what curves differ in. In the order of their curves and scales. Raises
+    ValueError if no row names a scale, and what `named_results` raises.
+    """
+    found: dict[str, Guidance] = {}
+    rows = list(rows)
+    for label in {row["guidance"] for row in rows}:
+        with contextlib.suppress(ValueError):
+            found[label] = guidance_of(label)
+    results = named_results(row for row in rows if row["guidance"] in found)
+    if not results:
+        raise ValueError("no row names a guidance scale; score a model with classes with --guidance_scale G")
+    told = [(result, found[result["guidance"]]) for result in results]
+    words = [
+        {
+            "kind": guidance.kind,
+            "steps": "" if is_adaptive(result) else f"{round(int(result['nfe']) / guidance.calls)} evaluations",
+            "weights": WEIGHTS_TITLES[result["weights"]],
+            "epoch": f"epoch {result['epoch']}",
+        }
+        for result, guidance in told
+    ]
+    order = []
+    for (result, guidance), own in zip(told, words, strict=True):
+        # Every scale has a fingerprint of its own for one path.
+        sampling = (word for word in result["series"].sampling if word not in (result["guidance"], _path_words(result)))
+        series = result["series"]._replace(sampling=tuple(sampling))
+        differing = [text for name, text in own.items() if text and len({other[name] for other in words}) > 1]
+        result |= {"scale": guidance.scale, "curve": ", ".join((series.title, *differing))}
+        order.append(
+            (series.rank, [[natural_order(word) for word in text.split()] for text in differing], guidance.scale)
+        )
+    return [results[k] for k in sorted(range(len(results)), key=order.__getitem__)]
 
 
 def parameters_note(results: Iterable[Result]) -> str:

@@ -1,6 +1,7 @@
 """The model card of an exported model: what it is, how it was trained, how to sample, and what it cannot do."""
 
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ tags:
 ## Limitations
 
 - It was trained on images of {fine}×{fine} pixels; other sizes are untested.
-- It is unconditional: what an image shows follows from its seed and cannot be asked for.
+{classes}
 - It repeats what its training images show, with their gaps and biases, and may come close to a single one of them.
 - This card holds no score: `eval_fid_batch.py` of LIFT measures FID and sliced Wasserstein distance.
 {limitation}"""
@@ -80,6 +81,13 @@ EXAMPLES = {
     2: "{predictions} = network([x_{fine}, x_{coarse}], [t_{fine}, t_{coarse}])"
     "  # x_{fine}: float32 [B, {channels}, {fine}, {fine}]; t_{fine}: int64 [B].",
 }
+UNCONDITIONAL = "- It is unconditional: what an image shows follows from its seed and cannot be asked for."
+PROGRAM_OF_NO_CLASS = (
+    "- It was told of {count} classes in training ({names}), which the code of LIFT asks it for with `--class`; "
+    "`model.pt2` and `sample.py` are of the null class, and know none of them."
+)
+CLASSES = "- It was told of {count} classes in training ({names}), which the code of LIFT asks it for with `--class`."
+SHOWN_CLASSES = 10
 APPROXIMATE_INPUT = (
     "- In training the coarse image was that of a real one, with noise of its own; in sampling it is made from the "
     "fine one and tells nothing more.\n"
@@ -171,8 +179,17 @@ def model_card(config: dict[str, Any], model: nn.Module, standalone: bool = True
         introduction=textwrap.fill(INTRODUCTION.format(**said) + RESIDUAL_SCALES * is_residual, 120),
         training=_training_section(config),
         sampling=_sampling_section(config, model, standalone, nfe),
+        classes=_classes(config.get("class_names") or (), standalone),
         limitation=APPROXIMATE_INPUT if reads_more_than_it_predicts else "",
     )
+
+
+def _classes(names: Sequence[str], standalone: bool) -> str:
+    if not names:
+        return UNCONDITIONAL
+    shown = [*names[:SHOWN_CLASSES], *(["…"] if len(names) > SHOWN_CLASSES else [])]
+    text = PROGRAM_OF_NO_CLASS if standalone else CLASSES
+    return text.format(count=len(names), names=", ".join(shown))
 
 
 def _sampling_section(config: dict[str, Any], model: nn.Module, standalone: bool, nfe: int) -> str:

@@ -1,12 +1,13 @@
 """From flags to the classes of samples and to what guides them: which image is of which class, and the denoiser."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import cli
 from checkpoint import LoadedClassifier, LoadedModel, load_classifier
-from diffusion.guidance import ClassifierFree, ClassifierGuided, Unconditional
+from diffusion.guidance import ClassifierFree, ClassifierGuided, OfClass, Unconditional
 from diffusion.sampler import IMAGES_PER_SEED
 from runtime.settings import Settings, option
 from scheduler import Denoiser
@@ -15,17 +16,10 @@ SHOWN_NAMES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassSettings(Settings):
-    """Which classes are sampled, and what guides towards them; nothing of it for models without classes."""
+class GuidanceSettings(Settings):
+    """What guides towards the classes that a stage names."""
 
     group = "classes"
-    classes: tuple[str, ...] | None = option(
-        None,
-        "classes to sample, by name: image k is of the class number k modulo their number (all of the model)",
-        flag="--class",
-        nargs="+",
-        metavar="NAME",
-    )
     guidance_scale: float | None = option(
         None,
         "classifier-free guidance, e_u + G (e_c - e_u): 0 is unconditional, 1 conditional, above it leans towards the "
@@ -47,16 +41,14 @@ class ClassSettings(Settings):
         super().check()
         if self.classifier_scale is not None and self.classifier is None:
             raise ValueError("--classifier_scale belongs to --classifier FILE; name that too, or leave it out.")
-        if self.classes is not None and len(set(self.classes)) < len(self.classes):
-            raise ValueError("--class names a class twice; leave one of them out.")
 
     @property
     def calls_each(self) -> int:
         """Network calls of an evaluation: one, another for guidance, another for a classifier."""
-        return 1 + (self.guidance_scale not in (None, 0.0, 1.0)) + (self.classifier is not None)
+        return calls_each(self.guidance_scale, self.classifier is not None)
 
-    def conditions(self, loaded: LoadedModel) -> "Conditions":
-        """What the flags mean for a model.
+    def conditions_of(self, loaded: LoadedModel, classes: tuple[str, ...] | None) -> "Conditions":
+        """What the flags mean for a model and some classes, or for all of them (None).
 
         Raises ValueError for classes or guidance where there are none, for a class that does not exist, and for a
         classifier that is none, or one of another resolution, process or other classes.
@@ -74,8 +66,8 @@ class ClassSettings(Settings):
                 )
             names = of_classifier
         told = bool(loaded.config.get("class_names"))
-        if not names and (self.classes is not None or self.guidance_scale is not None):
-            flag = "--class" if self.classes is not None else "--guidance_scale"
+        if not names and (classes is not None or self.guidance_scale is not None):
+            flag = "--class" if classes is not None else "--guidance_scale"
             raise ValueError(
                 f"{loaded.file} was trained without classes, so that {flag} says nothing to it; train with --classes, "
                 "or leave it out."
@@ -85,7 +77,7 @@ class ClassSettings(Settings):
                 f"{loaded.file} was trained without classes, and only --classifier guides it; leave --guidance_scale "
                 "out, or train with --classes."
             )
-        chosen = names if self.classes is None else self.classes
+        chosen = names if classes is None else classes
         unknown = [name for name in chosen if name not in names]
         if unknown:
             whose = loaded.file if told else self.classifier
@@ -96,12 +88,61 @@ class ClassSettings(Settings):
             indices=tuple(map(names.index, chosen)),
             known=names,
             null=len(names),
-            all_classes=self.classes is None,
+            all_classes=classes is None,
             told=told,
             scale=scale,
             classifier=classifier,
             classifier_scale=1.0 if self.classifier_scale is None else self.classifier_scale,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassSettings(GuidanceSettings):
+    """Which classes are sampled, and what guides towards them; nothing of it for models without classes."""
+
+    group = "classes"
+    classes: tuple[str, ...] | None = option(
+        None,
+        "classes to sample, by name: image k is of the class number k modulo their number (all of the model)",
+        flag="--class",
+        nargs="+",
+        metavar="NAME",
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.classes is not None and len(set(self.classes)) < len(self.classes):
+            raise ValueError("--class names a class twice; leave one of them out.")
+
+    def conditions(self, loaded: LoadedModel) -> "Conditions":
+        """What the flags mean for a model; raises what `conditions_of` raises."""
+        return self.conditions_of(loaded, self.classes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneClassSettings(GuidanceSettings):
+    """Of which class all images of a stage are, and what guides towards it; of none unless it is named."""
+
+    group = "classes"
+    class_name: str | None = option(
+        None, "class of all images, by name (none: what a model with classes knows of no class)", flag="--class",
+        metavar="NAME",
+    )  # fmt: skip
+
+    def check(self) -> None:
+        super().check()
+        for name in ("guidance_scale", "classifier"):
+            if getattr(self, name) is not None and self.class_name is None:
+                raise ValueError(f"--{name} leans towards a class; name it with --class NAME, or leave --{name} out.")
+
+    def conditions(self, loaded: LoadedModel) -> "Conditions":
+        """What the flags mean for a model; raises what `conditions_of` raises."""
+        return NO_CLASS if self.class_name is None else self.conditions_of(loaded, (self.class_name,))
+
+
+def calls_each(guidance_scale: float | None, classifier: bool) -> int:
+    """Network calls of an evaluation: one, another for guidance by a scale that needs it, another for a classifier."""
+    return 1 + (guidance_scale not in (None, 0.0, 1.0)) + classifier
 
 
 def listed(names: Sequence[str]) -> str:
@@ -141,16 +182,6 @@ def _check_classifier(classifier: LoadedClassifier, loaded: LoadedModel) -> None
         )
 
 
-def _has_ema(file: str) -> bool:
-    from checkpoint import peek
-
-    return peek(file).get("ema_state") is not None
-
-
-def _device_of(loaded: LoadedModel) -> Any:
-    return next(loaded.model.parameters()).device
-
-
 @dataclass(frozen=True)
 class Conditions:
     """Classes and guidance of the samples of one model; of a model that knows none, `names` is empty."""
@@ -168,7 +199,7 @@ class Conditions:
     @property
     def calls(self) -> int:
         """Network calls of an evaluation."""
-        return 1 + (self.told and self.scale not in (0.0, 1.0)) + (self.classifier is not None)
+        return calls_each(self.scale if self.told else None, self.classifier is not None)
 
     def labels(self, seeds: Sequence[int]) -> list[int] | None:
         """The class of each seed, which depends on it alone; None for a model that knows no classes."""
@@ -189,6 +220,13 @@ class Conditions:
             return denoise
         return ClassifierGuided(denoise, self.classifier.log_probability, loaded.scheduler, self.classifier_scale)
 
+    def of_the_class(self, denoise: Denoiser, loaded: LoadedModel) -> Denoiser:
+        """What `told_classes` returned, guided as by `guided` and told of the only class that there is, if any.
+
+        It takes no labels.
+        """
+        return OfClass(self.guided(denoise, loaded), *self.indices) if self.names else denoise
+
     @property
     def label(self) -> str:
         """What rows of results call it: empty without classes."""
@@ -199,6 +237,11 @@ class Conditions:
         if self.classifier is not None:
             words.append(f"classifier {self.classifier.fingerprint} {self.classifier_scale:g}")
         return ", ".join(words)
+
+    @property
+    def title(self) -> str:
+        """What titles of figures add for it."""
+        return f", {self.label}" if self.names else ""
 
     @property
     def said(self) -> dict[str, Any]:
@@ -214,3 +257,37 @@ class Conditions:
         words += [f"g{self.scale:g}"] if self.told and self.scale != 1.0 else []
         words += [f"c{self.classifier_scale:g}"] if self.classifier is not None else []
         return "".join(f"_{word}" for word in words)
+
+
+NO_CLASS = Conditions(
+    names=(), indices=(), known=(), null=0, all_classes=False, told=False, scale=0.0, classifier=None,
+    classifier_scale=1.0,
+)  # fmt: skip
+
+
+class Guidance(NamedTuple):
+    """What `Conditions.label` says of guidance: its kind, which is all but the last number, and that number."""
+
+    kind: str  # such as "guidance", "class cat, guidance" and "guidance 1, classifier c0ffee"
+    scale: float
+    calls: int  # network calls of an evaluation
+
+
+_NUMBER = r"[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?"
+_LABEL = re.compile(
+    rf"(?P<kind>(?:class .+, )?(?:guidance|(?:guidance (?P<fixed>{_NUMBER}), )?(?P<classifier>classifier) [0-9a-f]+)) "
+    rf"(?P<scale>{_NUMBER})"
+)
+
+
+def guidance_of(label: str) -> Guidance:
+    """The guidance that a row of results names, of two kinds at once that by the classifier.
+
+    Raises ValueError for what `Conditions.label` does not say, and where it says nothing.
+    """
+    found = _LABEL.fullmatch(label)
+    if found is None:
+        raise ValueError(f"'{label}' names no scale of guidance" if label else "no guidance is named")
+    scale, by_classifier = float(found["scale"]), found["classifier"] is not None
+    own = scale if not by_classifier else float(found["fixed"]) if found["fixed"] else None
+    return Guidance(found["kind"], scale, calls_each(own, by_classifier))
