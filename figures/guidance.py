@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import Bbox
 
@@ -19,7 +21,7 @@ Score = tuple[float, float | None]  # mean, and deviation over seeds if there ar
 # Where the number of a point may stand: how far from it in points, and which of its corners is there.
 PLACES = [
     (x, y, across, along)
-    for far in (6, 11, 17)
+    for far in (6, 11, 17, 24)
     for x, y, across, along in (
         (far, 0, "left", "center"),
         (0, far, "center", "bottom"),
@@ -67,13 +69,14 @@ def _guidance_figure(
     lines = sum(1 + name.count("\n") for name in wrapped) / columns
     figure = Figure(figsize=(9.6, 4.7 + 0.2 * max(0, lines - 1)), layout="constrained")
     left, right = figure.subplots(1, 2)
-    points: list[tuple[str, float, float, float]] = []
+    points: list[tuple[str, float, np.ndarray, np.ndarray]] = []
     for name, by_scale in quality.items():
         scales = _scales(name, by_scale)
         recall, precision = (_column(name, scales, [by_scale[s][k] for s in scales]) for k in (0, 1))
         look = {"linewidth": 1.5, "markersize": 5, **ERROR_BARS, **styles[name]}
         left.errorbar(recall[0], precision[0], precision[1], recall[1], **look)
-        points += zip([name] * len(scales), scales, recall[0], precision[0], strict=True)
+        centres, deviations = (np.stack(pair, 1) for pair in zip(recall, precision, strict=True))  # [n, 2]
+        points += zip([name] * len(scales), scales, centres, np.nan_to_num(deviations), strict=True)
     means, lows = [], []
     for name, by_scale in distances.items():
         scales = _scales(name, by_scale)
@@ -94,7 +97,7 @@ def _guidance_figure(
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     figure.suptitle(title)
-    figure.draw_without_rendering()  # Where a number stands depends on where the points are on the page.
+    FigureCanvasAgg(figure).draw()  # Where a number stands depends on where the points are on the page.
     _number_points(left, points, {name: str(style["color"]) for name, style in styles.items()})
     return figure
 
@@ -128,21 +131,27 @@ def _number_scales(axes: Axes, scales: Sequence[float]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _number_points(axes: Axes, points: Sequence[tuple[str, float, float, float]], colours: Mapping[str, str]) -> None:
-    """The scale of each point (name of its curve, scale, x, y) beside it, where nothing else stands."""
-    renderer = axes.figure._get_renderer()
-    pixel = axes.figure.dpi / 72  # Of a point of the page.
-    centres = axes.transData.transform([point[2:] for point in points])
-    taken = [Bbox.from_extents(*(centre - 3 * pixel), *(centre + 3 * pixel)) for centre in centres]
-    for (name, scale, x, y), own in zip(points, list(taken), strict=True):
+def _number_points(
+    axes: Axes, points: Sequence[tuple[str, float, np.ndarray, np.ndarray]], colours: Mapping[str, str]
+) -> None:
+    """The scale of each point (name of its curve, scale, centre, deviations) beside it, where nothing else stands."""
+    renderer = axes.figure.canvas.get_renderer()
+    pixels = 3 * axes.figure.dpi / 72  # Half a marker, or half a cap.
+    taken = []
+    for _, _, centre, deviations in points:
+        for bar in np.diag(deviations):
+            low, high = axes.transData.transform([centre - bar, centre + bar])
+            taken.append(Bbox.from_extents(*(low - pixels), *(high + pixels)))
+    for name, scale, centre, _ in points:
         text = axes.annotate(
-            f"{scale:g}", (x, y), textcoords="offset points", xytext=(0, 0), fontsize=8, color=colours[name]
+            f"{scale:g}", centre, textcoords="offset points", xytext=(0, 0), fontsize=8, color=colours[name]
         )
+        text.set_path_effects([Stroke(linewidth=2.5, foreground="white"), Normal()])  # A line may pass behind it.
         for right, up, across, along in PLACES:
             text.set(position=(right, up), horizontalalignment=across, verticalalignment=along)
             box = text.get_window_extent(renderer)
             inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1
-            if inside and not any(box.overlaps(other) for other in taken if other is not own):
+            if inside and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 break
         else:

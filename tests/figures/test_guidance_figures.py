@@ -93,7 +93,7 @@ def test_a_lone_curve_has_every_number_beside_its_point():
     assert {text.get_text() for text in left.texts} == {f"{scale:g}" for scale in SCALES}
     for text in left.texts:
         (recall, _), (precision, _) = quality_of(0)[float(text.get_text())]
-        assert text.xy == (recall, precision) and np.hypot(*text.get_position()) <= 17
+        assert tuple(text.xy) == (recall, precision) and np.hypot(*text.get_position()) <= 24
     ticks = [label.get_text() for label in right.get_xticklabels()]
     assert ticks[0] == "0" and ticks[-1] == "8"
     assert sorted([*right.get_xticks(), *right.get_xticks(minor=True)]) == list(SCALES)
@@ -124,7 +124,7 @@ def test_what_cannot_be_drawn_is_refused(tmp_path):
 
 
 def rows_of(scale, kind="", seeds=(42, 43), classifier="", steps=18, **changes):
-    calls = (1 if scale in (0, 1) and not classifier else 2) + (bool(classifier) and scale not in (0, 1) and 0)
+    calls = 1 if scale in (0, 1) and not classifier else 2
     guidance = f"{kind}{f'classifier {classifier}' if classifier else 'guidance'} {scale:g}"
     common = {"guidance": guidance, "nfe": steps * calls, "path_fingerprint": f"p-{guidance}", "fid": None} | changes
     made = []
@@ -197,7 +197,9 @@ def test_adaptive_solvers_have_one_curve_whatever_their_calls(drawn):
 
 
 def test_weights_and_epochs_are_said_where_they_differ(drawn):
-    rows = [row for epoch in (9, 100) for scale in (1, 2) for row in rows_of(scale, epoch=epoch)]
+    rows = [
+        row for epoch in (9, 100) for scale in (1, 2) for row in rows_of(scale, epoch=epoch, images_seen=10 * epoch)
+    ]
     rows = [row | {"checkpoint_fingerprint": f"c{row['epoch']}"} for row in rows]
     rows += [row | {"weights": "ema", "checkpoint_fingerprint": "e"} for row in rows if row["epoch"] == 9]
     _, distances, _ = drawn(rows)

@@ -595,6 +595,24 @@ def test_the_snippet_of_the_card_calls_the_exported_network(program, exported, m
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_a_model_with_classes_comes_back_with_them_and_its_program_is_of_the_null_class(program, exported):
+    names = ["bird", "cat", "dog"]
+    folder = exported("baseline", class_names=names)
+    model = MODEL_CLASSES["baseline"].from_pretrained(folder)
+    assert model.num_classes == 3 and model.config["class_names"] == names
+    state = content("baseline", class_names=names)["model_state"]
+    assert torch.equal(model.embed_class.table.weight, state["embed_class.table.weight"])
+    x, t = inputs("baseline")
+    with torch.no_grad():
+        [found] = torch.export.load(folder / "model.pt2").module()([x], [t])
+        without, told = (model.denoise((x,), (t,), *labels)[0] for labels in ((), (torch.tensor([1, 1]),)))
+    torch.testing.assert_close(found, without, rtol=1e-5, atol=1e-6)
+    assert (found - told).abs().max() > 1e-3
+    text = " ".join((folder / "README.md").read_text().split())
+    assert "told of 3 classes in training (bird, cat, dog)" in text
+    assert "`model.pt2` and `sample.py` are of the null class" in text and "- It is unconditional" not in text
+
+
 # With PyTorch alone
 
 

@@ -8,7 +8,7 @@ import torch
 import generate_with_path_30
 from checkpoint import build_model, load_classifier, load_model, save_checkpoint
 from diffusion.guidance import ClassifierFree, ClassifierGuided, Unconditional
-from planning.conditions import ClassSettings
+from planning.conditions import ClassSettings, Guidance, guidance_of
 
 NAMES = ["cat", "dog", "wild"]
 CONFIG = {
@@ -162,3 +162,31 @@ def test_images_are_sampled_with_a_classifier(stage, refused, write, tmp_path, m
     few = [*guided[:4], *guided[6:], "--num_calls", 1, "--output", "x"]
     refused(generate_with_path_30, *few, says=("2 network calls",), status=2)
     refused(generate_with_path_30, *flags, "--classifier", model, "--output", "x", says=("is no classifier",))
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0, 1e-7, 2.5e8])
+def test_the_scale_is_read_from_what_rows_call_it(write, scale):
+    odd = ["cat, guidance 2", "dog"]
+    model, plain, classifier = (
+        write("baseline", class_names=odd),
+        write("baseline"),
+        write("classifier", class_names=odd),
+    )
+    calls = 1 if scale in (0, 1) else 2
+    every, one = conditions(model, guidance_scale=scale), conditions(model, guidance_scale=scale, classes=(odd[0],))
+    assert guidance_of(every.label) == Guidance("guidance", scale, calls)
+    assert guidance_of(one.label) == Guidance("class cat, guidance 2, guidance", scale, calls)
+    name = f"classifier {load_classifier(classifier).fingerprint}"
+    by_it = {"classifier": classifier, "classifier_scale": scale}
+    assert guidance_of(conditions(plain, **by_it).label) == Guidance(name, scale, 2)
+    for own in (0.0, 1.0, 3.0):
+        found = conditions(model, guidance_scale=own, classes=("dog",), **by_it)
+        assert guidance_of(found.label) == Guidance(f"class dog, guidance {own:g}, {name}", scale, found.calls)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "guidance", "guidance -1", "guidance 1,5", "class cat", "classifier c0ffee", "scale 3"]
+)
+def test_what_names_no_scale_is_refused(text):
+    with pytest.raises(ValueError, match="no scale of guidance|no guidance is named"):
+        guidance_of(text)
