@@ -213,9 +213,8 @@ def metrics_of(command):
 def test_a_judge_is_asked_beside_the_metrics(models):
     ended, commands = run_script(models("mnist/baseline_9"), "eval_ddpm.sh", "mnist", JUDGE="my judge.pth")
     assert ended.returncode == 0, ended.stderr
-    calls = [command for command in commands if "--metrics" in command]
-    assert [metrics_of(command) for command in calls] == [["fid", "is", "fd", "cs"]] * len(SAMPLERS)
-    assert all(command[command.index("--judge") + 1] == "my judge.pth" for command in calls)
+    calls = [(call["metrics"], call["judge"]) for call in scored(commands)]
+    assert calls == [(["fid", "is", "fd", "cs"], "my judge.pth")] * len(SAMPLERS)
 
 
 @pytest.mark.parametrize(
