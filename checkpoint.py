@@ -7,7 +7,6 @@ a checksum, which is compared when it is read.
 """
 
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -21,9 +20,11 @@ from torch import nn
 
 from baseline_model import BaselineModel
 from images.representation import Images
+from latent_space import Space, image_channels_of, open_space, side_of
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, ScaleModel, SingleTimestepModel
 from networks.classifier import NoisyClassifier, PairClassifier
 from networks.ema import USUAL_RAMPUP, ema_note
+from networks.fingerprint import weights_fingerprint
 from networks.pretrained import model_options
 from runtime.device import memory_format
 from runtime.errors import need_file
@@ -68,11 +69,12 @@ def build_model(config: dict[str, Any]) -> nn.Module:
 
 
 def build_scheduler(config: dict[str, Any]) -> DDIMScheduler:
-    """The noise schedule of a config, with its prediction type and representation."""
+    """The noise schedule of a config, with its prediction type and representation; latents are not clamped."""
     return DDIMScheduler(
         config["num_train_timesteps"],
         config["beta_schedule"],
         config["prediction_type"],
+        clip_sample=config.get("latents") is None,
         representation=config.get("representation", "overcomplete"),
     )
 
@@ -236,15 +238,6 @@ def read_resume_file(file: str | os.PathLike) -> tuple[dict[str, Any], Path, lis
     raise last_error
 
 
-def weights_fingerprint(state: dict[str, torch.Tensor]) -> str:
-    """16 hex digits of the sha256 over names and values of a state dict."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()[:16]
-
-
 class LoadedModel(NamedTuple):
     """A checkpoint ready for use: frozen model, its schedule, its config, the fingerprint of its weights, its file."""
 
@@ -284,6 +277,31 @@ class LoadedModel(NamedTuple):
     def results(self) -> Path:
         """The folder for what is made with it."""
         return results_of(self.file, self.config)
+
+    @property
+    def side(self) -> int:
+        """The side of the fine scale as the model sees it, in pixels or in values of a latent."""
+        return side_of(self.config)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image, in pixels."""
+        return image_channels_of(self.config), self.config["resolution"], self.config["resolution"]
+
+    @property
+    def space(self) -> Space:
+        """Between images and what the model sees of them; raises what `open_space` raises."""
+        if self.config.get("latents") is None:
+            return open_space(self.config, self.file, "cpu")
+        return open_space(self.config, self.file, next(self.model.parameters()).device)
+
+    def require_pixels(self, stage: str) -> None:
+        """Raise ValueError, naming the stage, for a model of latents, of which it makes no sense or nothing yet."""
+        if self.config.get("latents") is not None:
+            raise ValueError(
+                f"{self.file} was trained on latents of '{self.config['latents']}', and {stage} is for models of "
+                "pixels; pass a checkpoint of a training without --latents."
+            )
 
     @property
     def weights(self) -> str:

@@ -213,6 +213,14 @@ class TrainingDataSettings(DataSettings):
         nargs="?",
         const=ANY_CLASSES,
     )
+    latents: str | None = option(
+        None,
+        "train on what an autoencoder makes of the images, AutoencoderKL of diffusers: a hub id such as "
+        "stabilityai/sd-vae-ft-ema, a folder, or either with :SUBFOLDER (off)",
+        metavar="ID",
+        recorded=True,
+        absent=None,
+    )
     holdout: int | None = option(
         None, "images kept out of training, evenly over the set (none)", parse=positive_int, metavar="N", recorded=True
     )

@@ -31,7 +31,6 @@ import torch
 
 import cli
 from checkpoint import LoadedModel, find_checkpoints, load_model
-from data import to_float
 from evaluation.results_table import write_csv
 from figures.coupling import plot_coupling, plot_cross_jacobian
 from figures.paths import plot_paths_across_epochs
@@ -222,10 +221,10 @@ def coupling_of(
 ) -> dict[str, Any]:
     """What `measure_coupling` finds for a model from the noisiest fine timestep `start` on, with log SNRs beside it."""
     images = cli.load_training_images(settings, loaded.config)
-    if images.channels != loaded.config["channels"]:
+    if images.channels != loaded.image_shape[0]:
         raise ValueError(
             f"The images of '{images.name}' have {images.channels} channel(s) but the model was trained on "
-            f"{loaded.config['channels']}; pass another --dataset."
+            f"{loaded.image_shape[0]}; pass another --dataset."
         )
     if settings.coupling_images > len(images):
         raise ValueError(f"--coupling_images {settings.coupling_images} exceeds the {len(images)} of '{images.name}'.")
@@ -235,7 +234,7 @@ def coupling_of(
     measured = measure_coupling(
         loaded.denoise,
         loaded.scheduler,
-        to_float(torch.from_numpy(images.pixels[np.sort(chosen)])).to(device),
+        loaded.space.clean(images, np.sort(chosen), settings.seed, settings.cache_dir, device),
         t_64,
         settings.seed,
         settings.batch_size,

@@ -246,16 +246,20 @@ def _up_to_date(info: dict, kept: int, source: Source, count: int, num_workers: 
     return info | {"reading": READING}
 
 
-def _write_cache(pixels_file: Path, pixels: np.ndarray, info_file: Path, info: dict) -> None:
+def write_array(
+    file: Path, array: np.ndarray, what: str = "decoded images", info_file: Path | None = None, info: dict | None = None
+) -> None:
+    """Write an array into the cache, whole or not at all, and what is known of it beside it; raises OSError."""
     try:
-        with replacing(pixels_file) as temporary, open(temporary, "wb") as stream:
+        with replacing(file) as temporary, open(temporary, "wb") as stream:
             # To a file of its own NumPy would say how much it wrote, but not why no more.
-            np.save(SimpleNamespace(write=stream.write), pixels)
-        with replacing(info_file) as temporary:
-            temporary.write_text(json.dumps(info))
+            np.save(SimpleNamespace(write=stream.write), array)
+        if info_file is not None:
+            with replacing(info_file) as temporary:
+                temporary.write_text(json.dumps(info))
     except OSError as error:
         raise OSError(
-            f"The decoded images could not be written to {pixels_file}, which takes {pixels.nbytes:,} bytes "
+            f"The {what} could not be written to {file}, which takes {array.nbytes:,} bytes "
             f"({error.strerror or error}); make room there or pass another --cache_dir."
         ) from error
 
@@ -348,7 +352,7 @@ def load_images(
             if not synthetic:
                 classes = [way.take(kept) for way in source.classes(count)]
                 info |= {"reading": READING, "classes": as_written(classes)}
-            _write_cache(pixels_file, pixels, info_file, info)
+            write_array(pixels_file, pixels, info_file=info_file, info=info)
     pixels = np.load(pixels_file, mmap_mode="r")
     classes = synthetic_classes(len(pixels)) if synthetic else as_read(info["classes"], len(pixels))
     return ImageSet(pixels, dataset, info["fingerprint"], classes)
@@ -440,28 +444,45 @@ class TwoScaleBatches:
             )
         if labels is not None and np.shape(labels) != (len(images),):
             raise ValueError(f"{len(images)} images of '{images.name}' need a label each, not {np.shape(labels)}.")
-        self.pixels = torch.from_numpy(np.array(images.pixels)).to(device)  # [N, C, R, R]
+        self.device = device
+        self.count = len(images)
         self.labels = None if labels is None else torch.from_numpy(np.array(labels, np.int64)).to(device)  # [N]
         self.batch_size = batch_size
         self.seed = seed
         self.flip = flip
+        self._hold(images)
+
+    def _hold(self, images: ImageSet) -> None:
+        self.pixels = torch.from_numpy(np.array(images.pixels)).to(self.device)  # [N, C, R, R]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the set as it lies in memory."""
+        return self.pixels.nbytes
 
     def __len__(self) -> int:
         """Batches per epoch."""
-        return len(self.pixels) // self.batch_size
+        return self.count // self.batch_size
+
+    def clean(self, chosen: torch.Tensor, step: int, mirrored: torch.Tensor | None = None) -> torch.Tensor:
+        """The images of some indices `[B]` as step `step` shows them, `[B, C, R, R]`, those mirrored `[B]` that say so.
+
+        Pixels are the same at every step.
+        """
+        x_64 = to_float(self.pixels[chosen])  # [B, C, R, R]
+        return x_64 if mirrored is None else torch.where(mirrored[:, None, None, None], x_64.flip(-1), x_64)
 
     def epoch(
         self, epoch: int, first_batch: int = 0
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """The batches of one epoch, from `first_batch` on."""
         rng = np.random.default_rng((self.seed, epoch))
-        order = torch.from_numpy(rng.permutation(len(self.pixels))).to(self.pixels.device)
-        mirrored = torch.from_numpy(rng.random(len(self.pixels)) < 0.5).to(self.pixels.device)
+        order = torch.from_numpy(rng.permutation(self.count)).to(self.device)
+        mirrored = torch.from_numpy(rng.random(self.count) < 0.5).to(self.device)
         for batch in range(first_batch, len(self)):
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]  # [B]
-            x_64 = to_float(self.pixels[chosen])  # [B, C, R, R]
-            if self.flip:
-                x_64 = torch.where(mirrored[chosen][:, None, None, None], x_64.flip(-1), x_64)
+            step = epoch * len(self) + batch
+            x_64 = self.clean(chosen, step, mirrored[chosen] if self.flip else None)  # [B, C, R, R]
             yield x_64, coarse(x_64), None if self.labels is None else self.labels[chosen]
 
 

@@ -163,6 +163,7 @@ def main() -> None:
     folder = Path(settings.output)
     check_output(folder, settings.force)
     loaded = load_model(settings.checkpoint, settings.ema)
+    loaded.require_pixels("export.py")
     process, prediction = loaded.scheduler.process, loaded.scheduler.prediction_type
     if process != "vp" or prediction not in PREDICTIONS:
         raise ValueError(

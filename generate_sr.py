@@ -130,6 +130,7 @@ class Upscaler:
     def __init__(self, settings: SuperResolutionSettings):
         self.settings, self.device = settings, select_device(settings.device)
         self.loaded = load_model(settings.checkpoint, settings.ema, self.device)
+        self.loaded.require_pixels("generate_sr.py")
         if not self.loaded.model.has_two_clocks():
             raise ValueError(
                 f"{settings.checkpoint} is a '{self.loaded.config['model_type']}' model; super-resolution needs one "

@@ -26,7 +26,7 @@ import torch
 import cli
 from checkpoint import LoadedModel, load_model
 from cli import CheckpointSettings, CompileSettings, HardwareSettings
-from data import read_png, save_png, to_uint8
+from data import read_png, save_png
 from diffusion.sampler import check_finite, coarse_feed, compile_denoiser, image_seeds, sample_seeds, scale_shapes
 from figures.images import plot_samples, plot_trajectory, save_image_grid
 from image_folder import claim, write_settings
@@ -123,7 +123,7 @@ def main() -> None:
     settings = parse_args()
     device = select_device(settings.device)
     loaded = load_model(settings.checkpoint, settings.ema, device)
-    config = loaded.config
+    config, space = loaded.config, loaded.space
     weights = loaded.weights
     conditions = settings.conditions(loaded)
     path, kind = path_of_settings(settings, loaded)
@@ -135,13 +135,13 @@ def main() -> None:
     prepare_output(folder, path, loaded, conditions, settings, device)
 
     missing = [seed for seed in seeds if not png_file(folder, seed).exists()]
-    shapes = scale_shapes(loaded.model.num_scales, config["channels"], config["resolution"])
+    shapes = scale_shapes(loaded.model.num_scales, config["channels"], loaded.side)
     states: list[list[torch.Tensor]] = []
 
     def record(k: int, images: tuple[torch.Tensor, ...]) -> None:
         if len(states) <= path.nfe:
             shown = loaded.scheduler.representation.finished(images)
-            states.append([to_uint8(x[0]).cpu() for x in shown])
+            states.append([space.pixels(x[:1])[0].cpu() for x in shown])
 
     batch_size = min(settings.batch_size, max(1, len(missing)))
     denoise = conditions.told_classes(loaded.denoise_with_variance)
@@ -174,7 +174,7 @@ def main() -> None:
         for chosen, samples in run(missing):
             calls += samples.nfe * len(chosen)
             check_finite(samples.images[0], [f"of seed {seed}" for seed in chosen])
-            for seed, pixels in zip(chosen, to_uint8(samples.images[0]).cpu(), strict=True):
+            for seed, pixels in zip(chosen, space.pixels(samples.images[0]).cpu(), strict=True):
                 save_png(pixels, png_file(folder, seed))
             bar.update(len(chosen))
         if settings.trajectory:

@@ -336,6 +336,7 @@ def main() -> None:
     settings = parse_args()
     device = select_device(settings.device)
     loaded = load_model(settings.checkpoint, settings.ema, device)
+    loaded.require_pixels("inpaint.py")
     config, weights = loaded.config, loaded.weights
     conditions = settings.conditions(loaded)
     path, kind = path_of_settings(settings, loaded)

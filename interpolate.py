@@ -30,7 +30,7 @@ from PIL import Image
 import cli
 from checkpoint import LoadedModel, load_model
 from cli import CheckpointSettings, HardwareSettings
-from data import coarse, fingerprint_array, read_png, save_png, to_uint8
+from data import coarse, fingerprint_array, read_png, save_png
 from diffusion.adaptive import MOST_CALLS, TOLERANCE, check_tolerance
 from diffusion.sampler import (
     ENDS,
@@ -242,6 +242,7 @@ class Ends:
         self.names = [str(seed) for seed in settings.seeds or ()]
         if settings.input is None:
             return
+        loaded.require_pixels("interpolate.py --input")
         check_latents_exist(loaded, settings.checkpoint)
         config = loaded.config
         reading = as_in_training(config, settings.resize)
@@ -273,7 +274,7 @@ def main() -> None:
     settings = parse_args()
     device = select_device(settings.device)
     loaded = load_model(settings.checkpoint, settings.ema, device)
-    config, weights = loaded.config, loaded.weights
+    config, weights, space = loaded.config, loaded.weights, loaded.space
     conditions = settings.conditions(loaded)
     path, kind = usual_path(settings, loaded)
     feed = coarse_feed(loaded.model, settings.coarse_from)
@@ -305,7 +306,7 @@ def main() -> None:
     missing = claim_images(folder, said, dict.fromkeys(names, ""), settings.force, (GRID_FILE, GIF_FILE))
     inner = [k for k in range(1, settings.frames - 1) if names[k] in missing]
     chunks = [inner[s : s + settings.batch_size - 2] for s in range(0, len(inner), settings.batch_size - 2)] or [[]]
-    shapes = scale_shapes(loaded.model.num_scales, config["channels"], config["resolution"])
+    shapes = scale_shapes(loaded.model.num_scales, config["channels"], loaded.side)
     running = autocast if settings.input is None else exact_autocast
     with running(device, settings.precision), Progress(total=len(missing), unit="img", desc="interpolation") as bar:
         nfe, latents = 0, ends.latents(path, device) if missing else None
@@ -317,7 +318,7 @@ def main() -> None:
             )  # fmt: skip
             nfe = samples.nfe
             check_finite(samples.images[0], [names[k] for k in rows])
-            for k, pixels in zip(rows, to_uint8(samples.images[0]).cpu(), strict=True):
+            for k, pixels in zip(rows, space.pixels(samples.images[0]).cpu(), strict=True):
                 file = folder / f"{names[k]}.png"
                 if not file.exists():
                     save_png(pixels, file)

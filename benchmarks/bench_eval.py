@@ -354,6 +354,8 @@ class Bench:
     def __init__(self, settings: EvaluationBenchSettings, device: torch.device):
         self.settings, self.device = settings, device
         self.loaded = load_model(settings.checkpoint, settings.ema) if settings.checkpoint else None
+        if self.loaded:
+            self.loaded.require_pixels("bench_eval.py")
         config = self.loaded.config if self.loaded else {"hidden_dims": (64, 128, 256, 512), "resolution": 64}
         self.hidden_dims = tuple(settings.hidden_dims or config["hidden_dims"])
         self.channels = config.get("channels", 3)

@@ -120,6 +120,7 @@ def main() -> None:
     settings = parse_args()
     device = select_device(settings.device)
     loaded = load_model(settings.checkpoint, settings.ema, device)
+    loaded.require_pixels("bench_heatmap.py")
     images = cli.load_training_images(settings, loaded.config)
     chosen = np.random.default_rng(0).choice(len(images), settings.num_images, replace=False)
     x_64 = to_float(torch.from_numpy(images.pixels[np.sort(chosen)])).to(device)

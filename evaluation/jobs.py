@@ -39,6 +39,7 @@ from evaluation.reference_set import ReferenceSet, from_images, load_reference
 from evaluation.results_table import METRICS, append_row, has_row
 from evaluation.scoring import EITHER_METRICS, FEATURES, JUDGE_METRICS, Scorer, generate, judged, needs_inception
 from evaluation.training_columns import describe_training
+from latent_space import image_channels_of
 from paths.optimal import check_steps
 from paths.path import Path as SamplingPath
 from paths.schedule_file import load_schedule
@@ -391,6 +392,7 @@ class Evaluation:
             if settings.make_solver().reads_variance:
                 loaded.check_variance()
             config, conditions = loaded.config, settings.conditions(loaded)
+            _ = loaded.space  # An autoencoder that is not there is missed now, rather than after a heatmap.
             denoise = conditions.told_classes(loaded.denoise_with_variance)
             training, held_out = cli.load_image_parts(settings, config)
             if self._scorer is None or self._scorer.training.fingerprint != training.fingerprint:
@@ -399,7 +401,7 @@ class Evaluation:
                 self._check_classes(loaded, conditions)
             jobs_in_steps = len(settings.path_type) * len(settings.seeds) * sum(settings.num_steps)
             if resolve_compile(self.device, settings.compile, jobs_in_steps * self._scorer.num_images):
-                shapes = scale_shapes(loaded.model.num_scales, config["channels"], config["resolution"])
+                shapes = scale_shapes(loaded.model.num_scales, config["channels"], loaded.side)
                 batch_size = min(settings.batch_size, self._scorer.num_images)
                 denoise, note = compile_denoiser(
                     denoise, shapes, batch_size, self.device, settings.precision, with_labels=bool(conditions.names)
@@ -422,7 +424,7 @@ class Evaluation:
         return load_reference(
             place,
             config["resolution"],
-            config["channels"],
+            image_channels_of(config),
             self.settings.cache_dir,
             self.settings.num_workers,
             config.get("background", BACKGROUND),

@@ -97,6 +97,7 @@ PUBLISHED_TRAINING = {
     "times": "whole",
     "perceptual_weight": "0",
     "feature_weight": "0",
+    "latents": "none",
     "flip": "no",
 }
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from checkpoint import LoadedModel
-from data import ImageSet, distinct_images, to_uint8
+from data import ImageSet, distinct_images
 from diffusion.sampler import Denoiser, coarse_feed, sample_seeds, scale_shapes
 from diffusion.step import Solver
 from evaluation.feature_metrics import (
@@ -84,11 +84,12 @@ def generate(
 ) -> Generated | None:
     """The fine image of every seed; the processes of a run share the batches, and the first gets all of them.
 
-    A batch holds the same seeds whatever the number of processes, and is computed by one of them, so the images are
-    the same. Returns None on all processes but the first. Raises ValueError if an image is not finite.
+    Latents are decoded, batch by batch. A batch holds the same seeds whatever the number of processes, and is
+    computed by one of them, so the images are the same. Returns None on all processes but the first. Raises
+    ValueError if an image is not finite.
     """
-    device = processes.device
-    shapes = scale_shapes(loaded.model.num_scales, loaded.config["channels"], loaded.config["resolution"])
+    device, space = processes.device, loaded.space
+    shapes = scale_shapes(loaded.model.num_scales, loaded.config["channels"], loaded.side)
     batches = torch.arange(len(seeds)).split(batch_size)[processes.rank :: processes.count]
     mine = torch.cat(batches).tolist() if batches else []
     sampled = sample_seeds(
@@ -96,7 +97,7 @@ def generate(
         batch_size, device, end=end, coarse_from=coarse_feed(loaded.model, coarse_from), solver=solver,
         labels=None if labels is None else [labels[k] for k in mine],
     )  # fmt: skip
-    pixels, features, calls, broken = [torch.empty(0, *shapes[0], dtype=torch.uint8)], [], 0, None
+    pixels, features, calls, broken = [torch.empty(0, *loaded.image_shape, dtype=torch.uint8)], [], 0, None
     with (
         autocast(device, precision),
         _Beside(device, device.type == "cuda" if overlap is None else overlap) as beside,
@@ -105,7 +106,7 @@ def generate(
         for chosen, samples in sampled:
             calls, fine = calls + samples.nfe * len(chosen), samples.images[0]
             finite = fine.isfinite().flatten(1).all(1)  # [B]
-            rounded = to_uint8(fine)  # [B, C, R, R]
+            rounded = space.pixels(fine)  # [B, C, R, R]
             if inception is not None:
                 features.append(beside.submit(inception, rounded))
             pixels.append(rounded.cpu())

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoint import LoadedModel
@@ -47,6 +48,15 @@ def _classes(config: dict[str, Any]) -> str | list[str]:
         return "none"
     # A row is one line, and a name may be a path.
     return [" ".join(name.splitlines()) for name in names] if len(names) <= SHOWN_CLASSES else f"{len(names)} classes"
+
+
+def _latents(config: dict[str, Any]) -> str:
+    if config.get("latents") is None:
+        return "none"
+    # Of a folder its name; which weights it held is said by their fingerprint.
+    name = config["latents"]
+    name = Path(name).name if config.get("latents_is_here") else name
+    return " ".join(f"{name} ({config.get('latents_fingerprint')})".splitlines())
 
 
 def _lr_schedule(config: dict[str, Any]) -> str | None:
@@ -106,6 +116,7 @@ TRAINING_COLUMNS = {
         of_model=True,
     ),
     "resolution": TrainingColumn(_setting("resolution"), "{} px", "count"),
+    "latents": TrainingColumn(lambda loaded, num_images: _latents(loaded.config), "latents {}"),
     "training_images": TrainingColumn(lambda loaded, num_images: num_images, "{:,} training images", "count"),
     "training_data": TrainingColumn(_setting("data_fingerprint"), "data {}", told_by=("training_images", "resolution")),
     "flip": TrainingColumn(_setting("flip"), "flip {}"),

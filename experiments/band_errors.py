@@ -165,6 +165,7 @@ def main() -> None:
     loaded = {name: load_model(file, settings.ema, device) for name, file in files.items()}
     config = next(iter(loaded.values())).config
     for name, model in loaded.items():
+        model.require_pixels("band_errors.py")
         if model.config["data_fingerprint"] != config["data_fingerprint"]:
             raise ValueError(f"{files[name]} was trained on other images than {next(iter(files.values()))}.")
     parts = cli.load_image_parts(settings, config)

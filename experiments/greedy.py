@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cli
 from checkpoint import load_model
 from cli import CheckpointSettings, DataSettings, HardwareSettings
-from data import to_uint8
 from diffusion.sampler import SeededNoise, image_seeds, sample_greedy, scale_shapes
 from evaluation.pixel_metrics import SlicedWasserstein
 from images.representation import OVERCOMPLETE
@@ -60,7 +59,7 @@ def main() -> None:
     images = cli.load_training_images(settings, loaded.config)
     metric = SlicedWasserstein(images.pixels, settings.num_images, device=device)
     log_snr = loaded.scheduler.log_snr.numpy()
-    shapes = scale_shapes(2, loaded.config["channels"], loaded.config["resolution"])
+    shapes = scale_shapes(2, loaded.config["channels"], loaded.side)
 
     def score_of(path: SamplingPath) -> float:
         return score(
@@ -78,7 +77,7 @@ def main() -> None:
                 with autocast(device, settings.precision):
                     rungs = [t for t, _ in base.points]
                     samples = sample_greedy(loaded.denoise, loaded.scheduler, rungs, noise)
-                pixels.append(to_uint8(samples.images[0]).cpu())
+                pixels.append(loaded.space.pixels(samples.images[0]).cpu())
                 calls += samples.nfe.tolist()
                 taken |= {tuple(map(tuple, points)) for points in samples.points.tolist()}
             mean_calls = statistics.mean(calls)

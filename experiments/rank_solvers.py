@@ -230,7 +230,7 @@ def trained(settings: TrainedRankSettings) -> list[dict[str, Any]]:
     if {said["fingerprint"], heatmap["fingerprint"]} != {loaded.fingerprint}:
         raise ValueError("The trajectories, the heatmap and the checkpoint must be of the same weights.")
     planner = TrajectoryPlanner(trajectories, said, PlanCriterionSettings(criterion="trajectory"))
-    shapes = scale_shapes(loaded.model.num_scales, loaded.config["channels"], loaded.config["resolution"])
+    shapes = scale_shapes(loaded.model.num_scales, loaded.config["channels"], loaded.side)
     source = SeededNoise(image_seeds(settings.noise_seed, settings.num_images))
     noise = tuple(source.draw(shape, device) for shape in shapes)
     precision = resolve_precision(device, settings.precision)

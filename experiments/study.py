@@ -11,7 +11,6 @@ import torch
 
 import cli
 from checkpoint import LoadedModel
-from data import to_uint8
 from diffusion.sampler import image_seeds, sample_seeds, scale_shapes
 from diffusion.step import Solver
 from evaluation.pixel_metrics import SlicedWasserstein
@@ -69,13 +68,13 @@ def score(
     solver: Solver | None = None,  # None: DDIM
 ) -> float:
     """Sliced Wasserstein distance (x1000, mean over levels) of images along a path."""
-    shapes = scale_shapes(loaded.model.num_scales, loaded.config["channels"], loaded.config["resolution"])
+    shapes = scale_shapes(loaded.model.num_scales, loaded.config["channels"], loaded.side)
     seeds = image_seeds(seed, num_images)
     batches = sample_seeds(
         loaded.denoise_with_variance, loaded.scheduler, path, seeds, shapes, batch_size, device, solver=solver
     )
     with autocast(device, precision):
-        pixels = torch.cat([to_uint8(samples.images[0]).cpu() for _, samples in batches])
+        pixels = torch.cat([loaded.space.pixels(samples.images[0]).cpu() for _, samples in batches])
     return statistics.mean(metric.distance(pixels).values())
 
 

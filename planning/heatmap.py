@@ -21,7 +21,7 @@ from filelock import FileLock
 import cli
 from checkpoint import MODEL_CLASSES, LoadedModel, describe_model, load_model, peek
 from cli import CheckpointSettings, DataSettings, HardwareSettings
-from data import ImageSet, to_float
+from data import ImageSet
 from paths.optimal import check_steps, find_optimal_paths_all_steps
 from paths.path import GRID_SPACINGS, timestep_grid
 from planning.error_map import DIFFERENTIATED, MAPS, error_map, largest_deviation, published_errors
@@ -203,10 +203,10 @@ def compute(
     usual = heatmap_file(loaded.results, loaded.config["epoch"], loaded.weights, settings.grid, model_type)
     file = beside_figure(settings.output or usual)
     images = cli.load_training_images(settings, loaded.config)
-    if images.channels != loaded.config["channels"]:
+    if images.channels != loaded.image_shape[0]:
         raise ValueError(
             f"The images of '{images.name}' have {images.channels} channel(s) but {settings.checkpoint} was trained on "
-            f"{loaded.config['channels']}; pass another --dataset."
+            f"{loaded.image_shape[0]}; pass another --dataset."
         )
     if settings.num_images > len(images):
         raise ValueError(f"--num_images {settings.num_images} exceeds the {len(images)} images of '{images.name}'.")
@@ -264,7 +264,7 @@ def measure(
     """The map itself, saved by the first process."""
     device = processes.device
     chosen = np.random.default_rng(settings.seed).choice(len(images), settings.num_images, replace=False)
-    x_64 = to_float(torch.from_numpy(images.pixels[np.sort(chosen)])).to(device)
+    x_64 = loaded.space.clean(images, np.sort(chosen), settings.seed, settings.cache_dir, device)
 
     def run(timesteps: np.ndarray, precision: str, **options) -> dict:
         return error_map(

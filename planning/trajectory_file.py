@@ -192,7 +192,7 @@ def measure(settings: TrajectorySettings, loaded: LoadedModel, device: torch.dev
                 "was trained, so that plans will tie the clocks; take more --lines",
                 file=sys.stderr,
             )
-    shapes = scale_shapes(model.num_scales, loaded.config["channels"], loaded.config["resolution"])
+    shapes = scale_shapes(model.num_scales, loaded.config["channels"], loaded.side)
     source = SeededNoise(image_seeds(settings.seed, settings.num_images))
     noise = tuple(source.draw(shape, device) for shape in shapes)
     entered = functools.partial(autocast, device, precision)

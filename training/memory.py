@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from checkpoint import bytes_of
+from latent_space import PixelSpace
 from runtime.device import autocast
 from training.settings import TrainingSettings
 from training.trainer import Trainer
@@ -87,13 +88,15 @@ def training_memory(trainer: Trainer) -> dict[str, int]:
     activations = for_batch(measure, trainer.part_size)
     for backbone in backbones:
         backbone.recompute = recompute
+    autoencoder = {} if isinstance(trainer.space, PixelSpace) else {"autoencoder": trainer.space.autoencoder.nbytes}
     return {
         "weights": weights,
         "gradients": weights,
         "AdamW": 2 * weights,
         "EMA": 0 if trainer.ema is None else weights,
         "VGG": sum(bytes_of(network.state_dict()) for network in networks if network is not trainer.ema),
-        "data set": trainer.batches.pixels.nbytes,
+        "data set": trainer.batches.nbytes,
+        **autoencoder,
         "activations": activations,
     }
 

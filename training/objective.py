@@ -33,14 +33,17 @@ SCALE_LOSSES = ("loss_64", "loss_32")  # Squared errors of predictions; the rest
 MEASURE_NAMES = LOSS_NAMES | {"cross_entropy": "cross-entropy", "accuracy": "accuracy"}  # Of classifiers, too.
 
 
-def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """The random numbers of one training step, a function of seed and step only."""
-    mixed = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]) >> 1
+def step_generator(seed: int, step: int, device: torch.device, *purpose: int) -> torch.Generator:
+    """The random numbers of one training step, a function of seed and step, and of what else than noise they are for.
+
+    purpose: a number of at least 1, or nothing.
+    """
+    mixed = int(np.random.SeedSequence((seed, step, *purpose)).generate_state(1, np.uint64)[0]) >> 1
     return torch.Generator(device).manual_seed(mixed)
 
 
 class TrainingBatch(NamedTuple):
-    """What one step shows the network: clean images in [-1, 1], their noise and their timesteps, image by image."""
+    """What one step shows the network: clean images (or latents), their noise and their timesteps, image by image."""
 
     x_64: torch.Tensor  # [B, C, H, W], in the residual representation the residual, and so the noise
     x_32: torch.Tensor  # [B, C, H/2, W/2]

@@ -148,10 +148,12 @@ def _compare(settings: TrainingSettings, identity: dict[str, Any], saved: dict[s
     """Raise ValueError, naming the first setting that differs from a saved one."""
     saved = settings.before_choices() | saved
     # What follows from another flag comes last, so that the flag is named.
-    for key in sorted(identity, key=lambda key: (key in ("data_fingerprint", "epochs", "beta_schedule"), key)):
+    follows = ("beta_schedule", "channels", "data_fingerprint", "epochs")
+    for key in sorted(identity, key=lambda key: (key in follows, key)):
         if saved.get(key) != identity[key]:
             file = " (--t_pairs with the schedule file of its path)" if "path:" in str(saved.get(key)) else ""
             file = " (--vgg_weights with the weights of then)" if key == "vgg_fingerprint" else file
+            file = " (--latents with the autoencoder of then)" if key == "latents_fingerprint" else file
             raise ValueError(
                 f"{what} with {key} = {saved.get(key)}, not {identity[key]}; resume with the same value{file}, or "
                 "start another --run, or in another --output_dir and --log_dir."

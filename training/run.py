@@ -16,6 +16,8 @@ import cli
 from checkpoint import FILE_STEMS
 from data import ImageSet
 from images.sources import Classes
+from latent_space import side_of
+from networks.autoencoder import load_autoencoder
 from networks.ema import USUAL_RAMPUP, ema_note
 from runtime.device import choose_kernels, is_out_of_memory
 from runtime.distributed import Processes
@@ -55,13 +57,21 @@ def describe(trainer: Trainer, images: ImageSet) -> str:
         notes += classes_note(images)
     if trainer.ema is not None and (note := ema_note(trainer.config, trainer.settings.epochs * len(trainer.batches))):
         notes.append(f"warning: {note}; pass --ema_rampup_ratio {USUAL_RAMPUP}, or a lower --ema_decay.")
+    size = f"{trainer.settings.resolution}x{trainer.settings.resolution}{latents_words(trainer)}"
     line = (
-        f"{trainer.model_type}: {parameters:,} parameters, {len(images)} images of '{images.name}' at "
-        f"{trainer.settings.resolution}x{trainer.settings.resolution}, {len(trainer.batches)} steps per epoch, "
-        f"{', '.join(details)}"
+        f"{trainer.model_type}: {parameters:,} parameters, {len(images)} images of '{images.name}' at {size}, "
+        f"{len(trainer.batches)} steps per epoch, {', '.join(details)}"
     )
     where = f"run {trainer.settings.run}: checkpoints in {trainer.last_file.parent}, logs in {trainer.log_dir}"
     return "\n".join([line, where, *notes])
+
+
+def latents_words(trainer: Trainer) -> str:
+    """What the network sees of the images, where that is not their pixels."""
+    if trainer.settings.latents is None:
+        return ""
+    channels, side = trainer.config["channels"], side_of(trainer.config)
+    return f" as {channels}x{side}x{side} latents of '{trainer.settings.latents}'"
 
 
 def classes_note(images: ImageSet) -> list[str]:
@@ -104,16 +114,17 @@ def train(settings: TrainingSettings) -> None:
         settings, notes = placed(settings)
         # First of all, as the images may take long to be read.
         vgg = load_vgg(settings.vgg_weights) if settings.perceptual_weight else None
+        autoencoder = None if settings.latents is None else load_autoencoder(settings.latents)
         images, held_out = cli.load_image_parts(settings)
         try:
             if settings.dry_run:
-                trainer = Trainer(settings, images, processes, vgg, held_out)
+                trainer = Trainer(settings, images, processes, vgg, held_out, autoencoder)
                 trainer.notes += notes
                 if processes.is_main:
                     print(describe(trainer, images), describe_dry_run(trainer), sep="\n")
             else:
                 with locked(settings) if processes.is_main else nullcontext():
-                    trainer = Trainer(settings, images, processes, vgg, held_out)
+                    trainer = Trainer(settings, images, processes, vgg, held_out, autoencoder)
                     trainer.notes += notes
                     _run(trainer, images, stop)
         except (RuntimeError, MemoryError) as error:

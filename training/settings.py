@@ -319,6 +319,11 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
             )
         if self.vgg_weights is not None and not self.perceptual_weight:
             raise ValueError("--vgg_weights belongs to --perceptual_weight, which is 0; leave it out, or pass both.")
+        if self.latents is not None and (self.perceptual_weight or self.feature_weight):
+            raise ValueError(
+                "--perceptual_weight and --feature_weight compare images in [-1, 1], which latents are not; with "
+                "--latents pass 0 for both."
+            )
         check_regime(self.t_pairs, self.model_type)
         if (self.replan_every or self.replan_images) and not self.follows:
             raise ValueError("--replan_every and --replan_images belong to --t_pairs follow:W; leave them out.")
@@ -388,7 +393,7 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
     @property
     def is_published_kind(self) -> bool:
         """Whether the published code trains such a model, for which it has a place."""
-        return self.preset == "published" and self.representation == "overcomplete"
+        return self.preset == "published" and self.representation == "overcomplete" and self.latents is None
 
     @property
     def follows(self) -> bool:
@@ -401,6 +406,7 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
             "t_pairs": default_regime(self.model_type),
             "t_pairs_points": None,
             "vgg_fingerprint": None,
+            "latents_fingerprint": None,
             "loss_weights": [1.0] * len(self.loss_weights),
             "class_names": None,
             "labels_fingerprint": None,

@@ -33,10 +33,12 @@ from checkpoint import (
     save_checkpoint,
     weights_fingerprint,
 )
-from data import ImageSet, TwoScaleBatches, fingerprint_labels, to_float, to_uint8
+from data import ImageSet, TwoScaleBatches, fingerprint_labels
 from diffusion.sampler import coarse_feed, image_seeds, sample_seeds, scale_shapes
 from figures.images import save_image_grid
 from images.sources import is_here
+from latent_space import LatentSpace, PixelSpace, Space, side_of
+from networks.autoencoder import Autoencoder, load_autoencoder
 from networks.ema import ema_decay_after
 from paths.families import diagonal, log_snr_shift
 from paths.schedule_file import save_schedule
@@ -55,6 +57,7 @@ from runtime.distributed import Processes
 from runtime.safe_write import replacing, versions
 from scheduler import predictions_alone
 from training.classification import CLEAN_NAME, Classification, accuracies
+from training.latent_batches import LatentBatches
 from training.objective import MEASURE_NAMES, TrainingBatch, step_generator
 from training.objectives import OBJECTIVES
 from training.resume import earlier_run
@@ -68,20 +71,22 @@ TIMESTEP_BINS = 10
 GRID_IMAGES = 32
 GRID_STEPS = 18
 # What may differ between a run and its resumption; everything else in the config must be the same. The data themselves
-# are compared by their fingerprint, presets by what they set.
-FREE_KEYS = frozenset({"epochs", "dataset", "dataset_is_here", "run", "preset"})
+# and the autoencoder are compared by their fingerprints, presets by what they set.
+FREE_KEYS = frozenset({"epochs", "dataset", "dataset_is_here", "latents", "latents_is_here", "run", "preset"})
 
 
 class Trainer:
     """Everything a run is made of: weights, EMA, optimizer, schedule, data and position.
 
     A step with a loss or gradient that is not finite leaves weights and optimizer as they were and is counted; the EMA
-    takes those weights once more. vgg: what `load_vgg` makes of the settings, if that has been done before.
+    takes those weights once more. vgg, autoencoder: what `load_vgg` and `load_autoencoder` make of the settings, if
+    that has been done before.
 
     Raises ValueError if `output_dir` or the log folder holds an earlier run that `--resume` does not continue, if a
-    resumed run differs in anything but the place of the data and, at constant rate, the epochs, for a resolution that
-    the levels or patches of the model do not divide, for a batch that processes and parts cannot share evenly, for CUDA
-    graphs where there can be none, for a regime that the model cannot be trained with, and what `load_vgg` raises.
+    resumed run differs in anything but the places of data and autoencoder and, at constant rate, the epochs, for a
+    resolution that the levels or patches of the model do not divide, or whose latents they do not, for a batch that
+    processes and parts cannot share evenly, for CUDA graphs where there can be none, for a regime that the model cannot
+    be trained with, and what `load_vgg`, `load_autoencoder`, `LatentSpace` and its `posteriors` raise.
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class Trainer:
         processes: Processes,
         vgg: VGG | None = None,
         held_out: ImageSet | None = None,  # by which a classifier is measured
+        autoencoder: Autoencoder | None = None,
     ):
         self.settings, self.processes, self.device = settings, processes, processes.device
         self.config = settings.recorded() | {
@@ -101,6 +107,7 @@ class Trainer:
             "num_train_timesteps": 1000,
             "precision": resolve_precision(self.device, settings.precision),
         }
+        self.space = self._space(images, autoencoder)
         if vgg is None and settings.perceptual_weight:
             vgg = load_vgg(settings.vgg_weights)
         # The weights count by what they are, as their file may lie elsewhere when the run is resumed.
@@ -136,9 +143,6 @@ class Trainer:
             if settings.precision == "auto":
                 self.config["precision"] = saved["config"]["precision"]
         self.scheduler = self.scheduler.to(self.device)
-        self.batches = TwoScaleBatches(
-            images, settings.batch_size, settings.seed, self.device, settings.flip, self.labels
-        )
         if settings.batch_size % (processes.count * settings.accumulate):
             raise ValueError(
                 f"--batch_size {settings.batch_size} cannot be split evenly over {processes.count} process(es) with "
@@ -147,11 +151,8 @@ class Trainer:
         self.part_size = settings.batch_size // (processes.count * settings.accumulate)
         torch.manual_seed(settings.seed)
         self.model = build_model(self.config).to(self.device, memory_format=memory_format(self.device))
-        if settings.resolution % self.model.unet.stride:
-            raise ValueError(
-                f"--resolution {settings.resolution} must be a multiple of {self.model.unet.stride} "
-                f"{self.model.unet.stride_reason}"
-            )
+        self._check_side()
+        self.batches = self._batches(images)
         self.model.unet.recompute = settings.recompute
         self.parameters = list(self.model.parameters())
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if settings.ema_decay > 0 else None
@@ -215,6 +216,40 @@ class Trainer:
             known = labels >= 0
             self.held_out = (held_out.pixels[known], labels[known]) if known.any() else None
         return {"class_names": list(classes.names), "labels_fingerprint": fingerprint_labels(classes)}
+
+    def _space(self, images: ImageSet, autoencoder: Autoencoder | None) -> Space:
+        """Where the run takes place; of latents the config says more."""
+        self.config["latents_fingerprint"] = None
+        if self.settings.latents is None:
+            return PixelSpace()
+        space = LatentSpace(autoencoder or load_autoencoder(self.settings.latents), images.channels, self.device)
+        self.config |= space.said()
+        return space
+
+    def _check_side(self) -> None:
+        resolution, stride, reason = self.settings.resolution, self.model.unet.stride, self.model.unet.stride_reason
+        if isinstance(self.space, PixelSpace):
+            if resolution % stride:
+                raise ValueError(f"--resolution {resolution} must be a multiple of {stride} {reason}")
+            return
+        downscale, side = self.config["latents_downscale"], side_of(self.config)
+        if resolution % (2 * downscale):
+            raise ValueError(
+                f"--resolution {resolution} must be a multiple of {2 * downscale}, so that its latents, one value for "
+                f"{downscale}x{downscale} pixels, and their 2x2 means have whole sizes."
+            )
+        if side % stride:
+            raise ValueError(
+                f"--resolution {resolution} has latents of {side}x{side}, whose side must be a multiple of {stride} "
+                f"{reason}"
+            )
+
+    def _batches(self, images: ImageSet) -> TwoScaleBatches:
+        settings = self.settings
+        options = images, settings.batch_size, settings.seed, self.device, settings.flip, self.labels
+        if isinstance(self.space, PixelSpace):
+            return TwoScaleBatches(*options)
+        return LatentBatches(self.space, settings.cache_dir, *options)
 
     @property
     def identity(self) -> dict:
@@ -430,9 +465,9 @@ class Trainer:
     def replan(self) -> None:
         """Move the band of `--t_pairs follow:W` to the path planned with the EMA (else raw) weights, and log that."""
         chosen = np.random.default_rng((self.settings.seed, self.step)).choice(
-            len(self.batches.pixels), self.config["replan_images"], replace=False
+            self.batches.count, self.config["replan_images"], replace=False
         )
-        images = to_float(self.batches.pixels[torch.from_numpy(np.sort(chosen)).to(self.device)])  # [B, C, H, W]
+        images = self.batches.clean(torch.from_numpy(np.sort(chosen)).to(self.device), self.step)  # [B, C, H, W]
         model, pairs = (self.model if self.ema is None else self.ema).eval(), self.objective.pairs
         denoise = self.scheduler.denoiser(model.denoise)
         try:
@@ -474,6 +509,8 @@ class Trainer:
     def sample_grids(self, stop: StopRequest | None = None) -> list[torch.Tensor]:
         """Samples of the EMA (else raw) weights along the t-uniform diagonal of the image, uint8, by predicted scale.
 
+        Of latents both are decoded, the coarse one as an image of half the size.
+
         Raises InterruptedError if a stop is asked for meanwhile.
         """
 
@@ -486,7 +523,7 @@ class Trainer:
         if self.scheduler.representation.image_lead and model.has_two_clocks():
             log_snr = self.scheduler.log_snr.cpu().numpy()
             path = log_snr_shift(path, self.scheduler.representation.image_lead, log_snr)
-        shapes = scale_shapes(model.num_scales, self.config["channels"], self.config["resolution"])
+        shapes = scale_shapes(model.num_scales, self.config["channels"], side_of(self.config))
         seeds = image_seeds(self.settings.seed, GRID_IMAGES)
         names = self.config["class_names"]
         labels = [k % len(names) for k in range(GRID_IMAGES)] if names else None
@@ -506,7 +543,7 @@ class Trainer:
                 )
         finally:
             self.model.train()
-        return [to_uint8(images).cpu() for images in samples.images[: model.num_predictions]]
+        return [self.space.pixels(images).cpu() for images in samples.images[: model.num_predictions]]
 
     def _grid_file(self, scale: str) -> Path:
         return self.log_dir / f"samples_{self.epoch}ep_{scale}.png"

@@ -19,7 +19,8 @@ Clean images are not clamped. L_0 of fine images of 8 bits is their discretised 
 are not of 8 bits: their L_0 is the density, times the width of a grey level in an orthonormal basis, in which the
 coarse one is twice as large. So the bounds of both scales of the residual pair, weighed by dimensions, are that of the
 image but for this; each scale has the chain of its own clock, with the other scale as it is. Of the residual pair
-variances are even over blocks, and dimensions three for every four pixels.
+variances are even over blocks, and dimensions three for every four pixels. Latents, which are no bytes, have the
+density on both scales.
 
 Shapes: B images of a step, T training timesteps.
 """
@@ -76,6 +77,7 @@ class Hybrid(Denoising):
         check_chain(config.get("objective", "hybrid"), scheduler.process, config.get("times", "whole"))
         self._vlb_weight = config.get("vlb_weight") or VLB_WEIGHT
         self._steps = StepTables(scheduler)
+        self._bytes = config.get("latents") is None
 
     def losses(self, denoise: Denoiser, batch: TrainingBatch) -> dict[str, torch.Tensor]:
         """Those of `Denoising`, and the bound of every image per predicted scale, `vlb_64` and maybe `vlb_32`, `[B]`.
@@ -114,7 +116,7 @@ class Hybrid(Denoising):
     def _log_last(
         self, scale: int, x: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor, part: float
     ) -> torch.Tensor:
-        if scale == 0 and part == 1:
+        if scale == 0 and part == 1 and self._bytes:
             return log_probability(x, mean, deviation)
         width = GREY_LEVEL if scale == 0 else GREY_LEVEL / 2
         own = log_density(x, mean, deviation)

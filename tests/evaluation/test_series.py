@@ -86,6 +86,7 @@ SAID = {
     "hidden_dims": ("widths 32,64", "widths 64,128,256,512"),
     "parameters": ("3,586,947 parameters", "58,123,456 parameters"),
     "resolution": ("32 px", "64 px"),
+    "latents": ("latents none", "latents sd-vae (c0ffee)"),
     "training_images": ("640 training images", "1,280 training images"),
     "training_data": ("data cafe", "data feedbeef"),
     "flip": ("flip no", "flip yes"),

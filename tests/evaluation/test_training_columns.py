@@ -62,6 +62,7 @@ def test_every_setting_is_said():
         "hidden_dims": "[8,16]",
         "parameters": str(sum(value.numel() for value in model.model.state_dict().values())),
         "resolution": "16",
+        "latents": "none",
         "training_images": "150",
         "training_data": "feed",
         "flip": "yes",
@@ -98,7 +99,7 @@ def test_an_old_checkpoint_says_what_it_can():
     """Those from before there were choices made them as published."""
     new = ["representation", "loss_weights", "min_snr_gamma", "run", "preset", "data_fingerprint", "ema_rampup_ratio"]
     new += ["timestep_weights", "t_law", "times", "objective", "vlb_weight", "network"]
-    new += ["perceptual_weight", "feature_weight"]
+    new += ["perceptual_weight", "feature_weight", "latents"]
     old = loaded(without=new)
     said, new = describe_training(old, None), describe_training(loaded(more={"preset": "published"}), 99)
     silent = {name: "" for name in ("run", "training_images", "training_data")}
