@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +18,8 @@ from networks.fingerprint import weights_fingerprint
 
 CLASS_NAME = "AutoencoderKL"
 WAY_OUT = (
-    "pass --latents ID, of a hub id such as stabilityai/sd-vae-ft-ema or a folder of save_pretrained, or ID:SUBFOLDER"
+    "pass --latents ID, a hub id such as stabilityai/sd-vae-ft-ema or a folder of save_pretrained, or ID:vae for that "
+    "of a whole Stable Diffusion"
 )
 
 
@@ -129,24 +129,19 @@ def load_autoencoder(name: str) -> Autoencoder:
     loud = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # What is wrong is said once, below.
     try:
-        config: Any = AutoencoderKL.load_config(place, **where)
-        kind = config.get("_class_name") if isinstance(config, dict) else None
-        if kind != CLASS_NAME:
-            inside = isinstance(config, dict) and not subfolder and "vae" in config
-            hint = f"pass {name}:vae" if inside else WAY_OUT
-            raise _OtherClass(f"'{name}' holds a {kind or 'model of another library'}, not an {CLASS_NAME}; {hint}.")
-        with torch.random.fork_rng(devices=[]):
-            model, said = AutoencoderKL.from_pretrained(
-                place, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True, **where
-            )
-    except _OtherClass:
-        raise
+        kind = AutoencoderKL.load_config(place, **where).get("_class_name")
+        if kind == CLASS_NAME:
+            with torch.random.fork_rng(devices=[]):
+                model, said = AutoencoderKL.from_pretrained(
+                    place, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True, **where
+                )
     except Exception as error:  # The libraries raise a dozen types of their own for damage, places and the network.
-        reason = (str(error).strip().split("\n")[0] or "no reason given").rstrip(".")
+        reason = (str(error).strip().split("\n")[0] or "no reason given").rstrip(".:")
         if local:
+            way_out = f"pass --latents {name}:vae" if not subfolder and Path(place, "vae").is_dir() else WAY_OUT
             raise ValueError(
                 f"The folder '{name}' holds no {CLASS_NAME} that can be read ({type(error).__name__}: {reason}); "
-                f"{WAY_OUT}."
+                f"{way_out}."
             ) from error
         raise RuntimeError(
             f"The autoencoder '{name}' is no folder here, and the hub did not give it ({type(error).__name__}: "
@@ -154,6 +149,8 @@ def load_autoencoder(name: str) -> Autoencoder:
         ) from error
     finally:
         logging.set_verbosity(loud)
+    if kind != CLASS_NAME:
+        raise ValueError(f"'{name}' holds a {kind or 'model of another library'}, not an {CLASS_NAME}; {WAY_OUT}.")
     missing = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in said.get(kind) or ()]
     if missing:
         raise ValueError(
@@ -161,7 +158,3 @@ def load_autoencoder(name: str) -> Autoencoder:
             f"shape or too many ({missing[0]}); {WAY_OUT}."
         )
     return Autoencoder(model, name)
-
-
-class _OtherClass(ValueError):
-    """What a folder or a repository holds is something else."""
