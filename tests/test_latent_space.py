@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import latent_space
+from autoencoders import save_autoencoder
 from checkpoint import LoadedModel, build_scheduler
 from data import ImageSet, fingerprint_array, to_float
 from diffusion.sampler import sample
@@ -64,17 +65,9 @@ def config_of(space, **more):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Folders of tiny random autoencoders: one, and one of other weights, which halve twice; one within another."""
-    diffusers = pytest.importorskip("diffusers")
     folder = tmp_path_factory.mktemp("autoencoders")
-    kinds = {"one": 2, "other": 2, "deep": 3, "whole/vae": 2}
-    for seed, (name, levels) in enumerate(kinds.items()):
-        torch.manual_seed(seed)
-        model = diffusers.AutoencoderKL(
-            block_out_channels=(8, 16, 16)[:levels], down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels, latent_channels=4, norm_num_groups=4, layers_per_block=1,
-            scaling_factor=0.5, shift_factor=0.1 if name == "deep" else None,
-        )  # fmt: skip
-        model.save_pretrained(folder / name)
+    for seed, (name, levels) in enumerate({"one": 2, "other": 2, "deep": 3, "whole/vae": 2}.items()):
+        save_autoencoder(folder / name, seed, levels, shift_factor=0.1 if name == "deep" else None)
     return folder
 
 
