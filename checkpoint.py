@@ -284,9 +284,14 @@ class LoadedModel(NamedTuple):
         return side_of(self.config)
 
     @property
+    def image_channels(self) -> int:
+        """Channels of an image, 1 or 3, whatever the model sees of it."""
+        return image_channels_of(self.config)
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image, in pixels."""
-        return image_channels_of(self.config), self.config["resolution"], self.config["resolution"]
+        return self.image_channels, self.config["resolution"], self.config["resolution"]
 
     @property
     def space(self) -> Space:

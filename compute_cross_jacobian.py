@@ -221,10 +221,10 @@ def coupling_of(
 ) -> dict[str, Any]:
     """What `measure_coupling` finds for a model from the noisiest fine timestep `start` on, with log SNRs beside it."""
     images = cli.load_training_images(settings, loaded.config)
-    if images.channels != loaded.image_shape[0]:
+    if images.channels != loaded.image_channels:
         raise ValueError(
             f"The images of '{images.name}' have {images.channels} channel(s) but the model was trained on "
-            f"{loaded.image_shape[0]}; pass another --dataset."
+            f"{loaded.image_channels}; pass another --dataset."
         )
     if settings.coupling_images > len(images):
         raise ValueError(f"--coupling_images {settings.coupling_images} exceeds the {len(images)} of '{images.name}'.")

@@ -34,10 +34,10 @@ def evaluation_images(
                 f"{checkpoint} was not trained without these {len(held_out)} images of '{training.name}'; leave "
                 "--holdout and --limit as they were in training."
             )
-    if images.channels != loaded.image_shape[0]:
+    if images.channels != loaded.image_channels:
         raise ValueError(
             f"The images of '{images.name}' have {images.channels} channel(s) but {checkpoint} was trained on "
-            f"{loaded.image_shape[0]}; pass another --dataset."
+            f"{loaded.image_channels}; pass another --dataset."
         )
     if is_training_set and on == "train":
         print("NOTE: THE NETWORK WAS TRAINED ON THESE IMAGES, so that its scores say nothing of new ones.")

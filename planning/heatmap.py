@@ -203,10 +203,10 @@ def compute(
     usual = heatmap_file(loaded.results, loaded.config["epoch"], loaded.weights, settings.grid, model_type)
     file = beside_figure(settings.output or usual)
     images = cli.load_training_images(settings, loaded.config)
-    if images.channels != loaded.image_shape[0]:
+    if images.channels != loaded.image_channels:
         raise ValueError(
             f"The images of '{images.name}' have {images.channels} channel(s) but {settings.checkpoint} was trained on "
-            f"{loaded.image_shape[0]}; pass another --dataset."
+            f"{loaded.image_channels}; pass another --dataset."
         )
     if settings.num_images > len(images):
         raise ValueError(f"--num_images {settings.num_images} exceeds the {len(images)} images of '{images.name}'.")

@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import compute_cross_jacobian
@@ -159,9 +158,7 @@ def test_maps_and_trajectories_are_of_latents(stage, trained, tmp_path):
     data = "--cache_dir", trained / "cache"
     heatmap, lines = tmp_path / "map.pth", tmp_path / "lines.pth"
     probes = ["--grid", 4, "--K", 1, "--num_images", 2, "--output", heatmap]
-    stage(
-        compute_heatmap_30, "--checkpoint", dual(trained), *probes, *STEPS, *HARDWARE, "--cache_dir", trained / "cache"
-    )
+    stage(compute_heatmap_30, "--checkpoint", dual(trained), *probes, *STEPS, *HARDWARE, *data)
     content = load_heatmap(heatmap)
     assert content["mse_64"].isfinite().all()
     more = ["--path_type", "dp_64", "--heatmap", heatmap]
