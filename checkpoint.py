@@ -298,7 +298,7 @@ class LoadedModel(NamedTuple):
         """Between images and what the model sees of them; raises what `open_space` raises."""
         if self.config.get("latents") is None:
             return open_space(self.config, self.file, "cpu")
-        return open_space(self.config, self.file, next(self.model.parameters()).device)
+        return open_space(self.config, self.file, self.device)
 
     def require_pixels(self, stage: str) -> None:
         """Raise ValueError, naming the stage, for a model of latents, of which it makes no sense or nothing yet."""

@@ -152,6 +152,7 @@ def listed(names: Sequence[str]) -> str:
 
 def _check_classifier(classifier: LoadedClassifier, loaded: LoadedModel) -> None:
     """Raise ValueError unless a classifier reads what the process of a model makes of its images."""
+    loaded.require_pixels("--classifier")
     model = loaded.model
     for what, ours, theirs in (
         ("images at side", loaded.config["resolution"], classifier.config["resolution"]),

@@ -33,6 +33,7 @@ TWO_SCALE_SETTINGS = ("t_pairs", "replan_every", "replan_images", "loss_weights"
 IMAGE_SETTINGS = (
     "network", "objective", "vlb_weight", "perceptual_weight", "feature_weight", "vgg_weights", "prediction_type",
     "min_snr_gamma", "timestep_weights", "replan_every", "replan_images", "loss_weights", "label_dropout",
+    "latents",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ import inpaint
 import interpolate
 import latent_space
 import train_baseline
+import train_classifier
 import train_lift
 from autoencoders import save_autoencoder
 from checkpoint import load_model, read_checkpoint
@@ -28,6 +29,7 @@ from data import read_png
 from planning.map_file import load_heatmap
 from training.settings import TrainingSettings
 
+CLASSIFIER = "checkpoints/classifier_2ep.pth"
 LIVELY = ("--lr", 0.005, "--save_every", 2, "--ema_decay", 0.5, "--seed", 3)
 
 
@@ -263,6 +265,14 @@ def test_terms_that_compare_images_are_refused():
         with pytest.raises(ValueError, match="which latents are not"):
             TrainingSettings(model_type="dual", latents="some/vae", **{name: 0.1})
     assert TrainingSettings(model_type="dual").latents is None
+
+
+def test_classifiers_are_of_pixels(stage, refused, tiny, trained, tmp_path):
+    with pytest.raises(ValueError, match="to which --latents belongs"):
+        TrainingSettings(model_type="classifier", classes="any", latents="some/vae")
+    stage(train_classifier, *tiny(tmp_path / "judge"))
+    words = sample_flags(baseline(trained), tmp_path / "out", "--classifier", tmp_path / "judge" / CLASSIFIER)
+    refused(generate_with_path_30, *words, says=("and --classifier is for models of pixels",))
 
 
 def test_a_run_of_latents_has_its_own_place():
