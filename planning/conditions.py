@@ -276,7 +276,7 @@ class Guidance(NamedTuple):
 
 _NUMBER = r"[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?"
 _LABEL = re.compile(
-    rf"(?P<kind>(?:class .+, )?(?:guidance|(?:guidance (?P<fixed>{_NUMBER}), )?(?P<classifier>classifier) [0-9a-f]+)) "
+    rf"(?P<kind>(?:class .+?, )?(?:guidance|(?:guidance (?P<fixed>{_NUMBER}), )?(?P<classifier>classifier) [0-9a-f]+)) "
     rf"(?P<scale>{_NUMBER})"
 )
 
