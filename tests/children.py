@@ -12,7 +12,7 @@ import torch
 
 import cli
 import train_lift
-from training import trainer as trainer_module
+from training import showing
 from training.trainer import Trainer
 
 # Children start from a process that has imported everything and run nothing, so that each takes no time to start.
@@ -24,7 +24,7 @@ def train_in_child(flags, patches, ready):
     """What a child does: train on one thread, with attributes replaced by what `patches` make of them."""
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w")
-    trainer_module.GRID_STEPS = 2
+    showing.GRID_STEPS = 2
     for place, name, make in patches:
         owner = pkgutil.resolve_name(place)
         setattr(owner, name, make(getattr(owner, name)))

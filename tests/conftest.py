@@ -183,7 +183,7 @@ def tiny():
         return [*TINY, *(word for flag, name in places.items() for word in (flag, str(folder / name)))]
 
     # The sample grids would take most of the time of such a run.
-    with mock.patch("training.trainer.GRID_STEPS", 2):
+    with mock.patch("training.showing.GRID_STEPS", 2):
         yield flags
 
 

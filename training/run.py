@@ -24,6 +24,7 @@ from runtime.distributed import Processes
 from runtime.progress import Progress
 from runtime.safe_write import remove_temporaries, versions
 from runtime.settings import lines_of
+from training import showing
 from training.memory import out_of_memory_message, peak_memory, training_memory
 from training.objective import MEASURE_NAMES
 from training.resume import placed
@@ -166,7 +167,7 @@ def _run(trainer: Trainer, images: ImageSet, stop: StopRequest) -> None:
             file.rename(file.with_name(f"{file.name}.damaged"))
     if trainer.step >= total_steps:
         if is_main:
-            trainer.make_up_for_a_kill()
+            make_up_for_a_kill(trainer)
             print(
                 *trainer.notes, f"{trainer.last_file} is done: {trainer.epoch} of {settings.epochs} epochs.", sep="\n"
             )
@@ -182,13 +183,26 @@ def _run(trainer: Trainer, images: ImageSet, stop: StopRequest) -> None:
         bar = stack.enter_context(progress_bar(trainer, total_steps))
         stop.running = True
         if log is not None:
-            trainer.make_up_for_a_kill(log, stop)
+            make_up_for_a_kill(trainer, log, stop)
         stopped = _loop(trainer, log, bar, stop)
     if is_main and stopped:
         print(
             f"stopped by {stop.signal or 'another process'} after step {trainer.step} of {total_steps}, saved in "
             f"{trainer.last_file}; the same command with --resume auto goes on from there."
         )
+
+
+def make_up_for_a_kill(trainer: Trainer, log: RunLog | None = None, stop: StopRequest | None = None) -> None:
+    """Write what belongs to the trainer's step, comes after its resume file, and is not there."""
+    if not trainer.snapshot_due:
+        return
+    try:
+        if not trainer.snapshot_file.exists():
+            trainer.save_snapshots()
+    except OSError as error:
+        tqdm.write(f"warning: {error}", file=sys.stderr)
+    if not showing.shown_file(trainer).exists():
+        showing.show_epoch(trainer, log, stop)
 
 
 def progress_bar(trainer: Trainer, total_steps: int) -> Progress:
@@ -239,7 +253,7 @@ def _loop(trainer: Trainer, log: RunLog | None, bar: Progress, stop: StopRequest
                     save(trainer, log, must=stopping or trainer.epoch == settings.epochs)
                 if trainer.snapshot_due and not stopping:
                     if log is not None:
-                        trainer.show_epoch(log, stop)
+                        showing.show_epoch(trainer, log, stop)
                     [stopping] = processes.any(stop.signal is not None)
                 last_save = time.monotonic()
                 clock.restart()

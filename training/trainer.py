@@ -7,7 +7,6 @@ would see. docs/training.md says what is promised and where the time goes.
 
 import copy
 import functools
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -34,13 +33,10 @@ from checkpoint import (
     weights_fingerprint,
 )
 from data import ImageSet, TwoScaleBatches, fingerprint_labels
-from diffusion.sampler import coarse_feed, image_seeds, sample_seeds, scale_shapes
-from figures.images import save_image_grid
 from images.sources import is_here
 from latent_space import LatentSpace, PixelSpace, Space, side_of
 from networks.autoencoder import Autoencoder, load_autoencoder
 from networks.ema import ema_decay_after
-from paths.families import diagonal, log_snr_shift
 from paths.schedule_file import save_schedule
 from planning.regimes import parse_regime, resolve_regime
 from planning.replanning import replan
@@ -54,22 +50,18 @@ from runtime.device import (
     resolve_precision,
 )
 from runtime.distributed import Processes
-from runtime.safe_write import replacing, versions
+from runtime.safe_write import versions
 from scheduler import predictions_alone
-from training.classification import CLEAN_NAME, Classification, accuracies
+from training.classification import Classification
 from training.latent_batches import LatentBatches
 from training.objective import MEASURE_NAMES, TrainingBatch, step_generator
 from training.objectives import OBJECTIVES
 from training.resume import earlier_run
-from training.run_log import RunLog
 from training.settings import REPLAN_EVERY, REPLAN_IMAGES, TrainingSettings
-from training.stop import StopRequest
 from training.terms import Term, terms_of
 from training.vgg import VGG, load_vgg
 
 TIMESTEP_BINS = 10
-GRID_IMAGES = 32
-GRID_STEPS = 18
 # What may differ between a run and its resumption; everything else in the config must be the same. The data themselves
 # and the autoencoder are compared by their fingerprints, presets by what they set.
 FREE_KEYS = frozenset({"epochs", "dataset", "dataset_is_here", "latents", "latents_is_here", "run", "preset"})
@@ -187,6 +179,11 @@ class Trainer:
     def epoch(self) -> int:
         """Completed passes over the data."""
         return self.step // len(self.batches)
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The model with EMA weights, or if there are none the model."""
+        return self.model if self.ema is None else self.ema
 
     @property
     def model_type(self) -> str:
@@ -468,7 +465,7 @@ class Trainer:
             self.batches.count, self.config["replan_images"], replace=False
         )
         images = self.batches.clean(torch.from_numpy(np.sort(chosen)).to(self.device), self.step)  # [B, C, H, W]
-        model, pairs = (self.model if self.ema is None else self.ema).eval(), self.objective.pairs
+        model, pairs = self.averaged.eval(), self.objective.pairs
         denoise = self.scheduler.denoiser(model.denoise)
         try:
             curve, path = replan(
@@ -505,98 +502,6 @@ class Trainer:
         except OSError as error:
             tqdm.write(f"warning: {file} could not be written ({error})", file=sys.stderr)
 
-    @torch.no_grad()
-    def sample_grids(self, stop: StopRequest | None = None) -> list[torch.Tensor]:
-        """Samples of the EMA (else raw) weights along the t-uniform diagonal of the image, uint8, by predicted scale.
-
-        Of latents both are decoded, the coarse one as an image of half the size.
-
-        Raises InterruptedError if a stop is asked for meanwhile.
-        """
-
-        def give_up_if_asked(*_) -> None:
-            if stop is not None and stop.signal is not None:
-                raise InterruptedError
-
-        model = (self.model if self.ema is None else self.ema).eval()
-        path = diagonal(GRID_STEPS, "uniform_t", num_scales=model.num_scales)
-        if self.scheduler.representation.image_lead and model.has_two_clocks():
-            log_snr = self.scheduler.log_snr.cpu().numpy()
-            path = log_snr_shift(path, self.scheduler.representation.image_lead, log_snr)
-        shapes = scale_shapes(model.num_scales, self.config["channels"], side_of(self.config))
-        seeds = image_seeds(self.settings.seed, GRID_IMAGES)
-        names = self.config["class_names"]
-        labels = [k % len(names) for k in range(GRID_IMAGES)] if names else None
-        arguments = (
-            self.scheduler.denoiser(model.denoise),
-            self.scheduler,
-            path,
-            seeds,
-            shapes,
-            GRID_IMAGES,
-            self.device,
-        )
-        try:
-            with autocast(self.device, self.config["precision"]):
-                [(_, samples)] = sample_seeds(
-                    *arguments, callback=give_up_if_asked, coarse_from=coarse_feed(model, "x0"), labels=labels
-                )
-        finally:
-            self.model.train()
-        return [self.space.pixels(images).cpu() for images in samples.images[: model.num_predictions]]
-
-    def _grid_file(self, scale: str) -> Path:
-        return self.log_dir / f"samples_{self.epoch}ep_{scale}.png"
-
-    def draw_grids(self, log: RunLog | None = None, stop: StopRequest | None = None) -> None:
-        """Draw samples of both scales to files and on the board, unless asked to stop."""
-        try:
-            # The fine grid is written last: it says that all are there.
-            for scale, grid in reversed(list(zip(("fine", "coarse"), self.sample_grids(stop), strict=False))):
-                save_image_grid(grid.numpy(), self._grid_file(scale), columns=8)
-                if log is not None:
-                    log.images(f"samples_{scale}", grid, self.step)
-        except InterruptedError:
-            pass  # Resuming draws them.
-        except OSError as error:
-            tqdm.write(f"warning: {self._grid_file('fine')} could not be written ({error})", file=sys.stderr)
-
-    @property
-    def _accuracy_file(self) -> Path:
-        return self.log_dir / f"accuracy_{self.epoch}ep.json"
-
-    def write_accuracy(self, log: RunLog | None = None) -> None:
-        """How often a classifier is right on the images held out, by timestep, to a file, on the board and the screen.
-
-        It is that of the EMA (else raw) weights.
-        """
-        if self.held_out is None:
-            return
-        model = (self.model if self.ema is None else self.ema).eval()
-        try:
-            with autocast(self.device, self.config["precision"]):
-                found = accuracies(
-                    model.classify, self.scheduler, *self.held_out, self.settings.seed, self.settings.batch_size
-                )
-        finally:
-            self.model.train()
-        said = {"epoch": self.epoch, "step": self.step, "images": len(self.held_out[0]), "accuracy": found}
-        try:
-            with replacing(self._accuracy_file) as temporary:
-                temporary.write_text(json.dumps(said, indent=2) + "\n")
-        except OSError as error:
-            tqdm.write(f"warning: {self._accuracy_file} could not be written ({error})", file=sys.stderr)
-        if log is not None:
-            log.scalars({f"held-out accuracy/{name}": value for name, value in found.items()}, self.step)
-        tqdm.write(f"epoch {self.epoch}: held-out accuracy {found[CLEAN_NAME]:.4g} of clean images")
-
-    def show_epoch(self, log: RunLog | None = None, stop: StopRequest | None = None) -> None:
-        """Show what the weights of a saved epoch are good for: samples, or how often a classifier is right."""
-        if self.model.predicts_images:
-            self.draw_grids(log, stop)
-        else:
-            self.write_accuracy(log)
-
     @property
     def snapshot_due(self) -> bool:
         """Whether a saved epoch ends at this step."""
@@ -624,16 +529,3 @@ class Trainer:
             # Training changes these weights in place.
             self.owed = {file: copy.deepcopy(content) for file, content in self.owed.items()}
             raise
-
-    def make_up_for_a_kill(self, log: RunLog | None = None, stop: StopRequest | None = None) -> None:
-        """Write what belongs to this step, comes after its resume file, and is not there."""
-        if not self.snapshot_due:
-            return
-        try:
-            if not self.snapshot_file.exists():
-                self.save_snapshots()
-        except OSError as error:
-            tqdm.write(f"warning: {error}", file=sys.stderr)
-        shown = self._grid_file("fine") if self.model.predicts_images else self._accuracy_file
-        if not shown.exists():
-            self.show_epoch(log, stop)

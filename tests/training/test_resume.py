@@ -15,8 +15,7 @@ from children import FORKS, KillAt, SleepAt, signalling, train_in_child
 from conftest import LAST, LOG, RUN, NoRoom, assert_same, assert_same_run, list_files, read_log, run_stage
 from runtime import safe_write
 from runtime.safe_write import replacing, versions
-from training import run_log
-from training import trainer as trainer_module
+from training import run_log, showing
 from training.stop import STOP_SIGNALS
 from training.trainer import Trainer
 
@@ -103,8 +102,8 @@ def test_killed_at_a_random_moment(stage, child, flags, tmp_path, straight, seco
         ("torch", "save", 7),  # The snapshot of the second epoch, after its resume file.
         ("torch", "save", 8),
         ("torch", "save", 14),
-        ("training.trainer", "save_image_grid", 1),
-        ("training.trainer", "save_image_grid", 3),
+        ("training.showing", "save_image_grid", 1),
+        ("training.showing", "save_image_grid", 3),
         ("training.run_log:JsonLines", "write", 2),
     ],
 )
@@ -117,11 +116,11 @@ def test_killed_within_a_save(stage, child, flags, tmp_path, straight, place, na
     assert not list(tmp_path.rglob(".*.tmp*"))
 
 
-@pytest.mark.parametrize("name", ["save_snapshots", "draw_grids"])
+@pytest.mark.parametrize("place", ["training.trainer.Trainer.save_snapshots", "training.showing.draw_grids"])
 @pytest.mark.parametrize("epochs", [2, 4])
-def test_killed_right_after_the_only_resume_file(stage, tiny, cache, tmp_path, straight, name, epochs):
+def test_killed_right_after_the_only_resume_file(stage, tiny, cache, tmp_path, straight, place, epochs):
     flags = [*tiny(tmp_path), "--cache_dir", cache, *RUN, "--resume", "auto", "--epochs"]
-    with mock.patch.object(Trainer, name, mock.Mock(side_effect=KeyboardInterrupt)):
+    with mock.patch(place, mock.Mock(side_effect=KeyboardInterrupt)):
         assert run_stage(train_lift, *flags, epochs, "--save_every", 2 if epochs == 4 else 200).status == 130
     stage(train_lift, *flags, epochs)
     stage(train_lift, *flags, 4)
@@ -159,13 +158,13 @@ def test_resume_auto_ten_times_in_a_row(stage, flags, tmp_path, straight):
 
 
 def test_a_stop_while_the_samples_are_drawn_draws_them_later(stage, flags, tmp_path, straight):
-    sample_seeds = trainer_module.sample_seeds
+    sample_seeds = showing.sample_seeds
 
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGUSR1)
         return sample_seeds(*args, **kwargs)
 
-    with mock.patch.object(trainer_module, "sample_seeds", interrupted):
+    with mock.patch.object(showing, "sample_seeds", interrupted):
         ended = stage(train_lift, *flags)
     assert "stopped by SIGUSR1 after step 6 of 12" in ended.output
     assert not list((tmp_path / LOG).glob("samples_*"))

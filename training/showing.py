@@ -1,0 +1,116 @@
+"""What the weights of a saved epoch are good for: samples of a model, or how often a classifier is right."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from diffusion.sampler import coarse_feed, image_seeds, sample_seeds, scale_shapes
+from figures.images import save_image_grid
+from latent_space import side_of
+from paths.families import diagonal, log_snr_shift
+from runtime.device import autocast
+from runtime.safe_write import replacing
+from training.classification import CLEAN_NAME, accuracies
+from training.run_log import RunLog
+from training.stop import StopRequest
+from training.trainer import Trainer
+
+GRID_IMAGES = 32
+GRID_STEPS = 18
+
+
+def show_epoch(trainer: Trainer, log: RunLog | None = None, stop: StopRequest | None = None) -> None:
+    """Write, and put on the board, what `shown_file` says that there is to see; samples not if a stop is asked for."""
+    if trainer.model.predicts_images:
+        draw_grids(trainer, log, stop)
+    else:
+        write_accuracy(trainer, log)
+
+
+def shown_file(trainer: Trainer) -> Path:
+    """The file that `show_epoch` writes last."""
+    if trainer.model.predicts_images:
+        return _grid_file(trainer, "fine")
+    return trainer.log_dir / f"accuracy_{trainer.epoch}ep.json"
+
+
+def _grid_file(trainer: Trainer, scale: str) -> Path:
+    return trainer.log_dir / f"samples_{trainer.epoch}ep_{scale}.png"
+
+
+@torch.no_grad()
+def sample_grids(trainer: Trainer, stop: StopRequest | None = None) -> list[torch.Tensor]:
+    """Samples of the EMA (else raw) weights along the t-uniform diagonal of the image, uint8, by predicted scale.
+
+    Of latents both are decoded, the coarse one as an image of half the size; of a model with classes, classes take
+    turns. Raises InterruptedError if a stop is asked for meanwhile.
+    """
+
+    def give_up_if_asked(*_) -> None:
+        if stop is not None and stop.signal is not None:
+            raise InterruptedError
+
+    model, config, scheduler = trainer.averaged.eval(), trainer.config, trainer.scheduler
+    path = diagonal(GRID_STEPS, "uniform_t", num_scales=model.num_scales)
+    if scheduler.representation.image_lead and model.has_two_clocks():
+        path = log_snr_shift(path, scheduler.representation.image_lead, scheduler.log_snr.cpu().numpy())
+    names = config["class_names"]
+    try:
+        with autocast(trainer.device, config["precision"]):
+            [(_, samples)] = sample_seeds(
+                scheduler.denoiser(model.denoise),
+                scheduler,
+                path,
+                image_seeds(trainer.settings.seed, GRID_IMAGES),
+                scale_shapes(model.num_scales, config["channels"], side_of(config)),
+                GRID_IMAGES,
+                trainer.device,
+                callback=give_up_if_asked,
+                coarse_from=coarse_feed(model, "x0"),
+                labels=[k % len(names) for k in range(GRID_IMAGES)] if names else None,
+            )
+    finally:
+        trainer.model.train()
+    return [trainer.space.pixels(images).cpu() for images in samples.images[: model.num_predictions]]
+
+
+def draw_grids(trainer: Trainer, log: RunLog | None = None, stop: StopRequest | None = None) -> None:
+    """Draw samples of both scales to files and on the board, unless asked to stop."""
+    try:
+        # The fine grid is written last: it says that all are there.
+        for scale, grid in reversed(list(zip(("fine", "coarse"), sample_grids(trainer, stop), strict=False))):
+            save_image_grid(grid.numpy(), _grid_file(trainer, scale), columns=8)
+            if log is not None:
+                log.images(f"samples_{scale}", grid, trainer.step)
+    except InterruptedError:
+        pass  # Resuming draws them.
+    except OSError as error:
+        tqdm.write(f"warning: {shown_file(trainer)} could not be written ({error})", file=sys.stderr)
+
+
+def write_accuracy(trainer: Trainer, log: RunLog | None = None) -> None:
+    """How often a classifier is right on the images held out, by timestep, to a file, on the board and the screen.
+
+    It is that of the EMA (else raw) weights.
+    """
+    if trainer.held_out is None:
+        return
+    settings = trainer.settings
+    try:
+        with autocast(trainer.device, trainer.config["precision"]):
+            classify = trainer.averaged.eval().classify
+            found = accuracies(classify, trainer.scheduler, *trainer.held_out, settings.seed, settings.batch_size)
+    finally:
+        trainer.model.train()
+    said = {"epoch": trainer.epoch, "step": trainer.step, "images": len(trainer.held_out[0]), "accuracy": found}
+    try:
+        with replacing(shown_file(trainer)) as temporary:
+            temporary.write_text(json.dumps(said, indent=2) + "\n")
+    except OSError as error:
+        tqdm.write(f"warning: {shown_file(trainer)} could not be written ({error})", file=sys.stderr)
+    if log is not None:
+        log.scalars({f"held-out accuracy/{name}": value for name, value in found.items()}, trainer.step)
+    tqdm.write(f"epoch {trainer.epoch}: held-out accuracy {found[CLEAN_NAME]:.4g} of clean images")
