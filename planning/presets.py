@@ -111,15 +111,29 @@ def balanced_weights(representation: str) -> tuple[float, float]:
 
 
 def preset_help() -> str:
-    """What each preset sets, in one line."""
-    texts = []
-    for name, preset in PRESETS.items():
-        weights, pairs = preset["loss_weights"], preset["t_pairs"]
-        weights = weights if isinstance(weights, str) else ",".join(f"{weight:g}" for weight in weights)
-        pairs = " or ".join(f"{regime} ({kind})" for kind, regime in pairs.items())
-        names = ("network", "process", "prediction_type", "beta_schedule", "ema_rampup_ratio")
-        flags = " ".join(f"--{name} {preset[name] or 0}" for name in names if preset[name] not in ("unet", "vp"))
-        terms = (f" --{name} {preset[name]:g}" for name in ("perceptual_weight", "feature_weight") if preset[name])
-        flags += "".join(terms)
-        texts.append(f"{name}: {flags} --loss_weights {weights}, for dual models --t_pairs {pairs}")
-    return "; ".join(texts)
+    """What each preset sets, in one line: of the first two what they differ in, of others what they change of it."""
+    first = ("published", "improved")
+    texts = [_described(name, other) for name, other in (first, first[::-1])]
+    texts += [_described(name, "improved") for name in PRESETS if name not in first]
+    return "; ".join([*texts[:2], f"as improved but for what is named, {texts[2]}", *texts[3:]])
+
+
+def _described(name: str, other: str) -> str:
+    """The flags of what a preset sets otherwise than another one; a process without noise schedules says its own."""
+    values = {key: value for key, value in PRESETS[name].items() if value != PRESETS[other][key]}
+    pairs = values.pop("t_pairs", None)
+    if values.get("beta_schedule") == values.get("process"):
+        values.pop("beta_schedule", None)
+    texts = [f"--{key} {_written(value)}" for key, value in values.items()]
+    if pairs is not None:
+        kinds = {regime: [kind for kind in pairs if pairs[kind] == regime] for regime in pairs.values()}
+        said = (regime + f" ({kind[0]})" * (len(kinds) > 1) for regime, kind in kinds.items())
+        texts.append("for dual models --t_pairs " + " or ".join(said))
+    return f"{name}: {' '.join(texts)}"
+
+
+def _written(value: Any) -> str:
+    """A value as a flag takes it."""
+    if isinstance(value, tuple):
+        return ",".join(f"{number:g}" for number in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -185,9 +185,26 @@ def test_help_says_what_presets_set(stage, script):
     words = " ".join(stage(script, "--help").output.split())
     # Lines are broken within words that hold a hyphen.
     assert preset_help().replace(" ", "") in words.replace(" ", "")
-    for preset in PRESETS.values():
-        for name in ("prediction_type", "beta_schedule", "ema_rampup_ratio"):
-            assert f"--{name} {preset[name] or 0}" in preset_help()
+
+
+def test_flags_that_help_names_are_the_whole_of_a_preset():
+    said = dict(
+        text.split(": ", 1) for text in preset_help().replace("as improved but for what is named, ", "").split("; ")
+    )
+    assert list(said) == list(PRESETS)
+    for name in said.keys() - {"published", "improved"}:
+        words = said[name].split()
+        flags = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
+        flags |= {key: float(value) for key, value in flags.items() if key.endswith("_weight")}
+        spelt, named = (
+            TrainingSettings(model_type="dual", **given) for given in ({"preset": "improved"} | flags, {"preset": name})
+        )
+        assert {key: getattr(spelt, key) for key in PRESETS[name]} == {
+            key: getattr(named, key) for key in PRESETS[name]
+        }
+    for name, other in (("published", "improved"), ("improved", "published")):
+        differ = {key for key, value in PRESETS[name].items() if value != PRESETS[other][key]}
+        assert {word.removeprefix("--") for word in said[name].split() if word.startswith("--")} == differ
 
 
 def test_a_preset_counts_anew_in_a_copy():
