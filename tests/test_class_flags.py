@@ -87,6 +87,15 @@ def test_a_checkpoint_says_the_classes_and_a_stopped_run_ends_as_one_in_one_go(s
     assert table.shape[0] == 4 and (table.std(1) > 0).all()
 
 
+@pytest.mark.parametrize("holdout, is_unseen", [(4, True), (3, False)])
+def test_classes_without_an_image_to_train_on_are_named(stage, tiny, cache, tmp_path, holdout, is_unseen):
+    # The built-in animals take turns: four of twelve images, spread evenly, are all those of one kind.
+    data = ["--dataset", "synthetic", "--limit", 12, "--holdout", holdout, "--cache_dir", cache, "--batch_size", 4]
+    ended = stage(train_baseline, *tiny(tmp_path), *data, "--classes", "--dry_run")
+    said = [line for line in ended.output.splitlines() if line.startswith("warning: no image of ")]
+    assert len(said) == is_unseen and all("no image of dog is among" in line for line in said)
+
+
 def test_a_run_goes_on_with_the_same_labels_alone(stage, refused, tiny, folder, cache, tmp_path):
     pets = tmp_path / "pets"
     shutil.copytree(folder, pets)

@@ -4,11 +4,12 @@ import json
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
@@ -19,6 +20,7 @@ from images.sources import Classes
 from latent_space import side_of
 from networks.autoencoder import load_autoencoder
 from networks.ema import USUAL_RAMPUP, ema_note
+from planning.conditions import listed
 from runtime.device import choose_kernels, is_out_of_memory
 from runtime.distributed import Processes
 from runtime.progress import Progress
@@ -54,8 +56,7 @@ def describe(trainer: Trainer, images: ImageSet) -> str:
             f"warning: at t=999 schedule '{trainer.settings.beta_schedule}' has so little signal that a noise "
             "prediction says nothing of the image there; --prediction_type v does."
         )
-    if trainer.labels is None:
-        notes += classes_note(images)
+    notes += classes_note(images) if trainer.labels is None else unseen_note(names, trainer.labels)
     if trainer.ema is not None and (note := ema_note(trainer.config, trainer.settings.epochs * len(trainer.batches))):
         notes.append(f"warning: {note}; pass --ema_rampup_ratio {USUAL_RAMPUP}, or a lower --ema_decay.")
     size = f"{trainer.settings.resolution}x{trainer.settings.resolution}{latents_words(trainer)}"
@@ -86,6 +87,17 @@ def classes_note(images: ImageSet) -> list[str]:
     found = " and ".join(words(classes) for classes in images.classes if len(classes.present) > 1)
     text = f"note: the images have {found}; the model is trained without them (unconditionally); --classes tells it"
     return [text] if found else []
+
+
+def unseen_note(names: Sequence[str], labels: np.ndarray) -> list[str]:
+    """The line that says of which classes no image is trained on, if there are such."""
+    seen = {*np.unique(labels).tolist()}
+    unseen = [name for k, name in enumerate(names) if k not in seen]
+    text = (
+        f"warning: no image of {listed(unseen)} is among those that are trained on, so that nothing is learned of what "
+        "it looks like; take more images with --limit, or hold out another number with --holdout."
+    )
+    return [text] if unseen else []
 
 
 def describe_dry_run(trainer: Trainer) -> str:
