@@ -479,8 +479,8 @@ class Evaluation:
         without = [metric for metric in settings.metrics if metric in JUDGE_METRICS and scorer.floors[metric] is None]
         if without and self.processes.is_main:
             print(
-                f"note: {', '.join(without)} of real images would need images held out of training, with labels for "
-                "ca, and there are none, or too few; train with --holdout N",
+                f"note: {', '.join(without)} of real images would need images held out of training, for ca with "
+                "labels of the judge's classes, and there are none, or too few; train with --holdout N",
                 file=sys.stderr,
             )
         return scorer
