@@ -85,8 +85,8 @@ def classes_note(images: ImageSet) -> list[str]:
         return f"{len(classes.present):,} classes by {classes.by} ({', '.join(shown)}{more})"
 
     found = " and ".join(words(classes) for classes in images.classes if len(classes.present) > 1)
-    text = f"note: the images have {found}; the model is trained without them (unconditionally); --classes tells it"
-    return [text] if found else []
+    text = f"note: the images have {found}; the model is trained without them (unconditionally)"
+    return [f"{text}; pass --classes to tell it"] if found else []
 
 
 def unseen_note(names: Sequence[str], labels: np.ndarray) -> list[str]:
