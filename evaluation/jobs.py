@@ -357,7 +357,7 @@ class Evaluation:
                 "regime": loaded.config.get("t_pairs") or default_regime(loaded.config["model_type"]),
                 "representation": loaded.scheduler.representation.name if loaded.model.num_scales > 1 else "",
                 "solver": chosen.solver_label,
-                "guidance": " ".join(conditions.label.splitlines()),
+                "guidance": conditions.label,
                 **trained,
                 "seconds": round(sampling_seconds + time.perf_counter() - start, 1),
                 "checkpoint": job.checkpoint.name,

@@ -150,6 +150,11 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {len(names) - SHOWN_NAMES} more" * (len(names) > SHOWN_NAMES))
 
 
+def _written(number: float) -> str:
+    """A number to its last digit, as two that are not equal are two scales; whole ones without a point."""
+    return str(float(number)).removesuffix(".0")
+
+
 def _check_classifier(classifier: LoadedClassifier, loaded: LoadedModel) -> None:
     """Raise ValueError unless a classifier reads what the process of a model makes of its images."""
     loaded.require_pixels("--classifier")
@@ -230,14 +235,14 @@ class Conditions:
 
     @property
     def label(self) -> str:
-        """What rows of results call it: empty without classes."""
+        """What rows of results call it, one line: empty without classes."""
         if not self.names:
             return ""
         words = [] if self.all_classes else [f"class {'+'.join(self.names)}"]
-        words += [f"guidance {self.scale:g}"] if self.told else []
+        words += [f"guidance {_written(self.scale)}"] if self.told else []
         if self.classifier is not None:
-            words.append(f"classifier {self.classifier.fingerprint} {self.classifier_scale:g}")
-        return ", ".join(words)
+            words.append(f"classifier {self.classifier.fingerprint} {_written(self.classifier_scale)}")
+        return " ".join(", ".join(words).splitlines())
 
     @property
     def title(self) -> str:
@@ -251,12 +256,12 @@ class Conditions:
 
     @property
     def suffix(self) -> str:
-        """What names of folders add for it."""
+        """What names of folders add for it; a column of labels may hold what no name of a folder may."""
         if not self.names:
             return ""
-        words = [] if self.all_classes else ["-".join(self.names)]
-        words += [f"g{self.scale:g}"] if self.told and self.scale != 1.0 else []
-        words += [f"c{self.classifier_scale:g}"] if self.classifier is not None else []
+        words = [] if self.all_classes else [re.sub(r"[/\\\n\r]+", "-", "-".join(self.names))]
+        words += [f"g{_written(self.scale)}"] if self.told and self.scale != 1.0 else []
+        words += [f"c{_written(self.classifier_scale)}"] if self.classifier is not None else []
         return "".join(f"_{word}" for word in words)
 
 

@@ -190,3 +190,19 @@ def test_the_scale_is_read_from_what_rows_call_it(write, scale):
 def test_what_names_no_scale_is_refused(text):
     with pytest.raises(ValueError, match="no scale of guidance|no guidance is named"):
         guidance_of(text)
+
+
+def test_what_files_and_rows_call_classes_of_any_name(write):
+    model = write("baseline", class_names=["a/b", "c\nd", "../e"])
+    found = conditions(model, classes=("a/b", "c\nd"), guidance_scale=2.0)
+    assert (found.label, found.suffix) == ("class a/b+c d, guidance 2", "_a-b-c-d_g2")
+    assert conditions(model, classes=("../e",)).suffix == "_..-e"
+
+
+def test_scales_that_differ_are_called_differently(write):
+    model = write("baseline", class_names=NAMES)
+    scales = (0.0, 0.1, 2.0, 2.0000001, 1e-7, 1e6, 1e20)
+    found = {scale: conditions(model, guidance_scale=scale) for scale in scales}
+    assert {scale: guidance_of(one.label).scale for scale, one in found.items()} == {scale: scale for scale in scales}
+    assert len({one.suffix for one in found.values()}) == len(scales)
+    assert found[2.0].label == "guidance 2"
