@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from data import coarse, to_float
+from diffusion.sampler import SeededNoise
 from images.representation import Images
 from scheduler import DDIMScheduler
 from training.objective import Noising, TrainingBatch
@@ -63,12 +64,12 @@ def accuracies(
     device, last = scheduler.alphas.device, scheduler.num_train_timesteps - 1
     times = [round(k * last / (LEVELS - 1)) for k in range(LEVELS)]
     right = dict.fromkeys((CLEAN_NAME, *map(str, times)), 0)
-    generator = torch.Generator(device).manual_seed(seed)
     for start in range(0, len(pixels), batch_size):
         x = to_float(torch.from_numpy(np.array(pixels[start : start + batch_size])).to(device))  # [B, C, R, R]
         truth = torch.from_numpy(np.array(labels[start : start + batch_size])).to(device)  # [B]
         pair = x, coarse(x)
-        noise = tuple(torch.randn(each.shape, generator=generator, device=device) for each in pair)
+        drawn = SeededNoise([(seed, place) for place in range(start, start + len(x))])
+        noise = tuple(drawn.draw(each.shape[1:], device) for each in pair)
         clean, noise = map(scheduler.representation.project, (pair, noise))
         for name in right:
             t = torch.full((len(x),), 0 if name == CLEAN_NAME else int(name), device=device)

@@ -101,6 +101,10 @@ def test_accuracy_by_timestep_of_a_rule_that_is_right_below_one():
     other = {}
     accuracies(lambda xs, ts: other.setdefault(len(other), xs)[0][:, 0, 0, :2], SCHEDULER, pixels, truth, 0, 4)
     assert torch.equal(other[1][0], shown[0, 0][1][0])
+    # However many are shown at once.
+    wider = {}
+    accuracies(lambda xs, ts: wider.setdefault(len(wider), xs)[0][:, 0, 0, :2], SCHEDULER, pixels, truth, 0, 7)
+    assert torch.equal(wider[1][0][:4], other[1][0]) and torch.equal(wider[1][0][4:], other[13][0])
 
 
 # Runs
