@@ -49,7 +49,7 @@ TRAINING_KEYS = (
     "limit", "holdout", "resize_filter", "background", "pad", "skip_bad_images", "flip", "data_fingerprint", "epochs",
     "batch_size", "lr", "lr_schedule", "weight_decay", "grad_clip", "ema_decay", "ema_rampup_ratio", "t_pairs",
     "loss_weights", "perceptual_weight", "feature_weight", "min_snr_gamma", "timestep_weights", "t_law", "times",
-    "objective", "vlb_weight", "seed", "precision", "epoch", "step", "weights",
+    "objective", "vlb_weight", "label_dropout", "seed", "precision", "epoch", "step", "weights",
 )  # fmt: skip
 
 

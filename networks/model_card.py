@@ -113,6 +113,7 @@ def _training_section(config: dict[str, Any]) -> str:
         ("feature matching, weight", "{feature_weight:g}", ("feature_weight",)),
         ("objective", "{objective}", ("objective",)),
         ("weight of the bound, bits per dimension", "{vlb_weight:g}", ("vlb_weight",)),
+        ("images whose class was not told", "{label_dropout:.0%}", ("label_dropout",)),
         ("min-SNR weights of the timesteps", "gamma {min_snr_gamma:g}", ("min_snr_gamma",)),
         ("weights of the timesteps", "{timestep_weights}", ("timestep_weights",)),
         ("timesteps", "{t_law}, {times} numbers", ("t_law", "times")),
@@ -187,7 +188,8 @@ def model_card(config: dict[str, Any], model: nn.Module, standalone: bool = True
 def _classes(names: Sequence[str], standalone: bool) -> str:
     if not names:
         return UNCONDITIONAL
-    shown = [*names[:SHOWN_CLASSES], *(["…"] if len(names) > SHOWN_CLASSES else [])]
+    # An item of a list is one line, and a name may have several.
+    shown = [" ".join(name.splitlines()) for name in names[:SHOWN_CLASSES]] + ["…"] * (len(names) > SHOWN_CLASSES)
     text = PROGRAM_OF_NO_CLASS if standalone else CLASSES
     return text.format(count=len(names), names=", ".join(shown))
 

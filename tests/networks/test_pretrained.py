@@ -596,8 +596,8 @@ def test_the_snippet_of_the_card_calls_the_exported_network(program, exported, m
 
 
 def test_a_model_with_classes_comes_back_with_them_and_its_program_is_of_the_null_class(program, exported):
-    names = ["bird", "cat", "dog"]
-    folder = exported("baseline", class_names=names)
+    names = ["bird", "big\ncat", "dog"]
+    folder = exported("baseline", class_names=names, label_dropout=0.1)
     model = MODEL_CLASSES["baseline"].from_pretrained(folder)
     assert model.num_classes == 3 and model.config["class_names"] == names
     state = content("baseline", class_names=names)["model_state"]
@@ -608,8 +608,10 @@ def test_a_model_with_classes_comes_back_with_them_and_its_program_is_of_the_nul
         without, told = (model.denoise((x,), (t,), *labels)[0] for labels in ((), (torch.tensor([1, 1]),)))
     torch.testing.assert_close(found, without, rtol=1e-5, atol=1e-6)
     assert (found - told).abs().max() > 1e-3
-    text = " ".join((folder / "README.md").read_text().split())
-    assert "told of 3 classes in training (bird, cat, dog)" in text
+    card = (folder / "README.md").read_text()
+    assert "told of 3 classes in training (bird, big cat, dog)" in card
+    assert "| images whose class was not told | 10% |" in card
+    text = " ".join(card.split())
     assert "`model.pt2` and `sample.py` are of the null class" in text and "- It is unconditional" not in text
 
 
