@@ -347,10 +347,9 @@ def _load(
     except (KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"Checkpoint {file} does not fit the model its config describes; it is damaged.") from error
     if ema and (note := ema_note(config, config["step"])):
-        say_once(
-            f"warning: {file}: {note}; use the raw weights, train longer, or train with --ema_rampup_ratio "
-            f"{USUAL_RAMPUP}"
-        )
+        # Of a classifier nobody chooses the weights.
+        raw = "" if config["model_type"] in CLASSIFIERS else "use the raw weights, "
+        say_once(f"warning: {file}: {note}; {raw}train longer, or train with --ema_rampup_ratio {USUAL_RAMPUP}")
     model = model.to(device, memory_format=memory_format(torch.device(device))).eval().requires_grad_(False)
     return model, scheduler, config, weights_fingerprint(state)
 
@@ -388,7 +387,7 @@ def load_classifier(file: str | os.PathLike, device: torch.device | str = "cpu")
 
     Raises what `load_model` raises, and ValueError for a checkpoint of anything else.
     """
-    content = read_checkpoint(file)
+    content = read_checkpoint(need_file(file, "Classifier", "train one with train_classifier.py, or pass another file"))
     if content["config"].get("model_type") not in CLASSIFIERS:
         raise ValueError(f"{file} is no classifier; pass a checkpoint of train_classifier.py.")
     model, scheduler, config, fingerprint = _load(file, content, content["ema_state"] is not None, device)

@@ -353,7 +353,7 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
             )
         if self.objective == "vlb" and (self.perceptual_weight or self.feature_weight):
             raise ValueError(
-                "--objective vlb minimises the bound alone; leave --perceptual_weight and --feature_weight out, or use "
+                "--objective vlb minimises the bound alone; pass --perceptual_weight 0 and --feature_weight 0, or use "
                 "hybrid."
             )
         if self.objective == "hybrid" and self.vlb_weight is None:

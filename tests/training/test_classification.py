@@ -253,6 +253,8 @@ def test_a_model_is_no_classifier(run, trained):
     folder, kind = trained
     with pytest.raises(ValueError, match="which makes no images"):
         load_model(folder / f"checkpoints/{kind}_12ep.pth")
+    with pytest.raises(FileNotFoundError, match=r"^Classifier .* does not exist; train one with train_classifier"):
+        load_classifier(folder / "none.pth")
 
 
 def test_a_run_of_classifiers_has_nothing_to_score(trained, refused, tmp_path, monkeypatch):
