@@ -109,16 +109,7 @@ def _unpacked(file: Path, read: Callable[[str], torch.Tensor]) -> np.ndarray:
             shutil.copyfileobj(packed, whole)
             whole.flush()
             return read(whole.name).numpy()
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AssertionError,
-        LookupError,
-        EOFError,
-        gzip.BadGzipFile,
-        zlib.error,
-    ) as error:
+    except DAMAGE as error:
         raise ValueError(f"{file} is damaged, perhaps cut short; copy or download it again.") from error
 
 
