@@ -253,10 +253,15 @@ def draw_overview(settings: OverviewSettings) -> None:
     plot_path_and_samples(path, samples, num_train_timesteps, settings.output, settings.title)
 
 
+def table_rows(file: str | Path) -> list[dict[str, str]]:
+    """The rows of a results table, which must be there."""
+    return read_rows(need_file(file, "Results table", "give one that eval_fid_batch.py wrote"))
+
+
 def draw_scores(settings: ScoresSettings) -> None:
     """Mean and deviation over seeds, one curve for each series and kind of weights."""
     wanted = {name: str(value) for name in ("num_images", "nfe") if (value := getattr(settings, name)) is not None}
-    rows = [row for file in settings.inputs for row in read_rows(file)]
+    rows = [row for file in settings.inputs for row in table_rows(file)]
     results = named_results(row for row in rows if all(row[name] == value for name, value in wanted.items()))
     results = sorted(results, key=lambda result: result["series"].rank)
     named_rows = [result | {"name": result["series"].title} for result in results]
@@ -269,7 +274,7 @@ def draw_against_nfe(settings: AgainstCallsSettings) -> None:
     drawn = []
     regimes = None if settings.regime is None else [str(parse_regime(text)) for text in settings.regime]
     for name, file in named(settings.inputs).items():
-        rows = [row for row in read_rows(file) if settings.path_type is None or row["path_type"] in settings.path_type]
+        rows = [row for row in table_rows(file) if settings.path_type is None or row["path_type"] in settings.path_type]
         if regimes is not None:
             rows = [r for r in rows if default_regime(r["model_type"]) != "independent" or r["regime"] in regimes]
         results = [result for result in named_results(rows) if result[f"{settings.metric}_mean"] is not None]
@@ -297,7 +302,7 @@ def draw_guidance(settings: GuidanceFigureSettings) -> None:
     """Precision against recall, and a distance against the scale, mean and deviation over seeds, a curve per series."""
     where = " and ".join(settings.inputs)
     try:
-        results = guided_results(row for file in settings.inputs for row in read_rows(file))
+        results = guided_results(row for file in settings.inputs for row in table_rows(file))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     there = [name for name in DISTANCES if any(result[f"{name}_mean"] is not None for result in results)]

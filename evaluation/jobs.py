@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
@@ -297,7 +298,7 @@ class Evaluation:
             walk = f"-{chosen.solver_label.replace(' ', '-')}"
         # Images depend on where the network's coarse image comes from as they do on the solver.
         walk += f"-{job.coarse_from}" if job.coarse_from else ""
-        walk += f"-{conditions.label.replace(', ', '-').replace(' ', '-')}" if conditions.names else ""
+        walk += f"-{quote(conditions.label, safe='')}" if conditions.names else ""  # So that no two labels meet.
         solver = chosen.make_solver()
         key = {
             "checkpoint_fingerprint": loaded.fingerprint,

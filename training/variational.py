@@ -6,7 +6,8 @@ log variance = v log beta + (1 - v) log beta_tilde (eq. 15; `DDIMScheduler.split
     L_vlb = L_0 + L_1 + ... + L_(T-1),    L_t = KL(q(z_(t-1) | z_t, x) || p(z_(t-1) | z_t)),    L_0 = -log p(x | z_0)
 
 without the KL of the prior, of which nothing can be learnt. It is estimated by T L_t of the timestep that was drawn, in
-bits per dimension: the losses `vlb_64` and `vlb_32`. Drawn evenly, their mean is the sum over the chain.
+bits per dimension: the losses `vlb_64` and `vlb_32`. Drawn evenly, their mean is the sum over the chain;
+a clock that follows another (`band`, `follow`) is not, and its loss is weighed by how often its timesteps come.
 
     hybrid  squared error + `vlb_weight` L_vlb (eq. 16), by L_vlb with respect to the variances alone
     vlb     L_vlb, with respect to both
