@@ -58,7 +58,7 @@ from cli import HardwareSettings
 from data import ImageSet, coarse, to_float
 from machine import WARM_UP_STEPS, describe_machine, diffusers, matmul_peak, synchronize, turns
 from model import ATTENTION_MIN_CHANNELS, ScaleModel, network_name
-from networks.blocks import NUM_GROUPS
+from networks.blocks import NUM_GROUPS, levels_reason
 from planning.regimes import resolve_regime
 from runtime.device import AUTOCAST_DTYPES, choose_kernels, resolve_precision, select_device
 from runtime.distributed import Processes
@@ -249,7 +249,8 @@ class DiffusersBaseline(ScaleModel):
             candidates = range(step, 2 * hidden_dims[-1] + 1, step)
             last_width = min(candidates, key=lambda width: abs(count(build(width)) - wanted))
         self.unet = build(last_width)
-        self.unet.stride = 2 ** (len(hidden_dims) - 1)  # Which the trainer asks for.
+        # Which the trainer asks for.
+        self.unet.stride, self.unet.stride_reason = 2 ** (len(hidden_dims) - 1), levels_reason(hidden_dims)
 
     def forward(self, x_64: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return self.unet(x_64, t).sample

@@ -52,10 +52,10 @@ class Spy:
     """A denoiser of as many scales as it is given, or of the fine one, which keeps what it was called with."""
 
     def __init__(self, fine_only=False):
-        self.fine_only, self.calls = fine_only, []
+        self.fine_only, self.seen = fine_only, []
 
     def __call__(self, xs, ts):
-        self.calls.append((xs, tuple(t[0].item() for t in ts)))
+        self.seen.append((xs, tuple(t[0].item() for t in ts)))
         fine = 0.6 * xs[0] + 0.2 * torch.roll(xs[0], 1, -1)
         if len(xs) == 1:
             return (fine,)
@@ -147,7 +147,7 @@ def test_jumps_visit_the_points_of_a_list_by_hand(num_steps, jump_length, jump_r
     images, masks = to_float(pixels_of(2)).double(), scale_masks(mask_of(), 8, 2)
     samples = repaint(spy, SCHEDULER, path, images, masks, drawer(2), 1.0, jump_length, jump_repeats)
     points = visited(num_steps, jump_length, jump_repeats)
-    assert [ts for _, ts in spy.calls] == [path.points[k] for k in points]
+    assert [ts for _, ts in spy.seen] == [path.points[k] for k in points]
     counts = jump_counts(num_steps, jump_length, jump_repeats)
     assert samples.nfe == len(points) == num_steps + jump_length * sum(counts.values())
 
@@ -262,7 +262,7 @@ def test_repaint_is_a_plain_loop(name, scale, feed, eta, jumps):
     expected = by_hand(spies[1], SCHEDULER, path, images, masks, left, *options)
     assert next(left, None) is None
     torch.testing.assert_close(samples.images[0], expected, rtol=1e-6, atol=1e-6)
-    for (xs, _), (ys, _) in zip(*(spy.calls for spy in spies), strict=True):
+    for (xs, _), (ys, _) in zip(*(spy.seen for spy in spies), strict=True):
         for x, y in zip(xs, ys, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
 

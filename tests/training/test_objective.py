@@ -385,7 +385,7 @@ class OneConvolution(ScaleModel):
     def __init__(self, hidden_dims, channels=3, representation="overcomplete", network="unet"):
         super().__init__()
         self.unet = nn.Sequential(nn.Conv2d(2 * channels + 2, 2 * channels, 3, padding=1))
-        self.unet.stride = 2  # Which the trainer asks for.
+        self.unet.stride, self.unet.stride_reason = 2, "for the means."  # Which the trainer asks for.
 
     def inputs(self, xs, ts):
         return xs[0], nn.functional.interpolate(xs[1], scale_factor=2), torch.stack(ts, 1).float() / 999
