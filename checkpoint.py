@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from baseline_model import BaselineModel
+from diffusion.space import Space, image_channels_of, open_space, side_of
 from images.representation import Images
-from latent_space import Space, image_channels_of, open_space, side_of
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, ScaleModel, SingleTimestepModel
 from networks.classifier import NoisyClassifier, PairClassifier
 from networks.ema import USUAL_RAMPUP, ema_note

@@ -34,13 +34,13 @@ from cli import CompileSettings
 from data import BACKGROUND, ImageSet
 from diffusion.adaptive import MOST_CALLS
 from diffusion.sampler import COARSE_FEEDS, Denoiser, coarse_feed, compile_denoiser, image_seeds, scale_shapes
+from diffusion.space import image_channels_of
 from evaluation.inception import NUM_FEATURES, RESIZES, Inception, load_inception
 from evaluation.judge import Judge, load_judge
 from evaluation.reference_set import ReferenceSet, from_images, load_reference
 from evaluation.results_table import METRICS, append_row, has_row
 from evaluation.scoring import EITHER_METRICS, FEATURES, JUDGE_METRICS, Scorer, generate, judged, needs_inception
 from evaluation.training_columns import describe_training
-from latent_space import image_channels_of
 from paths.optimal import check_steps
 from paths.path import Path as SamplingPath
 from paths.schedule_file import load_schedule

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from data import ImageSet, TwoScaleBatches
-from latent_space import LatentSpace
+from diffusion.space import LatentSpace
 from training.objective import step_generator
 
 POSTERIOR = 1  # Beside seed and step: random numbers of latents, apart from those of noise and timesteps.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from checkpoint import bytes_of
-from latent_space import PixelSpace
+from diffusion.space import PixelSpace
 from runtime.device import autocast
 from training.settings import TrainingSettings
 from training.trainer import Trainer

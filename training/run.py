@@ -16,8 +16,8 @@ from tqdm import tqdm
 import cli
 from checkpoint import FILE_STEMS
 from data import ImageSet
+from diffusion.space import side_of
 from images.sources import Classes
-from latent_space import side_of
 from networks.autoencoder import load_autoencoder
 from networks.ema import USUAL_RAMPUP, ema_note
 from planning.conditions import listed

@@ -8,8 +8,8 @@ import torch
 from tqdm import tqdm
 
 from diffusion.sampler import coarse_feed, image_seeds, sample_seeds, scale_shapes
+from diffusion.space import side_of
 from figures.images import save_image_grid
-from latent_space import side_of
 from paths.families import diagonal, log_snr_shift
 from runtime.device import autocast
 from runtime.safe_write import replacing

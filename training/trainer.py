@@ -33,8 +33,8 @@ from checkpoint import (
     weights_fingerprint,
 )
 from data import ImageSet, TwoScaleBatches, fingerprint_labels
+from diffusion.space import LatentSpace, PixelSpace, Space, side_of
 from images.sources import is_here
-from latent_space import LatentSpace, PixelSpace, Space, side_of
 from networks.autoencoder import Autoencoder, load_autoencoder
 from networks.ema import ema_decay_after
 from paths.schedule_file import save_schedule

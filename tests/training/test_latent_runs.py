@@ -18,7 +18,6 @@ import generate_sr
 import generate_with_path_30
 import inpaint
 import interpolate
-import latent_space
 import train_baseline
 import train_classifier
 import train_lift
@@ -26,6 +25,7 @@ from autoencoders import save_autoencoder
 from checkpoint import load_model, read_checkpoint
 from conftest import HARDWARE, STEPS, assert_same, read_log
 from data import read_png
+from diffusion import space as spaces
 from planning.map_file import load_heatmap
 from training.settings import TrainingSettings
 
@@ -235,7 +235,7 @@ def test_an_autoencoder_that_has_gone_or_changed_is_said(stage, refused, flags, 
     shutil.copytree(autoencoders / "one", place)
     stage(train_baseline, *flags(), "--latents", place)
     file = baseline(tmp_path / "run")
-    latent_space._opened.cache_clear()
+    spaces._opened.cache_clear()
     place.rename(tmp_path / "gone")
     words = sample_flags(file, tmp_path / "samples")
     refused(generate_with_path_30, *words, says=(f"of {file} lay in '{place}', which is not there",))

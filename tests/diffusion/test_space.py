@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-import latent_space
 from autoencoders import save_autoencoder
 from checkpoint import LoadedModel, build_scheduler
 from data import ImageSet, fingerprint_array, to_float
+from diffusion import space as spaces
 from diffusion.sampler import sample
+from diffusion.space import LatentSpace, PixelSpace, open_space, side_of
 from evaluation.scoring import generate
-from latent_space import LatentSpace, PixelSpace, open_space, side_of
 from networks.autoencoder import Autoencoder, load_autoencoder
 from paths.families import diagonal
 from runtime.distributed import Processes
@@ -178,7 +178,7 @@ def test_generated_images_are_bytes_of_the_size_of_pixels(tmp_path, monkeypatch)
     autoencoder = rotation(scaling=2.0)
     images, space = random_images(3), LatentSpace(autoencoder, 3)
     latents = space.clean(images, np.arange(3), 0, tmp_path, CPU)
-    monkeypatch.setattr(latent_space, "_opened", lambda *_: autoencoder)
+    monkeypatch.setattr(spaces, "_opened", lambda *_: autoencoder)
     config = config_of(space, weights="raw", epoch=1) | {"latents_is_here": False}
     scheduler = build_scheduler(config)
     network = nn.Linear(1, 1)
