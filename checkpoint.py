@@ -79,10 +79,16 @@ def build_scheduler(config: dict[str, Any]) -> DDIMScheduler:
     )
 
 
-def checkpoint_file(output_dir: str | os.PathLike, model_type: str, epoch: int | str) -> Path:
-    """`{output_dir}/{stem}_{epoch}ep.pth`, or `{stem}_last.pth` for epoch "last"."""
-    suffix = "last" if epoch == "last" else f"{epoch}ep"
-    return Path(output_dir) / f"{FILE_STEMS[model_type]}_{suffix}.pth"
+def checkpoint_file(
+    output_dir: str | os.PathLike, model_type: str, epoch: int | str, student: str | None = None
+) -> Path:
+    """`{output_dir}/{stem}_{epoch}ep.pth`, or `{stem}_last.pth` for epoch "last".
+
+    Of a student, by what its settings call it, `{stem}_{student}.pth` whatever the epoch, and
+    `{stem}_{student}_last.pth`.
+    """
+    words = [FILE_STEMS[model_type], student, "last" if epoch == "last" else None if student else f"{epoch}ep"]
+    return Path(output_dir) / f"{'_'.join(filter(None, words))}.pth"
 
 
 def find_checkpoints(

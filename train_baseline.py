@@ -15,7 +15,7 @@ from cli import run_stage
 from runtime.settings import parse_settings
 from training.resume import stored_settings
 from training.run import train
-from training.settings import TWO_SCALE_SETTINGS, TrainingSettings
+from training.settings import STUDENT_SETTINGS, TWO_SCALE_SETTINGS, TrainingSettings
 
 
 def parse_args() -> TrainingSettings:
@@ -23,7 +23,7 @@ def parse_args() -> TrainingSettings:
     return parse_settings(
         TrainingSettings,
         __doc__,
-        leave_out=TWO_SCALE_SETTINGS,
+        leave_out=(*TWO_SCALE_SETTINGS, *STUDENT_SETTINGS),
         stored=partial(stored_settings, model_types=("baseline",)),
         model_type="baseline",
     )

@@ -21,7 +21,7 @@ from networks.ema import USUAL_RAMPUP
 from runtime.settings import option, parse_settings
 from training.resume import stored_settings
 from training.run import train
-from training.settings import IMAGE_SETTINGS, TrainingSettings
+from training.settings import IMAGE_SETTINGS, STUDENT_SETTINGS, TrainingSettings
 
 BY_SCALES = {str(kind.num_scales): name for name, kind in CLASSIFIERS.items()}
 
@@ -69,7 +69,7 @@ class ClassifierSettings(TrainingSettings):
 def parse_args() -> ClassifierSettings:
     """The settings of this stage, from its flags."""
     stored = partial(stored_settings, model_types=tuple(CLASSIFIERS), flag="--scales")
-    return parse_settings(ClassifierSettings, __doc__, leave_out=IMAGE_SETTINGS, stored=stored)
+    return parse_settings(ClassifierSettings, __doc__, leave_out=(*IMAGE_SETTINGS, *STUDENT_SETTINGS), stored=stored)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from cli import run_stage
 from runtime.settings import option, parse_settings
 from training.resume import stored_settings
 from training.run import train
-from training.settings import TrainingSettings
+from training.settings import STUDENT_SETTINGS, TrainingSettings
 
 MODEL_TYPES = tuple(name for name, kind in MODEL_CLASSES.items() if kind.num_scales > 1)
 
@@ -38,7 +38,8 @@ class LIFTSettings(TrainingSettings):
 
 def parse_args() -> LIFTSettings:
     """The settings of this stage, from its flags."""
-    return parse_settings(LIFTSettings, __doc__, stored=partial(stored_settings, model_types=MODEL_TYPES))
+    stored = partial(stored_settings, model_types=MODEL_TYPES)
+    return parse_settings(LIFTSettings, __doc__, leave_out=STUDENT_SETTINGS, stored=stored)
 
 
 def main() -> None:

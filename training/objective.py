@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from images.representation import Images
+from model import ScaleModel
 from planning.regimes import TimestepPairs
 from scheduler import DDIMScheduler, Denoiser
 from training.terms import Term, compare
@@ -42,6 +43,13 @@ def step_generator(seed: int, step: int, device: torch.device, *purpose: int) ->
     return torch.Generator(device).manual_seed(mixed)
 
 
+class Networks(NamedTuple):
+    """What an objective may look through beside the network that it is given to minimise."""
+
+    student: ScaleModel  # The model in training, by itself: neither compiled nor shared among processes.
+    teacher: Denoiser | None = None  # Of noisy images of the same process, frozen; says predictions alone.
+
+
 class TrainingBatch(NamedTuple):
     """What one step shows the network: clean images (or latents), their noise and their timesteps, image by image."""
 
@@ -53,6 +61,7 @@ class TrainingBatch(NamedTuple):
     t_32: torch.Tensor  # [B]
     share: torch.Tensor | None = None  # [B], what the loss of each image counts for how it was drawn; None: 1
     labels: torch.Tensor | None = None  # [B], int64, the class of each image, or the null class
+    place: torch.Tensor | None = None  # [B], int64, the step of a path that the timesteps are the start of
 
     def rows(self, rows: slice) -> "TrainingBatch":
         """Some of the images."""
@@ -79,7 +88,13 @@ class Noising:
     evaluates = "denoise"  # The method of a model that `losses` calls.
     learned_variance = False  # Whether the network is one that says the variance of a step.
 
-    def __init__(self, config: dict[str, Any], scheduler: DDIMScheduler, terms: Sequence[Term] = ()):
+    def __init__(
+        self,
+        config: dict[str, Any],
+        scheduler: DDIMScheduler,
+        terms: Sequence[Term] = (),
+        networks: Networks | None = None,  # None for objectives that look through none
+    ):
         self.scheduler, self.terms = scheduler, terms
         self.pairs = TimestepPairs(config, scheduler)
         self._null_class, self._label_dropout = len(config.get("class_names") or ()), config.get("label_dropout")
@@ -173,8 +188,14 @@ class Denoising(Noising):  # A family of models is a class beside it, with its n
     config: also with `loss_weights` and, if they are not the published ones, `timestep_weights`, `min_snr_gamma`.
     """
 
-    def __init__(self, config: dict[str, Any], scheduler: DDIMScheduler, terms: Sequence[Term] = ()):
-        super().__init__(config, scheduler, terms)
+    def __init__(
+        self,
+        config: dict[str, Any],
+        scheduler: DDIMScheduler,
+        terms: Sequence[Term] = (),
+        networks: Networks | None = None,
+    ):
+        super().__init__(config, scheduler, terms, networks)
         loss_weights = config.get("loss_weights", [1.0] * len(SCALE_LOSSES))
         self._loss_weights = dict(zip(SCALE_LOSSES, loss_weights, strict=False))
         self._loss_weights |= {term.name: term.weight for term in terms}

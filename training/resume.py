@@ -24,7 +24,7 @@ def placed(settings: TrainingSettings) -> tuple[TrainingSettings, list[str]]:
     code trains goes to the published places unless another run is there.
     """
     notes = []
-    stem = FILE_STEMS[settings.model_type]
+    stem = settings.stem
     checkpoints, logs, _ = places(settings.run)
     if settings.output_dir is not None:
         checkpoints, logs = Path(settings.output_dir), logs_beside(settings.output_dir)

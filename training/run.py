@@ -4,7 +4,7 @@ import json
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +14,6 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import cli
-from checkpoint import FILE_STEMS
 from data import ImageSet
 from diffusion.space import side_of
 from images.sources import Classes
@@ -33,6 +32,7 @@ from training.resume import placed
 from training.run_log import RunLog
 from training.settings import TrainingSettings
 from training.stop import StopRequest
+from training.teaching import Teaching
 from training.trainer import Trainer
 from training.vgg import load_vgg
 
@@ -115,8 +115,10 @@ def describe_dry_run(trainer: Trainer) -> str:
     )
 
 
-def train(settings: TrainingSettings) -> None:
+def train(settings: TrainingSettings, teach: Callable[[Processes], Teaching] | None = None) -> None:
     """Train one model to `epochs` epochs, saving every `save_every`, at a stop signal and at the end.
+
+    teach: of a student, what loads its teacher onto the device of the processes; raises what it likes.
 
     Raises what `Trainer` raises, RuntimeError if memory runs out or too many steps in a row are not finite, OSError if
     the last save fails, and ValueError if another process trains in the same folders.
@@ -126,18 +128,19 @@ def train(settings: TrainingSettings) -> None:
         choose_kernels(processes.device, settings.deterministic)
         settings, notes = placed(settings)
         # First of all, as the images may take long to be read.
+        teaching = None if teach is None else teach(processes)
         vgg = load_vgg(settings.vgg_weights) if settings.perceptual_weight else None
         autoencoder = None if settings.latents is None else load_autoencoder(settings.latents)
         images, held_out = cli.load_image_parts(settings)
         try:
             if settings.dry_run:
-                trainer = Trainer(settings, images, processes, vgg, held_out, autoencoder)
+                trainer = Trainer(settings, images, processes, vgg, held_out, autoencoder, teaching)
                 trainer.notes += notes
                 if processes.is_main:
                     print(describe(trainer, images), describe_dry_run(trainer), sep="\n")
             else:
                 with locked(settings) if processes.is_main else nullcontext():
-                    trainer = Trainer(settings, images, processes, vgg, held_out, autoencoder)
+                    trainer = Trainer(settings, images, processes, vgg, held_out, autoencoder, teaching)
                     trainer.notes += notes
                     _run(trainer, images, stop)
         except (RuntimeError, MemoryError) as error:
@@ -151,11 +154,11 @@ def train(settings: TrainingSettings) -> None:
 def locked(settings: TrainingSettings) -> Iterator[None]:
     """Keep other processes from training where this one does; raises ValueError if one is there already."""
     with ExitStack() as stack:
-        for folder in (Path(settings.output_dir), Path(settings.log_dir) / FILE_STEMS[settings.model_type]):
+        for folder in (Path(settings.output_dir), Path(settings.log_dir) / settings.stem):
             # A place that cannot be written to is found out now rather than at the first save.
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                stack.enter_context(FileLock(folder / f"{FILE_STEMS[settings.model_type]}.lock", timeout=0))
+                stack.enter_context(FileLock(folder / f"{settings.stem}.lock", timeout=0))
             except Timeout as error:
                 raise ValueError(f"another process is training in {folder}; wait for it or stop it.") from error
         yield
@@ -172,7 +175,7 @@ def _run(trainer: Trainer, images: ImageSet, stop: StopRequest) -> None:
             "same files and flags."
         )
     if is_main:
-        remove_temporaries(trainer.last_file.parent, FILE_STEMS[trainer.model_type] + "_")
+        remove_temporaries(trainer.last_file.parent, settings.stem + "_")
         remove_temporaries(trainer.log_dir, "")
         for file in trainer.damaged:
             # It must not take the place of a whole version when the next one is saved.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import cli
-from checkpoint import CLASSIFIERS, MODEL_CLASSES, network_class
+from checkpoint import CLASSIFIERS, FILE_STEMS, MODEL_CLASSES, network_class
 from cli import CompileSettings, HardwareSettings, TrainingDataSettings
 from images.representation import REPRESENTATIONS
 from model import DEFAULT_HIDDEN_DIMS, network_name, resolve_network
@@ -25,6 +25,7 @@ from training.timesteps import IMPORTANCE, TIMESTEP_WEIGHTS, UNIFORM, law_name, 
 from training.variational import VLB_WEIGHT, check_chain
 
 TIMES = ("whole", "real")
+STUDENT_SETTINGS = ("student",)  # What `distill.py` says itself; no stage has flags for them.
 LABEL_DROPOUT = 0.1  # Unless told otherwise (arXiv 2207.12598 tries 0.1, 0.2 and 0.5).
 REPLAN_EVERY, REPLAN_IMAGES = 10, 16  # Epochs and images, unless told otherwise.
 # What only models of two scales have; the stage of the baseline has no flags for them.
@@ -259,6 +260,9 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         recorded=True,
         absent=None,
     )
+    student: str | None = option(
+        None, "what a student is called beside its model, such as 4calls", metavar="NAME", recorded=True, absent=None
+    )
     flip: bool = option(False, "mirror images at random (off, as published)", recorded=True)
     seed: int = option(42, "initial weights, order, noise, timesteps", parse=cli.seed, recorded=True)
 
@@ -385,6 +389,11 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
             self._derive(process=process)
         if self.beta_schedule != (name := schedule_name(process, schedule)):
             self._derive(beta_schedule=name)
+
+    @property
+    def stem(self) -> str:
+        """How the names of its files begin."""
+        return "_".join(filter(None, (FILE_STEMS[self.model_type], self.student)))
 
     @property
     def is_named(self) -> bool:

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 import cli
 from checkpoint import (
-    FILE_STEMS,
     build_model,
     build_scheduler,
     checkpoint_file,
@@ -54,10 +53,11 @@ from runtime.safe_write import versions
 from scheduler import predictions_alone
 from training.classification import Classification
 from training.latent_batches import LatentBatches
-from training.objective import MEASURE_NAMES, TrainingBatch, step_generator
+from training.objective import MEASURE_NAMES, Networks, TrainingBatch, step_generator
 from training.objectives import OBJECTIVES
 from training.resume import earlier_run
 from training.settings import REPLAN_EVERY, REPLAN_IMAGES, TrainingSettings
+from training.teaching import Teaching
 from training.terms import Term, terms_of
 from training.vgg import VGG, load_vgg
 
@@ -72,13 +72,14 @@ class Trainer:
 
     A step with a loss or gradient that is not finite leaves weights and optimizer as they were and is counted; the EMA
     takes those weights once more. vgg, autoencoder: what `load_vgg` and `load_autoencoder` make of the settings, if
-    that has been done before.
+    that has been done before. teaching: the teacher of a student, from whose weights it starts.
 
     Raises ValueError if `output_dir` or the log folder holds an earlier run that `--resume` does not continue, if a
     resumed run differs in anything but the places of data and autoencoder and, at constant rate, the epochs, for a
     resolution that the levels or patches of the model do not divide, or whose latents they do not, for a batch that
     processes and parts cannot share evenly, for CUDA graphs where there can be none, for a regime that the model cannot
-    be trained with, and what `load_vgg`, `load_autoencoder`, `LatentSpace` and its `posteriors` raise.
+    be trained with, for a teacher that is none of such a student, and what `load_vgg`, `load_autoencoder`,
+    `LatentSpace` and its `posteriors` raise.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Trainer:
         vgg: VGG | None = None,
         held_out: ImageSet | None = None,  # by which a classifier is measured
         autoencoder: Autoencoder | None = None,
+        teaching: Teaching | None = None,
     ):
         self.settings, self.processes, self.device = settings, processes, processes.device
         self.config = settings.recorded() | {
@@ -107,6 +109,9 @@ class Trainer:
         objective = Classification if settings.objective is None else OBJECTIVES[settings.objective]
         if objective.learned_variance:  # Configs that do not say it are of models without.
             self.config["learned_variance"] = True
+        if teaching is not None:
+            teaching.check(self.config)
+            self.config |= {"teacher_fingerprint": teaching.teacher.fingerprint} | teaching.said
         self.scheduler = build_scheduler(self.config)
         read = functools.partial(replay, scheduler=self.scheduler, resolution=settings.resolution)
         self.config |= resolve_regime(settings.t_pairs, settings.model_type, read) | self._replanning(images)
@@ -123,8 +128,8 @@ class Trainer:
             "torch": str(torch.__version__),
             "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
         }
-        self.last_file = checkpoint_file(settings.output_dir, settings.model_type, "last")
-        self.log_dir = Path(settings.log_dir) / FILE_STEMS[settings.model_type]
+        self.last_file = checkpoint_file(settings.output_dir, settings.model_type, "last", settings.student)
+        self.log_dir = Path(settings.log_dir) / settings.stem
         self.notes: list[str] = []
         self.damaged: list[Path] = []  # Newer than the resume file that this run goes on from.
         self.owed: dict[Path, dict] = {}  # Snapshots that a full disk kept from being written.
@@ -143,6 +148,8 @@ class Trainer:
         self.part_size = settings.batch_size // (processes.count * settings.accumulate)
         torch.manual_seed(settings.seed)
         self.model = build_model(self.config).to(self.device, memory_format=memory_format(self.device))
+        if teaching is not None:
+            self.model.load_state_dict(teaching.teacher.model.state_dict())
         self._check_side()
         self.batches = self._batches(images)
         self.model.unet.recompute = settings.recompute
@@ -152,7 +159,8 @@ class Trainer:
         if vgg is not None:
             vgg.to(self.device, memory_format=memory_format(self.device))
         terms = terms_of(self.config, self.scheduler, self.ema, vgg)
-        self.objective = objective(self.config, self.scheduler, terms)
+        networks = Networks(self.model, None if teaching is None else teaching.teacher.denoise)
+        self.objective = objective(self.config, self.scheduler, terms, networks)
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
@@ -506,12 +514,14 @@ class Trainer:
     def snapshot_due(self) -> bool:
         """Whether a saved epoch ends at this step."""
         ends = self.step > 0 and self.step % len(self.batches) == 0
-        return ends and (self.epoch % self.settings.save_every == 0 or self.epoch == self.settings.epochs)
+        # A student has one checkpoint, that of its end.
+        saves = self.settings.student is None and self.epoch % self.settings.save_every == 0
+        return ends and (saves or self.epoch == self.settings.epochs)
 
     @property
     def snapshot_file(self) -> Path:
         """The checkpoint of this epoch."""
-        return checkpoint_file(self.settings.output_dir, self.model_type, self.epoch)
+        return checkpoint_file(self.settings.output_dir, self.model_type, self.epoch, self.settings.student)
 
     def save_snapshots(self) -> None:
         """Write the checkpoint of this epoch if it is due, and those that could not be written before.

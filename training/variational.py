@@ -37,7 +37,7 @@ from diffusion.likelihood import GREY_LEVEL
 from diffusion.step import variance_span
 from images.representation import Images
 from scheduler import NO_VARIANCE, DDIMScheduler, Denoiser
-from training.objective import SCALE_LOSSES, Denoising, TrainingBatch
+from training.objective import SCALE_LOSSES, Denoising, Networks, TrainingBatch
 from training.terms import Term
 
 VLB_NAMES = ("vlb_64", "vlb_32")
@@ -73,8 +73,14 @@ class Hybrid(Denoising):
     learned_variance = True
     trains_mean = False  # Whether the bound says anything about the predictions.
 
-    def __init__(self, config: dict[str, Any], scheduler: DDIMScheduler, terms: Sequence[Term] = ()):
-        super().__init__(config, scheduler, terms)
+    def __init__(
+        self,
+        config: dict[str, Any],
+        scheduler: DDIMScheduler,
+        terms: Sequence[Term] = (),
+        networks: Networks | None = None,
+    ):
+        super().__init__(config, scheduler, terms, networks)
         check_chain(config.get("objective", "hybrid"), scheduler.process, config.get("times", "whole"))
         self._vlb_weight = config.get("vlb_weight") or VLB_WEIGHT
         self._steps = StepTables(scheduler)
