@@ -56,6 +56,7 @@ from planning.conditions import ClassSettings, Conditions, listed
 from planning.heatmap import MissingMapSettings, compute_missing, heatmap_file
 from planning.path_types import parse_path_type
 from planning.regimes import default_regime, off_regime_note
+from planning.students import STUDENT_PATH, student_path
 from runtime.device import resolve_compile, resolve_precision
 from runtime.distributed import Processes
 from runtime.runs import CHECKPOINTS, RESULTS, SCORES_FILE, places, results_of, run_name
@@ -190,7 +191,7 @@ def find_jobs(settings: EvaluationSettings) -> list[Job]:
             for path_type in settings.path_type
             if not reasons[path_type]
             for feed in (coarse_feed(MODEL_CLASSES[name], feed) for feed in settings.coarse_from)
-            for num_steps in steps_of(path_type, settings)
+            for num_steps in steps_of(path_type, settings, file)
             for seed in settings.seeds
         ]
     if not jobs:
@@ -231,9 +232,12 @@ def _found(settings: EvaluationSettings) -> list[tuple[str, list[tuple[Path, Pat
     return found
 
 
-def steps_of(path_type: str, settings: EvaluationSettings) -> tuple[int, ...]:
-    """The numbers of steps of a type of path: those of the flags, or the one of a schedule."""
+def steps_of(path_type: str, settings: EvaluationSettings, file: Path) -> tuple[int, ...]:
+    """The numbers of steps of a type of path: those of the flags, or the one of a schedule or of a student's file."""
     kind = parse_path_type(path_type)
+    if kind.name == STUDENT_PATH:
+        path = student_path(describe_model(file)["config"])
+        return settings.num_steps[:1] if path is None else (path.nfe,)  # Of no student the path is refused.
     return (load_schedule(kind.parameters[0]).nfe,) if kind.name == "schedule" else settings.num_steps
 
 

@@ -87,6 +87,8 @@ TRAINING_COLUMNS = {
     ),
     "objective": TrainingColumn(_setting("objective", "denoising"), "{} objective", told_by=("preset",)),
     "vlb_weight": TrainingColumn(_choice("vlb_weight"), "bound weight {}", told_by=("preset", "objective")),
+    "student": TrainingColumn(_choice("student"), "student {}"),
+    "teacher": TrainingColumn(_choice("teacher_fingerprint"), "teacher {}", told_by=("student",)),
     "min_snr_gamma": TrainingColumn(_choice("min_snr_gamma"), "min-SNR {}"),
     "timestep_weights": TrainingColumn(
         _setting("timestep_weights", "published"), "timestep weights {}", told_by=("preset",)

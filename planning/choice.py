@@ -24,6 +24,7 @@ from planning.map_paths import NO_CASCADE, heatmap_path, kl_cascade, kl_refined
 from planning.path_types import PATH_FAMILIES, PATH_TYPES, PathType, parse_path_type, path_type
 from planning.regimes import off_regime_note, seen_range
 from planning.replay import replay_for
+from planning.students import STUDENT_PATH, student_path
 from runtime.settings import Settings, option
 
 
@@ -251,7 +252,7 @@ def why_not(model_type: str, path_type: str) -> str:
             f"which a '{model_type}' model cannot follow; pass one made for it."
         )
     one_clock = ("diagonal", "kl_diagonal") if model.num_scales == 1 else ("diagonal",)
-    if kind.name not in one_clock and model.one_clock:
+    if kind.name not in (*one_clock, STUDENT_PATH) and model.one_clock:
         return (
             f"--path_type {path_type} needs a model with two clocks, but this one is '{model_type}'; use --path_type "
             f"{' or '.join(one_clock)}."
@@ -324,6 +325,14 @@ def choose_path(
     """
     kind = parse_path_type(path_type)
     check_followed(path_type, loaded)
+    if kind.name == STUDENT_PATH:
+        path = student_path(loaded.config)
+        if path is None:
+            raise ValueError(
+                f"{loaded.file} is no student, which has a path of its own; pass another --path_type, or a checkpoint "
+                "of distill.py."
+            )
+        return path
     if kind.name == "schedule":
         return replay_for(kind.parameters[0], loaded, getattr(settings, "solver", None))
     if kind.needs_heatmap:

@@ -1,6 +1,6 @@
 """Types of paths by name: what `--path_type` may say.
 
-Types are names, such as `diagonal`, or families with parameters:
+Types are names, such as `diagonal`, or families with parameters. `student` is the path that a model was distilled for.
 
     cascade:L[,K]   the coarse scale first, in K steps (half of all), to log SNR L (inf: timestep 0); then the fine one
     cascade:best    the cascade of least KL divergence on the heatmap
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 # Optima on a heatmap.
 OPTIMA = ("dp_64", "dp_total", "kl", "kl_diagonal")
-PATH_TYPES = ("diagonal", "image_diagonal", *OPTIMA)
+PATH_TYPES = ("diagonal", "image_diagonal", *OPTIMA, "student")
 PATH_FAMILIES = {
     "cascade": "LOG_SNR[,STEPS] or best",
     "shift": "LOG_SNR",

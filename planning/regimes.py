@@ -32,6 +32,7 @@ import torch
 from checkpoint import CLASSIFIERS, MODEL_CLASSES
 from paths.path import Path
 from paths.schedule_file import load_schedule
+from planning.students import off_student_note, student_path
 from scheduler import DDIMScheduler
 
 PARAMETERS = {
@@ -456,8 +457,10 @@ def off_regime_note(
     `diffusion.sampler.sample`; with "noisy" the coarse image is as noisy as the fine one makes it, wherever t_32 is.
     The distance of two pairs is the sum of their distances in log SNR by scale, and far is more than FAR. Of a band
     whose width changes all counts that was seen up to the checkpoint, of one that moves where it was trained on last,
-    and before.
+    and before. A student has seen the points of its path, and no others.
     """
+    if student_path(config) is not None:
+        return off_student_note(path, config)
     log_snr = scheduler.log_snr.cpu()
     seen = _pairs_seen(config, log_snr)  # [T, T]
     if seen is None or path.num_scales != 2:

@@ -61,7 +61,6 @@ class TrainingBatch(NamedTuple):
     t_32: torch.Tensor  # [B]
     share: torch.Tensor | None = None  # [B], what the loss of each image counts for how it was drawn; None: 1
     labels: torch.Tensor | None = None  # [B], int64, the class of each image, or the null class
-    place: torch.Tensor | None = None  # [B], int64, the step of a path that the timesteps are the start of
 
     def rows(self, rows: slice) -> "TrainingBatch":
         """Some of the images."""

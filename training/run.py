@@ -28,6 +28,7 @@ from runtime.settings import lines_of
 from training import showing
 from training.memory import out_of_memory_message, peak_memory, training_memory
 from training.objective import MEASURE_NAMES
+from training.objectives import WITH_TEACHER
 from training.resume import placed
 from training.run_log import RunLog
 from training.settings import TrainingSettings
@@ -121,8 +122,11 @@ def train(settings: TrainingSettings, teach: Callable[[Processes], Teaching] | N
     teach: of a student, what loads its teacher onto the device of the processes; raises what it likes.
 
     Raises what `Trainer` raises, RuntimeError if memory runs out or too many steps in a row are not finite, OSError if
-    the last save fails, and ValueError if another process trains in the same folders.
+    the last save fails, and ValueError if another process trains in the same folders, or for an objective that needs a
+    teacher without one.
     """
+    if teach is None and settings.objective in WITH_TEACHER:
+        raise ValueError(f"--objective {settings.objective} needs a teacher; run distill.py, or choose another.")
     with StopRequest() as stop:
         processes = Processes(settings.device)
         choose_kernels(processes.device, settings.deterministic)

@@ -146,7 +146,7 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
     objective: str | None = option(
         None,
         "what a step minimises: denoising, squared errors; hybrid, those and the variational bound of variances that "
-        "are learnt with it; vlb, that bound alone (that of the preset)",
+        "are learnt with it; vlb, that bound alone; of distill.py progressive (that of the preset)",
         choices=tuple(OBJECTIVES),
         recorded=True,
         absent="denoising",

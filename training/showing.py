@@ -11,6 +11,7 @@ from diffusion.sampler import coarse_feed, image_seeds, sample_seeds, scale_shap
 from diffusion.space import side_of
 from figures.images import save_image_grid
 from paths.families import diagonal, log_snr_shift
+from planning.students import student_path
 from runtime.device import autocast
 from runtime.safe_write import replacing
 from training.classification import CLEAN_NAME, accuracies
@@ -45,8 +46,8 @@ def _grid_file(trainer: Trainer, scale: str) -> Path:
 def sample_grids(trainer: Trainer, stop: StopRequest | None = None) -> list[torch.Tensor]:
     """Samples of the EMA (else raw) weights along the t-uniform diagonal of the image, uint8, by predicted scale.
 
-    Of latents both are decoded, the coarse one as an image of half the size; of a model with classes, classes take
-    turns. Raises InterruptedError if a stop is asked for meanwhile.
+    Those of a student are along its own path. Of latents both are decoded, the coarse one as an image of half the size;
+    of a model with classes, classes take turns. Raises InterruptedError if a stop is asked for meanwhile.
     """
 
     def give_up_if_asked(*_) -> None:
@@ -54,8 +55,8 @@ def sample_grids(trainer: Trainer, stop: StopRequest | None = None) -> list[torc
             raise InterruptedError
 
     model, config, scheduler = trainer.averaged.eval(), trainer.config, trainer.scheduler
-    path = diagonal(GRID_STEPS, "uniform_t", num_scales=model.num_scales)
-    if scheduler.representation.image_lead and model.has_two_clocks():
+    path = student_path(config) or diagonal(GRID_STEPS, "uniform_t", num_scales=model.num_scales)
+    if path.kind == "diagonal" and scheduler.representation.image_lead and model.has_two_clocks():
         path = log_snr_shift(path, scheduler.representation.image_lead, scheduler.log_snr.cpu().numpy())
     names = config["class_names"]
     try:

@@ -10,10 +10,11 @@ Laws of `--t_law`, of the clock that leads in the pairs of the regime:
 
 Weights of `--timestep_weights`, times the squared error of the clean image, SNR = alpha^2 / sigma^2:
 
-    published   those that make it the squared error of the prediction
-    sigma2      SNR: the error of the noise, sigma^2 times that of the score (arXiv 1907.05600, section 4.2)
-    edm         SNR + 1 / SIGMA_DATA^2 (arXiv 2206.00364, table 1)
-    likelihood  -dSNR / dtau, of which the bound of the likelihood is made (arXiv 2107.00630, eq. 13; 2101.09258)
+    published       those that make it the squared error of the prediction
+    sigma2          SNR: the error of the noise, sigma^2 times that of the score (arXiv 1907.05600, section 4.2)
+    edm             SNR + 1 / SIGMA_DATA^2 (arXiv 2206.00364, table 1)
+    truncated_snr   max(SNR, 1): the larger of the errors of the noise and of the clean image (arXiv 2202.00512, eq. 9)
+    likelihood      -dSNR / dtau, of which the bound of the likelihood is made (arXiv 2107.00630, eq. 13; 2101.09258)
 
 Shapes: T training timesteps, B images of a step.
 """
@@ -29,7 +30,7 @@ UNIFORM = "uniform"
 IMPORTANCE = "importance"
 NORMAL_LAWS = {"log_normal": (-1.2, 1.2), "logit_normal": (0.0, 1.0)}  # With their usual mean and deviation.
 LAWS = (UNIFORM, *NORMAL_LAWS, IMPORTANCE)
-TIMESTEP_WEIGHTS = ("published", "sigma2", "edm", "likelihood")
+TIMESTEP_WEIGHTS = ("published", "sigma2", "edm", "likelihood", "truncated_snr")
 SIGMA_DATA = 0.5  # The deviation of pixels of images in [-1, 1] (arXiv 2206.00364).
 
 BINS = 100  # Of timesteps whose losses are averaged together, for importance.
@@ -93,6 +94,8 @@ def clean_weight(name: str, scheduler: DDIMScheduler, t: torch.Tensor) -> torch.
     """What the squared error of the clean image counts at timesteps t, int64 or float64 `[B]`; float64 `[B]`."""
     if name == "edm":
         return scheduler.snr_at(t) + SIGMA_DATA**-2
+    if name == "truncated_snr":
+        return scheduler.snr_at(t).clamp(min=1)
     return -scheduler.snr_slope(t) if name == "likelihood" else scheduler.snr_at(t)
 
 

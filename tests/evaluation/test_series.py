@@ -67,6 +67,8 @@ SAID = {
     "feature_weight": ("feature weight 0", "feature weight 0.05"),
     "objective": ("denoising objective", "hybrid objective"),
     "vlb_weight": ("bound weight 0.002", "bound weight none"),
+    "student": ("student 4calls", "student none"),
+    "teacher": ("teacher c0ffee", "teacher none"),
     "min_snr_gamma": ("min-SNR 5", "min-SNR none"),
     "timestep_weights": ("timestep weights published", "timestep weights sigma2"),
     "t_law": ("logit_normal:0,1 timesteps", "uniform timesteps"),

@@ -43,6 +43,8 @@ def test_every_setting_is_said():
         "feature_weight": "0",
         "objective": "denoising",
         "vlb_weight": "none",
+        "student": "none",
+        "teacher": "none",
         "min_snr_gamma": "none",
         "timestep_weights": "sigma2",
         "t_law": "log_normal:-1.2,1.2",
@@ -98,7 +100,7 @@ def test_a_preset_is_known_by_what_it_sets(preset, model_type, representation):
 def test_an_old_checkpoint_says_what_it_can():
     """Those from before there were choices made them as published."""
     new = ["representation", "loss_weights", "min_snr_gamma", "run", "preset", "data_fingerprint", "ema_rampup_ratio"]
-    new += ["timestep_weights", "t_law", "times", "objective", "vlb_weight", "network"]
+    new += ["timestep_weights", "t_law", "times", "objective", "vlb_weight", "network", "student"]
     new += ["perceptual_weight", "feature_weight", "latents"]
     old = loaded(without=new)
     said, new = describe_training(old, None), describe_training(loaded(more={"preset": "published"}), 99)
