@@ -165,8 +165,8 @@ def test_a_weighed_error_of_the_prediction_is_the_weighed_error_of_the_clean_ima
         by_prediction, by_image = ((each**2).mean((1, 2, 3)).numpy() for each in (error, clean - x0))
         t, h = t.numpy(), 1e-4  # Timesteps, of which tau has 999.
         snr, slope = np.exp(log_snr(name, t)), (log_snr(name, t + h) - log_snr(name, t - h)) / (2 * h) * 999
-        documented = [snr, snr + 4, -snr * slope, np.minimum(snr, 5)]
-        for config, counts, within in zip(WEIGHTS, documented, (1e-6, 1e-6, 2e-4, 1e-6), strict=True):
+        documented = [snr, snr + 4, -snr * slope, np.maximum(snr, 1), np.minimum(snr, 5)]
+        for config, counts, within in zip(WEIGHTS, documented, (1e-6, 1e-6, 2e-4, 1e-6, 1e-6), strict=True):
             found = weight_of(config, process, torch.from_numpy(t)).numpy() * by_prediction
             np.testing.assert_allclose(found, counts * by_image, rtol=within, err_msg=f"{config} at {t}")
     for config, t in itertools.product(WEIGHTS, ENDS):
