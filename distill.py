@@ -119,7 +119,9 @@ def of_teacher(values: dict[str, Any]) -> dict[str, Any]:
     said = TrainingSettings.absent() | config | {"preset": preset_of(config)}
     name = f"{config.get('run') or Path(values['teacher']).stem}-{values['method']}"
     found = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items() if key in known}
-    return found | METHOD | {"run": name, "objective": values["method"]}
+    # Which labels they are a checkpoint does not say; of data with several columns of them `--classes` has to.
+    classes = cli.ANY_CLASSES if config.get("class_names") else None
+    return found | METHOD | {"run": name, "objective": values["method"], "classes": classes}
 
 
 def parse_args() -> DistillSettings:

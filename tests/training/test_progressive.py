@@ -395,6 +395,21 @@ def test_a_run_killed_in_any_round_ends_with_the_same_bits(stage, teachers, tmp_
     assert stage(distill, *flags, "--resume").output.count("is done: 2 of 2 epochs") == 2
 
 
+def test_students_are_told_the_classes_of_their_teacher(stage, tiny, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    stage(train_lift, *tiny(tmp_path), *V, "--classes", "--label_dropout", 0.2, "--epochs", 1)
+    teacher = tmp_path / "checkpoints/lift_dual_timestep_1ep.pth"
+    flags = ["--method", "progressive", "--from", 4, "--to", 2, "--epochs", 1, "--run", "fast", *HARDWARE]
+    stage(distill, *flags, "--teacher", teacher, "--cache_dir", tmp_path / "cache")
+    file = Path("checkpoints/fast/lift_dual_timestep_2calls.pth")
+    ours, theirs = (read_checkpoint(each)["config"] for each in (file, teacher))
+    for name in ("class_names", "labels_fingerprint", "label_dropout"):
+        assert ours[name] == theirs[name]
+    walk = ["--checkpoint", file, "--path_type", "student", "--num_images", 3, "--class", "dog", *HARDWARE]
+    said = stage(generate_with_path_30, *walk, "--guidance_scale", 2, "--output", "guided").output
+    assert "3 new with 4 network calls each; path student" in said
+
+
 def test_rounds_may_be_done_one_by_one(stage, teachers, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     teacher = teachers["baseline"]
