@@ -22,9 +22,10 @@ from checkpoint import MODEL_CLASSES, checkpoint_file, describe_model, load_mode
 from paths.path import Path as SamplingPath
 from planning.choice import OnePathSettings, path_of_settings
 from planning.presets import preset_of
-from planning.students import halved
+from planning.students import halved, said_of_cost
 from runtime.distributed import Processes
 from runtime.settings import REQUIRED, option, parse_settings
+from training.progressive import CALLS_EACH
 from training.resume import placed
 from training.run import train
 from training.settings import STUDENT_SETTINGS, TrainingSettings
@@ -149,9 +150,10 @@ def main() -> None:
         of_round = settings.but(student=f"{calls}calls")
 
         def teach(processes: Processes, path=path, file=file, ema=ema) -> Teaching:
+            teacher = load_model(file, ema, processes.device)
             points = [list(point) for point in path.points]
             said = {"teacher_points": points, "student_points": points[::2]}
-            return Teaching(load_model(file, ema, processes.device), said)
+            return Teaching(teacher, said | said_of_cost(teacher.config, CALLS_EACH))
 
         train(of_round, teach)
         output_dir = placed(of_round)[0].output_dir

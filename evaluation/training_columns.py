@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from checkpoint import LoadedModel
 from planning.presets import PRESETS, fits_preset, loss_weights_of
+from planning.students import Cost
 
 SHOWN_CLASSES = 20
 CHANGED = " (changed)"  # Behind the name of a preset, some of whose values were given otherwise.
@@ -59,6 +60,11 @@ def _latents(config: dict[str, Any]) -> str:
     return " ".join(f"{name} ({config.get('latents_fingerprint')})".splitlines())
 
 
+def _cost(config: dict[str, Any], what: str) -> str | int:
+    cost = Cost.of(config)
+    return "none" if cost is None else getattr(cost, what)
+
+
 def _lr_schedule(config: dict[str, Any]) -> str | None:
     # Any but a constant rate depends on how long the run was meant to be.
     schedule = config.get("lr_schedule")
@@ -89,6 +95,14 @@ TRAINING_COLUMNS = {
     "vlb_weight": TrainingColumn(_choice("vlb_weight"), "bound weight {}", told_by=("preset", "objective")),
     "student": TrainingColumn(_choice("student"), "student {}"),
     "teacher": TrainingColumn(_choice("teacher_fingerprint"), "teacher {}", told_by=("student",)),
+    "student_images": TrainingColumn(
+        lambda loaded, num_images: _cost(loaded.config, "images"), "{} images of students", told_by=("student",)
+    ),
+    "teacher_calls": TrainingColumn(
+        lambda loaded, num_images: _cost(loaded.config, "teacher_calls"),
+        "{} calls of teachers",
+        told_by=("student", "student_images"),
+    ),
     "min_snr_gamma": TrainingColumn(_choice("min_snr_gamma"), "min-SNR {}"),
     "timestep_weights": TrainingColumn(
         _setting("timestep_weights", "published"), "timestep weights {}", told_by=("preset",)

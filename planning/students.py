@@ -1,10 +1,36 @@
 """What students were taught: the points of their path, and how they are to be sampled."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from paths.path import Path
 
 STUDENT_PATH = "student"  # As `--path_type` has it.
+
+
+class Cost(NamedTuple):
+    """What it took to make a student of a first teacher, that of the students in between included."""
+
+    images: int  # that students were shown in training
+    teacher_calls: int  # network calls of teachers, for one image each
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> "Cost | None":
+        """By the config of a loaded student; None for a model that is none."""
+        said = config.get("distillation")
+        if said is None:
+            return None
+        seen = config["step"] * config["batch_size"]
+        return cls(said["images"] + seen, said["teacher_calls"] + said["calls_each"] * seen)
+
+
+def said_of_cost(teacher: dict[str, Any], calls_each: int, calls_before: int = 0) -> dict[str, Any]:
+    """What the config of a student says of its cost, by which `Cost.of` knows it.
+
+    teacher: its config; calls_each: of the teacher, for every image of a step; calls_before: those before the first.
+    """
+    before = Cost.of(teacher) or Cost(0, 0)
+    calls = before.teacher_calls + calls_before
+    return {"distillation": {"images": before.images, "teacher_calls": calls, "calls_each": calls_each}}
 
 
 def student_path(config: dict[str, Any]) -> Path | None:

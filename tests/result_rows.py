@@ -18,6 +18,8 @@ TRAINING = {
     "vlb_weight": "none",
     "student": "none",
     "teacher": "none",
+    "student_images": "none",
+    "teacher_calls": "none",
     "min_snr_gamma": "none",
     "timestep_weights": "published",
     "t_law": "uniform",
@@ -58,6 +60,8 @@ OTHER_TRAINING = {
     "vlb_weight": "0.002",
     "student": "4calls",
     "teacher": "c0ffee",
+    "student_images": "51200",
+    "teacher_calls": "102400",
     "min_snr_gamma": "5",
     "timestep_weights": "sigma2",
     "t_law": "logit_normal:0,1",
@@ -100,6 +104,13 @@ _TRAINING = (
     "training_precision,training_seed,images_seen"
 )
 _LATER_TRAINING = _TRAINING.replace("min_snr_gamma,", "min_snr_gamma,timestep_weights,t_law,times,")
+_NEXT_TRAINING = (
+    _LATER_TRAINING.replace("min_snr_gamma,", "perceptual_weight,feature_weight,objective,vlb_weight,min_snr_gamma,")
+    .replace("batch_size,", "classes,label_dropout,batch_size,")
+    .replace("hidden_dims,", "network,hidden_dims,")
+    .replace("resolution,", "resolution,latents,")
+)
+_NEXT_VALUES = f"{VALUES},fd,fd_real,class_score,class_score_sd,class_score_real,class_accuracy,class_accuracy_real"
 # By the number of their columns.
 EARLIER_HEADERS = {
     header.count(",") + 1: header
@@ -112,6 +123,8 @@ EARLIER_HEADERS = {
         f"{_LATER_KEY},{_LATER},coarse_from,regime,representation,solver,{_TRAINING},{VALUES},seconds,checkpoint,date",
         f"{_LATER_KEY},{_LATER},coarse_from,regime,representation,solver,{_LATER_TRAINING},{VALUES},seconds,checkpoint,"
         "date",
+        f"{_LATER_KEY},dataset,reference,reference_images,floor_images,model_type,epoch,path_type,coarse_from,regime,"
+        f"representation,solver,guidance,{_NEXT_TRAINING},{_NEXT_VALUES},seconds,checkpoint,date",
     )
 }
 

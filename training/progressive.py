@@ -27,6 +27,8 @@ from scheduler import CLEAN, DDIMScheduler, Denoiser
 from training.objective import Denoising, Networks, TrainingBatch
 from training.terms import Term
 
+CALLS_EACH = 2  # Of the teacher, for an image of a step.
+
 
 def kept(scheduler: DDIMScheduler, t: torch.Tensor, t_next: torch.Tensor) -> torch.Tensor:
     """The share of the noise of x̂ that a step from t to t_next keeps, σ̂(t_next) / σ̂(t), float64 `[B]`.

@@ -69,6 +69,8 @@ SAID = {
     "vlb_weight": ("bound weight 0.002", "bound weight none"),
     "student": ("student 4calls", "student none"),
     "teacher": ("teacher c0ffee", "teacher none"),
+    "student_images": ("51200 images of students", "none images of students"),
+    "teacher_calls": ("102400 calls of teachers", "none calls of teachers"),
     "min_snr_gamma": ("min-SNR 5", "min-SNR none"),
     "timestep_weights": ("timestep weights published", "timestep weights sigma2"),
     "t_law": ("logit_normal:0,1 timesteps", "uniform timesteps"),

@@ -45,6 +45,8 @@ def test_every_setting_is_said():
         "vlb_weight": "none",
         "student": "none",
         "teacher": "none",
+        "student_images": "none",
+        "teacher_calls": "none",
         "min_snr_gamma": "none",
         "timestep_weights": "sigma2",
         "t_law": "log_normal:-1.2,1.2",

@@ -1,5 +1,6 @@
 """Progressive distillation: what a student learns, by algebra and closed forms, and rounds of runs that are killed."""
 
+import csv
 import multiprocessing
 import os
 import sys
@@ -343,10 +344,12 @@ def test_rounds_halve_the_calls(stage, teachers, tmp_path, monkeypatch, kind):
     assert "2 new with 1 network calls each; path student" in said
     stage(eval_fid_batch, "--run", "fast", "--ema", "--path_type", "student", "--metrics", "swd", "--num_images", 8,
           "--cache_dir", teacher.parent.parent / "cache", *HARDWARE)  # fmt: skip
-    table = Path("results/fast/fid_results.csv").read_text().splitlines()
-    names = table[0].split(",")
-    rows = [dict(zip(names, line.split(","), strict=False)) for line in table[1:]]
+    with open("results/fast/fid_results.csv", newline="") as table:
+        rows = list(csv.DictReader(table))
     assert [(row["nfe"], row["path_type"]) for row in rows] == [("1", "student"), ("2", "student")]
+    # Six steps of four images a round.
+    assert [(row["student_images"], row["teacher_calls"]) for row in rows] == [("48", "96"), ("24", "48")]
+    assert [row["student"] for row in rows] == ["1calls", "2calls"]
 
 
 def test_a_student_starts_from_its_teacher(stage, teachers, tmp_path, monkeypatch):
