@@ -5,6 +5,7 @@
     python make_figures.py scores results/fid_results.csv --metric swd --output results/swd.png
     python make_figures.py nfe "EMA=results/fid_results.csv" --path_type diagonal kl --output results/nfe.png
     python make_figures.py guidance results/fid_results.csv --output results/guidance.png
+    python make_figures.py students Progressive=results/p/fid_results.csv Reflow=results/r/fid_results.csv --output FILE
     python make_figures.py paths_epochs results/heatmap_30_*ep*.pth --output results/paths_epochs.png
     python make_figures.py t_pairs independent same shift:2 heuristic:0.8 band:image,1 --output results/t_pairs.png
     python make_figures.py samples "Baseline=results/samples/a" "LIFT=results/samples/b" --output results/rows.png
@@ -31,6 +32,7 @@ from figures.images import plot_samples
 from figures.losses import plot_losses
 from figures.paths import plot_path_and_samples, plot_path_comparison, plot_paths_across_epochs, plot_timestep_pairs
 from figures.scores import METRIC_TITLES, check_comparable, plot_scores, plot_scores_against_nfe
+from figures.students import StudentScore, plot_students
 from paths.path import Path as PathOfTimesteps
 from paths.schedule_file import load_schedule
 from planning.heatmap import PATH_SETTINGS
@@ -110,6 +112,15 @@ class AgainstCallsSettings(TitledSettings):
         nargs="+",
     )
     hide_regime: bool = option(False, "name curves without these pairs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentsFigureSettings(TitledSettings):
+    """A metric of students by their calls and their cost."""
+
+    inputs: tuple[str, ...] = _inputs("NAME=FILE, a results table for each curve")
+    metric: str = option("fid", choices=VALUE_FIELDS)
+    weights: str | None = option(None, "only results of these weights", choices=("raw", "ema"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +309,35 @@ def draw_against_nfe(settings: AgainstCallsSettings) -> None:
     plot_scores_against_nfe(panels, settings.output, settings.title, label)
 
 
+def draw_students(settings: StudentsFigureSettings) -> None:
+    """Mean and deviation over seeds, one curve for each table, of whatever it holds by number of calls."""
+    curves: dict[str, dict[int, StudentScore]] = {}
+    drawn = []
+    for name, file in named(settings.inputs).items():
+        rows = [row for row in table_rows(file) if settings.weights in (None, row["weights"])]
+        results = [result for result in named_results(rows) if result[f"{settings.metric}_mean"] is not None]
+        if not results:
+            raise ValueError(
+                f"{file} holds no {settings.metric} of what is asked for; score it with eval_fid_batch.py."
+            )
+        points = curves.setdefault(name, {})
+        for result in results:
+            calls = int(result["nfe"])
+            if calls in points:
+                raise ValueError(
+                    f"{file} holds two results at {calls} calls, such as of two solvers or of raw and EMA weights; "
+                    "keep them in tables of their own, or name --weights."
+                )
+            spent = [result[field] for field in ("student_images", "teacher_calls")]
+            cost = sum(map(int, spent)) if all(text.isdecimal() for text in spent) else None
+            score = result[f"{settings.metric}_mean"], result.get(f"{settings.metric}_sd")
+            points[calls] = StudentScore(*score, cost)
+        drawn += results
+    check_comparable(drawn, but=("nfe",))
+    label = f"{METRIC_TITLES.get(settings.metric, settings.metric)}, {int(drawn[0]['num_images']):,} images"
+    plot_students(curves, settings.output, settings.title, label)
+
+
 def draw_guidance(settings: GuidanceFigureSettings) -> None:
     """Precision against recall, and a distance against the scale, mean and deviation over seeds, a curve per series."""
     where = " and ".join(settings.inputs)
@@ -358,6 +398,7 @@ FIGURES = {
     "paths_epochs": (PathsOfEpochsSettings, "published paths, epochs side by side", draw_paths_epochs),
     "scores": (ScoresSettings, "a metric against the epoch, or beside each other for one epoch", draw_scores),
     "nfe": (AgainstCallsSettings, "a metric against network calls, a panel for each table", draw_against_nfe),
+    "students": (StudentsFigureSettings, "a metric of students by their calls, and by their cost", draw_students),
     "guidance": (GuidanceFigureSettings, "precision, recall and a distance by scale of guidance", draw_guidance),
     "samples": (SamplesSettings, "samples of equal seeds beside each other", draw_samples),
     "overview": (OverviewSettings, "a path and what was sampled along it", draw_overview),

@@ -98,7 +98,7 @@ def _guidance_figure(
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     figure.suptitle(title)
     FigureCanvasAgg(figure).draw()  # Where a number stands depends on where the points are on the page.
-    _number_points(left, points, {name: str(style["color"]) for name, style in styles.items()})
+    number_points(left, points, {name: str(style["color"]) for name, style in styles.items()})
     return figure
 
 
@@ -131,7 +131,7 @@ def _number_scales(axes: Axes, scales: Sequence[float]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _number_points(
+def number_points(
     axes: Axes, points: Sequence[tuple[str, float, np.ndarray, np.ndarray]], colours: Mapping[str, str]
 ) -> None:
     """The scale of each point (name of its curve, scale, centre, deviations) beside it, where nothing else stands."""
