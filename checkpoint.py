@@ -276,6 +276,36 @@ class LoadedModel(NamedTuple):
             raise ValueError(NO_VARIANCE)
 
     @property
+    def is_consistency(self) -> bool:
+        """Whether its clean images are the ends of paths, as a consistency model has them, and no means."""
+        return self.config.get("objective") == "consistency"
+
+    def check_solver(self, solver: str) -> None:
+        """Raise ValueError unless the model can be sampled by the solver of that name."""
+        if self.is_consistency and solver != "consistency":
+            raise ValueError(
+                f"{self.file} was trained with --objective consistency, and only --solver consistency samples such a "
+                f"model, not {solver}; pass that one."
+            )
+        if solver == "consistency" and not self.is_consistency:
+            raise ValueError(
+                f"--solver consistency samples models that were trained with --objective consistency, and {self.file} "
+                "was not; choose another solver."
+            )
+        if self.config.get("objective") == "progressive" and solver != "ddim":
+            raise ValueError(
+                f"{self.file} is a student of steps of DDIM, and --solver {solver} takes others; leave --solver out."
+            )
+
+    def require_means(self, stage: str) -> None:
+        """Raise ValueError, naming the stage, for a model whose clean images are no means of what may have been."""
+        if self.is_consistency:
+            raise ValueError(
+                f"{self.file} was trained with --objective consistency: it predicts where a path ends, and no mean of "
+                f"clean images, by which {stage} goes; pass a checkpoint of another objective."
+            )
+
+    @property
     def device(self) -> torch.device:
         """Where its weights are."""
         return next(self.model.parameters()).device

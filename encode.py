@@ -99,6 +99,7 @@ class Encoder:
         self.settings, self.device = settings, select_device(settings.device)
         self.loaded = load_model(settings.checkpoint, settings.ema, self.device)
         self.loaded.require_pixels("encode.py")
+        self.loaded.require_means("encode.py")
         check_latents_exist(self.loaded, settings.checkpoint)
         self.conditions = settings.conditions(self.loaded)
         self.path, kind = usual_path(settings, self.loaded)

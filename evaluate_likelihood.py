@@ -270,6 +270,7 @@ def main() -> None:
     device = select_device(settings.device)
     loaded = load_model(settings.checkpoint, settings.ema, device)
     loaded.require_pixels("evaluate_likelihood.py")
+    loaded.require_means("evaluate_likelihood.py")
     path, kind = find_path(settings, loaded)
     pixels = evaluation_images(settings, loaded, settings.checkpoint, settings.on, settings.num_images)
     name = f"{Path(settings.checkpoint).stem}_{loaded.weights}_{settings.on}_{kind}_{path.nfe}"

@@ -164,6 +164,7 @@ def main() -> None:
     check_output(folder, settings.force)
     loaded = load_model(settings.checkpoint, settings.ema)
     loaded.require_pixels("export.py")
+    loaded.require_means("export.py")
     process, prediction = loaded.scheduler.process, loaded.scheduler.prediction_type
     if process != "vp" or prediction not in PREDICTIONS:
         raise ValueError(

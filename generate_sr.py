@@ -131,6 +131,8 @@ class Upscaler:
         self.settings, self.device = settings, select_device(settings.device)
         self.loaded = load_model(settings.checkpoint, settings.ema, self.device)
         self.loaded.require_pixels("generate_sr.py")
+        self.loaded.require_means("generate_sr.py")
+        self.loaded.check_solver(settings.solver)
         if not self.loaded.model.has_two_clocks():
             raise ValueError(
                 f"{settings.checkpoint} is a '{self.loaded.config['model_type']}' model; super-resolution needs one "

@@ -243,6 +243,7 @@ class Ends:
         if settings.input is None:
             return
         loaded.require_pixels("interpolate.py --input")
+        loaded.require_means("interpolate.py --input")
         check_latents_exist(loaded, settings.checkpoint)
         config = loaded.config
         reading = as_in_training(config, settings.resize)

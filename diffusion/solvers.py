@@ -16,6 +16,7 @@ process is the same diffusion, dx̂/dσ̂ = ε, so that no solver knows which on
     pc              that, and a step of Langevin dynamics after it, two calls a step (arXiv 2011.13456, algorithm 1)
     langevin        Langevin dynamics at every point, and one denoising at the end (arXiv 1907.05600, algorithm 1)
     ode             the probability-flow equation to a tolerance, in steps of its own (`adaptive`)
+    consistency     the image of a consistency model, and noise on it again (`consistency`)
 """
 
 import math
@@ -24,6 +25,7 @@ from collections.abc import Callable
 import torch
 
 from diffusion.adaptive import Ode
+from diffusion.consistency import Consistency
 from diffusion.multistep import Corrected, Line, Parabola, Rule, ScaleWalk
 from diffusion.step import Solver, Step, exponential_step, level_of, variance_span
 from images.representation import Images
@@ -250,6 +252,7 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "pc": PredictorCorrector,
     "langevin": Langevin,
     "ode": Ode,
+    "consistency": Consistency,
 }
 
 

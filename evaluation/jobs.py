@@ -394,6 +394,7 @@ class Evaluation:
         settings, which = self.settings, (job.checkpoint, job.weights)
         if self._loaded is None or self._loaded[0] != which:
             loaded = load_model(job.checkpoint, job.weights == "ema", self.device)
+            loaded.check_solver(settings.solver)
             if settings.make_solver().reads_variance:
                 loaded.check_variance()
             config, conditions = loaded.config, settings.conditions(loaded)

@@ -71,6 +71,12 @@ def _lr_schedule(config: dict[str, Any]) -> str | None:
     return schedule if schedule in (None, "constant") else f"{schedule} over {config['epochs']} epochs"
 
 
+def _consistency(config: dict[str, Any]) -> str:
+    # Its noise levels depend on how long the run was meant to be.
+    form = config.get("consistency")
+    return "none" if form is None else f"{form} over {config['epochs']} epochs"
+
+
 # In the order in which titles name them.
 TRAINING_COLUMNS = {
     "run": TrainingColumn(_setting("run"), "run {}"),
@@ -102,6 +108,12 @@ TRAINING_COLUMNS = {
         lambda loaded, num_images: _cost(loaded.config, "teacher_calls"),
         "{} calls of teachers",
         told_by=("student", "student_images"),
+    ),
+    "consistency": TrainingColumn(
+        lambda loaded, num_images: _consistency(loaded.config), "consistency {}", told_by=("preset", "objective")
+    ),
+    "consistency_solver": TrainingColumn(
+        _choice("consistency_solver"), "teacher's steps {}", told_by=("preset", "objective")
     ),
     "min_snr_gamma": TrainingColumn(_choice("min_snr_gamma"), "min-SNR {}"),
     "timestep_weights": TrainingColumn(

@@ -281,14 +281,16 @@ def path_of_settings(settings: OnePathSettings, loaded: LoadedModel) -> tuple[Pa
     """The path that settings name, and what to call it in the name of a file.
 
     Prints a warning if it leads far from what the model was trained on. Raises ValueError for a solver that the model
-    cannot be sampled by, also for want of a variance, or that takes more calls than there may be, and what
-    `choose_path` raises.
+    cannot be sampled by, also because of its objective or for want of a variance, or that takes more calls than there
+    may be, and what `choose_path` raises.
     """
     config = loaded.config
     if isinstance(settings, SolverSettings) and (problem := solver_problem(settings, config["model_type"])):
         raise ValueError(problem)
-    if isinstance(settings, SolverSettings) and settings.make_solver().reads_variance:
-        loaded.check_variance()
+    if isinstance(settings, SolverSettings):
+        loaded.check_solver(settings.solver)
+        if settings.make_solver().reads_variance:
+            loaded.check_variance()
     file = find_map(loaded.file, config, config["epoch"], loaded.weights)
     path_type = settings.path_type if settings.schedule is None else f"schedule:{settings.schedule}"
     path = choose_path(settings, path_type, settings.num_steps, loaded, settings.heatmap or file)

@@ -171,6 +171,7 @@ def compute(
     """
     device = processes.device
     loaded = load_model(settings.checkpoint, settings.ema, device)
+    loaded.require_means("an error map")
     model_type = loaded.config["model_type"]
     if loaded.model.one_clock and loaded.model.num_scales > 1:  # Neither a plane nor one scale.
         mapped = (name for name, kind in MODEL_CLASSES.items() if not (kind.one_clock and kind.num_scales > 1))

@@ -55,6 +55,8 @@ PRESETS |= {
     "ve": _NOISE | {"process": "ve", "beta_schedule": "ve", "times": "real"},
     "flow": PRESETS["improved"]  # arXiv 2209.03003, 2210.02747
     | {"process": "flow", "prediction_type": "velocity", "beta_schedule": "flow", "times": "real"},
+    "ict": PRESETS["improved"]  # arXiv 2310.14189, with our network and process
+    | {"objective": "consistency", "times": "real"},
 }
 # What configs from before there was a choice stand for.
 EARLIER_VALUES = {

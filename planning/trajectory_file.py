@@ -119,6 +119,7 @@ def compute(settings: TrajectorySettings) -> tuple[Trajectories, dict[str, Any],
     """
     device = select_device(settings.device)
     loaded = load_model(settings.checkpoint, settings.ema, device)
+    loaded.require_means("a trajectory")
     model, config, scheduler = loaded.model, loaded.config, loaded.scheduler
     if reason := why_no_equation(model.num_scales, model.num_predictions, "Trajectories are not"):
         raise ValueError(f"{settings.checkpoint} is a '{config['model_type']}' model: {reason}")

@@ -61,6 +61,8 @@ class TrainingBatch(NamedTuple):
     t_32: torch.Tensor  # [B]
     share: torch.Tensor | None = None  # [B], what the loss of each image counts for how it was drawn; None: 1
     labels: torch.Tensor | None = None  # [B], int64, the class of each image, or the null class
+    next_64: torch.Tensor | None = None  # [B], float64, the cleaner times that predictions are compared with
+    next_32: torch.Tensor | None = None  # [B]
 
     def rows(self, rows: slice) -> "TrainingBatch":
         """Some of the images."""
@@ -86,6 +88,7 @@ class Noising:
 
     evaluates = "denoise"  # The method of a model that `losses` calls.
     learned_variance = False  # Whether the network is one that says the variance of a step.
+    timed = False  # Whether what a step shows depends on how much of the run is over, other than by its pairs.
 
     def __init__(
         self,
@@ -121,18 +124,17 @@ class Noising:
         labels (`label_dropout`) becomes the null class (arXiv 2207.12598, algorithm 1).
         """
         device, representation = x_64.device, self.scheduler.representation
-        t_64, t_32, share = self._timesteps(len(x_64), generator, progress)  # [B] each
+        t_64, t_32, share, *more = self._timesteps(len(x_64), generator, progress)  # [B] each
         noise_64 = torch.randn(x_64.shape, generator=generator, device=device)  # [B, C, H, W]
         noise_32 = torch.randn(x_32.shape, generator=generator, device=device)  # [B, C, H/2, W/2]
         clean, noise = map(representation.project, ((x_64, x_32), (noise_64, noise_32)))
         if labels is not None and self._label_dropout is not None:
             hidden = torch.rand(len(labels), generator=generator, device=device) < self._label_dropout
             labels = torch.where(hidden, self._null_class, labels)
-        return TrainingBatch(*clean, *noise, t_64, t_32, share, labels)
+        return TrainingBatch(*clean, *noise, t_64, t_32, share, labels, *more)
 
-    def _timesteps(
-        self, batch: int, generator: torch.Generator, progress: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _timesteps(self, batch: int, generator: torch.Generator, progress: float) -> tuple[torch.Tensor | None, ...]:
+        # Timesteps, shares, and what else stands behind the labels of a batch.
         pairs = self.pairs.at(progress)
         law = self._densities if self._importance is None else self._importance.densities()
         if law is None:

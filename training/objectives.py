@@ -1,5 +1,6 @@
 """What a training may minimise, by what `--objective` calls it."""
 
+from training.consistency import Consistency
 from training.objective import Denoising
 from training.progressive import Progressive
 from training.variational import Hybrid, Variational
@@ -9,6 +10,7 @@ OBJECTIVES: dict[str, type[Denoising]] = {
     "hybrid": Hybrid,
     "vlb": Variational,
     "progressive": Progressive,
+    "consistency": Consistency,
 }
 # Those that need a teacher, which the stages without one do not offer.
 WITH_TEACHER = ("progressive",)

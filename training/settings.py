@@ -20,6 +20,8 @@ from planning.regimes import check_regime, default_regime, parse_regime
 from runtime.runs import derived_name, is_same, resume_folder, run_name
 from runtime.settings import REQUIRED, Settings, option
 from scheduler import ALL_SCHEDULES, PREDICTION_TYPES, PROCESSES, schedule_name, split_schedule_name
+from training.consistency import TEACHER_SOLVERS, check_consistency
+from training.noise_levels import FORMS, ICT
 from training.objectives import OBJECTIVES
 from training.timesteps import IMPORTANCE, TIMESTEP_WEIGHTS, UNIFORM, law_name, parse_law
 from training.variational import VLB_WEIGHT, check_chain
@@ -30,9 +32,11 @@ LABEL_DROPOUT = 0.1  # Unless told otherwise (arXiv 2207.12598 tries 0.1, 0.2 an
 REPLAN_EVERY, REPLAN_IMAGES = 10, 16  # Epochs and images, unless told otherwise.
 # What only models of two scales have; the stage of the baseline has no flags for them.
 TWO_SCALE_SETTINGS = ("t_pairs", "replan_every", "replan_images", "loss_weights", "representation")
+CONSISTENCY_PAIRS = {"overcomplete": "same", "residual": "band:image,0"}  # The curve of noise on one image.
 # What only models of images have; the stage of classifiers has no flags for them.
 IMAGE_SETTINGS = (
-    "network", "objective", "vlb_weight", "perceptual_weight", "feature_weight", "vgg_weights", "prediction_type",
+    "network", "objective", "vlb_weight", "consistency", "consistency_solver",
+    "perceptual_weight", "feature_weight", "vgg_weights", "prediction_type",
     "min_snr_gamma", "timestep_weights", "replan_every", "replan_images", "loss_weights", "label_dropout",
     "latents",
 )  # fmt: skip
@@ -146,7 +150,8 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
     objective: str | None = option(
         None,
         "what a step minimises: denoising, squared errors; hybrid, those and the variational bound of variances that "
-        "are learnt with it; vlb, that bound alone; of distill.py progressive (that of the preset)",
+        "are learnt with it; vlb, that bound alone; consistency, how far the ends differ that neighbouring noise "
+        "levels lead to; progressive, of distill.py, what two steps of a teacher lead to (that of the preset)",
         choices=tuple(OBJECTIVES),
         recorded=True,
         absent="denoising",
@@ -156,6 +161,22 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         f"of hybrid: weight of the bound, a sum over all timesteps in bits per dimension ({VLB_WEIGHT})",
         parse=cli.positive_float,
         metavar="WEIGHT",
+        recorded=True,
+        absent=None,
+    )
+    consistency: str | None = option(
+        None,
+        "of consistency: which noise levels, distances and targets: ct, those of the first consistency models; ict, of "
+        f"the improved ones; ect, of easy tuning, from a trained model ({ICT})",
+        choices=tuple(FORMS),
+        recorded=True,
+        absent=None,
+    )
+    consistency_solver: str | None = option(
+        None,
+        "of consistency with a teacher: how that steps to the next level (heun; of ect none, both levels have the same "
+        "noise)",
+        choices=TEACHER_SOLVERS,
         recorded=True,
         absent=None,
     )
@@ -342,6 +363,11 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
     def _check_objective(self) -> None:
         if self.vlb_weight is not None and self.objective != "hybrid":
             raise ValueError(f"--vlb_weight belongs to --objective hybrid, not to {self.objective}; leave it out.")
+        for name in ("consistency", "consistency_solver"):
+            if getattr(self, name) is not None and self.objective != "consistency":
+                raise ValueError(f"--{name} belongs to --objective consistency, not to {self.objective}; leave it out.")
+        if self.objective == "consistency":
+            self._check_consistency()
         if self.objective is None or not OBJECTIVES[self.objective].learned_variance:
             return
         check_chain(self.objective, self.process, self.times)
@@ -362,6 +388,24 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
             )
         if self.objective == "hybrid" and self.vlb_weight is None:
             self._derive(vlb_weight=VLB_WEIGHT)
+
+    def _check_consistency(self) -> None:
+        kind = network_class(self.model_type)
+        pairs = CONSISTENCY_PAIRS[self.representation] if kind.has_two_clocks() else self.t_pairs
+        for name, only in {"times": "real", "t_pairs": pairs}.items():
+            if getattr(self, name) == only:
+                continue
+            if name not in self._derived:
+                raise ValueError(
+                    f"--objective consistency has --{name} {only}, as its noise levels lie on one curve of real times; "
+                    "leave that out."
+                )
+            self._derive(**{name: only})
+        check_consistency(self)
+        if self.consistency is None:
+            self._derive(consistency=ICT)
+        if self.student is not None and self.consistency_solver is None and self.consistency != "ect":
+            self._derive(consistency_solver=TEACHER_SOLVERS[0])
 
     def _check_classifier(self, num_scales: int) -> None:
         """A classifier predicts no image, so that its config says of predictions what changes nothing."""

@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 from diffusion.sampler import coarse_feed, image_seeds, sample_seeds, scale_shapes
+from diffusion.solvers import make_solver
 from diffusion.space import side_of
 from figures.images import save_image_grid
 from paths.families import diagonal, log_snr_shift
@@ -21,6 +22,7 @@ from training.trainer import Trainer
 
 GRID_IMAGES = 32
 GRID_STEPS = 18
+CONSISTENCY_STEPS = 2  # Of consistency models, for which more of them are of little use.
 
 
 def show_epoch(trainer: Trainer, log: RunLog | None = None, stop: StopRequest | None = None) -> None:
@@ -46,8 +48,9 @@ def _grid_file(trainer: Trainer, scale: str) -> Path:
 def sample_grids(trainer: Trainer, stop: StopRequest | None = None) -> list[torch.Tensor]:
     """Samples of the EMA (else raw) weights along the t-uniform diagonal of the image, uint8, by predicted scale.
 
-    Those of a student are along its own path. Of latents both are decoded, the coarse one as an image of half the size;
-    of a model with classes, classes take turns. Raises InterruptedError if a stop is asked for meanwhile.
+    Those of a student are along its own path; all are made by DDIM, but those of a consistency model by its own solver
+    in few steps. Of latents both are decoded, the coarse one as an image of half the size; of a model with classes,
+    classes take turns. Raises InterruptedError if a stop is asked for meanwhile.
     """
 
     def give_up_if_asked(*_) -> None:
@@ -55,7 +58,9 @@ def sample_grids(trainer: Trainer, stop: StopRequest | None = None) -> list[torc
             raise InterruptedError
 
     model, config, scheduler = trainer.averaged.eval(), trainer.config, trainer.scheduler
-    path = student_path(config) or diagonal(GRID_STEPS, "uniform_t", num_scales=model.num_scales)
+    consistent = config["objective"] == "consistency"
+    steps = min(GRID_STEPS, CONSISTENCY_STEPS) if consistent else GRID_STEPS
+    path = student_path(config) or diagonal(steps, "uniform_t", num_scales=model.num_scales)
     if path.kind == "diagonal" and scheduler.representation.image_lead and model.has_two_clocks():
         path = log_snr_shift(path, scheduler.representation.image_lead, scheduler.log_snr.cpu().numpy())
     names = config["class_names"]
@@ -71,6 +76,7 @@ def sample_grids(trainer: Trainer, stop: StopRequest | None = None) -> list[torc
                 trainer.device,
                 callback=give_up_if_asked,
                 coarse_from=coarse_feed(model, "x0"),
+                solver=make_solver("consistency" if consistent else "ddim"),
                 labels=[k % len(names) for k in range(GRID_IMAGES)] if names else None,
             )
     finally:

@@ -34,6 +34,7 @@ class Teaching(NamedTuple):
                     f"{words} of the teacher {self.teacher.file} is {theirs.get(key)}, not {config.get(key)}; a "
                     "student shares it, so leave the flag out, or pass another teacher."
                 )
+        self.teacher.require_means("the equation of a teacher")
         if self.teacher.learned_variance:
             raise ValueError(
                 f"{self.teacher.file} says the variances of its steps, which a student does not learn; pass a teacher "

@@ -261,6 +261,7 @@ class Trainer:
         """What of the config decides what is computed, and is the same in every part of a run."""
         pairs = self.config["t_pairs"]
         timed = self.settings.lr_schedule == "cosine" or (pairs is not None and parse_regime(pairs).changes)
+        timed |= self.settings.objective is not None and OBJECTIVES[self.settings.objective].timed
         free = FREE_KEYS - ({"epochs"} if timed else set())  # What happens by the share of the run depends on its end.
         return {name: value for name, value in self.config.items() if name not in free}
 

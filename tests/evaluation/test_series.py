@@ -71,6 +71,8 @@ SAID = {
     "teacher": ("teacher c0ffee", "teacher none"),
     "student_images": ("51200 images of students", "none images of students"),
     "teacher_calls": ("102400 calls of teachers", "none calls of teachers"),
+    "consistency": ("consistency ict over 200 epochs", "consistency none"),
+    "consistency_solver": ("teacher's steps heun", "teacher's steps none"),
     "min_snr_gamma": ("min-SNR 5", "min-SNR none"),
     "timestep_weights": ("timestep weights published", "timestep weights sigma2"),
     "t_law": ("logit_normal:0,1 timesteps", "uniform timesteps"),

@@ -47,6 +47,8 @@ def test_every_setting_is_said():
         "teacher": "none",
         "student_images": "none",
         "teacher_calls": "none",
+        "consistency": "none",
+        "consistency_solver": "none",
         "min_snr_gamma": "none",
         "timestep_weights": "sigma2",
         "t_law": "log_normal:-1.2,1.2",
@@ -82,11 +84,13 @@ def test_every_setting_is_said():
 def test_a_preset_is_known_by_what_it_sets(preset, model_type, representation):
     if representation == "residual" and MODEL_CLASSES[model_type].num_predictions == 1:
         return
+    if PRESETS[preset]["objective"] == "consistency" and model_type in ("single_t", "no_t"):
+        return
     chosen = {"model_type": model_type, "preset": preset, "representation": representation}
     named, unnamed = loaded(**chosen, more={"preset": preset}), loaded(**chosen, without=["preset"])
     assert describe_training(named, None)["preset"] == describe_training(unnamed, None)["preset"] == preset
     # The pairs of timesteps are in a column of their own.
-    if model_type == "dual":
+    if model_type == "dual" and PRESETS[preset]["objective"] != "consistency":  # Which has pairs of its own.
         assert describe_training(loaded(**chosen, t_pairs="same", without=["preset"]), None)["preset"] == preset
     changes = [{"prediction_type": "x0"}, {"process": "ve" if preset == "flow" else "flow", "prediction_type": "v"}]
     changes[1]["objective"] = "denoising"  # The only one of that process.
@@ -103,6 +107,7 @@ def test_an_old_checkpoint_says_what_it_can():
     """Those from before there were choices made them as published."""
     new = ["representation", "loss_weights", "min_snr_gamma", "run", "preset", "data_fingerprint", "ema_rampup_ratio"]
     new += ["timestep_weights", "t_law", "times", "objective", "vlb_weight", "network", "student"]
+    new += ["consistency", "consistency_solver"]
     new += ["perceptual_weight", "feature_weight", "latents"]
     old = loaded(without=new)
     said, new = describe_training(old, None), describe_training(loaded(more={"preset": "published"}), 99)

@@ -318,7 +318,7 @@ def teachers(stage, tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["baseline", "dual"])
-def test_rounds_halve_the_calls(stage, teachers, tmp_path, monkeypatch, kind):
+def test_rounds_halve_the_calls(stage, refused, teachers, tmp_path, monkeypatch, kind):
     teacher = teachers[kind]
     monkeypatch.chdir(tmp_path)
     more = ("--path_type", "shift:1") if kind == "dual" else ()
@@ -350,6 +350,9 @@ def test_rounds_halve_the_calls(stage, teachers, tmp_path, monkeypatch, kind):
     # Six steps of four images a round.
     assert [(row["student_images"], row["teacher_calls"]) for row in rows] == [("48", "96"), ("24", "48")]
     assert [row["student"] for row in rows] == ["1calls", "2calls"]
+    for solver in ("heun", "dpmpp_2m", "ancestral", "consistency"):
+        refused(generate_with_path_30, "--checkpoint", files[0], "--path_type", "student", "--solver", solver,
+                "--output", "other", *HARDWARE, says=(f"--solver {solver}",))  # fmt: skip
 
 
 def test_a_student_starts_from_its_teacher(stage, teachers, tmp_path, monkeypatch):

@@ -440,7 +440,7 @@ def sampled(stage, checkpoint, output, *flags):
 @pytest.mark.parametrize("name", ["baseline", "dual", "residual"])
 def test_every_solver_samples_from_such_a_model(stage, learned, tmp_path, name):
     images = {}
-    ways = [(solver,) for solver in SOLVERS]
+    ways = [(solver,) for solver in SOLVERS if solver != "consistency"]  # Which is for models of its own.
     for way in [*ways, ("ancestral", "--variance", "beta_tilde"), ("ancestral", "--variance", "learned")]:
         flags = ["--tolerance", 0.1] if way == ("ode",) else []
         images[way] = sampled(stage, learned[name], tmp_path / "-".join(way), "--solver", *way, *flags)
