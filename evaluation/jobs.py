@@ -233,8 +233,10 @@ def _found(settings: EvaluationSettings) -> list[tuple[str, list[tuple[Path, Pat
 
 
 def steps_of(path_type: str, settings: EvaluationSettings, file: Path) -> tuple[int, ...]:
-    """The numbers of steps of a type of path: those of the flags, or the one of a schedule or of a student's file."""
+    """The numbers of steps of a type of path: those of the flags, or its own, a schedule's or that of a student."""
     kind = parse_path_type(path_type)
+    if kind.name == "through":
+        return (len(kind.parameters) + 1,)
     if kind.name == STUDENT_PATH:
         path = student_path(describe_model(file)["config"])
         return settings.num_steps[:1] if path is None else (path.nfe,)  # Of no student the path is refused.

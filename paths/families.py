@@ -1,10 +1,11 @@
 """Paths made by hand: a spacing, and an offset between the scales.
 
 `diagonal` makes the spacing, and `log_snr_shift`, `lead` and `heuristic` add an offset to any diagonal; `cascade` and
-`fine_first` take one scale after the other.
+`fine_first` take one scale after the other; `through` names its points.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,35 @@ def log_snr_shift(
     coarse = [timesteps[0], *nearest_timesteps(table, inner).tolist(), 0]
     points = tuple(zip(timesteps, coarse, strict=True))
     return Path(points, "log_snr_shift", {"base": base.provenance, "shift": float(shift)})
+
+
+def through(
+    places: Sequence[float],  # log SNRs, rising
+    log_snr: ArrayLike,  # [num_train_timesteps]
+    num_scales: int = 2,  # 1 for a model with a single timestep
+    shift: float = 0.0,  # of log SNR, by which the coarse scale is ahead at the places
+) -> Path:
+    """Path from pure noise through the timesteps of nearest log SNR, and from the last one to 0: few chosen steps.
+
+    Raises ValueError for no place, for places that are not finite or too near to each other to be timesteps that fall,
+    and for a table that does not fall strictly; -inf is allowed at its last timestep.
+    """
+    start = len(log_snr) - 1
+    table = check_log_snr_table(log_snr, start)
+    if not len(places) or not np.isfinite(places).all():
+        raise ValueError(f"the path is to lead through log SNRs {list(places)}; give one or more, all finite")
+    inner = [
+        nearest_timesteps(table, np.clip(np.array(places) + ahead, table[-1], table[0])).tolist()
+        for ahead in (0.0, shift)[:num_scales]
+    ]
+    for timesteps in inner:
+        if any(after >= before for before, after in zip([start, *timesteps], [*timesteps, 0], strict=True)):
+            raise ValueError(
+                f"log SNRs {list(places)} lead through timesteps {timesteps}, which must fall between {start} and 0; "
+                "give rising ones, not so near to each other or to the ends"
+            )
+    points = (tuple([start] * num_scales), *zip(*inner, strict=True), tuple([0] * num_scales))
+    return Path(points, "through", {"log_snrs": [float(place) for place in places], "shift": float(shift)})
 
 
 def lead(base: Path, k: int) -> Path:

@@ -14,7 +14,7 @@ from diffusion.adaptive import MOST_CALLS, TOLERANCE
 from diffusion.sampler import COARSE_FEEDS, ENDS, coarse_feed
 from diffusion.solvers import LANGEVIN_ROUNDS, SOLVERS, VARIANCES, make_solver
 from diffusion.step import Solver
-from paths.families import cascade, diagonal, heuristic, lead, log_snr_shift
+from paths.families import cascade, diagonal, heuristic, lead, log_snr_shift, through
 from paths.path import SPACINGS, Path
 from paths.schedule_file import load_schedule
 from planning.error_map import CHAIN_RULE_FACTORS, NORMALISATIONS
@@ -252,7 +252,7 @@ def why_not(model_type: str, path_type: str) -> str:
             f"which a '{model_type}' model cannot follow; pass one made for it."
         )
     one_clock = ("diagonal", "kl_diagonal") if model.num_scales == 1 else ("diagonal",)
-    if kind.name not in (*one_clock, STUDENT_PATH) and model.one_clock:
+    if kind.name not in (*one_clock, STUDENT_PATH, "through") and model.one_clock:
         return (
             f"--path_type {path_type} needs a model with two clocks, but this one is '{model_type}'; use --path_type "
             f"{' or '.join(one_clock)}."
@@ -353,6 +353,9 @@ def choose_path(
         return cascade(
             num_steps, coarse_steps=next(iter(steps), None), remaining=remaining, spacing=settings.spacing, **table
         )
+    if kind.name == "through":
+        ahead = 0.0 if loaded.model.one_clock else loaded.scheduler.representation.image_lead
+        return through(kind.parameters, log_snr, loaded.model.num_scales, ahead)
     base = diagonal(num_steps, settings.spacing, loaded.model.num_scales, **table)
     if kind.name == "image_diagonal":
         ahead = loaded.scheduler.representation.image_lead

@@ -7,6 +7,8 @@ Types are names, such as `diagonal`, or families with parameters. `student` is t
     shift:D         the diagonal of --spacing with λ_32 = λ_64 + D, λ = log SNR; D > 0: the coarse scale is ahead
     lead:K          that diagonal with the coarse scale K points ahead
     heuristic:F     that diagonal with t_32 = F t_64, 0 < F <= 1
+    through:L,...   from noise through the timesteps of these log SNRs, one step each, and on to clean; of the residual
+                    pair the coarse scale is ahead by what it is on the diagonal of the image
     schedule:FILE   the path of a schedule file
 """
 
@@ -24,6 +26,7 @@ PATH_FAMILIES = {
     "shift": "LOG_SNR",
     "lead": "POINTS",
     "heuristic": "FACTOR in (0, 1]",
+    "through": "LOG_SNR[,LOG_SNR ...]",
     "schedule": "FILE",
 }
 
@@ -72,6 +75,11 @@ def _parameters(family: str, words: str) -> tuple[float | int | str, ...]:
         return (words,)
     if family == "lead":
         return (int(words),)
+    if family == "through":
+        places = tuple(float(word) + 0.0 for word in words.split(","))
+        if not all(map(math.isfinite, places)):
+            raise ValueError(words)
+        return places
     first, *rest = words.split(",")
     # -0 and 0 are one number, and have one name.
     value, steps = float(first) + 0.0, tuple(map(int, rest))

@@ -24,7 +24,7 @@ from evaluation import jobs
 from evaluation.results_table import read_rows
 from images.representation import REPRESENTATIONS
 from model import LIFTDualTimestepModel
-from paths.families import cascade, diagonal
+from paths.families import cascade, diagonal, through
 from paths.optimal import Readings, kl_cost, kl_path, kl_step_cost, path_cost
 from paths.path import Path, timestep_grid
 from paths.refine import cost_off_grid
@@ -287,6 +287,19 @@ def test_a_cascade_waits_at_the_timestep_nearest_to_its_log_snr(text, steps, wai
     assert even.points[steps] == (999, waits) and even.points != path.points and even.nfe == 8
 
 
+@pytest.mark.parametrize("model_type", MODEL_CLASSES)
+def test_a_path_through_log_snrs_has_a_step_more_than_they_are(model_type):
+    expected = [999, *(int(np.argmin(np.abs(LOG_SNR - level))) for level in (-2, 3.5)), 0]
+    path = chosen("through:-2,3.5", model_type)
+    clocks = MODEL_CLASSES[model_type].num_scales
+    assert path.points == tuple((t,) * clocks for t in expected) and path.kind == "through"
+    ahead = through((-2, 3.5), LOG_SNR, 2, 1.25).points[1:-1]
+    assert [t_32 for _, t_32 in ahead] == [int(np.argmin(np.abs(LOG_SNR - level - 1.25))) for level in (-2, 3.5)]
+    for bad in ((), (np.inf,), (3, 2), (1, 1), (-99,), (99,)):
+        with pytest.raises(ValueError, match="lead through"):
+            through(bad, LOG_SNR)
+
+
 def test_a_schedule_is_followed_by_whom_it_suits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paths = {"free": chosen("lead:1"), "level": chosen("diagonal"), "one": diagonal(8, num_scales=1)}
@@ -323,6 +336,7 @@ def test_a_schedule_is_followed_by_whom_it_suits(tmp_path, monkeypatch):
         ("shift:0.1", "shift:0.1", "shift_0.1"),
         ("lead:-2", "lead:-2", "lead_-2"),
         ("heuristic:.8", "heuristic:0.8", "heuristic_0.8"),
+        ("through:-2.0,+3.50", "through:-2,3.5", "through_-2_3.5"),
         ("schedule:a b/c d:e.json", "schedule:a b/c d:e.json", "schedule_c_d_e"),
     ],
 )
