@@ -96,10 +96,10 @@ def find_checkpoints(
 ) -> dict[int, Path]:
     """The snapshots of a model type in a folder by epoch: those of `epochs` in that order, or all, ascending.
 
-    Of a folder that has students alone they are these, by number of calls. Raises ValueError if there is none, or none
-    of an epoch that is asked for.
+    Of a folder that has students alone they are these, numbered in the order of their names. Raises ValueError if there
+    is none, or none of an epoch that is asked for.
     """
-    found = _snapshots(folder, model_type) or ({} if epochs else _snapshots(folder, model_type, "calls"))
+    found = _snapshots(folder, model_type) or ({} if epochs else dict(enumerate(_students(folder, model_type))))
     wanted = sorted(found) if epochs is None else epochs
     missing = [epoch for epoch in wanted if epoch not in found]
     if missing or not wanted:
@@ -110,8 +110,18 @@ def find_checkpoints(
     return {epoch: found[epoch] for epoch in wanted}
 
 
-def _snapshots(folder: str | os.PathLike, model_type: str, unit: str = "ep") -> dict[int, Path]:
-    pattern = re.compile(rf"{re.escape(FILE_STEMS[model_type])}_(\d+){unit}\.pth")
+def _students(folder: str | os.PathLike, model_type: str) -> list[Path]:
+    # As `checkpoint_file` calls them; stems of other types begin otherwise.
+    stem, own = FILE_STEMS[model_type], re.compile(r"(\d+calls|consistency|reflow\d+(_1calls)?)\.pth")
+    files = Path(folder).glob(f"{stem}_*.pth")
+    found = [file for file in files if own.fullmatch(file.name.removeprefix(f"{stem}_"))]
+    return sorted(
+        found, key=lambda file: [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", file.name)]
+    )
+
+
+def _snapshots(folder: str | os.PathLike, model_type: str) -> dict[int, Path]:
+    pattern = re.compile(rf"{re.escape(FILE_STEMS[model_type])}_(\d+)ep\.pth")
     matches = ((pattern.fullmatch(file.name), file) for file in Path(folder).glob("*.pth"))
     return {int(match[1]): file for match, file in matches if match}
 
@@ -131,7 +141,7 @@ def checkpoint_of_run(run: str, model_type: str | None = None, epoch: int | None
 def types_in_run(run: str) -> list[str]:
     """The types of model that a run, by its name, has checkpoints of. Raises ValueError if there are none."""
     folder = places(run).checkpoints
-    there = [name for name in MODEL_CLASSES if _snapshots(folder, name) or _snapshots(folder, name, "calls")]
+    there = [name for name in MODEL_CLASSES if _snapshots(folder, name) or _students(folder, name)]
     if not there:
         raise ValueError(f"{folder} has no checkpoint; train the run, or pass another --run{hint_at_runs()}.")
     return there

@@ -121,6 +121,9 @@ TRAINING_COLUMNS = {
     ),
     "t_law": TrainingColumn(_setting("t_law", "uniform"), "{} timesteps", told_by=("preset",)),
     "times": TrainingColumn(_setting("times", "whole"), "{} times", told_by=("preset",)),
+    "coupling": TrainingColumn(
+        lambda loaded, num_images: loaded.config.get("coupling") or "independent", "{} coupling"
+    ),
     "lr": TrainingColumn(_setting("lr"), "lr {}", "number"),
     "lr_schedule": TrainingColumn(lambda loaded, num_images: _lr_schedule(loaded.config), "lr {}"),
     "classes": TrainingColumn(lambda loaded, num_images: _classes(loaded.config), "classes {}"),

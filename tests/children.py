@@ -11,16 +11,17 @@ from unittest import mock
 import torch
 
 import cli
+import distill
 import train_lift
 from training import showing
 from training.trainer import Trainer
 
 # Children start from a process that has imported everything and run nothing, so that each takes no time to start.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train_lift", "eval_fid_batch", "pytest", "torch.utils.tensorboard"])
+FORKS.set_forkserver_preload(["train_lift", "distill", "eval_fid_batch", "pytest", "torch.utils.tensorboard"])
 
 
-def train_in_child(flags, patches, ready):
+def train_in_child(flags, patches, ready, stage=train_lift):
     """What a child does: train on one thread, with attributes replaced by what `patches` make of them."""
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w")
@@ -30,8 +31,23 @@ def train_in_child(flags, patches, ready):
         setattr(owner, name, make(getattr(owner, name)))
     if ready is not None:
         ready.set()
-    with mock.patch.object(sys, "argv", ["train_lift.py", *map(str, flags)]):
-        cli.run_stage(train_lift.main)
+    with mock.patch.object(sys, "argv", [f"{stage.__name__}.py", *map(str, flags)]):
+        cli.run_stage(stage.main)
+
+
+def distill_in_child(flags, patches, ready):
+    """Likewise with `distill.py`."""
+    train_in_child(flags, patches, ready, distill)
+
+
+class Always:
+    """Makes a constant another one."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, before):
+        return self.value
 
 
 class KillAt:

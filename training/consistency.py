@@ -35,7 +35,8 @@ from training.objective import SCALE_LOSSES, Denoising, Networks, TrainingBatch
 from training.terms import Term
 from training.timesteps import UNIFORM
 
-TEACHER_SOLVERS = ("heun", "ddim")
+CALLS_OF_TEACHER = {"heun": 2, "ddim": 1, None: 0}  # For an image of a step.
+TEACHER_SOLVERS = tuple(filter(None, CALLS_OF_TEACHER))
 HUBER = 0.00054  # c by the root of the number of dimensions (arXiv 2310.14189, section 3.3).
 
 NO_TEACHER = (

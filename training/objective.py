@@ -14,10 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from checkpoint import network_class
 from images.representation import Images
 from model import ScaleModel
 from planning.regimes import TimestepPairs
 from scheduler import DDIMScheduler, Denoiser
+from training.coupling import OPTIMAL, optimal_partners
 from training.terms import Term, compare
 from training.timesteps import IMPORTANCE, UNIFORM, Importance, densities, prediction_weight
 
@@ -81,7 +83,8 @@ class TrainingBatch(NamedTuple):
 class Noising:
     """What objectives share that show noisy images at timesteps of a regime, of one scale and of two.
 
-    config: of a run, with `t_pairs`, `t_pairs_points` and, if they are not the published ones, `t_law`, `times`.
+    config: of a run, with `t_pairs`, `t_pairs_points` and, if they are not the published ones, `t_law`, `times`,
+    `coupling` (and then `model_type`), and `only_time`, the one timestep of both clocks of a student of one step.
     Draws happen on the device of the tables of the scheduler. terms: further losses of the predicted clean image, on
     that device.
     """
@@ -101,7 +104,11 @@ class Noising:
         self.pairs = TimestepPairs(config, scheduler)
         self._null_class, self._label_dropout = len(config.get("class_names") or ()), config.get("label_dropout")
         self._real = config.get("times", "whole") == "real"
-        law = config.get("t_law", UNIFORM)
+        # What the network sees of an image says how far that is from a noise.
+        of_optimal = config.get("coupling") == OPTIMAL
+        self._num_coupled = network_class(config["model_type"]).num_scales if of_optimal else None
+        self._only_time = config.get("only_time")
+        law = config.get("t_law", UNIFORM) if self._only_time is None else UNIFORM
         self._importance = Importance(self.pairs.leads) if law == IMPORTANCE else None
         self._densities = None if law in (UNIFORM, IMPORTANCE) else densities(law, scheduler).expand(2, -1)
         if self._densities is not None and not self._densities[self.pairs.leads].sum() > 1e-6:
@@ -117,17 +124,24 @@ class Noising:
         generator: torch.Generator,
         progress: float = 0.0,  # the share of the run that is over
         labels: torch.Tensor | None = None,  # [B], the class of each image
+        noise: Images | None = None,  # as x_64 and x_32, of images that have theirs
     ) -> TrainingBatch:
         """Noise and timesteps for clean images: pairs of the regime, with the leading clock by its law.
 
-        Each scale has its own noise. Images and noise of the fine scale are those of the representation. A share of the
-        labels (`label_dropout`) becomes the null class (arXiv 2207.12598, algorithm 1).
+        Each scale has its own noise, which belongs to the image that it is given with, and else is drawn. Images and
+        noise of the fine scale are those of the representation. A share of the labels (`label_dropout`) becomes the
+        null class (arXiv 2207.12598, algorithm 1).
         """
         device, representation = x_64.device, self.scheduler.representation
         t_64, t_32, share, *more = self._timesteps(len(x_64), generator, progress)  # [B] each
-        noise_64 = torch.randn(x_64.shape, generator=generator, device=device)  # [B, C, H, W]
-        noise_32 = torch.randn(x_32.shape, generator=generator, device=device)  # [B, C, H/2, W/2]
-        clean, noise = map(representation.project, ((x_64, x_32), (noise_64, noise_32)))
+        drawn = noise is None
+        if drawn:
+            noise = tuple(torch.randn(x.shape, generator=generator, device=device) for x in (x_64, x_32))
+        clean, noise = map(representation.project, ((x_64, x_32), noise))
+        if drawn and self._num_coupled is not None:
+            seen = slice(self._num_coupled)
+            partners = optimal_partners(clean[seen], noise[seen], labels)  # [B]
+            noise = tuple(each[partners] for each in noise)
         if labels is not None and self._label_dropout is not None:
             hidden = torch.rand(len(labels), generator=generator, device=device) < self._label_dropout
             labels = torch.where(hidden, self._null_class, labels)
@@ -135,6 +149,10 @@ class Noising:
 
     def _timesteps(self, batch: int, generator: torch.Generator, progress: float) -> tuple[torch.Tensor | None, ...]:
         # Timesteps, shares, and what else stands behind the labels of a batch.
+        if self._only_time is not None:
+            t = torch.full((batch,), self._only_time, device=self.scheduler.log_snr.device)
+            t = t.double() if self._real else t
+            return t, t, None
         pairs = self.pairs.at(progress)
         law = self._densities if self._importance is None else self._importance.densities()
         if law is None:

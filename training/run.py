@@ -62,11 +62,17 @@ def describe(trainer: Trainer, images: ImageSet) -> str:
         notes.append(f"warning: {note}; pass --ema_rampup_ratio {USUAL_RAMPUP}, or a lower --ema_decay.")
     size = f"{trainer.settings.resolution}x{trainer.settings.resolution}{latents_words(trainer)}"
     line = (
-        f"{trainer.model_type}: {parameters:,} parameters, {len(images)} images of '{images.name}' at {size}, "
+        f"{trainer.model_type}: {parameters:,} parameters, {shown_words(trainer, images)} at {size}, "
         f"{len(trainer.batches)} steps per epoch, {', '.join(details)}"
     )
     where = f"run {trainer.settings.run}: checkpoints in {trainer.last_file.parent}, logs in {trainer.log_dir}"
     return "\n".join([line, where, *notes])
+
+
+def shown_words(trainer: Trainer, images: ImageSet) -> str:
+    """What the network is shown: the images of a data set, or stored pairs of a teacher that was trained on them."""
+    count = f"{len(images)} images of '{images.name}'"
+    return f"{trainer.batches.count} pairs of a teacher of {count}" if trainer.is_paired else count
 
 
 def latents_words(trainer: Trainer) -> str:
@@ -116,10 +122,15 @@ def describe_dry_run(trainer: Trainer) -> str:
     )
 
 
-def train(settings: TrainingSettings, teach: Callable[[Processes], Teaching] | None = None) -> None:
+def train(
+    settings: TrainingSettings,
+    teach: Callable[[Processes], Teaching] | None = None,
+    processes: Processes | None = None,
+) -> None:
     """Train one model to `epochs` epochs, saving every `save_every`, at a stop signal and at the end.
 
-    teach: of a student, what loads its teacher onto the device of the processes; raises what it likes.
+    teach: of a student, what loads its teacher onto the device of the processes; raises what it likes. processes: those
+    of a stage that has more to do and closes them itself, as processes that part do not always find together again.
 
     Raises what `Trainer` raises, RuntimeError if memory runs out or too many steps in a row are not finite, OSError if
     the last save fails, and ValueError if another process trains in the same folders, or for an objective that needs a
@@ -128,7 +139,8 @@ def train(settings: TrainingSettings, teach: Callable[[Processes], Teaching] | N
     if teach is None and settings.objective in WITH_TEACHER:
         raise ValueError(f"--objective {settings.objective} needs a teacher; run distill.py, or choose another.")
     with StopRequest() as stop:
-        processes = Processes(settings.device)
+        own = processes is None
+        processes = Processes(settings.device) if own else processes
         choose_kernels(processes.device, settings.deterministic)
         settings, notes = placed(settings)
         # First of all, as the images may take long to be read.
@@ -151,7 +163,8 @@ def train(settings: TrainingSettings, teach: Callable[[Processes], Teaching] | N
             if not is_out_of_memory(error):
                 raise
             raise RuntimeError(out_of_memory_message(settings, processes.count)) from error
-        processes.close()
+        if own:
+            processes.close()
 
 
 @contextmanager
@@ -252,8 +265,8 @@ def _loop(trainer: Trainer, log: RunLog | None, bar: Progress, stop: StopRequest
     [stopping] = processes.any(stop.signal is not None)
     while trainer.epoch < settings.epochs and not stopping:
         bar.set_description(f"{trainer.model_type} epoch {trainer.epoch + 1}/{settings.epochs}")
-        for x_64, x_32, labels in trainer.batches.epoch(trainer.epoch, trainer.step % steps_per_epoch):
-            trainer.train_step(x_64, x_32, labels)
+        for batch in trainer.batches.epoch(trainer.epoch, trainer.step % steps_per_epoch):
+            trainer.train_step(*batch)
             clock.steps += 1
             bar.update()
             if trainer.step % settings.log_every == 0 or trainer.step % steps_per_epoch == 0:

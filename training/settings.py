@@ -21,6 +21,7 @@ from runtime.runs import derived_name, is_same, resume_folder, run_name
 from runtime.settings import REQUIRED, Settings, option
 from scheduler import ALL_SCHEDULES, PREDICTION_TYPES, PROCESSES, schedule_name, split_schedule_name
 from training.consistency import TEACHER_SOLVERS, check_consistency
+from training.coupling import COUPLINGS, INDEPENDENT
 from training.noise_levels import FORMS, ICT
 from training.objectives import OBJECTIVES
 from training.timesteps import IMPORTANCE, TIMESTEP_WEIGHTS, UNIFORM, law_name, parse_law
@@ -38,7 +39,7 @@ IMAGE_SETTINGS = (
     "network", "objective", "vlb_weight", "consistency", "consistency_solver",
     "perceptual_weight", "feature_weight", "vgg_weights", "prediction_type",
     "min_snr_gamma", "timestep_weights", "replan_every", "replan_images", "loss_weights", "label_dropout",
-    "latents",
+    "latents", "coupling",
 )  # fmt: skip
 
 
@@ -273,6 +274,14 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         recorded=True,
         absent="overcomplete",
     )
+    coupling: str | None = option(
+        None,
+        "of process flow, which noise goes with which image: independent, any; ot, by optimal transport within the "
+        "batch, of each class by itself (independent)",
+        choices=COUPLINGS,
+        recorded=True,
+        absent=None,
+    )
     label_dropout: float | None = option(
         None,
         "share of the images whose class is not told, from which the null class is learned (0.1)",
@@ -329,6 +338,13 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
             raise ValueError(
                 f"a '{self.model_type}' model predicts the fine scale alone, of which no image can be composed; train "
                 "a dual or shared_t model, or leave --representation residual out."
+            )
+        if self.coupling == INDEPENDENT:
+            self._derive(coupling=None)  # Of runs from before there was a choice, too.
+        if self.coupling is not None and self.process != "flow":
+            raise ValueError(
+                f"--coupling {self.coupling} makes lines from noise to images cross less, which only the process flow "
+                f"has, not {self.process}; pass --preset flow, or leave --coupling out."
             )
         if self.classes is None and self.label_dropout is not None:
             raise ValueError("--label_dropout belongs to --classes; name that too, or leave it out.")

@@ -32,7 +32,9 @@ from checkpoint import (
     weights_fingerprint,
 )
 from data import ImageSet, TwoScaleBatches, fingerprint_labels
+from diffusion.pairs import Pairs
 from diffusion.space import LatentSpace, PixelSpace, Space, side_of
+from images.representation import Images
 from images.sources import is_here
 from networks.autoencoder import Autoencoder, load_autoencoder
 from networks.ema import ema_decay_after
@@ -55,6 +57,7 @@ from training.classification import Classification
 from training.latent_batches import LatentBatches
 from training.objective import MEASURE_NAMES, Networks, TrainingBatch, step_generator
 from training.objectives import OBJECTIVES
+from training.pair_batches import PairBatches
 from training.resume import earlier_run
 from training.settings import REPLAN_EVERY, REPLAN_IMAGES, TrainingSettings
 from training.teaching import Teaching
@@ -151,7 +154,7 @@ class Trainer:
         if teaching is not None:
             self.model.load_state_dict(teaching.teacher.model.state_dict())
         self._check_side()
-        self.batches = self._batches(images)
+        self.batches = self._batches(images, None if teaching is None else teaching.pairs)
         self.model.unet.recompute = settings.recompute
         self.parameters = list(self.model.parameters())
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if settings.ema_decay > 0 else None
@@ -187,6 +190,11 @@ class Trainer:
     def epoch(self) -> int:
         """Completed passes over the data."""
         return self.step // len(self.batches)
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether images come with the noise that they were made of."""
+        return isinstance(self.batches, PairBatches)
 
     @property
     def averaged(self) -> nn.Module:
@@ -249,8 +257,10 @@ class Trainer:
                 f"{reason}"
             )
 
-    def _batches(self, images: ImageSet) -> TwoScaleBatches:
+    def _batches(self, images: ImageSet, pairs: Pairs | None) -> TwoScaleBatches | PairBatches:
         settings = self.settings
+        if pairs is not None:
+            return PairBatches(pairs, settings.batch_size, settings.seed, self.device)
         options = images, settings.batch_size, settings.seed, self.device, settings.flip, self.labels
         if isinstance(self.space, PixelSpace):
             return TwoScaleBatches(*options)
@@ -319,11 +329,17 @@ class Trainer:
         self._backward(batch.rows(slice(self.part_size)), network)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def draw(self, x_64: torch.Tensor, x_32: torch.Tensor, labels: torch.Tensor | None = None) -> TrainingBatch:
+    def draw(
+        self,
+        x_64: torch.Tensor,
+        x_32: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        noise: Images | None = None,  # of stored pairs, which have theirs
+    ) -> TrainingBatch:
         """This process's share of a step: noise is drawn for all images of the step, so that shares do not matter."""
         generator = step_generator(self.settings.seed, self.step, self.device)
         progress = min(1.0, self.step / max(1, self.settings.epochs * len(self.batches) - 1))
-        batch = self.objective.draw(x_64, x_32, generator, progress, labels)
+        batch = self.objective.draw(x_64, x_32, generator, progress, labels, noise)
         return batch.rows(self.processes.share(len(x_64)))
 
     def losses(self, batch: TrainingBatch, network: nn.Module) -> dict[str, torch.Tensor]:
@@ -360,14 +376,19 @@ class Trainer:
             get_ema_multi_avg_fn(decay)(self.ema_parameters, self.parameters, self.step)
 
     def train_step(
-        self, x_64: torch.Tensor, x_32: torch.Tensor, labels: torch.Tensor | None = None
+        self,
+        x_64: torch.Tensor,
+        x_32: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        noise: Images | None = None,
     ) -> dict[str, torch.Tensor]:
         """One optimizer and EMA step on all images of the step; returns the mean losses and the gradient norm.
 
-        labels: the classes of the images, int64 `[B]`, for a model that is told of them.
+        labels: the classes of the images, int64 `[B]`, for a model that is told of them. noise: of both scales, if it
+        is not to be drawn.
         Nothing here waits for the device, on which the values returned are.
         """
-        batch = self.draw(x_64, x_32, labels)
+        batch = self.draw(x_64, x_32, labels, noise)
         self.optimizer.zero_grad(set_to_none=True)
         parts = []
         for start in range(0, len(batch.x_64), self.part_size):

@@ -77,6 +77,7 @@ SAID = {
     "timestep_weights": ("timestep weights published", "timestep weights sigma2"),
     "t_law": ("logit_normal:0,1 timesteps", "uniform timesteps"),
     "times": ("real times", "whole times"),
+    "coupling": ("independent coupling", "ot coupling"),
     "lr": ("lr 0.0001", "lr 0.001"),
     "lr_schedule": ("lr constant", "lr cosine over 200 epochs"),
     "classes": ("classes cat,dog", "classes none"),

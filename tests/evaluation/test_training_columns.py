@@ -53,6 +53,7 @@ def test_every_setting_is_said():
         "timestep_weights": "sigma2",
         "t_law": "log_normal:-1.2,1.2",
         "times": "real",
+        "coupling": "independent",
         "lr": "1e-05",
         "lr_schedule": "cosine over 40 epochs",
         "classes": "[cat,dog]",
@@ -108,8 +109,15 @@ def test_an_old_checkpoint_says_what_it_can():
     new = ["representation", "loss_weights", "min_snr_gamma", "run", "preset", "data_fingerprint", "ema_rampup_ratio"]
     new += ["timestep_weights", "t_law", "times", "objective", "vlb_weight", "network", "student"]
     new += ["consistency", "consistency_solver"]
-    new += ["perceptual_weight", "feature_weight", "latents"]
+    new += ["perceptual_weight", "feature_weight", "latents", "coupling"]
     old = loaded(without=new)
     said, new = describe_training(old, None), describe_training(loaded(more={"preset": "published"}), 99)
     silent = {name: "" for name in ("run", "training_images", "training_data")}
     assert said == new | silent
+
+
+def test_the_coupling_of_noise_and_images_is_said():
+    of_flow = {"preset": "flow"}
+    assert describe_training(loaded(**of_flow, coupling="independent"), None)["coupling"] == "independent"
+    assert describe_training(loaded(**of_flow, coupling="ot"), None)["coupling"] == "ot"
+    assert describe_training(loaded(**of_flow, more={"coupling": "pairs"}), None)["coupling"] == "pairs"
