@@ -36,7 +36,8 @@ METHODS = {"progressive": progressive, "consistency": consistency, "reflow": ref
 # Which settings belong to which methods alone.
 OWNERS = {
     "rounds": ("progressive", "reflow"), "from_calls": ("progressive",), "to_calls": ("progressive",),
-    "num_pairs": ("reflow",), "one_step": ("reflow",), "num_steps": ("reflow",), "num_calls": ("reflow",), "solver": ("reflow",),
+    "num_pairs": ("reflow",), "one_step": ("reflow",), "num_steps": ("reflow",), "num_calls": ("reflow",),
+    "solver": ("reflow",),
     "path_type": ("progressive", "reflow"), "schedule": ("progressive", "reflow"), "spacing": ("progressive", "reflow"),
     "heatmap": ("progressive", "reflow"),
 }  # fmt: skip
