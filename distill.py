@@ -28,7 +28,14 @@ import cli
 from checkpoint import describe_model
 from planning.presets import preset_of
 from runtime.settings import REQUIRED, option, parse_settings
-from training.distillation import HalvingSettings, check_halving, check_predicts_all, consistency, progressive
+from training.distillation import (
+    CONSISTENCY_STUDENT,
+    HalvingSettings,
+    check_halving,
+    check_predicts_all,
+    consistency,
+    progressive,
+)
 from training.reflow import ReflowSettings, reflow
 from training.settings import STUDENT_SETTINGS, TrainingSettings
 
@@ -56,6 +63,7 @@ _OF_METHOD = {
         "t_pairs": None, "replan_every": None, "replan_images": None,
     },
     "consistency": _NO_TERMS | {
+        "student": CONSISTENCY_STUDENT,  # So that a solver of its teacher may be chosen.
         "objective": "consistency", "timestep_weights": "published", "t_law": "uniform", "times": None, "t_pairs": None,
         "replan_every": None, "replan_images": None,
     },

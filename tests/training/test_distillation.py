@@ -69,6 +69,15 @@ def test_tuning_needs_no_steps_of_the_teacher(stage, teachers, tmp_path, monkeyp
         torch.testing.assert_close(loaded.model.state_dict()[name], value, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["ict", "ect"])
+def test_the_step_of_the_teacher_may_be_chosen(stage, teachers, tmp_path, monkeypatch, form):
+    monkeypatch.chdir(tmp_path)
+    chosen = ["--consistency", form, "--consistency_solver", "ddim", "--epochs", 1]
+    stage(distill, *CONSISTENCY, *of(teachers["baseline"]), *chosen)
+    loaded = load_model("checkpoints/fast/baseline_consistency.pth")
+    assert loaded.config["consistency_solver"] == "ddim" and Cost.of(loaded.config) == (12, 12)
+
+
 def test_a_stopped_student_ends_as_one_in_one_go(stage, teachers, tmp_path, monkeypatch):
     """With the averaged target network of `ct`, which is in the resume file."""
     flags = [*CONSISTENCY, *of(teachers["baseline"]), "--consistency", "ct", "--resume_minutes", 1e-9]
