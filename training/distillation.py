@@ -112,7 +112,8 @@ def of_student(settings: TrainingSettings, student: str) -> TrainingSettings:
 def finished(settings: TrainingSettings) -> Path | None:
     """The checkpoint of a student; None for one that was stopped on the way, or not to be trained."""
     file = checkpoint_file(settings.output_dir, settings.model_type, settings.epochs, settings.student)
-    return None if settings.dry_run or peek(file).get("epoch") != settings.epochs else file
+    # A student of more epochs, from before, is done as well.
+    return None if settings.dry_run or peek(file).get("epoch", 0) < settings.epochs else file
 
 
 def check_predicts_all(settings: TrainingSettings) -> None:

@@ -463,6 +463,30 @@ def test_rounds_may_be_done_one_by_one(stage, teachers, tmp_path, monkeypatch):
     assert names == ["baseline_1calls.pth", "baseline_2calls.pth"]
 
 
+def test_rounds_go_on_after_one_of_more_epochs(stage, teachers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = teachers["baseline"]
+    flags = ["--teacher", teacher, *ROUNDS, "--run", "fast", "--cache_dir", teacher.parent.parent / "cache", *HARDWARE]
+    stage(distill, *flags, "--rounds", 1)
+    stage(distill, *flags, "--epochs", 1, "--resume")
+    contents = [read_checkpoint(f"checkpoints/fast/baseline_{calls}calls.pth") for calls in (2, 1)]
+    assert [content["epoch"] for content in contents] == [2, 1]
+
+
+def test_a_student_of_more_epochs_takes_the_place_of_that_of_fewer_after_a_kill(stage, teachers, tmp_path, monkeypatch):
+    """Between the resume file of its last epoch and its checkpoint, which has the name of the one before."""
+    monkeypatch.chdir(tmp_path)
+    teacher = teachers["baseline"]
+    flags = ["--teacher", teacher, *ROUNDS, "--run", "fast", "--cache_dir", teacher.parent.parent / "cache", *HARDWARE]
+    file = Path("checkpoints/fast/baseline_2calls.pth")
+    stage(distill, *flags, "--rounds", 1, "--epochs", 1)
+    before = file.read_bytes()
+    stage(distill, *flags, "--rounds", 1, "--resume")
+    file.write_bytes(before)
+    stage(distill, *flags, "--resume")
+    assert read_checkpoint(file)["epoch"] == 2 and file.with_name("baseline_1calls.pth").exists()
+
+
 def test_what_cannot_be_distilled_is_refused(stage, tiny, run, teachers, refused, tmp_path, monkeypatch, straight):
     monkeypatch.chdir(tmp_path)
     teacher = teachers["baseline"]
