@@ -44,9 +44,10 @@ METHODS = {"progressive": progressive, "consistency": consistency, "reflow": ref
 OWNERS = {
     "rounds": ("progressive", "reflow"), "from_calls": ("progressive",), "to_calls": ("progressive",),
     "num_pairs": ("reflow",), "one_step": ("reflow",), "num_steps": ("reflow",), "num_calls": ("reflow",),
-    "solver": ("reflow",),
+    "solver": ("reflow",), "end": ("reflow",),
     "path_type": ("progressive", "reflow"), "schedule": ("progressive", "reflow"), "spacing": ("progressive", "reflow"),
-    "heatmap": ("progressive", "reflow"),
+    "heatmap": ("progressive", "reflow"), "max_jump": ("progressive", "reflow"), "factor": ("progressive", "reflow"),
+    "normalisation": ("progressive", "reflow"), "kl_weight": ("progressive", "reflow"),
 }  # fmt: skip
 # Of a training that are settled here, by the teacher or by the method.
 SETTLED = (
