@@ -68,7 +68,8 @@ _OF_METHOD = {
         "objective": "consistency", "timestep_weights": "published", "t_law": "uniform", "times": None, "t_pairs": None,
         "replan_every": None, "replan_images": None,
     },
-    "reflow": {},
+    # Of students of progressive distillation, too, whose objective asks for points of a path.
+    "reflow": {"objective": "denoising", "vlb_weight": None},
 }  # fmt: skip
 
 

@@ -138,6 +138,23 @@ def test_what_belongs_to_another_method_is_refused(refused, teachers, tmp_path, 
     refused(distill, "--method", method, *of(teachers["flow"]), *more, says=(says,), status=2)
 
 
+def test_students_as_teachers(stage, refused, teachers, tmp_path, monkeypatch):
+    """Of reflow along their own path; of consistency only by the weights that it starts from."""
+    monkeypatch.chdir(tmp_path)
+    rounds = ["--method", "progressive", "--from", 4, "--to", 2, "--epochs", 1, "--run", "few"]
+    stage(distill, *rounds, *of(teachers["flow"]))
+    student = Path("checkpoints/few/baseline_2calls.pth")
+    cache = ["--cache_dir", teachers["flow"].parent.parent / "cache", *HARDWARE]
+    again = ["--teacher", student, "--epochs", 1, *cache]
+    stage(distill, "--method", "reflow", "--path_type", "student", "--num_pairs", 8, *again, "--run", "straight")
+    config = read_checkpoint("checkpoints/straight/baseline_reflow1.pth")["config"]
+    assert (config["objective"], config["coupling"]) == ("denoising", "pairs")
+    assert "student_points" not in config and "teacher_points" not in config
+    other = ["--method", "consistency", *again, "--run", "ends"]
+    refused(distill, *other, says=("knows the noise levels of its own 2 step(s) alone",))
+    stage(distill, *other, "--consistency", "ect")
+
+
 def test_students_are_found_beside_each_other(tmp_path):
     names = ["2calls", "16calls", "consistency", "reflow1", "reflow1_1calls", "reflow2"]
     others = ["baseline_2calls_last", "baseline_2calls_last_1", "baseline_last", "baseline_other", "dual_2calls"]
