@@ -487,6 +487,19 @@ def test_a_student_of_more_epochs_takes_the_place_of_that_of_fewer_after_a_kill(
     assert read_checkpoint(file)["epoch"] == 2 and file.with_name("baseline_1calls.pth").exists()
 
 
+def test_a_student_without_its_resume_file_is_not_lost(stage, refused, teachers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = teachers["baseline"]
+    flags = ["--teacher", teacher, *ROUNDS, "--to", 2, "--cache_dir", teacher.parent.parent / "cache", *HARDWARE]
+    stage(distill, *flags, "--run", "fast")
+    folder = Path("checkpoints/fast")
+    for file in folder.glob("baseline_2calls_last*.pth"):
+        file.unlink()
+    says, keeps = ("baseline_2calls.pth exists",), (folder,)
+    refused(distill, *flags, "--run", "fast", "--resume", "auto", says=says, keeps=keeps)
+    refused(distill, *flags, "--run", "fast", "--log_dir", "logs", says=says, keeps=keeps)
+
+
 def test_what_cannot_be_distilled_is_refused(stage, tiny, run, teachers, refused, tmp_path, monkeypatch, straight):
     monkeypatch.chdir(tmp_path)
     teacher = teachers["baseline"]
