@@ -28,7 +28,14 @@ import cli
 from checkpoint import describe_model
 from planning.presets import preset_of
 from runtime.settings import REQUIRED, option, parse_settings
-from training.distillation import HalvingSettings, check_halving, check_predicts_all, consistency, progressive
+from training.distillation import (
+    CONSISTENCY_STUDENT,
+    HalvingSettings,
+    check_halving,
+    check_predicts_all,
+    consistency,
+    progressive,
+)
 from training.reflow import ReflowSettings, reflow
 from training.settings import STUDENT_SETTINGS, TrainingSettings
 
@@ -37,9 +44,10 @@ METHODS = {"progressive": progressive, "consistency": consistency, "reflow": ref
 OWNERS = {
     "rounds": ("progressive", "reflow"), "from_calls": ("progressive",), "to_calls": ("progressive",),
     "num_pairs": ("reflow",), "one_step": ("reflow",), "num_steps": ("reflow",), "num_calls": ("reflow",),
-    "solver": ("reflow",),
+    "solver": ("reflow",), "end": ("reflow",),
     "path_type": ("progressive", "reflow"), "schedule": ("progressive", "reflow"), "spacing": ("progressive", "reflow"),
-    "heatmap": ("progressive", "reflow"),
+    "heatmap": ("progressive", "reflow"), "max_jump": ("progressive", "reflow"), "factor": ("progressive", "reflow"),
+    "normalisation": ("progressive", "reflow"), "kl_weight": ("progressive", "reflow"),
 }  # fmt: skip
 # Of a training that are settled here, by the teacher or by the method.
 SETTLED = (
@@ -56,10 +64,12 @@ _OF_METHOD = {
         "t_pairs": None, "replan_every": None, "replan_images": None,
     },
     "consistency": _NO_TERMS | {
+        "student": CONSISTENCY_STUDENT,  # So that a solver of its teacher may be chosen.
         "objective": "consistency", "timestep_weights": "published", "t_law": "uniform", "times": None, "t_pairs": None,
         "replan_every": None, "replan_images": None,
     },
-    "reflow": {},
+    # Of students of progressive distillation, too, whose objective asks for points of a path.
+    "reflow": {"objective": "denoising", "vlb_weight": None},
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import cli
 from checkpoint import MODEL_CLASSES, checkpoint_file, describe_model, load_model, peek
 from paths.path import Path as SamplingPath
 from planning.choice import OnePathSettings, path_of_settings
-from planning.students import halved, said_of_cost
+from planning.students import halved, said_of_cost, student_path
 from runtime.distributed import PATIENCE, Processes
 from runtime.safe_write import versions
 from runtime.settings import option
@@ -112,7 +112,8 @@ def of_student(settings: TrainingSettings, student: str) -> TrainingSettings:
 def finished(settings: TrainingSettings) -> Path | None:
     """The checkpoint of a student; None for one that was stopped on the way, or not to be trained."""
     file = checkpoint_file(settings.output_dir, settings.model_type, settings.epochs, settings.student)
-    return None if settings.dry_run or peek(file).get("epoch") != settings.epochs else file
+    # A student of more epochs, from before, is done as well.
+    return None if settings.dry_run or peek(file).get("epoch", 0) < settings.epochs else file
 
 
 def check_predicts_all(settings: TrainingSettings) -> None:
@@ -184,7 +185,7 @@ def _halving(teacher: Path, ema: bool, path: SamplingPath) -> Teach:
 def consistency(settings: TrainingSettings, options: RoundSettings, teacher: str | Path, weights: str | None) -> None:
     """Train a consistency model that starts from a trained model, which may also take its steps.
 
-    As of `progressive`.
+    As of `progressive`. Raises ValueError for steps of a teacher that knows no noise levels but those of its own path.
     """
     settings = begun(settings, [CONSISTENCY_STUDENT])
     processes = Processes(settings.device, PATIENCE)
@@ -192,6 +193,12 @@ def consistency(settings: TrainingSettings, options: RoundSettings, teacher: str
 
     def teach(processes: Processes) -> Teaching:
         loaded = load_model(teacher, has_ema(teacher, weights), processes.device)
+        if own.consistency_solver is not None and (taught := student_path(loaded.config)) is not None:
+            raise ValueError(
+                f"{loaded.file} is a student that knows the noise levels of its own {taught.nfe} step(s) alone, and a "
+                "teacher of consistency takes steps between all; pass the model that it was distilled from, or "
+                "--consistency ect."
+            )
         return Teaching(loaded, said_of_cost(loaded.config, CALLS_OF_TEACHER[own.consistency_solver]))
 
     train(own, teach, processes)

@@ -33,12 +33,13 @@ CALLS_EACH = 2  # Of the teacher, for an image of a step.
 def kept(scheduler: DDIMScheduler, t: torch.Tensor, t_next: torch.Tensor) -> torch.Tensor:
     """The share of the noise of x̂ that a step from t to t_next keeps, σ̂(t_next) / σ̂(t), float64 `[B]`.
 
-    t: int64 `[B]`, with noise; t_next: likewise, or CLEAN, which keeps nothing. Pure noise, where alpha is 0, keeps
-    nothing either.
+    t: int64 `[B]`; t_next: likewise, or CLEAN, which keeps nothing. A step from pure noise, where alpha is 0, keeps
+    nothing either; rest keeps all, also there and where there is no noise.
     """
     wide = torch.empty(0, 1, dtype=torch.float64)
     (alpha, sigma), (after, left) = (scheduler.scales(each, wide) for each in (t, t_next))  # [B, 1] each
-    return (left * alpha / (sigma * after))[:, 0]
+    share = torch.where(t_next == CLEAN, 0.0, (left * alpha / (sigma * after))[:, 0])
+    return torch.where(t_next == t, 1.0, share)
 
 
 def two_steps(
@@ -59,7 +60,8 @@ def two_steps(
 
     def land(x0: torch.Tensor, x: torch.Tensor, t: torch.Tensor, t_next: torch.Tensor) -> torch.Tensor:
         alpha, sigma = scheduler.scales(t_next, x)
-        return alpha * x0 + sigma * scheduler.epsilon_of(x0, t, x)
+        moved = alpha * x0 + sigma * scheduler.epsilon_of(x0, t, x)
+        return torch.where((t_next == t)[:, None, None, None], x, moved)  # Rest asks for no noise to step along.
 
     firsts = seen(zs, starts)
     between = tuple(map(land, firsts, zs, starts, middles))
@@ -109,7 +111,10 @@ class Progressive(Denoising):
 
     @torch.no_grad()
     def taught(self, batch: TrainingBatch) -> TrainingBatch:
-        """The batch with x̃ as its clean images and the noise that makes the same noisy images of them."""
+        """The batch with x̃ as its clean images and the noise that makes the same noisy images of them.
+
+        An image without noise, as flow has it at timestep 0, is its own clean image.
+        """
         scheduler = self.scheduler
         used = batch.scales[: len(self._starts)]
         zs = tuple(scheduler.add_noise(*scale) for scale in used)
@@ -117,8 +122,10 @@ class Progressive(Denoising):
         starts = zip(self._starts, (t for _, _, t in used), strict=True)
         place = torch.stack([t[:, None] == each for each, t in starts]).all(0).int().argmax(1)  # [B]
         points = (tuple(each[place] for each in rows) for rows in (self._starts, self._middles, self._ends))
-        clean = two_steps(self._teacher, scheduler, zs, *points, batch.labels)
-        noise = tuple(map(scheduler.epsilon_of, clean, (scale[2] for scale in used), zs))
-        changes = {f"x_{size}": x for size, x in zip((64, 32), clean, strict=False)}
-        changes |= {f"noise_{size}": x for size, x in zip((64, 32), noise, strict=False)}
+        found = two_steps(self._teacher, scheduler, zs, *points, batch.labels)
+        changes = {}
+        for size, x0, (x, noise, t), z in zip((64, 32), found, used, zs, strict=False):
+            noisy = scheduler.scales(t, z)[1] > 0
+            changes[f"x_{size}"] = torch.where(noisy, x0, x)
+            changes[f"noise_{size}"] = torch.where(noisy, scheduler.epsilon_of(x0, t, z), noise)
         return batch._replace(**changes)

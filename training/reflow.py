@@ -118,6 +118,7 @@ def pairs_said(
 
 def pairs_of(
     loaded: LoadedModel,
+    path: SamplingPath,
     options: ReflowSettings,
     settings: TrainingSettings,
     number: int,  # of the student among those of the run
@@ -126,11 +127,10 @@ def pairs_of(
 ) -> Pairs:
     """The pairs of a teacher, made where they are missing by all processes together, and read from their folder.
 
-    With `dry_run` nothing is made. Raises what `path_of_settings`, `make_pairs` and `load_pairs` raise.
+    With `dry_run` nothing is made. Raises what `make_pairs` and `load_pairs` raise.
     """
     if settings.batch_size > options.num_pairs:
         raise ValueError(f"--batch_size {settings.batch_size} exceeds --num_pairs {options.num_pairs}; lower it.")
-    path, _ = path_of_settings(options, loaded)
     seeds = pair_seeds(settings.seed, number, options.num_pairs)
     precision = resolve_precision(processes.device, settings.precision)
     said = pairs_said(loaded, path, options, precision, seeds.start)
@@ -186,9 +186,9 @@ def measured(loaded: LoadedModel, path: SamplingPath, settings: TrainingSettings
 
 
 def write_straightness(
-    file: Path, teacher: LoadedModel, student: LoadedModel, options: ReflowSettings, settings: TrainingSettings
+    file: Path, teacher: LoadedModel, student: LoadedModel, path: SamplingPath, settings: TrainingSettings
 ) -> None:
-    """Measure a teacher and its student, print what is found and write it, unless the file says it already."""
+    """Measure a teacher and its student along a path, print what is found and write it, unless the file says it."""
     try:
         known = json.loads(file.read_text())
         prints = [known[name]["fingerprint"] for name in ("teacher", "student")]
@@ -197,7 +197,7 @@ def write_straightness(
     if prints != [teacher.fingerprint, student.fingerprint]:
         known = {}
         for name, loaded in (("teacher", teacher), ("student", student)):
-            known[name] = measured(loaded, path_of_settings(options, loaded)[0], settings)
+            known[name] = measured(loaded, path, settings)
         with replacing(file) as temporary:
             temporary.write_text(json.dumps(known, indent=1) + "\n")
     for name, loaded in (("teacher", teacher), ("student", student)):
@@ -212,17 +212,20 @@ def write_straightness(
 def reflow(settings: TrainingSettings, options: ReflowSettings, teacher: str | Path, weights: str | None) -> None:
     """Train the students of all rounds, one after the other, from where an earlier run of the same settings stopped.
 
-    weights: of the teachers, "raw" or "ema"; None: EMA where there is. A stop signal ends it after its step, as it does
-    a training. Raises FileNotFoundError if there is nothing to resume where `resume` asks for it, and what `train`,
-    `check_teacher` and `pairs_of` raise.
+    All walks are along the path of the first teacher. weights: of the teachers, "raw" or "ema"; None: EMA where there
+    is. A stop signal ends it after its step, as it does a training. Raises FileNotFoundError if there is nothing to
+    resume where `resume` asks for it, and what `train`, `check_teacher`, `path_of_settings` and `pairs_of` raise.
     """
+    first = load_model(teacher, has_ema(teacher, weights))
+    check_teacher(first)
+    path, _ = path_of_settings(options, first)
     settings = begun(settings, options.students, folder_of(Path(), options.students[0]))
     processes = Processes(settings.device, PATIENCE)  # The first one measures while the others wait.
     teacher = Path(teacher)
     for number, student in enumerate(options.students):
         own = of_student(settings, student)
         is_last = student.endswith("_1calls")
-        train(own, _teach(own, options, teacher, has_ema(teacher, weights), number, is_last), processes)
+        train(own, _teach(own, options, path, teacher, has_ema(teacher, weights), number, is_last), processes)
         file = finished(own)
         if file is None:
             break
@@ -230,7 +233,7 @@ def reflow(settings: TrainingSettings, options: ReflowSettings, teacher: str | P
             print(f"{file} takes one step: generate_with_path_30.py --path_type student")
         elif processes.is_main:
             one, other = (load_model(each, has_ema(each, weights), processes.device) for each in (teacher, file))
-            write_straightness(Path(own.log_dir) / own.stem / STRAIGHTNESS_FILE, one, other, options, settings)
+            write_straightness(Path(own.log_dir) / own.stem / STRAIGHTNESS_FILE, one, other, path, settings)
         teacher = file
     processes.close()
 
@@ -241,18 +244,23 @@ def folder_of(output: Path, student: str) -> Path:
 
 
 def _teach(
-    settings: TrainingSettings, options: ReflowSettings, teacher: Path, ema: bool, number: int, one_step: bool
+    settings: TrainingSettings,
+    options: ReflowSettings,
+    path: SamplingPath,
+    teacher: Path,
+    ema: bool,
+    number: int,
+    one_step: bool,
 ) -> Callable[[Processes], Teaching]:
     def teach(processes: Processes) -> Teaching:
         loaded = load_model(teacher, ema, processes.device)
-        check_teacher(loaded)
         folder = folder_of(Path(settings.output_dir), settings.student)
-        pairs = pairs_of(loaded, options, settings, number, folder, processes)
+        pairs = pairs_of(loaded, path, options, settings, number, folder, processes)
         said = {"coupling": PAIRED, "pairs_fingerprint": pairs.fingerprint}
         if one_step:  # Only the first time is asked for, where there is nothing but noise.
             first, scales = loaded.scheduler.num_train_timesteps - 1, loaded.model.num_scales
             said |= {"only_time": first, "student_points": [[first] * scales, [0] * scales]}
-        calls = options.num_pairs * options.calls(path_of_settings(options, loaded)[0].nfe)
+        calls = options.num_pairs * options.calls(path.nfe)
         return Teaching(loaded, said | said_of_cost(loaded.config, 0, calls), pairs)
 
     return teach

@@ -130,7 +130,8 @@ def earlier_run(
 
 
 def _refuse_to_overwrite(resume: str | None, last_file: Path, log_file: Path) -> None:
-    taken = sorted(last_file.parent.glob(last_file.name.replace("_last", "_*")))
+    student = last_file.with_name(last_file.name.replace("_last", ""))  # Which has no epoch in its name.
+    taken = [student] * student.exists() + sorted(last_file.parent.glob(last_file.name.replace("_last", "_*")))
     if taken and resume == "auto":
         raise ValueError(f"{taken[0]} exists, but no {last_file} to resume; pass another --run or --output_dir.")
     if taken:

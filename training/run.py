@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import cli
+from checkpoint import peek
 from data import ImageSet
 from diffusion.space import side_of
 from images.sources import Classes
@@ -229,7 +230,8 @@ def make_up_for_a_kill(trainer: Trainer, log: RunLog | None = None, stop: StopRe
     if not trainer.snapshot_due:
         return
     try:
-        if not trainer.snapshot_file.exists():
+        # That of a student has one name at all epochs, and may be of an earlier end.
+        if peek(trainer.snapshot_file).get("epoch") != trainer.epoch:
             trainer.save_snapshots()
     except OSError as error:
         tqdm.write(f"warning: {error}", file=sys.stderr)

@@ -69,6 +69,15 @@ def test_tuning_needs_no_steps_of_the_teacher(stage, teachers, tmp_path, monkeyp
         torch.testing.assert_close(loaded.model.state_dict()[name], value, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["ict", "ect"])
+def test_the_step_of_the_teacher_may_be_chosen(stage, teachers, tmp_path, monkeypatch, form):
+    monkeypatch.chdir(tmp_path)
+    chosen = ["--consistency", form, "--consistency_solver", "ddim", "--epochs", 1]
+    stage(distill, *CONSISTENCY, *of(teachers["baseline"]), *chosen)
+    loaded = load_model("checkpoints/fast/baseline_consistency.pth")
+    assert loaded.config["consistency_solver"] == "ddim" and Cost.of(loaded.config) == (12, 12)
+
+
 def test_a_stopped_student_ends_as_one_in_one_go(stage, teachers, tmp_path, monkeypatch):
     """With the averaged target network of `ct`, which is in the resume file."""
     flags = [*CONSISTENCY, *of(teachers["baseline"]), "--consistency", "ct", "--resume_minutes", 1e-9]
@@ -112,11 +121,14 @@ def distill_here(flags):
         ("progressive", ["--one_step"], "--one_step belongs to --method reflow"),
         ("progressive", ["--solver", "heun"], "--solver belongs to --method reflow"),
         ("progressive", ["--num_steps", 4], "--num_steps belongs to --method reflow"),
+        ("progressive", ["--end", "t0"], "--end belongs to --method reflow"),
         ("progressive", ["--consistency", "ect"], "--consistency belongs to --objective consistency"),
         ("progressive", ["--t_law", "log_normal", "--from", 4], "leave --t_law out"),
         ("consistency", ["--from", 4], "--from belongs to --method progressive"),
         ("consistency", ["--rounds", 2], "--rounds belongs to --method progressive and reflow"),
         ("consistency", ["--path_type", "shift:1"], "--path_type belongs to --method progressive and reflow"),
+        ("consistency", ["--end", "t0"], "--end belongs to --method reflow"),
+        ("consistency", ["--max_jump", 6], "--max_jump belongs to --method progressive and reflow"),
         ("reflow", ["--to", 2], "--to belongs to --method progressive"),
         ("reflow", ["--consistency_solver", "ddim"], "--consistency_solver belongs to --objective consistency"),
     ],
@@ -124,6 +136,23 @@ def distill_here(flags):
 def test_what_belongs_to_another_method_is_refused(refused, teachers, tmp_path, monkeypatch, method, more, says):
     monkeypatch.chdir(tmp_path)
     refused(distill, "--method", method, *of(teachers["flow"]), *more, says=(says,), status=2)
+
+
+def test_students_as_teachers(stage, refused, teachers, tmp_path, monkeypatch):
+    """Of reflow along their own path; of consistency only by the weights that it starts from."""
+    monkeypatch.chdir(tmp_path)
+    rounds = ["--method", "progressive", "--from", 4, "--to", 2, "--epochs", 1, "--run", "few"]
+    stage(distill, *rounds, *of(teachers["flow"]))
+    student = Path("checkpoints/few/baseline_2calls.pth")
+    cache = ["--cache_dir", teachers["flow"].parent.parent / "cache", *HARDWARE]
+    again = ["--teacher", student, "--epochs", 1, *cache]
+    stage(distill, "--method", "reflow", "--path_type", "student", "--num_pairs", 8, *again, "--run", "straight")
+    config = read_checkpoint("checkpoints/straight/baseline_reflow1.pth")["config"]
+    assert (config["objective"], config["coupling"]) == ("denoising", "pairs")
+    assert "student_points" not in config and "teacher_points" not in config
+    other = ["--method", "consistency", *again, "--run", "ends"]
+    refused(distill, *other, says=("knows the noise levels of its own 2 step(s) alone",))
+    stage(distill, *other, "--consistency", "ect")
 
 
 def test_students_are_found_beside_each_other(tmp_path):

@@ -121,6 +121,39 @@ def test_a_scale_that_rests_all_the_while_learns_what_the_teacher_sees():
     assert torch.equal(found[1], seen[1]) and not torch.equal(found[0], seen[0])
 
 
+@pytest.mark.parametrize("schedule", ["flow", "cosine_zero_terminal", "cosine"])
+def test_a_scale_that_rests_at_pure_noise_learns_the_step_after_it(schedule):
+    """It sets out from its point with the other scale where that is by then: x̃ is x₂, whatever was seen before."""
+    scheduler = DDIMScheduler(1000, schedule, "v", clip_sample=False)
+    teacher, zs = RandomPair(2), noisy(2)
+    with torch.no_grad():
+        found = two_steps(teacher, scheduler, zs, *(at(*point) for point in [(999, 300), (999, 100), (600, 20)]))
+        early = scheduler.predict_clean(teacher(zs, at(999, 300)), at(999, 300), zs)
+        moved = zs[0], scheduler.step_from(early[1], 300, 100, zs[1])
+        late = scheduler.predict_clean(teacher(moved, at(999, 100)), at(999, 100), moved)
+    torch.testing.assert_close(found[0], late[0], rtol=1e-10, atol=1e-10)
+    assert (late[0] - early[0]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("prediction", ["v", "velocity", "x0"])
+@pytest.mark.parametrize("path", [cascade(4, coarse_steps=1), cascade(8, coarse_steps=3)])
+def test_a_clock_of_flow_may_reach_timestep_0_before_the_other(path, prediction):
+    """There is no noise there, and the image is shown and learnt as it is."""
+    scheduler = DDIMScheduler(1000, "flow", prediction, clip_sample=False)
+    config = PAIRS | {"teacher_points": [list(point) for point in path.points], "timestep_weights": "truncated_snr"}
+    teacher = RandomPair(2)
+    objective = Progressive(config, scheduler, (), Networks(None, teacher))
+    x = randn(64, 3, 8, 8, seed=2)
+    batch = objective.draw(x, coarse(x), rng(3))
+    taught = objective.taught(batch)
+    rests = batch.t_32 == 0
+    assert rests.any() and not rests.all()
+    assert torch.equal(taught.x_32[rests], batch.x_32[rests])
+    for one, other in zip(objective.noised(batch)[0], objective.noised(taught)[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    assert all(values.isfinite().all() for values in objective.losses(teacher, batch).values())
+
+
 @pytest.mark.parametrize("representation", ["overcomplete", "residual"])
 def test_what_is_learnt_is_an_image_where_the_teacher_sees_images(representation):
     """A mean with positive weights of two that are clamped; with one clock also of what both scales compose."""
@@ -143,7 +176,10 @@ def test_the_share_kept_is_that_of_the_noise():
     expected = torch.where(t_next == CLEAN, 0, sigma[1] / sigma[0])
     torch.testing.assert_close(kept(scheduler, t, t_next), expected, rtol=1e-12, atol=0)
     zero = DDIMScheduler(1000, "linear_zero_terminal", "v")
-    assert kept(zero, torch.tensor([999]), torch.tensor([998])).item() == 0
+    assert kept(zero, torch.tensor([999, 999]), torch.tensor([998, 999])).tolist() == [0, 1]
+    flow = DDIMScheduler(1000, "flow", "v")
+    t, t_next = torch.tensor([999, 999, 500, 0, 0]), torch.tensor([999, 400, 0, 0, CLEAN])
+    assert kept(flow, t, t_next).tolist() == [1, 0, 0, 1, 0]
 
 
 # Closed forms
@@ -425,6 +461,43 @@ def test_rounds_may_be_done_one_by_one(stage, teachers, tmp_path, monkeypatch):
     stage(distill, *flags, "--resume")
     names = sorted(file.name for file in Path("checkpoints/fast").glob("*calls.pth"))
     assert names == ["baseline_1calls.pth", "baseline_2calls.pth"]
+
+
+def test_rounds_go_on_after_one_of_more_epochs(stage, teachers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = teachers["baseline"]
+    flags = ["--teacher", teacher, *ROUNDS, "--run", "fast", "--cache_dir", teacher.parent.parent / "cache", *HARDWARE]
+    stage(distill, *flags, "--rounds", 1)
+    stage(distill, *flags, "--epochs", 1, "--resume")
+    contents = [read_checkpoint(f"checkpoints/fast/baseline_{calls}calls.pth") for calls in (2, 1)]
+    assert [content["epoch"] for content in contents] == [2, 1]
+
+
+def test_a_student_of_more_epochs_takes_the_place_of_that_of_fewer_after_a_kill(stage, teachers, tmp_path, monkeypatch):
+    """Between the resume file of its last epoch and its checkpoint, which has the name of the one before."""
+    monkeypatch.chdir(tmp_path)
+    teacher = teachers["baseline"]
+    flags = ["--teacher", teacher, *ROUNDS, "--run", "fast", "--cache_dir", teacher.parent.parent / "cache", *HARDWARE]
+    file = Path("checkpoints/fast/baseline_2calls.pth")
+    stage(distill, *flags, "--rounds", 1, "--epochs", 1)
+    before = file.read_bytes()
+    stage(distill, *flags, "--rounds", 1, "--resume")
+    file.write_bytes(before)
+    stage(distill, *flags, "--resume")
+    assert read_checkpoint(file)["epoch"] == 2 and file.with_name("baseline_1calls.pth").exists()
+
+
+def test_a_student_without_its_resume_file_is_not_lost(stage, refused, teachers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = teachers["baseline"]
+    flags = ["--teacher", teacher, *ROUNDS, "--to", 2, "--cache_dir", teacher.parent.parent / "cache", *HARDWARE]
+    stage(distill, *flags, "--run", "fast")
+    folder = Path("checkpoints/fast")
+    for file in folder.glob("baseline_2calls_last*.pth"):
+        file.unlink()
+    says, keeps = ("baseline_2calls.pth exists",), (folder,)
+    refused(distill, *flags, "--run", "fast", "--resume", "auto", says=says, keeps=keeps)
+    refused(distill, *flags, "--run", "fast", "--log_dir", "logs", says=says, keeps=keeps)
 
 
 def test_what_cannot_be_distilled_is_refused(stage, tiny, run, teachers, refused, tmp_path, monkeypatch, straight):
