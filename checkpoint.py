@@ -20,6 +20,7 @@ from torch import nn
 
 from baseline_model import BaselineModel
 from diffusion.space import Space, image_channels_of, open_space, side_of
+from diffusion.step import Solver
 from images.representation import Images
 from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, ScaleModel, SingleTimestepModel
 from networks.classifier import NoisyClassifier, PairClassifier
@@ -290,22 +291,24 @@ class LoadedModel(NamedTuple):
         """Whether its clean images are the ends of paths, as a consistency model has them, and no means."""
         return self.config.get("objective") == "consistency"
 
-    def check_solver(self, solver: str) -> None:
-        """Raise ValueError unless the model can be sampled by the solver of that name."""
-        if self.is_consistency and solver != "consistency":
+    def check_solver(self, solver: Solver) -> None:
+        """Raise ValueError unless the model can be sampled by a solver."""
+        name = solver.name
+        if self.is_consistency and name != "consistency":
             raise ValueError(
                 f"{self.file} was trained with --objective consistency, and only --solver consistency samples such a "
-                f"model, not {solver}; pass that one."
+                f"model, not {name}; pass that one."
             )
-        if solver == "consistency" and not self.is_consistency:
+        if name == "consistency" and not self.is_consistency:
             raise ValueError(
                 f"--solver consistency samples models that were trained with --objective consistency, and {self.file} "
                 "was not; choose another solver."
             )
-        if self.config.get("objective") == "progressive" and solver != "ddim":
-            raise ValueError(
-                f"{self.file} is a student of steps of DDIM, and --solver {solver} takes others; leave --solver out."
+        if self.config.get("objective") == "progressive" and (name != "ddim" or solver.draws):
+            others = (
+                f"--solver {name} takes others; leave --solver" if name != "ddim" else "--eta draws noise; leave it"
             )
+            raise ValueError(f"{self.file} is a student of steps of DDIM, and {others} out.")
 
     def require_means(self, stage: str) -> None:
         """Raise ValueError, naming the stage, for a model whose clean images are no means of what may have been."""

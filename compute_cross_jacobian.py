@@ -132,7 +132,9 @@ def heatmap_of(
     settings: CrossJacobianSettings, loaded: LoadedModel, checkpoint: Path, processes: Processes
 ) -> dict[str, Any]:
     """The heatmap of a model, computed if there is none; refused if it is of other weights or another derivative."""
-    file = heatmap_file(settings.heatmap_dir or loaded.results, loaded.config["epoch"], loaded.weights, settings.grid)
+    file = heatmap_file(
+        settings.heatmap_dir or loaded.results, loaded.config, loaded.config["epoch"], loaded.weights, settings.grid
+    )
     if processes.any(not file.exists())[0]:
         # A heatmap that is made here has no settings of its own, and takes those of the published paths.
         usual = StepSettings()

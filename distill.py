@@ -44,7 +44,7 @@ METHODS = {"progressive": progressive, "consistency": consistency, "reflow": ref
 OWNERS = {
     "rounds": ("progressive", "reflow"), "from_calls": ("progressive",), "to_calls": ("progressive",),
     "num_pairs": ("reflow",), "one_step": ("reflow",), "num_steps": ("reflow",), "num_calls": ("reflow",),
-    "solver": ("reflow",), "end": ("reflow",),
+    "solver": ("reflow",), "end": ("reflow",), "flip": ("progressive", "consistency"),
     "path_type": ("progressive", "reflow"), "schedule": ("progressive", "reflow"), "spacing": ("progressive", "reflow"),
     "heatmap": ("progressive", "reflow"), "max_jump": ("progressive", "reflow"), "factor": ("progressive", "reflow"),
     "normalisation": ("progressive", "reflow"), "kl_weight": ("progressive", "reflow"),
@@ -53,10 +53,10 @@ OWNERS = {
 SETTLED = (
     *STUDENT_SETTINGS, "model_type", "preset", "objective", "vlb_weight", "network", "hidden_dims", "process",
     "beta_schedule", "prediction_type", "representation", "times", "t_pairs", "replan_every", "replan_images",
-    "perceptual_weight", "vgg_weights", "feature_weight", "coupling", "flip", "coarse_from",
+    "perceptual_weight", "vgg_weights", "feature_weight", "coupling", "coarse_from",
 )  # fmt: skip
 # Of the teacher's training that a student's need not share.
-OWN = (*STUDENT_SETTINGS, "epochs", "run", "seed", "coupling", "flip", "consistency", "consistency_solver")
+OWN = (*STUDENT_SETTINGS, "epochs", "run", "seed", "coupling", "consistency", "consistency_solver")
 _NO_TERMS = {"perceptual_weight": 0.0, "feature_weight": 0.0, "vlb_weight": None, "min_snr_gamma": None}
 _OF_METHOD = {
     "progressive": _NO_TERMS | {
@@ -69,7 +69,7 @@ _OF_METHOD = {
         "replan_every": None, "replan_images": None,
     },
     # Of students of progressive distillation, too, whose objective asks for points of a path.
-    "reflow": {"objective": "denoising", "vlb_weight": None},
+    "reflow": {"objective": "denoising", "vlb_weight": None, "flip": False},
 }  # fmt: skip
 
 

@@ -132,7 +132,7 @@ class Upscaler:
         self.loaded = load_model(settings.checkpoint, settings.ema, self.device)
         self.loaded.require_pixels("generate_sr.py")
         self.loaded.require_means("generate_sr.py")
-        self.loaded.check_solver(settings.solver)
+        self.loaded.check_solver(settings.make_solver())
         if not self.loaded.model.has_two_clocks():
             raise ValueError(
                 f"{settings.checkpoint} is a '{self.loaded.config['model_type']}' model; super-resolution needs one "

@@ -36,6 +36,7 @@ from paths.schedule_file import load_schedule, save_schedule
 from planning.heatmap import map_of
 from planning.map_file import load_heatmap
 from planning.plan import PlanCriterionSettings, Planner
+from planning.students import file_words
 from planning.trajectory_file import load_trajectories, trajectories_of
 from planning.trajectory_plan import TrajectoryPlanner
 from runtime.progress import Progress
@@ -151,8 +152,7 @@ def main() -> None:
     planner, file = load_planner(settings)
     said = planner.said
     label = f"epoch {said['epoch']}, {said['weights']} weights"
-    model = f"{said['model_type']}_" if said.get("model_type", "dual") != "dual" else ""
-    name = f"plan_{model}{said['epoch']}ep_{said['weights']}{planner.variant}"
+    name = f"plan_{file_words({'model_type': 'dual'} | said, said['epoch'])}_{said['weights']}{planner.variant}"
     folder = FilePath(settings.output or file.parent / name)
     numbers = Progress(sorted(set(settings.nfe)), desc="plans", unit="plan", disable=not planner.is_slow)
     plans = {nfe: planner.families(nfe) for nfe in numbers}

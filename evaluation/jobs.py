@@ -56,7 +56,7 @@ from planning.conditions import ClassSettings, Conditions, listed
 from planning.heatmap import MissingMapSettings, compute_missing, heatmap_file
 from planning.path_types import parse_path_type
 from planning.regimes import default_regime, off_regime_note
-from planning.students import STUDENT_PATH, student_path
+from planning.students import NO_STUDENT, STUDENT_PATH, student_path
 from runtime.device import resolve_compile, resolve_precision
 from runtime.distributed import Processes
 from runtime.runs import CHECKPOINTS, RESULTS, SCORES_FILE, places, results_of, run_name
@@ -180,7 +180,8 @@ def find_jobs(settings: EvaluationSettings) -> list[Job]:
     """
     jobs = []
     refused: dict[tuple[str, str], str] = {}
-    for name, files in _found(settings):
+    found = _found(settings)
+    for name, files in found:
         problem = solver_problem(settings, name)
         reasons = {path_type: why_not(name, path_type) or problem for path_type in settings.path_type}
         refused |= {(name, path_type): reason for path_type, reason in reasons.items() if reason}
@@ -194,12 +195,15 @@ def find_jobs(settings: EvaluationSettings) -> list[Job]:
             for num_steps in steps_of(path_type, settings, file)
             for seed in settings.seeds
         ]
+    without = [file for _, files in found for file, _ in files if not steps_of(STUDENT_PATH, settings, file)]
+    if STUDENT_PATH in settings.path_type:
+        refused |= {(file.name, STUDENT_PATH): NO_STUDENT.format(file) for file in without}
     if not jobs:
         raise ValueError(next(iter(refused.values())))
     followed = {job.path_type for job in jobs}
     for (name, path_type), reason in refused.items():
         # That one clock keeps to the diagonal, beside models of two, goes without saying.
-        if not MODEL_CLASSES[name].one_clock or path_type not in followed:
+        if path_type == STUDENT_PATH or not MODEL_CLASSES[name].one_clock or path_type not in followed:
             print(f"note: left out: {reason}", file=sys.stderr)
     for job in jobs:
         settings.check_calls(job.num_steps)
@@ -233,13 +237,16 @@ def _found(settings: EvaluationSettings) -> list[tuple[str, list[tuple[Path, Pat
 
 
 def steps_of(path_type: str, settings: EvaluationSettings, file: Path) -> tuple[int, ...]:
-    """The numbers of steps of a type of path: those of the flags, or its own, a schedule's or that of a student."""
+    """The numbers of steps of a type of path: those of the flags, or its own, a schedule's or that of a student.
+
+    There is none for a file that is no student.
+    """
     kind = parse_path_type(path_type)
     if kind.name == "through":
         return (len(kind.parameters) + 1,)
     if kind.name == STUDENT_PATH:
         path = student_path(describe_model(file)["config"])
-        return settings.num_steps[:1] if path is None else (path.nfe,)  # Of no student the path is refused.
+        return () if path is None else (path.nfe,)
     return (load_schedule(kind.parameters[0]).nfe,) if kind.name == "schedule" else settings.num_steps
 
 
@@ -396,7 +403,7 @@ class Evaluation:
         settings, which = self.settings, (job.checkpoint, job.weights)
         if self._loaded is None or self._loaded[0] != which:
             loaded = load_model(job.checkpoint, job.weights == "ema", self.device)
-            loaded.check_solver(settings.solver)
+            loaded.check_solver(settings.make_solver())
             if settings.make_solver().reads_variance:
                 loaded.check_variance()
             config, conditions = loaded.config, settings.conditions(loaded)
@@ -496,9 +503,7 @@ class Evaluation:
     def _path(self, job: Job, loaded: LoadedModel) -> SamplingPath:
         """The path of a job, on a heatmap that is computed if there is none."""
         config, weights, settings = loaded.config, loaded.weights, self.settings
-        heatmap = heatmap_file(
-            settings.heatmap_dir or loaded.results, config["epoch"], weights, settings.grid, config["model_type"]
-        )
+        heatmap = heatmap_file(settings.heatmap_dir or loaded.results, config, config["epoch"], weights, settings.grid)
         check_followed(job.path_type, loaded)
         if parse_path_type(job.path_type).needs_heatmap and self.processes.any(not heatmap.exists())[0]:
             self._say(f"{job}: computing {heatmap} first")

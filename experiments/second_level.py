@@ -85,7 +85,7 @@ def main() -> None:
     _, settings = parse_command({"trained": (LevelSettings, "of one model")}, __doc__)
     device = select_device(settings.device)
     loaded = load_model(settings.checkpoint, settings.ema, device)
-    loaded.check_solver(SOLVER)
+    loaded.check_solver(make_solver(SOLVER))
     FilePath(settings.output).parent.mkdir(parents=True, exist_ok=True)
     images = cli.load_training_images(settings, loaded.config).pixels
     metric = SlicedWasserstein(images, settings.num_images, device=device)

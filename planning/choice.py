@@ -24,7 +24,7 @@ from planning.map_paths import NO_CASCADE, heatmap_path, kl_cascade, kl_refined
 from planning.path_types import PATH_FAMILIES, PATH_TYPES, PathType, parse_path_type, path_type
 from planning.regimes import off_regime_note, seen_range
 from planning.replay import replay_for
-from planning.students import STUDENT_PATH, student_path
+from planning.students import NO_STUDENT, STUDENT_PATH, student_path
 from runtime.settings import Settings, option
 
 
@@ -288,7 +288,7 @@ def path_of_settings(settings: OnePathSettings, loaded: LoadedModel) -> tuple[Pa
     if isinstance(settings, SolverSettings) and (problem := solver_problem(settings, config["model_type"])):
         raise ValueError(problem)
     if isinstance(settings, SolverSettings):
-        loaded.check_solver(settings.solver)
+        loaded.check_solver(settings.make_solver())
         if settings.make_solver().reads_variance:
             loaded.check_variance()
     file = find_map(loaded.file, config, config["epoch"], loaded.weights)
@@ -330,10 +330,7 @@ def choose_path(
     if kind.name == STUDENT_PATH:
         path = student_path(loaded.config)
         if path is None:
-            raise ValueError(
-                f"{loaded.file} is no student, which has a path of its own; pass another --path_type, or a checkpoint "
-                "of distill.py."
-            )
+            raise ValueError(NO_STUDENT.format(loaded.file))
         return path
     if kind.name == "schedule":
         return replay_for(kind.parameters[0], loaded, getattr(settings, "solver", None))

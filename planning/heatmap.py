@@ -28,6 +28,7 @@ from planning.error_map import DIFFERENTIATED, MAPS, error_map, largest_deviatio
 from planning.map_file import PartFiles, load_heatmap, save_heatmap
 from planning.map_paths import path_errors, seen_cells
 from planning.regimes import seen_range
+from planning.students import file_words
 from runtime.device import autocast, resolve_precision
 from runtime.distributed import Processes
 from runtime.runs import results_of
@@ -81,13 +82,13 @@ class MissingMapSettings(GridSettings):
     heatmap_images: int = option(16, "images averaged over", parse=cli.positive_int)
 
 
-def heatmap_file(folder: str | Path, epoch: int, weights: str, grid: int = 30, model_type: str = "dual") -> Path:
+def heatmap_file(folder: str | Path, config: Mapping[str, Any], epoch: int, weights: str, grid: int = 30) -> Path:
     """`{folder}/heatmap_{grid}_{epoch}ep.pth`, with `_ema` before the suffix for EMA weights.
 
-    Types of models other than dual are named: `heatmap_30_single_t_400ep.pth`.
+    Types of models other than dual are named, and students: `heatmap_30_single_t_400ep.pth`, `heatmap_30_4calls_9ep.pth`.
+    config: of the checkpoint.
     """
-    model = "" if model_type == "dual" else f"{model_type}_"
-    return Path(folder) / f"heatmap_{grid}_{model}{epoch}ep{'_ema' if weights == 'ema' else ''}.pth"
+    return Path(folder) / f"heatmap_{grid}_{file_words(config, epoch)}{'_ema' if weights == 'ema' else ''}.pth"
 
 
 def find_map(checkpoint: str | Path, config: Mapping[str, Any], epoch: int, weights: str) -> Path:
@@ -95,8 +96,8 @@ def find_map(checkpoint: str | Path, config: Mapping[str, Any], epoch: int, weig
 
     config: of the checkpoint. Where there is no map, or several, the name is that of 30 lines.
     """
-    folder, model_type = results_of(checkpoint, config), config["model_type"]
-    usual = heatmap_file(folder, epoch, weights, model_type=model_type)
+    folder = results_of(checkpoint, config)
+    usual = heatmap_file(folder, config, epoch, weights)
     others = sorted(folder.glob(usual.name.replace("_30_", "_[0-9]*_", 1)))
     others = [file for file in others if re.fullmatch(usual.name.replace("_30_", r"_\d+_", 1), file.name)]
     return others[0] if len(others) == 1 else usual
@@ -201,7 +202,7 @@ def compute(
             f"timestep {settings.start}, where a map has no log SNR; pass a --start below it, such as "
             f"{settings.start - 1}."
         )
-    usual = heatmap_file(loaded.results, loaded.config["epoch"], loaded.weights, settings.grid, model_type)
+    usual = heatmap_file(loaded.results, loaded.config, loaded.config["epoch"], loaded.weights, settings.grid)
     file = beside_figure(settings.output or usual)
     images = cli.load_training_images(settings, loaded.config)
     if images.channels != loaded.image_channels:
@@ -307,6 +308,7 @@ def measure(
     content |= {"used_precision": precision, "num_train_timesteps": num_timesteps}
     # It follows from the fingerprint, so that maps from before it was told are kept.
     content["model_type"] = loaded.config["model_type"]
+    content["student"] = loaded.config.get("student")
     content["run"] = loaded.config.get("run")
     # The file calls these K and batch, as published.
     del content["num_probes"], content["num_images"]

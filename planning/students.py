@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from paths.path import Path
 
 STUDENT_PATH = "student"  # As `--path_type` has it.
+NO_STUDENT = "{} is no student, which has a path of its own; pass another --path_type, or a checkpoint of distill.py."
 
 
 class Cost(NamedTuple):
@@ -40,6 +41,12 @@ def student_path(config: dict[str, Any]) -> Path | None:
         return None
     said = {"teacher": config["teacher_fingerprint"], "calls": len(points) - 1}
     return Path(tuple(map(tuple, points)), STUDENT_PATH, said)
+
+
+def file_words(config: dict[str, Any], epoch: int) -> str:
+    """`[{model}_][{student}_]{epoch}ep`, by which files that are made of a checkpoint tell it from others of its run."""
+    model = "" if config["model_type"] == "dual" else config["model_type"]
+    return "_".join(filter(None, (model, config.get("student"), f"{epoch}ep")))
 
 
 def halved(path: Path) -> Path:

@@ -22,6 +22,7 @@ from paths.path import Path
 from planning.map_file import read_measured
 from planning.map_paths import beyond_seen
 from planning.regimes import seen_range
+from planning.students import file_words
 from planning.trajectories import Band, Trajectories, fine_trajectories
 from runtime.device import autocast, resolve_precision, select_device
 from runtime.errors import need_file
@@ -63,8 +64,7 @@ class TrajectorySettings(CheckpointSettings, HardwareSettings):
 
 def trajectory_file(checkpoint: str | os.PathLike, config: Mapping[str, Any], epoch: int, weights: str) -> FilePath:
     """The file of the trajectories of a checkpoint whose config says what model it is."""
-    model = "" if config["model_type"] == "dual" else f"{config['model_type']}_"
-    name = f"trajectories_{model}{epoch}ep{'_ema' if weights == 'ema' else ''}.pth"
+    name = f"trajectories_{file_words(config, epoch)}{'_ema' if weights == 'ema' else ''}.pth"
     return results_of(checkpoint, config) / name
 
 
@@ -146,6 +146,7 @@ def compute(settings: TrajectorySettings) -> tuple[Trajectories, dict[str, Any],
         "weights": loaded.weights,
         "epoch": config["epoch"],
         "model_type": config["model_type"],
+        "student": config.get("student"),
         "beta_schedule": config["beta_schedule"],
         "num_train_timesteps": config["num_train_timesteps"],
         "representation": scheduler.representation.name,

@@ -95,6 +95,16 @@ def check_teacher(loaded: LoadedModel) -> None:
     loaded.require_pixels("--method reflow")
 
 
+def check_data(loaded: LoadedModel, settings: TrainingSettings) -> None:
+    """Raise ValueError unless the images of a student are those of its teacher, before pairs are made of these."""
+    images, _ = cli.load_image_parts(settings)
+    if images.fingerprint != loaded.config.get("data_fingerprint"):
+        raise ValueError(
+            f"the images of the teacher {loaded.file} are others than those of '{images.name}' here; leave the flags of "
+            "data out, or pass another teacher."
+        )
+
+
 def pairs_said(
     loaded: LoadedModel, path: SamplingPath, options: ReflowSettings, precision: str, first_seed: int
 ) -> dict[str, Any]:
@@ -220,6 +230,7 @@ def reflow(settings: TrainingSettings, options: ReflowSettings, teacher: str | P
     check_teacher(first)
     path, _ = path_of_settings(options, first)
     settings = begun(settings, options.students, folder_of(Path(), options.students[0]))
+    check_data(first, settings)
     processes = Processes(settings.device, PATIENCE)  # The first one measures while the others wait.
     teacher = Path(teacher)
     for number, student in enumerate(options.students):

@@ -513,9 +513,11 @@ def test_optima_are_those_of_the_map_of_these_weights_under_every_setting(tmp_pa
 
 
 def test_heatmap_files_tell_the_model_the_epoch_and_the_weights():
-    assert str(heatmap_file("r", 9, "raw")) == "r/heatmap_30_9ep.pth"
-    assert str(heatmap_file("r", 9, "ema", 4, "dual")) == "r/heatmap_4_9ep_ema.pth"
-    assert str(heatmap_file("r", 9, "ema", model_type="single_t")) == "r/heatmap_30_single_t_9ep_ema.pth"
+    dual = {"model_type": "dual"}
+    assert str(heatmap_file("r", dual, 9, "raw")) == "r/heatmap_30_9ep.pth"
+    assert str(heatmap_file("r", dual, 9, "ema", 4)) == "r/heatmap_4_9ep_ema.pth"
+    assert str(heatmap_file("r", dual | {"student": "4calls"}, 9, "raw")) == "r/heatmap_30_4calls_9ep.pth"
+    assert str(heatmap_file("r", {"model_type": "single_t"}, 9, "ema")) == "r/heatmap_30_single_t_9ep_ema.pth"
 
 
 # Stages
