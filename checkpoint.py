@@ -229,6 +229,14 @@ def describe_model(file: str | os.PathLike) -> dict[str, Any]:
     return said
 
 
+def has_ema(file: str | os.PathLike, weights: str | None = None) -> bool:
+    """Whether EMA weights are meant: "ema" or "raw" as asked for, else where there are any.
+
+    Raises what `describe_model` raises.
+    """
+    return weights == "ema" if weights else describe_model(file)["ema_state"] is not None
+
+
 def _check_makes_images(file: str | os.PathLike, config: dict[str, Any]) -> None:
     if config.get("model_type") in CLASSIFIERS:
         raise ValueError(
@@ -305,10 +313,8 @@ class LoadedModel(NamedTuple):
                 "was not; choose another solver."
             )
         if self.config.get("objective") == "progressive" and (name != "ddim" or solver.draws):
-            others = (
-                f"--solver {name} takes others; leave --solver" if name != "ddim" else "--eta draws noise; leave it"
-            )
-            raise ValueError(f"{self.file} is a student of steps of DDIM, and {others} out.")
+            flag, does = ("solver", "takes others") if name != "ddim" else ("eta", "draws noise")
+            raise ValueError(f"{self.file} is a student of steps of DDIM, and --{flag} {does}; leave --{flag} out.")
 
     def require_means(self, stage: str) -> None:
         """Raise ValueError, naming the stage, for a model whose clean images are no means of what may have been."""
@@ -317,6 +323,11 @@ class LoadedModel(NamedTuple):
                 f"{self.file} was trained with --objective consistency: it predicts where a path ends, and no mean of "
                 f"clean images, by which {stage} goes; pass a checkpoint of another objective."
             )
+
+    @property
+    def starts_from_images(self) -> bool:
+        """Whether it was trained to walk from images of another data set, and not from noise."""
+        return self.config.get("start_dataset") is not None
 
     @property
     def device(self) -> torch.device:
@@ -364,16 +375,27 @@ class LoadedModel(NamedTuple):
         return self.config["weights"]
 
 
-def load_model(file: str | os.PathLike, ema: bool = False, device: torch.device | str = "cpu") -> LoadedModel:
+def load_model(
+    file: str | os.PathLike,
+    ema: bool = False,
+    device: torch.device | str = "cpu",
+    from_images: bool = False,  # whether the caller has images for a model that starts from them
+) -> LoadedModel:
     """The model a checkpoint describes, frozen, in eval mode on `device`, with raw or EMA weights.
 
     Its config also holds `epoch`, `step` and `weights`, and where the file has them `steps_per_epoch` and
     `regime_state`. Prints a warning, once per file, if EMA weights are largely the initial ones
     (`networks.ema.ema_note`). Raises what `read_checkpoint` raises, and ValueError if `ema` is asked of a file without
-    EMA weights, if the weights do not fit the model of the config, or for a classifier.
+    EMA weights, if the weights do not fit the model of the config, for a classifier, or for a model that starts from
+    images of a data set where there are none for it: what is noise to others is none to that.
     """
     content = read_checkpoint(file)
     _check_makes_images(file, content["config"])
+    if content["config"].get("start_dataset") is not None and not from_images:
+        raise ValueError(
+            f"{file} was trained to walk from images of '{content['config']['start_dataset']}', not from noise; only "
+            "generate_with_path_30.py --start and eval_fid_batch.py take such a model, so pass another checkpoint here."
+        )
     model, scheduler, config, fingerprint = _load(file, content, ema, device)
     return LoadedModel(model, scheduler, config, fingerprint, Path(file))
 

@@ -4,6 +4,7 @@ from runtime.startup import interruptible
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import os
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from checkpoint import MODEL_CLASSES, checkpoint_of_run
@@ -318,14 +320,50 @@ def load_image_parts(settings: DataSettings, config: dict | None = None) -> tupl
     return _load_image_parts(settings, config, inherited={})
 
 
-def _check_place(config: dict) -> None:
+def load_start_parts(
+    settings: DataSettings,
+    channels: int,  # of the model
+    config: dict | None = None,
+) -> tuple[ImageSet, ImageSet | None]:
+    """The images that lines start from, in place of noise, and those of them held out, of a training or of a config.
+
+    They are read as the images that lines end at are; `limit` and `holdout` of the training hold for each of both sets.
+    Raises ValueError for other images than the config was trained on, and what `load_image_parts` and `in_channels`
+    raise.
+    """
+    said = asdict(settings) if config is None else config
+    if config is not None:
+        _check_place(config, "start_dataset")
+    reading = {name: getattr(settings, name) for name in ("cache_dir", "num_workers", "skip_bad_images")}
+    own = DataSettings(dataset=said["start_dataset"], **reading)
+    parts = _load_image_parts(own, said, inherited=said)
+    if config is not None and parts[0].fingerprint != config["start_fingerprint"]:
+        raise ValueError(
+            f"The images of '{own.dataset}', which the model starts from, are no longer those of the training; bring "
+            "them back."
+        )
+    return tuple(None if part is None else in_channels(part, channels) for part in parts)
+
+
+def in_channels(images: ImageSet, channels: int) -> ImageSet:
+    """Images to start from with the channels of a model, grey ones three times for RGB; refuses colour for grey."""
+    if images.channels == channels:
+        return images
+    if channels == 1:
+        raise ValueError(
+            f"The images of '{images.name}' have colours, and the model makes grey ones; pass grey ones to start from."
+        )
+    return dataclasses.replace(images, pixels=np.repeat(images.pixels, channels, axis=1))
+
+
+def _check_place(config: dict, which: str = "dataset") -> None:
     # A folder that has gone must not be looked for on the hub, where another data set may have its name.
-    place = config["dataset"]
-    was_here = config.get("dataset_is_here", not is_hub_id(place))
+    place = config[which]
+    was_here = config.get(f"{which}_is_here", not is_hub_id(place))
     if place != "synthetic" and was_here and not is_here(place):
+        way_out = "pass their place as --dataset" if which == "dataset" else "put them or a link to them in that place"
         raise FileNotFoundError(
-            f"The images of the training lay in '{place}', which is not there (seen from {os.getcwd()}); pass their "
-            "place as --dataset."
+            f"The images of the training lay in '{place}', which is not there (seen from {os.getcwd()}); {way_out}."
         )
 
 

@@ -53,10 +53,10 @@ OWNERS = {
 SETTLED = (
     *STUDENT_SETTINGS, "model_type", "preset", "objective", "vlb_weight", "network", "hidden_dims", "process",
     "beta_schedule", "prediction_type", "representation", "times", "t_pairs", "replan_every", "replan_images",
-    "perceptual_weight", "vgg_weights", "feature_weight", "coupling", "coarse_from",
+    "perceptual_weight", "vgg_weights", "feature_weight", "coupling", "coarse_from", "target_dataset", "start_dataset",
 )  # fmt: skip
 # Of the teacher's training that a student's need not share.
-OWN = (*STUDENT_SETTINGS, "epochs", "run", "seed", "coupling", "consistency", "consistency_solver")
+OWN = (*STUDENT_SETTINGS, "epochs", "run", "seed", "coupling", "consistency", "consistency_solver", "start_dataset")
 _NO_TERMS = {"perceptual_weight": 0.0, "feature_weight": 0.0, "vlb_weight": None, "min_snr_gamma": None}
 _OF_METHOD = {
     "progressive": _NO_TERMS | {

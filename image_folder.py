@@ -73,6 +73,7 @@ def read_folder(
     background: str = BACKGROUND,
     resize_filter: str | None = None,
     pad: str | None = None,
+    flag: str = "--input",  # that names it, for messages
 ) -> dict[str, torch.Tensor]:
     """The images of a folder by name without suffix, in order, uint8 `[C, size, size]`; of its subfolders, none.
 
@@ -81,7 +82,7 @@ def read_folder(
     and for two whose names differ in the suffix alone, and what `read_file` raises.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"--input {folder} is not a folder; name one of {size}x{size} images.")
+        raise FileNotFoundError(f"{flag} {folder} is not a folder; name one of {size}x{size} images.")
     found = find_images(folder, below=False)
     groups = by_origin(found.files, start_of)
     # Images that LIFT made lie in a folder of no training because someone wants them there.
@@ -91,7 +92,7 @@ def read_folder(
     images = read_files(files, size, channels, background=background, resize_filter=resize_filter, pad=pad)
     report_left_out(folder, +left_out)
     if not images:
-        raise ValueError(f"--input {folder} holds no image; name a folder of {size}x{size} images.")
+        raise ValueError(f"{flag} {folder} holds no image; name a folder of {size}x{size} images.")
     return images
 
 
@@ -108,27 +109,34 @@ def read_files(files: Sequence[Path], size: int, channels: int, **reading: str |
     return images
 
 
-def read_given(places: Sequence[str], size: int, channels: int, **reading: str | None) -> dict[str, torch.Tensor]:
-    """The images of --input, which names files or one folder, as `read_files` and `read_folder` read them.
+def read_given(
+    places: Sequence[str],
+    size: int,
+    channels: int,
+    flag: str = "--input",
+    **reading: str | None,
+) -> dict[str, torch.Tensor]:
+    """The images of --input, or of another flag, which names files or one folder.
 
+    They are read as by `read_files` and `read_folder`.
     Raises FileNotFoundError for what is not there, ValueError for a folder beside others, and what these raise.
     """
     paths = [Path(place) for place in places]
     if len(paths) == 1 and paths[0].is_dir():
-        return read_folder(paths[0], size, channels, **reading)
+        return read_folder(paths[0], size, channels, flag=flag, **reading)
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(f"--input {path} does not exist; name images, or one folder of them.")
+            raise FileNotFoundError(f"{flag} {path} does not exist; name images, or one folder of them.")
         if path.is_dir():
-            raise ValueError(f"--input {path} is a folder beside others; name images, or one folder of them.")
+            raise ValueError(f"{flag} {path} is a folder beside others; name images, or one folder of them.")
     return read_files(paths, size, channels, **reading)
 
 
-def check_apart(folder: Path, places: Sequence[str]) -> None:
+def check_apart(folder: Path, places: Sequence[str], flag: str = "input") -> None:
     """Raise ValueError for an output folder that is one of the inputs or holds one, which might be written over."""
     for place in map(Path, places):
         if folder.resolve() in (place.resolve(), place.resolve().parent):
-            raise ValueError(f"--output {folder} is the folder of the input {place}; pass another.")
+            raise ValueError(f"--output {folder} is the folder of the {flag} {place}; pass another.")
 
 
 def evenly(count: int, available: int, where: str) -> np.ndarray:

@@ -18,7 +18,7 @@ from cli import run_stage
 from runtime.settings import option, parse_settings
 from training.resume import stored_settings
 from training.run import train
-from training.settings import STUDENT_SETTINGS, TrainingSettings
+from training.settings import UNFLAGGED, TrainingSettings
 
 MODEL_TYPES = tuple(name for name, kind in MODEL_CLASSES.items() if kind.num_scales > 1)
 
@@ -39,7 +39,7 @@ class LIFTSettings(TrainingSettings):
 def parse_args() -> LIFTSettings:
     """The settings of this stage, from its flags."""
     stored = partial(stored_settings, model_types=MODEL_TYPES)
-    return parse_settings(LIFTSettings, __doc__, leave_out=STUDENT_SETTINGS, stored=stored)
+    return parse_settings(LIFTSettings, __doc__, leave_out=UNFLAGGED, stored=stored)
 
 
 def main() -> None:

@@ -346,25 +346,27 @@ def sample_seeds(
     coarse_from: str | None = None,
     solver: Solver | None = None,
     labels: Sequence[int] | None = None,
+    starts: Callable[[Sequence[int]], Images] | None = None,
 ) -> Iterator[tuple[Sequence[int], Samples]]:
     """`sample` batch by batch, with the noise of each seed: image k depends on `seeds[k]` alone.
 
-    shapes: `(C, H, W)` per scale, fine first. labels: the class of each seed. Yields the seeds of each batch with
-    its samples.
+    shapes: `(C, H, W)` per scale, fine first. labels: the class of each seed. starts: what goes in place of the noise
+    of some seeds, `[B, C, H, W]` by scale, for a model that starts from images. Yields the seeds of each batch with its
+    samples.
     """
 
     def prepare(start: int) -> tuple[Sequence[int], Callable, list[torch.Tensor]]:
         chosen = seeds[start : start + batch_size]
         draw = functools.partial(SeededNoise(chosen).draw, device=device)
-        return chosen, draw, [draw(shape) for shape in shapes]
+        return chosen, draw, [draw(shape) for shape in shapes] if starts is None else list(starts(chosen))
 
-    starts = range(0, len(seeds), batch_size)
-    following = prepare(0) if starts else None
-    for start in starts:
+    firsts = range(0, len(seeds), batch_size)
+    following = prepare(0) if firsts else None
+    for start in firsts:
         chosen, draw, noise = following
         told = None if labels is None else torch.tensor(labels[start : start + batch_size], device=device)
         samples = sample(denoise, scheduler, path, noise, eta, callback, end, draw, coarse_from, solver, told)
-        if start != starts[-1]:
+        if start != firsts[-1]:
             # A GPU is still at work on these images, and the host has nothing else to do.
             following = prepare(start + batch_size)
         yield chosen, samples

@@ -35,6 +35,7 @@ from data import BACKGROUND, ImageSet
 from diffusion.adaptive import MOST_CALLS
 from diffusion.sampler import COARSE_FEEDS, Denoiser, coarse_feed, compile_denoiser, image_seeds, scale_shapes
 from diffusion.space import image_channels_of
+from diffusion.starts import Starts, check_start
 from evaluation.inception import NUM_FEATURES, RESIZES, Inception, load_inception
 from evaluation.judge import Judge, load_judge
 from evaluation.reference_set import ReferenceSet, from_images, load_reference
@@ -259,6 +260,7 @@ class Evaluation:
         self._inception: Inception | None = None
         self._judge: Judge | None = None
         self._scorer: Scorer | None = None
+        self._starts: Starts | None = None  # Of a model that starts from images, those held out or else all.
         self._warned = False
         self._judged: set[tuple[str, str, str | None]] = set()
 
@@ -313,6 +315,13 @@ class Evaluation:
         walk += f"-{job.coarse_from}" if job.coarse_from else ""
         walk += f"-{quote(conditions.label, safe='')}" if conditions.names else ""  # So that no two labels meet.
         solver = chosen.make_solver()
+        if self._starts is not None:
+            check_start(path, solver, loaded.scheduler)
+            if scorer.num_images > len(self._starts):
+                raise ValueError(
+                    f"{scorer.num_images} images are to be scored, but {len(self._starts)} there are to start from, "
+                    f"each of which gives one; pass --num_images {len(self._starts)} or fewer."
+                )
         key = {
             "checkpoint_fingerprint": loaded.fingerprint,
             "weights": loaded.weights,
@@ -351,6 +360,7 @@ class Evaluation:
             denoise,
             coarse_from=job.coarse_from or "x0",
             labels=conditions.labels(seeds),
+            starts=self._starts,
         )
         if generated is None:
             return
@@ -402,13 +412,17 @@ class Evaluation:
         """
         settings, which = self.settings, (job.checkpoint, job.weights)
         if self._loaded is None or self._loaded[0] != which:
-            loaded = load_model(job.checkpoint, job.weights == "ema", self.device)
+            loaded = load_model(job.checkpoint, job.weights == "ema", self.device, from_images=True)
             loaded.check_solver(settings.make_solver())
             if settings.make_solver().reads_variance:
                 loaded.check_variance()
             config, conditions = loaded.config, settings.conditions(loaded)
             _ = loaded.space  # An autoencoder that is not there is missed now, rather than after a heatmap.
             denoise = conditions.told_classes(loaded.denoise_with_variance)
+            self._starts = None
+            if loaded.starts_from_images:
+                starts, held_out = cli.load_start_parts(settings, config["channels"], config)
+                self._starts = Starts((held_out or starts).pixels)
             training, held_out = cli.load_image_parts(settings, config)
             if self._scorer is None or self._scorer.training.fingerprint != training.fingerprint:
                 self._scorer = self._new_scorer(self._reference(training, held_out, config), training, held_out)

@@ -4,6 +4,7 @@
 next; `Scorer` compares the images with a reference. Nothing is written but the features of the reference, in the cache.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ import torch
 from checkpoint import LoadedModel
 from data import ImageSet, distinct_images
 from diffusion.sampler import Denoiser, coarse_feed, sample_seeds, scale_shapes
+from diffusion.starts import Starts
 from diffusion.step import Solver
 from evaluation.feature_metrics import (
     MANIFOLD_K,
@@ -81,6 +83,7 @@ def generate(
     overlap: bool | None = None,  # features of one batch beside the sampling of the next; None: on GPUs
     coarse_from: str = "x0",  # what a model reads as the coarse image that it does not predict
     labels: Sequence[int] | None = None,  # the class of every seed
+    starts: Starts | None = None,  # what a model that starts from images starts from
 ) -> Generated | None:
     """The fine image of every seed; the processes of a run share the batches, and the first gets all of them.
 
@@ -96,6 +99,7 @@ def generate(
         denoise or loaded.denoise_with_variance, loaded.scheduler, path, [seeds[k] for k in mine], shapes,
         batch_size, device, end=end, coarse_from=coarse_feed(loaded.model, coarse_from), solver=solver,
         labels=None if labels is None else [labels[k] for k in mine],
+        starts=starts and functools.partial(starts.of_seeds, num_scales=loaded.model.num_scales, device=device),
     )  # fmt: skip
     pixels, features, calls, broken = [torch.empty(0, *loaded.image_shape, dtype=torch.uint8)], [], 0, None
     with (

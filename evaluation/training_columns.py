@@ -60,6 +60,14 @@ def _latents(config: dict[str, Any]) -> str:
     return " ".join(f"{name} ({config.get('latents_fingerprint')})".splitlines())
 
 
+def _start(config: dict[str, Any]) -> str:
+    if config.get("start_dataset") is None:
+        return "noise"
+    name = config["start_dataset"]
+    name = Path(name).name if config.get("start_dataset_is_here") else name
+    return " ".join(f"{name} ({config.get('start_fingerprint')})".splitlines())
+
+
 def _cost(config: dict[str, Any], what: str) -> str | int:
     cost = Cost.of(config)
     return "none" if cost is None else getattr(cost, what)
@@ -124,6 +132,7 @@ TRAINING_COLUMNS = {
     "coupling": TrainingColumn(
         lambda loaded, num_images: loaded.config.get("coupling") or "independent", "{} coupling"
     ),
+    "start_data": TrainingColumn(lambda loaded, num_images: _start(loaded.config), "from {}"),
     "lr": TrainingColumn(_setting("lr"), "lr {}", "number"),
     "lr_schedule": TrainingColumn(lambda loaded, num_images: _lr_schedule(loaded.config), "lr {}"),
     "classes": TrainingColumn(lambda loaded, num_images: _classes(loaded.config), "classes {}"),

@@ -158,6 +158,11 @@ def _written(number: float) -> str:
 def _check_classifier(classifier: LoadedClassifier, loaded: LoadedModel) -> None:
     """Raise ValueError unless a classifier reads what the process of a model makes of its images."""
     loaded.require_pixels("--classifier")
+    if loaded.starts_from_images:
+        raise ValueError(
+            f"{loaded.file} starts from images, so that what it is shown is no noisy image, which --classifier reads; "
+            "leave it out."
+        )
     model = loaded.model
     for what, ours, theirs in (
         ("images at side", loaded.config["resolution"], classifier.config["resolution"]),

@@ -85,8 +85,8 @@ class MissingMapSettings(GridSettings):
 def heatmap_file(folder: str | Path, config: Mapping[str, Any], epoch: int, weights: str, grid: int = 30) -> Path:
     """`{folder}/heatmap_{grid}_{epoch}ep.pth`, with `_ema` before the suffix for EMA weights.
 
-    Types of models other than dual are named, and students: `heatmap_30_single_t_400ep.pth`, `heatmap_30_4calls_9ep.pth`.
-    config: of the checkpoint.
+    Types of models other than dual are named, as in `heatmap_30_single_t_400ep.pth`, and so are students, by the config
+    of their checkpoint.
     """
     return Path(folder) / f"heatmap_{grid}_{file_words(config, epoch)}{'_ema' if weights == 'ema' else ''}.pth"
 

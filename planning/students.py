@@ -44,7 +44,7 @@ def student_path(config: dict[str, Any]) -> Path | None:
 
 
 def file_words(config: dict[str, Any], epoch: int) -> str:
-    """`[{model}_][{student}_]{epoch}ep`, by which files that are made of a checkpoint tell it from others of its run."""
+    """`[{model}_][{student}_]{epoch}ep`: what tells a checkpoint from others of its run in names of files."""
     model = "" if config["model_type"] == "dual" else config["model_type"]
     return "_".join(filter(None, (model, config.get("student"), f"{epoch}ep")))
 

@@ -66,13 +66,28 @@ def results_of(checkpoint: str | Path, config: Mapping[str, Any]) -> Path:
     return RESULTS / name if name else RESULTS
 
 
-def derived_name(model_type: str, representation: str, preset: str, resolution: int, dataset: str, seed: int) -> str:
-    """What a run is called that was given no name: `dual-residual-improved-64px-AFHQv2-seed42`."""
+def derived_name(
+    model_type: str,
+    representation: str,
+    preset: str,
+    resolution: int,
+    dataset: str,
+    seed: int,
+    start_dataset: str | None = None,
+) -> str:
+    """What a run is called that was given no name: `dual-residual-improved-64px-AFHQv2-seed42`.
+
+    Of one that maps a data set onto another both are named: `baseline-flow-64px-cats-to-dogs-seed42`.
+    """
+    sets = "-to-".join(_short_name(each) for each in (start_dataset, dataset) if each is not None)
+    words = [model_type, representation.replace("overcomplete", ""), preset, f"{resolution}px", sets, f"seed{seed}"]
+    return "-".join(filter(None, words))
+
+
+def _short_name(dataset: str) -> str:
     # A folder by its own name, wherever it is seen from; a hub id without its owner.
     own = Path(dataset).resolve().name if Path(dataset).exists() else dataset.rstrip("/").rpartition("/")[2]
-    own = re.sub(r"[^\w.+-]+", "-", own).strip("-.")[:SHORT] or "images"
-    words = [model_type, representation.replace("overcomplete", ""), preset, f"{resolution}px", own, f"seed{seed}"]
-    return "-".join(filter(None, words))
+    return re.sub(r"[^\w.+-]+", "-", own).strip("-.")[:SHORT] or "images"
 
 
 def known_runs() -> list[str]:

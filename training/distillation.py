@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import cli
-from checkpoint import MODEL_CLASSES, checkpoint_file, describe_model, load_model, peek
+from checkpoint import MODEL_CLASSES, checkpoint_file, has_ema, load_model, peek
 from paths.path import Path as SamplingPath
 from planning.choice import OnePathSettings, path_of_settings
 from planning.students import halved, said_of_cost, student_path
@@ -79,11 +79,6 @@ def training_settings(settings: TrainingSettings, **changes: Any) -> TrainingSet
     """The settings of a training alone, of those of a stage that has more, with changes."""
     names = {field.name for field in fields(TrainingSettings)}
     return TrainingSettings(**{name: value for name, value in settings.given().items() if name in names} | changes)
-
-
-def has_ema(file: str | Path, weights: str | None) -> bool:
-    """Whether the EMA weights of a teacher are meant: "ema" or "raw" as asked for, else the EMA where there is one."""
-    return weights == "ema" if weights else describe_model(file)["ema_state"] is not None
 
 
 def begun(settings: TrainingSettings, students: Sequence[str], *folders: Path) -> TrainingSettings:

@@ -107,6 +107,8 @@ class Noising:
         # What the network sees of an image says how far that is from a noise.
         of_optimal = config.get("coupling") == OPTIMAL
         self._num_coupled = network_class(config["model_type"]).num_scales if of_optimal else None
+        # Images to start from are given, and dealt out as noise is; noise of stored pairs never is.
+        self._deals_given = config.get("start_dataset") is not None
         self._only_time = config.get("only_time")
         law = config.get("t_law", UNIFORM) if self._only_time is None else UNIFORM
         self._importance = Importance(self.pairs.leads) if law == IMPORTANCE else None
@@ -124,13 +126,13 @@ class Noising:
         generator: torch.Generator,
         progress: float = 0.0,  # the share of the run that is over
         labels: torch.Tensor | None = None,  # [B], the class of each image
-        noise: Images | None = None,  # as x_64 and x_32, of images that have theirs
+        noise: Images | None = None,  # as x_64 and x_32, of images that have theirs or start from others
     ) -> TrainingBatch:
         """Noise and timesteps for clean images: pairs of the regime, with the leading clock by its law.
 
-        Each scale has its own noise, which belongs to the image that it is given with, and else is drawn. Images and
-        noise of the fine scale are those of the representation. A share of the labels (`label_dropout`) becomes the
-        null class (arXiv 2207.12598, algorithm 1).
+        Each scale has its own noise, which belongs to the image that it is given with, and else is drawn; what lines
+        start from in place of noise belongs to none. Images and noise of the fine scale are those of the
+        representation. A share of the labels (`label_dropout`) becomes the null class (arXiv 2207.12598, algorithm 1).
         """
         device, representation = x_64.device, self.scheduler.representation
         t_64, t_32, share, *more = self._timesteps(len(x_64), generator, progress)  # [B] each
@@ -138,7 +140,7 @@ class Noising:
         if drawn:
             noise = tuple(torch.randn(x.shape, generator=generator, device=device) for x in (x_64, x_32))
         clean, noise = map(representation.project, ((x_64, x_32), noise))
-        if drawn and self._num_coupled is not None:
+        if (drawn or self._deals_given) and self._num_coupled is not None:
             seen = slice(self._num_coupled)
             partners = optimal_partners(clean[seen], noise[seen], labels)  # [B]
             noise = tuple(each[partners] for each in noise)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import cli
-from checkpoint import LoadedModel, load_model
+from checkpoint import LoadedModel, has_ema, load_model
 from diffusion.pairs import (
     SHARD_SIZE,
     Pairs,
@@ -43,7 +43,7 @@ from runtime.distributed import PATIENCE, Processes
 from runtime.progress import Progress
 from runtime.safe_write import replacing
 from runtime.settings import option
-from training.distillation import RoundSettings, begun, finished, has_ema, of_student
+from training.distillation import RoundSettings, begun, finished, of_student
 from training.run import train
 from training.settings import TrainingSettings
 from training.teaching import Teaching
@@ -100,8 +100,8 @@ def check_data(loaded: LoadedModel, settings: TrainingSettings) -> None:
     images, _ = cli.load_image_parts(settings)
     if images.fingerprint != loaded.config.get("data_fingerprint"):
         raise ValueError(
-            f"the images of the teacher {loaded.file} are others than those of '{images.name}' here; leave the flags of "
-            "data out, or pass another teacher."
+            f"the data of the teacher {loaded.file} are other images than those of '{images.name}' here; leave the "
+            "flags of data out, or pass another teacher."
         )
 
 

@@ -149,7 +149,7 @@ def _compare(settings: TrainingSettings, identity: dict[str, Any], saved: dict[s
     """Raise ValueError, naming the first setting that differs from a saved one."""
     saved = settings.before_choices() | saved
     # What follows from another flag comes last, so that the flag is named.
-    follows = ("beta_schedule", "channels", "data_fingerprint", "epochs")
+    follows = ("beta_schedule", "channels", "data_fingerprint", "start_fingerprint", "epochs")
     for key in sorted(identity, key=lambda key: (key in follows, key)):
         if saved.get(key) != identity[key]:
             file = " (--t_pairs with the schedule file of its path)" if "path:" in str(saved.get(key)) else ""

@@ -73,6 +73,8 @@ def describe(trainer: Trainer, images: ImageSet) -> str:
 def shown_words(trainer: Trainer, images: ImageSet) -> str:
     """What the network is shown: the images of a data set, or stored pairs of a teacher that was trained on them."""
     count = f"{len(images)} images of '{images.name}'"
+    if (starts := trainer.start_images) is not None:
+        return f"from {len(starts)} images of '{starts.name}' to {count}"
     return f"{trainer.batches.count} pairs of a teacher of {count}" if trainer.is_paired else count
 
 

@@ -29,6 +29,7 @@ from training.variational import VLB_WEIGHT, check_chain
 
 TIMES = ("whole", "real")
 STUDENT_SETTINGS = ("student",)  # What `distill.py` says itself; no stage has flags for them.
+UNFLAGGED = (*STUDENT_SETTINGS, "start_dataset")  # Nor for what `--target_dataset` says.
 LABEL_DROPOUT = 0.1  # Unless told otherwise (arXiv 2207.12598 tries 0.1, 0.2 and 0.5).
 REPLAN_EVERY, REPLAN_IMAGES = 10, 16  # Epochs and images, unless told otherwise.
 # What only models of two scales have; the stage of the baseline has no flags for them.
@@ -39,7 +40,7 @@ IMAGE_SETTINGS = (
     "network", "objective", "vlb_weight", "consistency", "consistency_solver",
     "perceptual_weight", "feature_weight", "vgg_weights", "prediction_type",
     "min_snr_gamma", "timestep_weights", "replan_every", "replan_images", "loss_weights", "label_dropout",
-    "latents", "coupling",
+    "latents", "coupling", "target_dataset", "start_dataset",
 )  # fmt: skip
 
 
@@ -282,6 +283,15 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         recorded=True,
         absent=None,
     )
+    target_dataset: str | None = option(
+        None,
+        "of process flow: learn to walk from images of --dataset, in place of noise, to images of this set, a hub id, "
+        "folder or synthetic (off)",
+        metavar="DATASET",
+    )
+    start_dataset: str | None = option(  # Then `dataset` is what walks end at, as without it.
+        None, "data set whose images take the place of noise", metavar="DATASET", recorded=True, absent=None
+    )
     label_dropout: float | None = option(
         None,
         "share of the images whose class is not told, from which the null class is learned (0.1)",
@@ -303,6 +313,11 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
             if self.output_dir is not None and not is_same(self.output_dir, folder):
                 raise ValueError(f"--resume {self.resume} names the folder of the run; leave --output_dir out.")
             self._derive(output_dir=str(folder), resume="required")
+        if self.target_dataset is not None:
+            if self.start_dataset is not None:
+                raise ValueError("target_dataset and start_dataset exclude each other; leave one of them out.")
+            # What a run learns to make is its data set, here as elsewhere.
+            self._derive(start_dataset=self.dataset, dataset=self.target_dataset, target_dataset=None)
         kind = network_class(self.model_type)
         predictions = max(1, kind.num_predictions)
         preset = preset_values(self.preset, self.model_type, self.representation)
@@ -346,6 +361,8 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
                 f"--coupling {self.coupling} makes lines from noise to images cross less, which only the process flow "
                 f"has, not {self.process}; pass --preset flow, or leave --coupling out."
             )
+        if self.start_dataset is not None:
+            self._check_start()
         if self.classes is None and self.label_dropout is not None:
             raise ValueError("--label_dropout belongs to --classes; name that too, or leave it out.")
         if self.classes is not None and self.label_dropout is None and kind.predicts_images:
@@ -373,8 +390,35 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
             # A graph replayed for the second part would write over the gradients of the first.
             raise ValueError("--cuda_graphs and --accumulate exclude each other; leave one of them out.")
         if self.run is None:
-            named = self.model_type, self.representation, self.preset, self.resolution, self.dataset, self.seed
-            self._derive(run=derived_name(*named))
+            named = self.model_type, self.representation, self.preset, self.resolution
+            self._derive(run=derived_name(*named, self.dataset, self.seed, self.start_dataset))
+
+    def _check_start(self) -> None:
+        """What starts from images has lines to follow, and no noise that anything else could be known of."""
+        kind, flag = network_class(self.model_type), "--target_dataset"
+        if self.process != "flow":
+            raise ValueError(
+                f"{flag} takes lines from images to images, which only the process flow has, not {self.process}; pass "
+                f"--preset flow, or leave {flag} out."
+            )
+        if self.objective != "denoising":
+            raise ValueError(f"{flag} goes with --objective denoising, not with {self.objective}; leave one out.")
+        for name in ("classes", "latents"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{flag} maps pixels without classes; leave it or --{name} out.")
+        if kind.num_predictions < kind.num_scales:
+            raise ValueError(
+                f"{flag} needs a model that predicts what it reads, as lines of all scales start from one image; a "
+                f"'{self.model_type}' model does not."
+            )
+        if self.follows:
+            raise ValueError(f"{flag} leaves nothing to plan by noise, as --t_pairs {self.t_pairs} does; pass another.")
+        if kind.has_two_clocks() and self.representation == "overcomplete" and self.t_pairs != "same":
+            # Two mixtures of one pair of coarse images, at two times, give both away.
+            raise ValueError(
+                f"{flag} starts both scales from one image, so that over-complete scales at different timesteps tell "
+                "the network where the line ends; pass --representation residual or --t_pairs same."
+            )
 
     def _check_objective(self) -> None:
         if self.vlb_weight is not None and self.objective != "hybrid":
@@ -477,6 +521,7 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
             "t_pairs_points": None,
             "vgg_fingerprint": None,
             "latents_fingerprint": None,
+            "start_fingerprint": None,
             "loss_weights": [1.0] * len(self.loss_weights),
             "class_names": None,
             "labels_fingerprint": None,

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from tqdm import tqdm
 from diffusion.sampler import coarse_feed, image_seeds, sample_seeds, scale_shapes
 from diffusion.solvers import make_solver
 from diffusion.space import side_of
+from diffusion.starts import Starts
 from figures.images import save_image_grid
 from paths.families import diagonal, log_snr_shift
 from planning.students import student_path
@@ -49,7 +51,8 @@ def sample_grids(trainer: Trainer, stop: StopRequest | None = None) -> list[torc
     """Samples of the EMA (else raw) weights along the t-uniform diagonal of the image, uint8, by predicted scale.
 
     Those of a student are along its own path; all are made by DDIM, but those of a consistency model by its own solver
-    in few steps. Of latents both are decoded, the coarse one as an image of half the size; of a model with classes,
+    in few steps. Of a model that starts from images they are what it makes of those held out, or else of those that it
+    was trained on. Of latents both are decoded, the coarse one as an image of half the size; of a model with classes,
     classes take turns. Raises InterruptedError if a stop is asked for meanwhile.
     """
 
@@ -64,6 +67,10 @@ def sample_grids(trainer: Trainer, stop: StopRequest | None = None) -> list[torc
     if path.kind == "diagonal" and scheduler.representation.image_lead and model.has_two_clocks():
         path = log_snr_shift(path, scheduler.representation.image_lead, scheduler.log_snr.cpu().numpy())
     names = config["class_names"]
+    starts = None
+    if trainer.start_images is not None:
+        images = Starts((trainer.held_out_starts or trainer.start_images).pixels)
+        starts = partial(images.of_seeds, num_scales=model.num_scales, device=trainer.device)
     try:
         with autocast(trainer.device, config["precision"]):
             [(_, samples)] = sample_seeds(
@@ -78,6 +85,7 @@ def sample_grids(trainer: Trainer, stop: StopRequest | None = None) -> list[torc
                 coarse_from=coarse_feed(model, "x0"),
                 solver=make_solver("consistency" if consistent else "ddim"),
                 labels=[k % len(names) for k in range(GRID_IMAGES)] if names else None,
+                starts=starts,
             )
     finally:
         trainer.model.train()

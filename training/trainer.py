@@ -55,6 +55,7 @@ from runtime.safe_write import versions
 from scheduler import predictions_alone
 from training.classification import Classification
 from training.latent_batches import LatentBatches
+from training.mapping_batches import MappingBatches
 from training.objective import MEASURE_NAMES, Networks, TrainingBatch, step_generator
 from training.objectives import OBJECTIVES
 from training.pair_batches import PairBatches
@@ -67,7 +68,10 @@ from training.vgg import VGG, load_vgg
 TIMESTEP_BINS = 10
 # What may differ between a run and its resumption; everything else in the config must be the same. The data themselves
 # and the autoencoder are compared by their fingerprints, presets by what they set.
-FREE_KEYS = frozenset({"epochs", "dataset", "dataset_is_here", "latents", "latents_is_here", "run", "preset"})
+FREE_KEYS = frozenset(
+    {"epochs", "dataset", "dataset_is_here", "start_dataset", "start_dataset_is_here"}
+    | {"latents", "latents_is_here", "run", "preset"}
+)
 
 
 class Trainer:
@@ -105,6 +109,7 @@ class Trainer:
             "precision": resolve_precision(self.device, settings.precision),
         }
         self.space = self._space(images, autoencoder)
+        self.start_images, self.held_out_starts = self._starts(images)
         if vgg is None and settings.perceptual_weight:
             vgg = load_vgg(settings.vgg_weights)
         # The weights count by what they are, as their file may lie elsewhere when the run is resumed.
@@ -239,6 +244,16 @@ class Trainer:
         self.config |= space.said()
         return space
 
+    def _starts(self, images: ImageSet) -> tuple[ImageSet | None, ImageSet | None]:
+        """Images that lines start from in place of noise, and those of them held out, of which the config says more."""
+        self.config["start_fingerprint"] = None
+        if self.settings.start_dataset is None:
+            return None, None
+        starts, held_out = cli.load_start_parts(self.settings, images.channels)
+        self.config["start_dataset_is_here"] = is_here(self.settings.start_dataset)
+        self.config["start_fingerprint"] = starts.fingerprint
+        return starts, held_out
+
     def _check_side(self) -> None:
         resolution, stride, reason = self.settings.resolution, self.model.unet.stride, self.model.unet.stride_reason
         if isinstance(self.space, PixelSpace):
@@ -261,6 +276,9 @@ class Trainer:
         settings = self.settings
         if pairs is not None:
             return PairBatches(pairs, settings.batch_size, settings.seed, self.device)
+        if self.start_images is not None:
+            sets = images, self.start_images
+            return MappingBatches(*sets, settings.batch_size, settings.seed, self.device, settings.flip)
         options = images, settings.batch_size, settings.seed, self.device, settings.flip, self.labels
         if isinstance(self.space, PixelSpace):
             return TwoScaleBatches(*options)
@@ -334,7 +352,7 @@ class Trainer:
         x_64: torch.Tensor,
         x_32: torch.Tensor,
         labels: torch.Tensor | None = None,
-        noise: Images | None = None,  # of stored pairs, which have theirs
+        noise: Images | None = None,  # of stored pairs, which have theirs, or images to start from
     ) -> TrainingBatch:
         """This process's share of a step: noise is drawn for all images of the step, so that shares do not matter."""
         generator = step_generator(self.settings.seed, self.step, self.device)

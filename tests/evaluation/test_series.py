@@ -78,6 +78,7 @@ SAID = {
     "t_law": ("logit_normal:0,1 timesteps", "uniform timesteps"),
     "times": ("real times", "whole times"),
     "coupling": ("independent coupling", "ot coupling"),
+    "start_data": ("from cats (c0ffee)", "from noise"),
     "lr": ("lr 0.0001", "lr 0.001"),
     "lr_schedule": ("lr constant", "lr cosine over 200 epochs"),
     "classes": ("classes cat,dog", "classes none"),

@@ -54,6 +54,7 @@ def test_every_setting_is_said():
         "t_law": "log_normal:-1.2,1.2",
         "times": "real",
         "coupling": "independent",
+        "start_data": "noise",
         "lr": "1e-05",
         "lr_schedule": "cosine over 40 epochs",
         "classes": "[cat,dog]",
@@ -109,7 +110,7 @@ def test_an_old_checkpoint_says_what_it_can():
     new = ["representation", "loss_weights", "min_snr_gamma", "run", "preset", "data_fingerprint", "ema_rampup_ratio"]
     new += ["timestep_weights", "t_law", "times", "objective", "vlb_weight", "network", "student"]
     new += ["consistency", "consistency_solver"]
-    new += ["perceptual_weight", "feature_weight", "latents", "coupling"]
+    new += ["perceptual_weight", "feature_weight", "latents", "coupling", "start_dataset"]
     old = loaded(without=new)
     said, new = describe_training(old, None), describe_training(loaded(more={"preset": "published"}), 99)
     silent = {name: "" for name in ("run", "training_images", "training_data")}
