@@ -88,7 +88,11 @@ def training_memory(trainer: Trainer) -> dict[str, int]:
     activations = for_batch(measure, trainer.part_size)
     for backbone in backbones:
         backbone.recompute = recompute
-    autoencoder = {} if isinstance(trainer.space, PixelSpace) else {"autoencoder": trainer.space.autoencoder.nbytes}
+    autoencoder = (
+        {}
+        if isinstance(trainer.material.space, PixelSpace)
+        else {"autoencoder": trainer.material.space.autoencoder.nbytes}
+    )
     return {
         "weights": weights,
         "gradients": weights,

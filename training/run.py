@@ -58,7 +58,7 @@ def describe(trainer: Trainer, images: ImageSet) -> str:
             f"warning: at t=999 schedule '{trainer.settings.beta_schedule}' has so little signal that a noise "
             "prediction says nothing of the image there; --prediction_type v does."
         )
-    notes += classes_note(images) if trainer.labels is None else unseen_note(names, trainer.labels)
+    notes += classes_note(images) if trainer.material.labels is None else unseen_note(names, trainer.material.labels)
     if trainer.ema is not None and (note := ema_note(trainer.config, trainer.settings.epochs * len(trainer.batches))):
         notes.append(f"warning: {note}; pass --ema_rampup_ratio {USUAL_RAMPUP}, or a lower --ema_decay.")
     size = f"{trainer.settings.resolution}x{trainer.settings.resolution}{latents_words(trainer)}"
@@ -73,7 +73,7 @@ def describe(trainer: Trainer, images: ImageSet) -> str:
 def shown_words(trainer: Trainer, images: ImageSet) -> str:
     """What the network is shown: the images of a data set, or stored pairs of a teacher that was trained on them."""
     count = f"{len(images)} images of '{images.name}'"
-    if (starts := trainer.start_images) is not None:
+    if (starts := trainer.material.starts) is not None:
         return f"from {len(starts)} images of '{starts.name}' to {count}"
     return f"{trainer.batches.count} pairs of a teacher of {count}" if trainer.is_paired else count
 

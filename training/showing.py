@@ -68,8 +68,8 @@ def sample_grids(trainer: Trainer, stop: StopRequest | None = None) -> list[torc
         path = log_snr_shift(path, scheduler.representation.image_lead, scheduler.log_snr.cpu().numpy())
     names = config["class_names"]
     starts = None
-    if trainer.start_images is not None:
-        images = Starts((trainer.held_out_starts or trainer.start_images).pixels)
+    if trainer.material.starts is not None:
+        images = Starts((trainer.material.held_out_starts or trainer.material.starts).pixels)
         starts = partial(images.of_seeds, num_scales=model.num_scales, device=trainer.device)
     try:
         with autocast(trainer.device, config["precision"]):
@@ -89,7 +89,7 @@ def sample_grids(trainer: Trainer, stop: StopRequest | None = None) -> list[torc
             )
     finally:
         trainer.model.train()
-    return [trainer.space.pixels(images).cpu() for images in samples.images[: model.num_predictions]]
+    return [trainer.material.space.pixels(images).cpu() for images in samples.images[: model.num_predictions]]
 
 
 def draw_grids(trainer: Trainer, log: RunLog | None = None, stop: StopRequest | None = None) -> None:
@@ -111,16 +111,23 @@ def write_accuracy(trainer: Trainer, log: RunLog | None = None) -> None:
 
     It is that of the EMA (else raw) weights.
     """
-    if trainer.held_out is None:
+    if trainer.material.held_out is None:
         return
     settings = trainer.settings
     try:
         with autocast(trainer.device, trainer.config["precision"]):
             classify = trainer.averaged.eval().classify
-            found = accuracies(classify, trainer.scheduler, *trainer.held_out, settings.seed, settings.batch_size)
+            found = accuracies(
+                classify, trainer.scheduler, *trainer.material.held_out, settings.seed, settings.batch_size
+            )
     finally:
         trainer.model.train()
-    said = {"epoch": trainer.epoch, "step": trainer.step, "images": len(trainer.held_out[0]), "accuracy": found}
+    said = {
+        "epoch": trainer.epoch,
+        "step": trainer.step,
+        "images": len(trainer.material.held_out[0]),
+        "accuracy": found,
+    }
     try:
         with replacing(shown_file(trainer)) as temporary:
             temporary.write_text(json.dumps(said, indent=2) + "\n")

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,21 +21,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-import cli
 from checkpoint import (
     build_model,
     build_scheduler,
     checkpoint_file,
-    network_class,
     save_checkpoint,
     weights_fingerprint,
 )
-from data import ImageSet, TwoScaleBatches, fingerprint_labels
-from diffusion.pairs import Pairs
-from diffusion.space import LatentSpace, PixelSpace, Space, side_of
+from data import ImageSet
 from images.representation import Images
-from images.sources import is_here
-from networks.autoencoder import Autoencoder, load_autoencoder
+from networks.autoencoder import Autoencoder
 from networks.ema import ema_decay_after
 from paths.schedule_file import save_schedule
 from planning.regimes import parse_regime, resolve_regime
@@ -54,8 +48,7 @@ from runtime.distributed import Processes
 from runtime.safe_write import versions
 from scheduler import predictions_alone
 from training.classification import Classification
-from training.latent_batches import LatentBatches
-from training.mapping_batches import MappingBatches
+from training.material import Material
 from training.objective import MEASURE_NAMES, Networks, TrainingBatch, step_generator
 from training.objectives import OBJECTIVES
 from training.pair_batches import PairBatches
@@ -100,16 +93,13 @@ class Trainer:
         teaching: Teaching | None = None,
     ):
         self.settings, self.processes, self.device = settings, processes, processes.device
+        pairs = None if teaching is None else teaching.pairs
+        self.material = Material(settings, images, processes, held_out, autoencoder, pairs)
         self.config = settings.recorded() | {
-            "dataset_is_here": is_here(settings.dataset),
-            "channels": images.channels,
-            **self._classes(images, held_out),
-            "data_fingerprint": images.fingerprint,
             "num_train_timesteps": 1000,
             "precision": resolve_precision(self.device, settings.precision),
+            **self.material.said,
         }
-        self.space = self._space(images, autoencoder)
-        self.start_images, self.held_out_starts = self._starts(images)
         if vgg is None and settings.perceptual_weight:
             vgg = load_vgg(settings.vgg_weights)
         # The weights count by what they are, as their file may lie elsewhere when the run is resumed.
@@ -158,8 +148,8 @@ class Trainer:
         self.model = build_model(self.config).to(self.device, memory_format=memory_format(self.device))
         if teaching is not None:
             self.model.load_state_dict(teaching.teacher.model.state_dict())
-        self._check_side()
-        self.batches = self._batches(images, None if teaching is None else teaching.pairs)
+        self.material.check_side(self.model.unet, self.config)
+        self.batches = self.material.batches()
         self.model.unet.recompute = settings.recompute
         self.parameters = list(self.model.parameters())
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if settings.ema_decay > 0 else None
@@ -220,69 +210,6 @@ class Trainer:
             raise ValueError(f"--replan_images exceeds the {len(images)} images of '{images.name}'; choose fewer.")
         count = settings.replan_images or min(REPLAN_IMAGES, len(images))
         return {"replan_every": settings.replan_every or REPLAN_EVERY, "replan_images": count}
-
-    def _classes(self, images: ImageSet, held_out: ImageSet | None) -> dict[str, Any]:
-        """What the config says of classes: None for a model that is not told of them."""
-        self.labels = self.held_out = None
-        if self.settings.classes is None:
-            return {"class_names": None, "labels_fingerprint": None}
-        by = None if self.settings.classes == cli.ANY_CLASSES else self.settings.classes
-        classes = images.divided(by)
-        self.labels = classes.labels
-        if held_out is not None and not network_class(self.settings.model_type).predicts_images:
-            labels = next(way.labels for way in held_out.classes if way.by == classes.by)
-            known = labels >= 0
-            self.held_out = (held_out.pixels[known], labels[known]) if known.any() else None
-        return {"class_names": list(classes.names), "labels_fingerprint": fingerprint_labels(classes)}
-
-    def _space(self, images: ImageSet, autoencoder: Autoencoder | None) -> Space:
-        """Where the run takes place; of latents the config says more."""
-        self.config["latents_fingerprint"] = None
-        if self.settings.latents is None:
-            return PixelSpace()
-        space = LatentSpace(autoencoder or load_autoencoder(self.settings.latents), images.channels, self.device)
-        self.config |= space.said()
-        return space
-
-    def _starts(self, images: ImageSet) -> tuple[ImageSet | None, ImageSet | None]:
-        """Images that lines start from in place of noise, and those of them held out, of which the config says more."""
-        self.config["start_fingerprint"] = None
-        if self.settings.start_dataset is None:
-            return None, None
-        starts, held_out = cli.load_start_parts(self.settings, images.channels)
-        self.config["start_dataset_is_here"] = is_here(self.settings.start_dataset)
-        self.config["start_fingerprint"] = starts.fingerprint
-        return starts, held_out
-
-    def _check_side(self) -> None:
-        resolution, stride, reason = self.settings.resolution, self.model.unet.stride, self.model.unet.stride_reason
-        if isinstance(self.space, PixelSpace):
-            if resolution % stride:
-                raise ValueError(f"--resolution {resolution} must be a multiple of {stride} {reason}")
-            return
-        downscale, side = self.config["latents_downscale"], side_of(self.config)
-        if resolution % (2 * downscale):
-            raise ValueError(
-                f"--resolution {resolution} must be a multiple of {2 * downscale}, so that its latents, one value for "
-                f"{downscale}x{downscale} pixels, and their 2x2 means have whole sizes."
-            )
-        if side % stride:
-            raise ValueError(
-                f"--resolution {resolution} has latents of {side}x{side}, whose side must be a multiple of {stride} "
-                f"{reason}"
-            )
-
-    def _batches(self, images: ImageSet, pairs: Pairs | None) -> TwoScaleBatches | PairBatches:
-        settings = self.settings
-        if pairs is not None:
-            return PairBatches(pairs, settings.batch_size, settings.seed, self.device)
-        if self.start_images is not None:
-            sets = images, self.start_images
-            return MappingBatches(*sets, settings.batch_size, settings.seed, self.device, settings.flip)
-        options = images, settings.batch_size, settings.seed, self.device, settings.flip, self.labels
-        if isinstance(self.space, PixelSpace):
-            return TwoScaleBatches(*options)
-        return LatentBatches(self.space, settings.cache_dir, *options)
 
     @property
     def identity(self) -> dict:
