@@ -196,9 +196,9 @@ def find_jobs(settings: EvaluationSettings) -> list[Job]:
             for num_steps in steps_of(path_type, settings, file)
             for seed in settings.seeds
         ]
-    without = [file for _, files in found for file, _ in files if not steps_of(STUDENT_PATH, settings, file)]
     if STUDENT_PATH in settings.path_type:
-        refused |= {(file.name, STUDENT_PATH): NO_STUDENT.format(file) for file in without}
+        others = [file for _, files in found for file, _ in files if not steps_of(STUDENT_PATH, settings, file)]
+        refused |= {(file.name, STUDENT_PATH): NO_STUDENT.format(file) for file in others}
     if not jobs:
         raise ValueError(next(iter(refused.values())))
     followed = {job.path_type for job in jobs}

@@ -785,8 +785,8 @@ def test_a_line_cut_short_is_scored_again(stage, run, table, tmp_path):
 def test_a_network_that_is_not_finite_is_named_and_what_was_scored_is_kept(run, tmp_path, monkeypatch):
     calls = 0
 
-    def load(*arguments):
-        loaded = load_model(*arguments)
+    def load(*arguments, **options):
+        loaded = load_model(*arguments, **options)
         denoise = loaded.model.denoise
 
         def broken(xs, ts):

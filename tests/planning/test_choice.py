@@ -544,8 +544,8 @@ def calls(monkeypatch):
     """The timesteps of every network call of the stages that sample."""
     seen = []
 
-    def load(*arguments):
-        loaded = load_model(*arguments)
+    def load(*arguments, **options):
+        loaded = load_model(*arguments, **options)
         denoise = loaded.model.denoise
 
         def counted(xs, ts):

@@ -155,6 +155,19 @@ def test_students_as_teachers(stage, refused, teachers, tmp_path, monkeypatch):
     stage(distill, *other, "--consistency", "ect")
 
 
+def test_models_without_a_path_of_their_own_are_left_out_of_scores(stage, refused, teachers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = teachers["baseline"]
+    stage(distill, "--method", "progressive", "--from", 4, "--to", 2, "--epochs", 1, "--run", "fast", *of(teacher))
+    flags = ["--path_type", "student", "--metrics", "swd", "--num_images", 8, *HARDWARE, "--output", "table.csv"]
+    flags += ["--cache_dir", teacher.parent.parent / "cache"]
+    student = "checkpoints/fast/baseline_2calls.pth"
+    ended = stage(eval_fid_batch, "--checkpoint", teacher, student, *flags)
+    assert f"note: left out: {teacher} is no student" in ended.notes
+    assert len(Path("table.csv").read_text().splitlines()) == 2
+    refused(eval_fid_batch, "--checkpoint", teacher, *flags, says=(f"{teacher} is no student",))
+
+
 def test_students_are_found_beside_each_other(tmp_path):
     names = ["2calls", "16calls", "consistency", "reflow1", "reflow1_1calls", "reflow2"]
     others = ["baseline_2calls_last", "baseline_2calls_last_1", "baseline_last", "baseline_other", "dual_2calls"]
