@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up, then run the whole main job on built-in images of animals: under 10 minutes on 2 CPU cores.
+# Set up, then run the whole main job on built-in images of animals: 7 to 16 minutes on 2 CPU cores.
 #
 #   ./scripts/quickstart.sh
 #
