@@ -17,7 +17,7 @@ from paths.families import diagonal, log_snr_shift
 from planning.students import student_path
 from runtime.device import autocast
 from runtime.safe_write import replacing
-from training.classification import CLEAN_NAME, accuracies
+from training.classification import CLEAN_NAME, accuracies, measured_rows
 from training.run_log import RunLog
 from training.stop import StopRequest
 from training.trainer import Trainer
@@ -125,7 +125,7 @@ def write_accuracy(trainer: Trainer, log: RunLog | None = None) -> None:
     said = {
         "epoch": trainer.epoch,
         "step": trainer.step,
-        "images": len(trainer.material.held_out[0]),
+        "images": len(measured_rows(len(trainer.material.held_out[0]))),
         "accuracy": found,
     }
     try:

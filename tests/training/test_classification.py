@@ -19,7 +19,7 @@ from checkpoint import load_classifier, load_model, read_checkpoint
 from conftest import assert_same
 from data import to_float
 from scheduler import DDIMScheduler
-from training.classification import CLEAN_NAME, Classification, accuracies
+from training.classification import CLEAN_NAME, MEASURED, Classification, accuracies, measured_rows
 from training.objective import Denoising, TrainingBatch
 from training.settings import TrainingSettings
 
@@ -105,6 +105,20 @@ def test_accuracy_by_timestep_of_a_rule_that_is_right_below_one():
     wider = {}
     accuracies(lambda xs, ts: wider.setdefault(len(wider), xs)[0][:, 0, 0, :2], SCHEDULER, pixels, truth, 0, 7)
     assert torch.equal(wider[1][0][:4], other[1][0]) and torch.equal(wider[1][0][4:], other[13][0])
+
+
+def test_accuracy_is_measured_on_so_many_images_at_most():
+    assert measured_rows(7).tolist() == list(range(7)) and measured_rows(MEASURED).tolist() == list(range(MEASURED))
+    rows = measured_rows(3 * MEASURED)
+    assert len(set(rows.tolist())) == MEASURED and (rows[0], rows[-1]) == (0, 3 * MEASURED - 1)
+    assert set(np.diff(rows).tolist()) <= {3, 4}
+    truth = np.zeros(2 * MEASURED, np.int64)
+    truth[measured_rows(2 * MEASURED)[: MEASURED // 4]] = 1
+    found = accuracies(
+        lambda xs, ts: torch.tensor([[1.0, 0.0]]).expand(len(xs[0]), 2),
+        SCHEDULER, np.zeros((2 * MEASURED, 1, 2, 2), np.uint8), truth, seed=0, batch_size=MEASURED,
+    )  # fmt: skip
+    assert set(found.values()) == {0.75}
 
 
 # Runs
