@@ -313,8 +313,9 @@ class LoadedModel(NamedTuple):
                 "was not; choose another solver."
             )
         if self.config.get("objective") == "progressive" and (name != "ddim" or solver.draws):
-            flag, does = ("solver", "takes others") if name != "ddim" else ("eta", "draws noise")
-            raise ValueError(f"{self.file} is a student of steps of DDIM, and --{flag} {does}; leave --{flag} out.")
+            what, way = ("takes others", "leave --solver out") if name != "ddim" else ("draws noise", "pass --eta 0")
+            flag = "solver" if name != "ddim" else "eta"
+            raise ValueError(f"{self.file} is a student of steps of DDIM, and --{flag} {what}; {way}.")
 
     def require_means(self, stage: str) -> None:
         """Raise ValueError, naming the stage, for a model whose clean images are no means of what may have been."""

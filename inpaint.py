@@ -193,9 +193,9 @@ def jump_counts(num_steps: int, jump_length: int, jump_repeats: int) -> dict[int
     if jump_repeats == 1:
         return {}
     if jump_length >= num_steps:
+        steps, way = ("1 step", "pass") if num_steps == 1 else (f"{num_steps} steps", "choose less, or")
         raise ValueError(
-            f"--jump_length {jump_length} is too long for a path of {num_steps} steps; choose less, or "
-            "--jump_repeats 1 for no jumps."
+            f"--jump_length {jump_length} is too long for a path of {steps}; {way} --jump_repeats 1 for no jumps."
         )
     return dict.fromkeys(range(jump_length, num_steps, jump_length), jump_repeats - 1)
 

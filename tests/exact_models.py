@@ -160,3 +160,52 @@ class Mixture:
             alpha, sigma = self.scheduler.scales(t, x)
             predictions.append(self.scheduler.target(x0, (x - alpha * x0) / sigma, t))
         return tuple(predictions)
+
+
+class Correlated:
+    """Grey images of side x side pixels with any covariance [N, N] and mean 0, in one scale or two.
+
+    `denoise` is the posterior mean, as a prediction, by a dense matrix for every pair of timesteps; all images of a
+    call have the same ones. With `consistent`, for scales with one clock, the clean image is that of which
+    `consistency_function` makes the end of the ordinary equation at timestep 0, and no mean.
+    """
+
+    def __init__(self, scheduler, covariance, num_scales=1, consistent=False):
+        self.scheduler, self.consistent, self.gains = scheduler, consistent, {}
+        side = math.isqrt(len(covariance))
+        self.shapes = [(1, side, side), (1, side // 2, side // 2)][:num_scales]
+        unit = torch.eye(len(covariance), dtype=torch.float64).view(-1, 1, side, side)
+        split = scheduler.representation.split(unit)[:num_scales] if num_scales == 2 else (unit,)
+        parts = torch.cat([each.flatten(1) for each in split], 1).T  # [N, pixels]
+        self.sizes = torch.tensor([math.prod(shape) for shape in self.shapes])
+        self.cov = parts @ covariance @ parts.T
+        fine = parts[: len(unit)]
+        self.noise = torch.block_diag(fine @ fine.T, torch.eye(len(parts) - len(fine), dtype=torch.float64))
+
+    def _gain(self, point):
+        if point not in self.gains:
+            t = torch.tensor(point, dtype=torch.float64)
+            whole = [int(each) for each in point]
+            exact = all(k == each for k, each in zip(whole, point, strict=True))
+            curves = (self.scheduler.alphas[whole], self.scheduler.sigmas[whole]) if exact else self.scheduler.curves(t)
+            alpha, sigma = (each.repeat_interleave(self.sizes) for each in curves[:2])
+            noisy = alpha[:, None] * self.cov * alpha + sigma[:, None] * self.noise * sigma
+            if self.consistent:
+                level, least = (sigma / alpha)[0], self.scheduler.sigmas[0] / self.scheduler.alphas[0]
+                values, vectors = torch.linalg.eigh(self.cov)
+                end = (vectors * ((values + least**2) / (values + level**2)).sqrt()) @ vectors.T
+                unit = torch.eye(len(self.cov), dtype=torch.float64)
+                self.gains[point] = (unit - (unit - end) / (1 - least / level)) / alpha
+            else:
+                self.gains[point] = self.cov * alpha @ torch.linalg.pinv(noisy, rtol=1e-13, hermitian=True)
+        return self.gains[point]
+
+    def denoise(self, xs, ts):
+        gain = self._gain(tuple(t[0].item() for t in ts))
+        x0s = (torch.cat([x.flatten(1) for x in xs], 1) @ gain.T).split(self.sizes.tolist(), 1)
+        predictions = []
+        for x, x0, t in zip(xs, x0s, ts, strict=True):
+            alpha, sigma = self.scheduler.scales(t, x)
+            x0 = x0.view(x.shape)
+            predictions.append(self.scheduler.target(x0, (x - alpha * x0) / sigma, t))
+        return tuple(predictions)

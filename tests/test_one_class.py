@@ -97,11 +97,13 @@ def said(folder):
     return json.loads((folder / "settings.json").read_text())
 
 
-def painted(loaded, denoise, pixels):
+def painted(loaded, denoise, pixels, jump_repeats=1):
     path, mask = diagonal(4, num_scales=loaded.model.num_scales), load_mask("left", None, 16)
     masks = scale_masks(mask, 16, loaded.model.num_scales)
     seeds = [noise_seeds(image[None], 42)[0] for image in pixels]
-    [samples] = inpaint.inpaint(denoise, loaded.scheduler, path, to_float(pixels), masks, seeds, jump_repeats=1)
+    [samples] = inpaint.inpaint(
+        denoise, loaded.scheduler, path, to_float(pixels), masks, seeds, jump_length=2, jump_repeats=jump_repeats
+    )
     return samples.images[0], samples.nfe
 
 
@@ -215,6 +217,25 @@ def test_a_classifier_guides_a_model_without_classes(stage, files, pixels, tmp_p
     images, nfe = call(loaded, guided, pixels)
     assert nfe == 8 and torch.equal(pngs(tmp_path / "out"), to_uint8(images))
     assert not torch.equal(pngs(tmp_path / "out"), to_uint8(call(loaded, loaded.denoise, pixels)[0]))
+
+
+@pytest.mark.parametrize("with_classifier", [False, True])
+def test_jumps_are_guided_and_their_calls_counted(stage, files, pixels, tmp_path, with_classifier):
+    """Each evaluation is with and without the class, and with a classifier a third call."""
+    file, classifier = files["lift_dual_timestep told"], files["classifier"]
+    more = ["--class", "cat", "--guidance_scale", 3, *(["--classifier", classifier] if with_classifier else [])]
+    jumps, calls = ["--jump_length", 2, "--jump_repeats", 3], 2 + with_classifier
+    flags = ["--input", "fine", "--mask", "left", *STEPS, *jumps]
+    ended = stage(inpaint, *flags_of(file, "out", *flags, *more))
+    assert (
+        f"2 new with {8 * calls} network calls each, {4 * calls} of the path and {4 * calls} by jumps" in ended.output
+    )
+    loaded = load_model(file)
+    guided = ClassifierFree(loaded.denoise, 3, 3.0)
+    if with_classifier:
+        guided = ClassifierGuided(guided, load_classifier(classifier).log_probability, loaded.scheduler, 1.0)
+    images, nfe = painted(loaded, OfClass(guided, CAT), pixels, jump_repeats=3)
+    assert nfe == 8 * calls and torch.equal(pngs(tmp_path / "out"), to_uint8(images))
 
 
 def test_one_class_is_that_class_in_every_row(files):
