@@ -33,7 +33,7 @@ from checkpoint import LoadedModel, load_model
 from cli import CheckpointSettings, CompileSettings, HardwareSettings
 from data import BACKGROUND, fingerprint_array, load_images, read_png, save_png
 from diffusion.sampler import check_finite, coarse_feed, compile_denoiser, image_seeds, sample_seeds, scale_shapes
-from diffusion.starts import Starts, check_start
+from diffusion.starts import Starts, check_walk
 from figures.images import plot_samples, plot_trajectory, save_image_grid
 from image_folder import as_in_training, check_apart, claim, claim_images, evenly, read_given, write_settings
 from paths.path import Path as SamplingPath
@@ -180,7 +180,7 @@ def main() -> None:
     name = "_".join([Path(settings.checkpoint).stem, weights, kind, str(path.nfe), *([feed] if feed else [])])
     name += settings.solver_suffix + conditions.suffix
     if given is not None:
-        check_start(path, settings.make_solver(), loaded.scheduler)
+        check_walk(path, settings.make_solver(), loaded.scheduler)
         name += f"_from_{Path(settings.start[0]).stem}"
     folder = Path(settings.output or loaded.results / "samples" / short_name(name))
     # The seed of an image to start from is its place among those given.

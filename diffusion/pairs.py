@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from diffusion.sampler import IMAGES_PER_SEED, SeededNoise, check_finite, sample_seeds
-from diffusion.step import Solver
+from diffusion.step import Solver, check_draws_nothing, check_start
 from images.representation import Images
 from paths.path import Path
 from runtime.safe_write import remove_temporaries, replacing
@@ -69,23 +69,13 @@ def pair_seeds(seed: int, number: int, count: int) -> range:
     return range(first, first + count)
 
 
-def check_solver(solver: Solver) -> None:
+def check_unique(solver: Solver) -> None:
     """Raise ValueError for a solver that draws noise on the way, of which the seed's noise makes no one image."""
-    if solver.draws:
-        raise ValueError(
-            f"--solver {solver.name} draws noise on the way, so that no image belongs to a noise by itself; choose one "
-            "that draws none, such as ddim with --eta 0, heun or ode."
-        )
-
-
-def check_start(scheduler: DDIMScheduler, path: Path) -> None:
-    """Raise ValueError unless all scales of a path start at the last timestep, where there is nothing but noise."""
-    last = scheduler.num_train_timesteps - 1
-    if any(t != last for t in path.points[0]):
-        raise ValueError(
-            f"the path starts at {path.points[0]}, and a pair at pure noise, timestep {last} in every scale; choose "
-            "another path."
-        )
+    check_draws_nothing(
+        solver,
+        "so that no image belongs to a noise by itself; choose one that draws none, such as ddim with --eta 0, heun or "
+        "ode.",
+    )
 
 
 def ends_of(
@@ -102,11 +92,11 @@ def ends_of(
 ) -> Images:
     """Where the walks from the noise of some seeds end, float32 `[N, C, H, W]`: the image, and the coarse scale if any.
 
-    Raises what `check_solver`, `check_start` and `sample` raise, and ValueError for images that are not finite.
+    Raises what `check_unique`, `check_start` and `sample` raise, and ValueError for images that are not finite.
     """
     if solver is not None:
-        check_solver(solver)
-    check_start(scheduler, path)
+        check_unique(solver)
+    check_start(path, scheduler, "a pair")
     walks = sample_seeds(
         denoise, scheduler, path, seeds, shapes, batch_size, device, end=end, solver=solver, labels=labels
     )
@@ -225,7 +215,7 @@ def make_pairs(
     if found is not None:
         _compare(folder, found, said)
     elif part[0] == 0:
-        remove_temporaries(folder, "pairs.")
+        remove_temporaries(folder, FilePath(MANIFEST).stem)
         _write_manifest(folder, said, [])
     first, made = said["first_seed"], False
     for number in range(part[0], _num_shards(said), part[1]):

@@ -14,7 +14,7 @@ import torch
 
 from data import coarse, to_float
 from diffusion.sampler import IMAGES_PER_SEED
-from diffusion.step import Solver
+from diffusion.step import Solver, check_draws_nothing, check_start
 from images.representation import Images
 from paths.path import Path
 from scheduler import DDIMScheduler
@@ -59,16 +59,9 @@ class Starts:
         return self.scales(rows, num_scales, device)
 
 
-def check_start(path: Path, solver: Solver, scheduler: DDIMScheduler) -> None:
+def check_walk(path: Path, solver: Solver, scheduler: DDIMScheduler) -> None:
     """Raise ValueError for a walk that cannot start from images: that draws noise, or begins below tau = 1."""
-    if solver.draws:
-        raise ValueError(
-            f"--solver {solver.name}{' with --eta' if solver.name == 'ddim' else ''} draws noise on the way, which a "
-            "model that starts from images has never seen; choose a solver that draws none."
-        )
-    last = scheduler.num_train_timesteps - 1
-    if any(t != last for t in path.points[0]):
-        raise ValueError(
-            f"The path starts at timesteps {', '.join(map(str, path.points[0]))}, and images to start from belong to "
-            f"timestep {last}; choose another path."
-        )
+    check_draws_nothing(
+        solver, "which a model that starts from images has never seen; choose a solver that draws none."
+    )
+    check_start(path, scheduler, "images to start from belong")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from images.representation import Images
+from paths.path import Path
 from scheduler import CLEAN, DDIMScheduler
 
 
@@ -113,3 +114,19 @@ class Solver:
     def step(self, step: Step) -> Images:
         """The images at the next point."""
         raise NotImplementedError
+
+
+def check_draws_nothing(solver: Solver, why: str) -> None:
+    """Raise ValueError for a solver that draws noise on the way, of which `why` ends the sentence."""
+    if solver.draws:
+        name = f"{solver.name}{' with --eta' if solver.name == 'ddim' else ''}"
+        raise ValueError(f"--solver {name} draws noise on the way, {why}")
+
+
+def check_start(path: Path, scheduler: DDIMScheduler, what: str) -> None:
+    """Raise ValueError unless all scales of a path start at the last timestep, where `what` belongs."""
+    last = scheduler.num_train_timesteps - 1
+    if any(t != last for t in path.points[0]):
+        raise ValueError(
+            f"the path starts at {path.points[0]}, and {what} at timestep {last} in every scale; choose another path."
+        )

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from diffusion.pairs import check_start
 from diffusion.sampler import sample_seeds
+from diffusion.step import check_start
 from images.representation import Images
 from paths.path import Path
 from scheduler import DDIMScheduler, Denoiser
@@ -60,7 +60,7 @@ def straightness(
         raise ValueError(
             f"Straightness is of lines from noise to images, which the process flow has, not {scheduler.process_name}."
         )
-    check_start(scheduler, path)
+    check_start(path, scheduler, "a line of noise and image")
     times = np.array(path.points) / (scheduler.num_train_timesteps - 1)  # [N + 1, scales], tau
     shares = (scheduler.representation.fine_share, 1.0)
     found: list[list[torch.Tensor]] = [[] for _ in shapes]

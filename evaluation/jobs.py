@@ -35,7 +35,7 @@ from data import BACKGROUND, ImageSet
 from diffusion.adaptive import MOST_CALLS
 from diffusion.sampler import COARSE_FEEDS, Denoiser, coarse_feed, compile_denoiser, image_seeds, scale_shapes
 from diffusion.space import image_channels_of
-from diffusion.starts import Starts, check_start
+from diffusion.starts import Starts, check_walk
 from evaluation.inception import NUM_FEATURES, RESIZES, Inception, load_inception
 from evaluation.judge import Judge, load_judge
 from evaluation.reference_set import ReferenceSet, from_images, load_reference
@@ -316,7 +316,7 @@ class Evaluation:
         walk += f"-{quote(conditions.label, safe='')}" if conditions.names else ""  # So that no two labels meet.
         solver = chosen.make_solver()
         if self._starts is not None:
-            check_start(path, solver, loaded.scheduler)
+            check_walk(path, solver, loaded.scheduler)
             if scorer.num_images > len(self._starts):
                 raise ValueError(
                     f"{scorer.num_images} images are to be scored, but {len(self._starts)} there are to start from, "

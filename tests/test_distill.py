@@ -195,7 +195,7 @@ def test_a_dry_run_makes_nothing(flags, tmp_path, stage):
         ([], "checkpoints/baseline_2ep.pth", 1, ["vp cosine_clipped and predicts epsilon", "--preset flow"]),
         ([], "checkpoints/single_t_2ep.pth", 1, ["predicts the fine scale alone", "--model dual"]),
         (["--solver", "euler_maruyama"], "classes.pth", 2, ["--solver euler_maruyama draws noise on the way"]),
-        (["--eta", 0.5], "classes.pth", 2, ["--solver ddim draws noise on the way"]),
+        (["--eta", 0.5], "classes.pth", 2, ["--solver ddim with --eta draws noise on the way"]),
         (["--num_pairs", 1_000_001], "classes.pth", 2, ["exceeds the 1000000 pairs"]),
         (["--num_pairs", 3], "classes.pth", 1, ["--batch_size 4 exceeds --num_pairs 3"]),
         (["--resume"], "classes.pth", 1, ["baseline_reflow1_last.pth does not exist"]),

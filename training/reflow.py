@@ -24,7 +24,7 @@ from diffusion.pairs import (
     SHARD_SIZE,
     Pairs,
     blank_pairs,
-    check_solver,
+    check_unique,
     ends_of,
     is_sealed,
     load_pairs,
@@ -68,7 +68,7 @@ class ReflowSettings(RoundSettings, WalkSettings):
 
     def check(self) -> None:
         super().check()
-        check_solver(self.make_solver())
+        check_unique(self.make_solver())
         pair_seeds(0, 0, self.num_pairs)
 
     @property

@@ -11,7 +11,7 @@ import torch
 
 from conftest import list_files
 from diffusion import pairs
-from diffusion.pairs import check_solver, ends_of, load_pairs, make_pairs, pair_seeds, seal_pairs, shard_file
+from diffusion.pairs import check_unique, ends_of, load_pairs, make_pairs, pair_seeds, seal_pairs, shard_file
 from diffusion.sampler import IMAGES_PER_SEED, SeededNoise
 from diffusion.solvers import SOLVERS, make_solver
 from paths.families import diagonal
@@ -188,15 +188,15 @@ def test_a_shard_that_cannot_be_written_leaves_what_was_there(tmp_path):
 def test_solvers_that_draw_are_refused(name):
     solver = make_solver(name)
     if not solver.draws:
-        return check_solver(solver)
+        return check_unique(solver)
     with pytest.raises(ValueError, match=f"--solver {solver.name} draws noise on the way"):
         ends_of(lines, FLOW, diagonal(2, "uniform_t", 2), SEEDS, SHAPES, 3, solver=solver)
 
 
 def test_ancestral_ddim_and_late_starts_are_refused():
-    with pytest.raises(ValueError, match="--solver ddim draws noise on the way"):
-        check_solver(make_solver("ddim", eta=0.5))
-    with pytest.raises(ValueError, match="a pair at pure noise"):
+    with pytest.raises(ValueError, match="--solver ddim with --eta draws noise on the way"):
+        check_unique(make_solver("ddim", eta=0.5))
+    with pytest.raises(ValueError, match="a pair at timestep 999"):
         ends_of(lines, FLOW, Path([(999, 990), (0, 0)], "late", {}), SEEDS, SHAPES, 3)
 
 

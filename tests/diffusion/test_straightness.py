@@ -117,5 +117,5 @@ def test_other_processes_and_late_starts_are_refused():
     path = diagonal(4, "uniform_t", 1)
     with pytest.raises(ValueError, match="which the process flow has, not vp cosine_clipped"):
         straightness(independent, DDIMScheduler(), path, range(2), [(1, 4, 4)], 2)
-    with pytest.raises(ValueError, match=r"the path starts at \(990,\), and a pair at pure noise, timestep 999"):
+    with pytest.raises(ValueError, match=r"the path starts at \(990,\), and a line of noise and image at timestep 999"):
         straightness(independent, FLOW, Path([(990,), (0,)], "late", {}), range(2), [(1, 4, 4)], 2)

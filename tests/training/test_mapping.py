@@ -21,7 +21,7 @@ from conftest import assert_same
 from data import ImageSet, TwoScaleBatches, coarse, read_png, to_float
 from diffusion.sampler import image_seeds, sample_seeds
 from diffusion.solvers import make_solver
-from diffusion.starts import Starts, check_start, rows_in_turn
+from diffusion.starts import Starts, check_walk, rows_in_turn
 from evaluation.results_table import read_rows
 from evaluation.training_columns import describe_training
 from images.representation import REPRESENTATIONS
@@ -195,11 +195,11 @@ def test_images_of_seeds_depend_on_the_seed_alone():
 
 
 def test_walks_that_images_cannot_start_are_refused():
-    check_start(diagonal(3, "uniform_t", num_scales=2), make_solver("heun"), FLOW)
+    check_walk(diagonal(3, "uniform_t", num_scales=2), make_solver("heun"), FLOW)
     with pytest.raises(ValueError, match="--solver ddim with --eta draws noise"):
-        check_start(diagonal(3, "uniform_t", num_scales=1), make_solver("ddim", eta=0.5), FLOW)
-    with pytest.raises(ValueError, match="belong to timestep 999"):
-        check_start(SimpleNamespace(points=((999, 800), (0, 0))), make_solver("ddim"), FLOW)
+        check_walk(diagonal(3, "uniform_t", num_scales=1), make_solver("ddim", eta=0.5), FLOW)
+    with pytest.raises(ValueError, match="belong at timestep 999"):
+        check_walk(SimpleNamespace(points=((999, 800), (0, 0))), make_solver("ddim"), FLOW)
 
 
 def mapping(**changes):
