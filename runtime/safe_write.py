@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,7 +92,12 @@ def replacing(file: str | os.PathLike, keep: int | None = None) -> Iterator[Path
             temporary.unlink()
 
 
-def remove_temporaries(folder: str | os.PathLike, stem: str) -> None:
-    """Delete what killed writers of files named `{stem}...` left in a folder that nobody else is writing to."""
-    for temporary in Path(folder).glob(f".{stem}*.tmp*"):
-        temporary.unlink(missing_ok=True)
+def remove_temporaries(folder: str | os.PathLike, stems: str = ".*") -> None:
+    """Delete what killed writers left in a folder of files whose whole stem a regular expression matches.
+
+    Nobody else may be writing to such files.
+    """
+    made = re.compile(rf"\.(?:{stems})\.[0-9a-f]+\.tmp.*")
+    for temporary in Path(folder).glob(".*.tmp*"):
+        if made.fullmatch(temporary.name):
+            temporary.unlink(missing_ok=True)

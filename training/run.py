@@ -1,6 +1,7 @@
 """A training run: from the position of a trainer to its last epoch or a stop signal, saving and logging on the way."""
 
 import json
+import re
 import sys
 import textwrap
 import time
@@ -195,8 +196,9 @@ def _run(trainer: Trainer, images: ImageSet, stop: StopRequest) -> None:
             "same files and flags."
         )
     if is_main:
-        remove_temporaries(trainer.last_file.parent, settings.stem + "_")
-        remove_temporaries(trainer.log_dir, "")
+        # Those of its students lie in the same folder, and may be in the making.
+        remove_temporaries(trainer.last_file.parent, rf"{re.escape(settings.stem)}(_last|_\d+ep)?")
+        remove_temporaries(trainer.log_dir)
         for file in trainer.damaged:
             # It must not take the place of a whole version when the next one is saved.
             file.rename(file.with_name(f"{file.name}.damaged"))

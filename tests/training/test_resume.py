@@ -291,10 +291,13 @@ def test_a_newest_file_that_is_not_ours_is_not_passed_over(refused, stage, flags
 def test_only_temporary_files_of_the_run_itself_are_cleared_away(stage, flags, tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    mine, others = folder / ".lift_dual_timestep_last.0a.tmp.pth", folder / ".baseline_last.0a.tmp.pth"
-    mine.touch(), others.touch()
+    mine = [f".lift_dual_timestep_{name}.0a.tmp.pth" for name in ("last", "2ep", "100ep")]
+    students = [f".lift_dual_timestep_{name}.0a.tmp.pth" for name in ("4calls", "4calls_last", "reflow1_1calls_last")]
+    others = [*students, ".baseline_last.0a.tmp.pth"]
+    for name in (*mine, *others):
+        (folder / name).touch()
     stage(train_lift, *flags)
-    assert not mine.exists() and others.exists()
+    assert {file.name for file in folder.glob(".*.tmp.*")} == {*others}
 
 
 def test_versions_are_in_order_and_of_this_file_alone(tmp_path):
