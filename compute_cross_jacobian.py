@@ -6,7 +6,7 @@
     python compute_cross_jacobian.py --checkpoint_dir checkpoints/a --heatmap_dir results/a --output_dir results/a
     torchrun --standalone --nproc_per_node=4 compute_cross_jacobian.py      # missing heatmaps on four GPUs
 
-Writes into --output_dir, for every epoch:
+Writes into --output_dir, for every epoch (of a student {student}_{epoch}ep in place of {epoch}ep):
     cross_jacobian_{epoch}ep.csv             the four blocks and the ratios HL / HH and LH / LL in every cell
     cross_jacobian_analysis_{epoch}ep.png    the ratios over the plane, and HL / HH along the noisiest fine timestep
     coupling_{epoch}ep.csv, .png             the error of the fine image with other coarse inputs (planning/coupling.py)
@@ -45,6 +45,7 @@ from planning.error_map import BLOCKS, CHAIN_RULE_FACTORS, NORMALISATIONS
 from planning.heatmap import PATH_SETTINGS, MissingMapSettings, compute_missing, heatmap_file
 from planning.map_file import load_heatmap
 from planning.map_paths import heatmap_path, representation_of
+from planning.students import file_words
 from runtime.device import autocast
 from runtime.distributed import PATIENCE, Processes
 from runtime.runs import places, run_name
@@ -112,19 +113,22 @@ def parse_args() -> CrossJacobianSettings:
     return parse_settings(CrossJacobianSettings, __doc__)
 
 
-def claimed_epochs(folder: Path, heatmaps: dict[int, dict[str, dict]], force: bool) -> dict[str, dict[str, str]]:
+def claimed_epochs(
+    folder: Path, heatmaps: dict[int, dict[str, dict]], names: dict[int, str], force: bool
+) -> dict[str, dict[str, str]]:
     """Of whose weights the files of every epoch in a folder will be; raises ValueError, unless forced, for others."""
     file = folder / SETTINGS_FILE
     known = json.loads(file.read_text()) if file.exists() else {}
     for epoch, of_epoch in heatmaps.items():
         prints = {weights: heatmap["fingerprint"] for weights, heatmap in of_epoch.items()}
-        before = known.get(str(epoch), prints)
+        name = names[epoch].removesuffix("ep")
+        before = known.get(name, prints)
         if not force and any(before.get(weights, value) != value for weights, value in prints.items()):
             raise ValueError(
-                f"{folder} holds results of another model at epoch {epoch}; pass --force to replace them, or another "
+                f"{folder} holds results of another model at epoch {name}; pass --force to replace them, or another "
                 "--output_dir."
             )
-        known[str(epoch)] = prints
+        known[name] = prints
     return known
 
 
@@ -192,16 +196,20 @@ def comparable_ratios(heatmap: dict[str, Any], dataset: str) -> dict[tuple[int, 
 
 
 def write_jacobians(
-    epoch: int, heatmaps: dict[str, dict], published: dict[tuple[int, int], float] | None, folder: Path
+    epoch: int,
+    name: str,  # in those of its files
+    heatmaps: dict[str, dict],
+    published: dict[tuple[int, int], float] | None,
+    folder: Path,
 ) -> None:
     """Table, figure and summary of the cross-Jacobian of one epoch, from its heatmaps by kind of weights."""
     ratios = {weights: jacobian_ratios(heatmap) for weights, heatmap in heatmaps.items()}
     rows = [row for weights in heatmaps for row in jacobian_rows((epoch, weights), heatmaps[weights], ratios[weights])]
-    write_csv(folder / f"cross_jacobian_{epoch}ep.csv", rows)
+    write_csv(folder / f"cross_jacobian_{name}.csv", rows)
     first = next(iter(heatmaps.values()))
     t_grid = first["t_grid"].tolist()
     panels = {WEIGHTS_TITLES[weights]: maps for weights, maps in ratios.items()}
-    file = folder / f"cross_jacobian_analysis_{epoch}ep.png"
+    file = folder / f"cross_jacobian_analysis_{name}.png"
     plot_cross_jacobian(panels, first["log_snr_grid"], t_grid, file, f"epoch {epoch}", published)
     print(f"\nepoch {epoch}: |J_HL|² / |J_HH|² along fine timestep {t_grid[0]}")
     print("coarse timestep" + "".join(f"{WEIGHTS_TITLES[weights]:>26s}" for weights in ratios))
@@ -262,10 +270,10 @@ def coupling_rows(key: tuple[int, str], measured: dict[str, Any]) -> list[dict]:
     ]
 
 
-def write_coupling(epoch: int, measured: dict[str, dict], folder: Path) -> None:
+def write_coupling(epoch: int, name: str, measured: dict[str, dict], folder: Path) -> None:
     """Table, figure and summary of the coupling of one epoch, by kind of weights."""
     rows = [row for weights, content in measured.items() for row in coupling_rows((epoch, weights), content)]
-    write_csv(folder / f"coupling_{epoch}ep.csv", rows)
+    write_csv(folder / f"coupling_{name}.csv", rows)
     panels = {}
     for error, title in COUPLING_TITLES.items():
         for weights, content in measured.items():
@@ -279,7 +287,7 @@ def write_coupling(epoch: int, measured: dict[str, dict], folder: Path) -> None:
                 values = "".join(f"{f'{ratio:.4g} ± {error:.2g}':>20s}" for ratio, error in pairs)
                 print(f"{t_64:13d}{compared['mean'][i, 0]:12.5g}{values}")
     first = next(iter(measured.values()))
-    file = folder / f"coupling_{epoch}ep.png"
+    file = folder / f"coupling_{name}.png"
     count = first[COUPLING_ERRORS[0]].shape[-1]
     plot_coupling(panels, first["log_snr_64"], first["t_64"], file, f"epoch {epoch}, {count} images")
     print(f"figure {file}")
@@ -352,11 +360,12 @@ def main() -> None:
     found = find_checkpoints(settings.checkpoint_dir, "dual", settings.epochs)
     checkpoints = {(epoch, weights): file for epoch, file in found.items() for weights in settings.weights}
     heatmaps: dict[int, dict[str, dict]] = {}
-    published = {}
+    published, names = {}, {}
     paths: dict[tuple[int, str], dict[str, PathOfTimesteps]] = {}
     statistics = []
     for (epoch, weights), checkpoint in checkpoints.items():
         loaded = load_model(checkpoint, weights == "ema", processes.device)
+        names[epoch] = file_words(loaded.config, loaded.config["epoch"])
         heatmap = heatmap_of(settings, loaded, checkpoint, processes)
         of_epoch = heatmaps.setdefault(epoch, {})
         of_epoch[weights] = heatmap
@@ -372,7 +381,7 @@ def main() -> None:
     if not processes.is_main:
         return
     folder = Path(settings.output_dir or loaded.results)
-    claimed = claimed_epochs(folder, heatmaps, settings.force)
+    claimed = claimed_epochs(folder, heatmaps, names, settings.force)
     for epoch, of_epoch in heatmaps.items():
         measured = {}
         for weights, heatmap in of_epoch.items():
@@ -380,8 +389,8 @@ def main() -> None:
             measured[weights] = coupling_of(settings, loaded, int(heatmap["t_grid"][0]), processes.device)
         with replacing(folder / SETTINGS_FILE) as temporary:
             temporary.write_text(json.dumps(claimed, indent=1) + "\n")
-        write_jacobians(epoch, of_epoch, published[epoch], folder)
-        write_coupling(epoch, measured, folder)
+        write_jacobians(epoch, names[epoch], of_epoch, published[epoch], folder)
+        write_coupling(epoch, names[epoch], measured, folder)
     write_csv(folder / "path_statistics.csv", statistics)
     draw_paths(paths, loaded.scheduler.log_snr.cpu().numpy(), folder)
     print_statistics(statistics)

@@ -65,7 +65,8 @@ def off_student_note(path: Path, config: dict[str, Any]) -> str | None:
     off = sum(step not in learnt for step in zip(path.points, path.points[1:], strict=False))
     if not off:
         return None
+    steps = f"{taught.nfe} step{'s' * (taught.nfe > 1)}"
     return (
-        f"this model is a student of {taught.nfe} steps, and {off} of the {path.nfe} of path {path.kind} are none of "
-        f"them; expect worse images than with --path_type {STUDENT_PATH}."
+        f"this model is a student of {steps}, and {off} of the {path.nfe} of path {path.kind} are none of them; expect "
+        f"worse images than with --path_type {STUDENT_PATH}."
     )

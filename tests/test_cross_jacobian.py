@@ -1,4 +1,5 @@
 import csv
+import json
 import math
 import re
 import shutil
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 import compute_cross_jacobian
+from checkpoint import read_checkpoint, save_checkpoint
 from compute_cross_jacobian import PUBLISHED_RATIOS, comparable_ratios, jacobian_ratios, path_statistics
 from conftest import HARDWARE, list_files
 from paths.path import path_from_cells, timestep_grid
@@ -75,6 +77,23 @@ def test_missing_heatmaps_are_computed_and_others_kept(written, run):
     assert output.count("computing") == 1 and "lift_dual_timestep_2ep.pth ema: computing" in output
     assert (folder / run.heatmap.name).read_bytes() == run.heatmap.read_bytes()
     assert {file.name for file in (folder / "out").iterdir()} == WRITTEN
+
+
+def test_files_of_a_student_are_named_after_it(stage, run, tmp_path):
+    """So that those of two students of a run do not take each other's place."""
+    content = {key: value for key, value in read_checkpoint(run.lift).items() if key != "format_version"}
+    for student in ("2calls", "4calls"):
+        changed = content | {"config": content["config"] | {"student": student}}
+        save_checkpoint(tmp_path / f"made/lift_dual_timestep_{student}.pth", changed)
+    stage(
+        compute_cross_jacobian,
+        *("--checkpoint_dir", tmp_path / "made", "--heatmap_dir", tmp_path, "--cache_dir", run.cache),
+        *("--grid", 4, "--K", 1, "--heatmap_images", 2, "--coupling_images", 5, "--coupling_timesteps", 3),
+        *("--num_steps", 4, "--weights", "raw", "--output_dir", tmp_path / "out", *HARDWARE),
+    )
+    names = {file.name for file in (tmp_path / "out").glob("coupling_*")}
+    assert names == {f"coupling_{student}calls_2ep.{ending}" for student in (2, 4) for ending in ("csv", "png")}
+    assert [*json.loads((tmp_path / "out/cross_jacobian.json").read_text())] == ["2calls_2", "4calls_2"]
 
 
 def test_every_cell_has_a_row(written):

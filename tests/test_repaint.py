@@ -220,7 +220,7 @@ def test_the_equation_to_a_tolerance_goes_back(process):
     ("solver", "options", "process", "kind", "bound"),
     [
         # Of which the length of a step depends on what is drawn, so that there is no mean without noise.
-        ("pc", {}, "ve", "two scales", 0.15),
+        ("pc", {}, "ve", "two scales", 0.25),
         ("langevin", {"rounds": 20}, "ve", "one scale", 0.45),
         ("consistency", {}, "vp", "one scale", 0.25),
         ("consistency", {}, "ve", "two scales", 0.25),

@@ -330,6 +330,8 @@ def test_a_student_off_its_path_is_warned_of():
     assert off_regime_note(path, config, scheduler) is None
     note = off_regime_note(diagonal(3, num_scales=1), config, scheduler)
     assert "student of 4 steps, and 3 of the 3 of path diagonal" in note and f"--path_type {STUDENT_PATH}" in note
+    alone = config | {"student_points": [[999], [0]]}
+    assert "student of 1 step, and 4 of the 4" in off_regime_note(path, alone, scheduler)
 
 
 # Runs
