@@ -1,4 +1,4 @@
-"""What every optimal two-scale denoiser shares: from the posterior mean of the fine image to both predictions.
+"""What every exact denoiser shares: the process of its noisy images, and from a mean to a prediction.
 
 A subclass of `PosteriorMean` computes E[x_64 | both noisy images], `[S, C, H, W]`; the coarse mean is the coarse image
 of it, in either representation.
@@ -16,16 +16,11 @@ from scheduler import Curves, DDIMScheduler, prediction_from
 Pair = tuple[torch.Tensor, torch.Tensor]  # Fine first.
 
 
-class PosteriorMean(nn.Module):
-    """An optimal two-scale denoiser: subclasses give the mean of x_64 given both noisy images."""
+class ExactDenoiser(nn.Module):
+    """A denoiser without weights: it knows its process, and what its prediction of a clean image is."""
 
-    num_scales = 2
-
-    def __init__(self, scheduler: DDIMScheduler, representation: str | None):
+    def __init__(self, scheduler: DDIMScheduler):
         super().__init__()
-        representation = representation or scheduler.representation.name
-        self._is_residual = is_residual(representation)
-        self.representation = REPRESENTATIONS[representation]
         self.prediction_type = scheduler.prediction_type
         self._scheduler = scheduler.to("cpu")
         times = torch.arange(len(scheduler.log_snr)).double()
@@ -36,20 +31,6 @@ class PosteriorMean(nn.Module):
         # sqrt(alpha^2 + sigma^2), by which this process is larger than the variance-preserving one of the same SNR.
         self.register_buffer("size", torch.hypot(whole.alpha, whole.sigma))
         self.register_buffer("slopes", torch.stack(whole[2:], 1))  # [T, 2]
-
-    def posterior_mean(self, xs: Pair, log_snrs: Pair) -> torch.Tensor:
-        raise NotImplementedError
-
-    def forward(self, x_64: torch.Tensor, x_32: torch.Tensor, t_64: torch.Tensor, t_32: torch.Tensor) -> Pair:
-        xs = tuple(x.to(torch.promote_types(x.dtype, self.log_snr.dtype)) for x in (x_64, x_32))
-        xs = self.representation.project(xs)  # What is outside the space of the fine scale is not seen.
-        places = [self._at(t) for t in (t_64, t_32)]
-        log_snrs = tuple(log_snr[:, None, None, None] for log_snr, *_ in places)  # [S, 1, 1, 1]
-        preserving = tuple(x / size[:, None, None, None] for x, (_, size, _) in zip(xs, places, strict=True))
-        x0_64 = self.posterior_mean(preserving, log_snrs)  # [S, C, H, W]
-        x0s = self.representation.split(x0_64)  # The mean of the coarse image is the coarse mean.
-        predictions = map(self._prediction, xs, x0s, places)
-        return tuple(p.to(x.dtype) for p, x in zip(predictions, (x_64, x_32), strict=True))
 
     def _at(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # log SNR [S], size [S] and slopes [S, 2] at times that may lie between whole ones.
@@ -64,6 +45,32 @@ class PosteriorMean(nn.Module):
         alpha, sigma = (size * scale for scale in signal_and_noise(log_snr))
         curves = Curves(*(each[:, None, None, None] for each in (alpha, sigma, *slopes.T)))
         return prediction_from(self.prediction_type, x0, (x - curves.alpha * x0) / curves.sigma, curves)
+
+
+class PosteriorMean(ExactDenoiser):
+    """An optimal two-scale denoiser: subclasses give the mean of x_64 given both noisy images."""
+
+    num_scales = 2
+
+    def __init__(self, scheduler: DDIMScheduler, representation: str | None):
+        super().__init__(scheduler)
+        representation = representation or scheduler.representation.name
+        self._is_residual = is_residual(representation)
+        self.representation = REPRESENTATIONS[representation]
+
+    def posterior_mean(self, xs: Pair, log_snrs: Pair) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward(self, x_64: torch.Tensor, x_32: torch.Tensor, t_64: torch.Tensor, t_32: torch.Tensor) -> Pair:
+        xs = tuple(x.to(torch.promote_types(x.dtype, self.log_snr.dtype)) for x in (x_64, x_32))
+        xs = self.representation.project(xs)  # What is outside the space of the fine scale is not seen.
+        places = [self._at(t) for t in (t_64, t_32)]
+        log_snrs = tuple(log_snr[:, None, None, None] for log_snr, *_ in places)  # [S, 1, 1, 1]
+        preserving = tuple(x / size[:, None, None, None] for x, (_, size, _) in zip(xs, places, strict=True))
+        x0_64 = self.posterior_mean(preserving, log_snrs)  # [S, C, H, W]
+        x0s = self.representation.split(x0_64)  # The mean of the coarse image is the coarse mean.
+        predictions = map(self._prediction, xs, x0s, places)
+        return tuple(p.to(x.dtype) for p, x in zip(predictions, (x_64, x_32), strict=True))
 
     def denoise(self, xs: Pair, ts: Pair) -> Pair:
         """Two scales, two clocks, the form the sampler and the error map call."""
