@@ -67,6 +67,18 @@ def exact_autocast(device: torch.device, precision: str = "auto") -> Iterator[No
         yield
 
 
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """A context without autocast, in which GPUs round no factor of an fp32 matrix product to the 10 bits of TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def choose_kernels(device: torch.device, deterministic: bool) -> None:
     """For this process: TF32 for what is fp32 on GPUs, the fastest convolutions, or deterministic kernels only."""
     torch.use_deterministic_algorithms(deterministic)
