@@ -10,6 +10,7 @@ import torch
 
 import bench_eval
 import bench_heatmap
+import bench_local
 import bench_settings
 import bench_solvers
 import bench_train
@@ -314,3 +315,17 @@ def test_differences_of_images_by_hand():
     assert [row["largest difference"] for row in rows] == [0, 3]
     assert [row["mean difference"] for row in rows] == ["0", "1"]
     assert [row["values that differ"] for row in rows] == ["0.000%", "50.000%"]
+
+
+def test_bench_local_agrees_with_the_plain_way_and_prints_a_row_for_each_machine(stage, cache, tmp_path):
+    file = tmp_path / "report.md"
+    flags = ("--limit", 4, "--resolution", 16, "--num_steps", 2, "--windows", 3, 5, "--plain_pixels", 2)
+    with mock.patch.object(machine, "PEAK_SECONDS", 1e-4):
+        output = stage(bench_local, *flags, "--device", "cpu", "--cache_dir", cache, "--output", file).output
+    assert file.read_text() == output
+    assert float(output.split("by at most ")[1].split(".\n")[0]) < 1e-4
+    rows = table_rows(output, "machine")
+    assert [(row["machine"], row["P"]) for row in rows] == [(m, p) for p in "35" for m in ("els", "bbels", "ls")]
+    for row in rows:
+        assert float(row["s per image"].replace(",", "")) > 0
+        assert (row["plain / it"] == "") == (row["machine"] == "ls")
