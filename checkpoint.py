@@ -19,6 +19,9 @@ import torch
 from torch import nn
 
 from baseline_model import BaselineModel
+from diffusion.cold import ColdScheduler
+from diffusion.degradations import make_degradation
+from diffusion.solvers import COLD_SOLVERS
 from diffusion.space import Space, image_channels_of, open_space, side_of
 from diffusion.step import Solver
 from images.representation import Images
@@ -32,9 +35,11 @@ from runtime.errors import need_file
 from runtime.reports import say_once
 from runtime.runs import hint_at_runs, places, results_of
 from runtime.safe_write import replacing, versions
-from scheduler import NO_VARIANCE, DDIMScheduler, Denoiser, predictions_alone
+from scheduler import COLD, NO_VARIANCE, DDIMScheduler, Denoiser, predictions_alone
 
 FORMAT_VERSION = 1
+# Objectives whose models are sampled by solvers of their own, and by no others.
+OWN_SOLVERS = {"consistency": ("consistency",), COLD: tuple(COLD_SOLVERS)}
 # What makes images, and so is sampled, mapped, planned for, scored and exported.
 MODEL_CLASSES = {
     "baseline": BaselineModel,
@@ -70,7 +75,14 @@ def build_model(config: dict[str, Any]) -> nn.Module:
 
 
 def build_scheduler(config: dict[str, Any]) -> DDIMScheduler:
-    """The noise schedule of a config, with its prediction type and representation; latents are not clamped."""
+    """The process of a config, with its prediction type and representation; latents are not clamped."""
+    if config["beta_schedule"] == COLD:
+        return ColdScheduler(
+            make_degradation(config["degradation"], config["resolution"]),
+            config["severity_schedule"],
+            config["input_noise"],
+            config["num_train_timesteps"],
+        )
     return DDIMScheduler(
         config["num_train_timesteps"],
         config["beta_schedule"],
@@ -264,6 +276,16 @@ def read_resume_file(file: str | os.PathLike) -> tuple[dict[str, Any], Path, lis
     raise last_error
 
 
+def check_noise(file: str | os.PathLike, config: dict[str, Any]) -> None:
+    """Raise ValueError, naming the file, for a config of a model that knows no noise level."""
+    if config.get("objective") == COLD:
+        raise ValueError(
+            f"{file} is a model of cold diffusion, which restores degraded images and knows no noise level; only "
+            "restore.py, generate_with_path_30.py and eval_fid_batch.py take such a model, so pass another checkpoint "
+            "here."
+        )
+
+
 class LoadedModel(NamedTuple):
     """A checkpoint ready for use: frozen model, its schedule, its config, the fingerprint of its weights, its file."""
 
@@ -301,18 +323,20 @@ class LoadedModel(NamedTuple):
 
     def check_solver(self, solver: Solver) -> None:
         """Raise ValueError unless the model can be sampled by a solver."""
-        name = solver.name
-        if self.is_consistency and name != "consistency":
+        name, objective = solver.name, self.config.get("objective")
+        own = OWN_SOLVERS.get(objective, (name,))
+        if name not in own:
             raise ValueError(
-                f"{self.file} was trained with --objective consistency, and only --solver consistency samples such a "
-                f"model, not {name}; pass that one."
+                f"{self.file} was trained with --objective {objective}, and only --solver {' or '.join(own)} samples "
+                f"such a model, not {name}; pass {'that one' if len(own) == 1 else 'one of these'}."
             )
-        if name == "consistency" and not self.is_consistency:
-            raise ValueError(
-                f"--solver consistency samples models that were trained with --objective consistency, and {self.file} "
-                "was not; choose another solver."
-            )
-        if self.config.get("objective") == "progressive" and (name != "ddim" or solver.draws):
+        for theirs, solvers in OWN_SOLVERS.items():
+            if name in solvers and objective != theirs:
+                raise ValueError(
+                    f"--solver {name} samples models that were trained with --objective {theirs}, and {self.file} "
+                    "was not; choose another solver."
+                )
+        if objective == "progressive" and (name != "ddim" or solver.draws):
             what, way = ("takes others", "leave --solver out") if name != "ddim" else ("draws noise", "pass --eta 0")
             flag = "solver" if name != "ddim" else "eta"
             raise ValueError(f"{self.file} is a student of steps of DDIM, and --{flag} {what}; {way}.")
@@ -324,6 +348,11 @@ class LoadedModel(NamedTuple):
                 f"{self.file} was trained with --objective consistency: it predicts where a path ends, and no mean of "
                 f"clean images, by which {stage} goes; pass a checkpoint of another objective."
             )
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether it restores degraded images, and knows no noise level."""
+        return self.config.get("objective") == COLD
 
     @property
     def starts_from_images(self) -> bool:
@@ -381,6 +410,7 @@ def load_model(
     ema: bool = False,
     device: torch.device | str = "cpu",
     from_images: bool = False,  # whether the caller has images for a model that starts from them
+    cold: bool = False,  # whether the caller can do with degradations, without noise levels
 ) -> LoadedModel:
     """The model a checkpoint describes, frozen, in eval mode on `device`, with raw or EMA weights.
 
@@ -388,7 +418,8 @@ def load_model(
     `regime_state`. Prints a warning, once per file, if EMA weights are largely the initial ones
     (`networks.ema.ema_note`). Raises what `read_checkpoint` raises, and ValueError if `ema` is asked of a file without
     EMA weights, if the weights do not fit the model of the config, for a classifier, or for a model that starts from
-    images of a data set where there are none for it: what is noise to others is none to that.
+    images of a data set where there are none for it, as what is noise to others is none to that, or of cold diffusion
+    where noise levels are needed.
     """
     content = read_checkpoint(file)
     _check_makes_images(file, content["config"])
@@ -397,6 +428,8 @@ def load_model(
             f"{file} was trained to walk from images of '{content['config']['start_dataset']}', not from noise; only "
             "generate_with_path_30.py --start and eval_fid_batch.py take such a model, so pass another checkpoint here."
         )
+    if not cold:
+        check_noise(file, content["config"])
     model, scheduler, config, fingerprint = _load(file, content, ema, device)
     return LoadedModel(model, scheduler, config, fingerprint, Path(file))
 

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import cli
-from checkpoint import describe_model
+from checkpoint import check_noise, describe_model
 from planning.presets import preset_of
 from runtime.settings import REQUIRED, option, parse_settings
+from training.cold import COLD_SETTINGS
 from training.distillation import (
     CONSISTENCY_STUDENT,
     HalvingSettings,
@@ -54,6 +55,7 @@ SETTLED = (
     *STUDENT_SETTINGS, "model_type", "preset", "objective", "vlb_weight", "network", "hidden_dims", "process",
     "beta_schedule", "prediction_type", "representation", "times", "t_pairs", "replan_every", "replan_images",
     "perceptual_weight", "vgg_weights", "feature_weight", "coupling", "coarse_from", "target_dataset", "start_dataset",
+    *COLD_SETTINGS,
 )  # fmt: skip
 # Of the teacher's training that a student's need not share.
 OWN = (*STUDENT_SETTINGS, "epochs", "run", "seed", "coupling", "consistency", "consistency_solver", "start_dataset")
@@ -102,6 +104,7 @@ class DistillSettings(HalvingSettings, ReflowSettings, TrainingSettings):
 def of_teacher(values: dict[str, Any]) -> dict[str, Any]:
     """The settings that are the teacher's, or the method's, where no flag says otherwise."""
     config = describe_model(values["teacher"])["config"]
+    check_noise(values["teacher"], config)
     known = {field.name for field in dataclasses.fields(TrainingSettings)} - set(OWN)
     said = TrainingSettings.absent() | config | {"preset": preset_of(config)}
     found = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items() if key in known}

@@ -42,10 +42,10 @@ from diffusion.super_resolution import (
     upscale_all,
 )
 from evaluation.given_images import evaluation_images
-from evaluation.table_file import csv_line
+from evaluation.table_file import write_rows
 from figures.images import plot_super_resolution
 from figures.style import WEIGHTS_TITLES
-from image_folder import as_in_training, claim, claim_images, evenly, read_folder, write_settings
+from image_folder import claim, claim_images, evenly, read_to_change, write_settings
 from paths.families import diagonal
 from paths.path import SPACINGS
 from paths.path import Path as SamplingPath
@@ -54,7 +54,7 @@ from planning.conditions import OneClassSettings
 from planning.regimes import off_regime_note
 from runtime.device import autocast, resolve_compile, resolve_precision, select_device
 from runtime.progress import Progress
-from runtime.safe_write import replacing, short_name
+from runtime.safe_write import short_name
 from runtime.settings import Settings, option, parse_settings
 
 METRICS_FILE, FIGURE_FILE = "sr_metrics.csv", "sr.png"
@@ -189,15 +189,11 @@ class Upscaler:
 def enlarge(upscaler: Upscaler, source: Path, folder: Path) -> None:
     """A PNG of twice the size for every image of a folder, unless it is there already."""
     settings, config = upscaler.settings, upscaler.loaded.config
-    reading = as_in_training(config, settings.resize)
-    images = read_folder(source, config["resolution"] // 2, config["channels"], **reading)
-    if folder.resolve() == source.resolve():
-        raise ValueError(f"--output {folder} is the folder of the input, which would be overwritten; pass another.")
-    if settings.num_images:
-        names = list(images)
-        images = {names[k]: images[names[k]] for k in evenly(settings.num_images, len(names), str(source))}
+    images, reading = read_to_change(
+        source, folder, config["resolution"] // 2, config, settings.resize, settings.num_images
+    )
     said = upscaler.said | {"of": "input", "consistent": not settings.no_consistency}
-    said |= {name: reading[name] for name in ("resize_filter", "pad")}
+    said |= reading
     prints = {name: fingerprint_array(pixels.numpy()) for name, pixels in images.items()}
     missing = claim_images(folder, said, prints, settings.force, (METRICS_FILE, FIGURE_FILE))
 
@@ -241,10 +237,7 @@ def measure(upscaler: Upscaler, folder: Path) -> None:
     rows = [
         {
             "method": name,
-            "psnr": round(quality.psnr.mean().item(), 4),
-            "psnr_sd": round(quality.psnr.std(correction=len(originals) > 1).item(), 4),
-            "ssim": round(quality.ssim.mean().item(), 6),
-            "ssim_sd": round(quality.ssim.std(correction=len(originals) > 1).item(), 6),
+            **quality.columns,
             "lpips": "" if reason else round(lpips_distance(results[name], originals), 6),
             "mean_deviation": round(mean_deviation(results[name], coarse_pixels).max().item(), 4),
             "num_images": len(originals),
@@ -259,9 +252,7 @@ def measure(upscaler: Upscaler, folder: Path) -> None:
         | {name: value for name, value in said.items() if name != "classes"}  # Which "guidance" says, too.
         for name, quality in qualities.items()
     ]
-    with replacing(folder / METRICS_FILE) as temporary:
-        lines = (csv_line(line) for line in (rows[0], *(row.values() for row in rows)))
-        temporary.write_bytes("".join(lines).encode(errors="replace"))
+    write_rows(folder / METRICS_FILE, rows)
     draw(upscaler, originals, coarse_pixels, results, qualities, nfe, folder / FIGURE_FILE)
     print_table(rows)
     print(f"before rounding, the 2x2 mean of LIFT consistent is off its input by {error.item():.1e} of [-1, 1] at most")

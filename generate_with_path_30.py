@@ -8,6 +8,7 @@
     python generate_with_path_30.py --checkpoint checkpoints/single_t_400ep.pth --coarse_from noisy
     python generate_with_path_30.py --checkpoint FILE --class cat dog --guidance_scale 2
     python generate_with_path_30.py --checkpoint FILE --start path/to/cats    # of a training with --target_dataset
+    python generate_with_path_30.py --checkpoint FILE --solver cold --start_components 8    # of --preset cold
     python generate_with_path_30.py --checkpoint FILE --classifier FILE --classifier_scale 3 --class cat
 
 Writes one PNG per image, named by its seed, into --output (images already there are skipped), and nothing else that
@@ -16,7 +17,8 @@ heatmap, and below it `figures/grid.png` and with --trajectory `figures/trajecto
 image alone (single_t, no_t) read a coarse one that --coarse_from makes of it. A model that was trained with --classes
 makes all of them in turn, or those of --class, and `figures/classes.png` has a row for each. A model that was trained
 with --target_dataset makes an image of each that --start names, and calls it as that one is called;
-`figures/starts.png` has those.
+`figures/starts.png` has those. A model of cold diffusion starts from draws of a mixture of Gaussians, fitted to what
+its training images are once they are fully degraded; it has no noise level that a schedule could say.
 """
 
 import runtime.startup  # noqa: F401
@@ -30,7 +32,7 @@ import torch
 
 import cli
 from checkpoint import LoadedModel, load_model
-from cli import CheckpointSettings, CompileSettings, HardwareSettings
+from cli import CheckpointSettings, CompileSettings, DataSettings, HardwareSettings
 from data import BACKGROUND, fingerprint_array, load_images, read_png, save_png
 from diffusion.sampler import check_finite, coarse_feed, compile_denoiser, image_seeds, sample_seeds, scale_shapes
 from diffusion.starts import Starts, check_walk
@@ -38,7 +40,8 @@ from figures.images import plot_samples, plot_trajectory, save_image_grid
 from image_folder import as_in_training, check_apart, claim, claim_images, evenly, read_given, write_settings
 from paths.path import Path as SamplingPath
 from paths.schedule_file import save_schedule
-from planning.choice import OnePathSettings, WalkSettings, path_of_settings
+from planning.choice import OnePathSettings, path_of_settings
+from planning.cold_walks import MixtureSettings
 from planning.conditions import ClassSettings, Conditions
 from planning.replay import made_for
 from runtime.device import autocast, resolve_compile, resolve_precision, select_device
@@ -53,7 +56,7 @@ FIGURES = "figures"  # The folder of what is no sample, within that of the sampl
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings(
-    ClassSettings, CheckpointSettings, OnePathSettings, WalkSettings, CompileSettings, HardwareSettings
+    ClassSettings, CheckpointSettings, OnePathSettings, MixtureSettings, CompileSettings, HardwareSettings
 ):
     """What is sampled, along which path, and where it goes."""
 
@@ -72,7 +75,10 @@ class SamplingSettings(
         "folder (samples/{checkpoint}_{weights}_{path}_{calls}[_{coarse_from}] in the run's results)",
         aliases=("--output_dir",),
     )
-    cache_dir: str = option("cache", "decoded images of a data set to --start from are kept here")
+    dataset: str | None = option(
+        None, "of a model of cold diffusion: the place of its training images (that of the checkpoint)"
+    )
+    cache_dir: str = option("cache", "decoded images of a data set to start from, and mixtures, are kept here")
     force: bool = option(False, "replace the images of other settings that --output holds")
     trajectory: bool = option(False, "also draw both scales along the path")
 
@@ -87,7 +93,8 @@ def given_images(settings: SamplingSettings, loaded: LoadedModel) -> dict[str, t
     config, places = loaded.config, settings.start or ()
     if not loaded.starts_from_images:
         if places:
-            raise ValueError(f"{loaded.file} starts from noise, and --start names images; leave it out.")
+            what = "what degraded images look like" if loaded.is_cold else "noise"
+            raise ValueError(f"{loaded.file} starts from {what}, and --start names images; leave it out.")
         return None
     if not places:
         raise ValueError(
@@ -137,6 +144,8 @@ def prepare_output(
         check_apart(folder, settings.start, "--start")
         prints = {name: fingerprint_array(image.numpy()) for name, image in given.items()}
         missing = claim_images(folder, said, prints, settings.force, (f"{FIGURES}/*.png",))
+    if not loaded.scheduler.noise_levels:
+        return missing
     save_schedule(
         path,
         folder / "schedule.json",
@@ -170,24 +179,29 @@ def main() -> None:
     """Generate what is missing, then draw the grid."""
     settings = parse_args()
     device = select_device(settings.device)
-    loaded = load_model(settings.checkpoint, settings.ema, device, from_images=True)
+    loaded = load_model(settings.checkpoint, settings.ema, device, from_images=True, cold=True)
     config, space = loaded.config, loaded.space
     weights = loaded.weights
     conditions = settings.conditions(loaded)
     path, kind = path_of_settings(settings, loaded)
+    if settings.dataset is not None and not loaded.is_cold:
+        raise ValueError(f"--dataset is for models of cold diffusion, and {loaded.file} is none; leave it out.")
     given = given_images(settings, loaded)
+    mixture = settings.mixture_starts(loaded, DataSettings(dataset=settings.dataset, cache_dir=settings.cache_dir))
     feed = coarse_feed(loaded.model, settings.coarse_from)
     name = "_".join([Path(settings.checkpoint).stem, weights, kind, str(path.nfe), *([feed] if feed else [])])
     name += settings.solver_suffix + conditions.suffix
-    if given is not None:
+    if given is not None or mixture is not None:
         check_walk(path, settings.make_solver(), loaded.scheduler)
+    if given is not None:
         name += f"_from_{Path(settings.start[0]).stem}"
     folder = Path(settings.output or loaded.results / "samples" / short_name(name))
     # The seed of an image to start from is its place among those given.
     seeds = image_seeds(settings.seed, settings.num_images) if given is None else range(len(given))
     without = prepare_output(folder, path, loaded, conditions, settings, device, given)
     if given is None:
-        starts, files = None, {seed: png_file(folder, seed) for seed in seeds}
+        starts = mixture and partial(mixture.of_seeds, num_scales=loaded.model.num_scales, device=device)
+        files = {seed: png_file(folder, seed) for seed in seeds}
         missing = [seed for seed in seeds if not files[seed].exists()]
     else:
         names = list(given)

@@ -132,6 +132,29 @@ def read_given(
     return read_files(paths, size, channels, **reading)
 
 
+def read_to_change(
+    source: Path,
+    folder: Path,  # what is made of the images goes here
+    size: int,
+    config: dict[str, Any],
+    resize: bool,
+    num_images: int | None,  # evenly over those there are; None: all
+) -> tuple[dict[str, torch.Tensor], dict[str, str | None]]:
+    """The images of --input for a model of a config, as by `read_folder`, and what settings.json says of reading them.
+
+    Raises ValueError for an output folder that is the source, for more images than there are, and what `read_folder`
+    raises.
+    """
+    reading = as_in_training(config, resize)
+    images = read_folder(source, size, config["channels"], **reading)
+    if folder.resolve() == source.resolve():
+        raise ValueError(f"--output {folder} is the folder of the input, which would be overwritten; pass another.")
+    if num_images:
+        names = list(images)
+        images = {names[k]: images[names[k]] for k in evenly(num_images, len(names), str(source))}
+    return images, {name: reading[name] for name in ("resize_filter", "pad")}
+
+
 def check_apart(folder: Path, places: Sequence[str], flag: str = "input") -> None:
     """Raise ValueError for an output folder that is one of the inputs or holds one, which might be written over."""
     for place in map(Path, places):

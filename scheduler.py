@@ -34,6 +34,7 @@ NO_VARIANCE = (
 PREDICTION_TYPES = ("epsilon", "x0", "v", "velocity", "score")
 PROCESSES = ("vp", "sub_vp", "ve", "flow")
 SCHEDULED_PROCESSES = ("vp", "sub_vp")  # Those that a noise schedule describes.
+COLD = "cold"  # What a process without noise is called (`diffusion.cold`).
 VE_SIGMAS = (0.02, 100.0)  # Of images in [-1, 1]; twice those of arXiv 2011.13456, whose images are in [0, 1].
 ZERO_TERMINAL_SUFFIX = "_zero_terminal"
 
@@ -65,7 +66,7 @@ def schedule_name(process: str, beta_schedule: str | None) -> str:
 
 def split_schedule_name(name: str) -> tuple[str, str | None]:
     """The process and the noise schedule of a name of `schedule_name`; the latter is None where there is none."""
-    if name in PROCESSES and name not in SCHEDULED_PROCESSES:
+    if name in (*PROCESSES, COLD) and name not in SCHEDULED_PROCESSES:
         return name, None
     return ("sub_vp", name.removeprefix("sub_vp_")) if name.startswith("sub_vp_") else ("vp", name)
 
@@ -174,6 +175,9 @@ class DDIMScheduler:
     predictions of epsilon or score where the SNR ends at 0, where noise carries no information about the image.
     """
 
+    noise_levels = True  # Whether its times are noise levels, by which paths and maps count.
+    tables = ("alphas", "sigmas", "alphas_cumprod", "snr", "log_snr")
+
     def __init__(
         self,
         num_train_timesteps: int = 1000,
@@ -226,7 +230,7 @@ class DDIMScheduler:
     def to(self, device: torch.device | str) -> "DDIMScheduler":
         """A copy whose tables live on `device`, so that indexing with timesteps there moves no data."""
         moved = copy.copy(self)
-        for name in ("alphas", "sigmas", "alphas_cumprod", "snr", "log_snr"):
+        for name in self.tables:
             setattr(moved, name, getattr(self, name).to(device))
         moved._nodes = moved._slopes = None
         return moved

@@ -17,6 +17,8 @@ process is the same diffusion, dx̂/dσ̂ = ε, so that no solver knows which on
     langevin        Langevin dynamics at every point, and one denoising at the end (arXiv 1907.05600, algorithm 1)
     ode             the probability-flow equation to a tolerance, in steps of its own (`adaptive`)
     consistency     the image of a consistency model, and noise on it again (`consistency`)
+
+Models of cold diffusion, which have no noise, are walked by `cold_naive` and `cold` alone (`cold`).
 """
 
 import math
@@ -25,6 +27,7 @@ from collections.abc import Callable
 import torch
 
 from diffusion.adaptive import Ode
+from diffusion.cold import Cold, ColdNaive
 from diffusion.consistency import Consistency
 from diffusion.multistep import Corrected, Line, Parabola, Rule, ScaleWalk
 from diffusion.step import Solver, Step, exponential_step, level_of, variance_span
@@ -254,13 +257,16 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "ode": Ode,
     "consistency": Consistency,
 }
+# Of images that are degraded, not noisy.
+COLD_SOLVERS: dict[str, Callable[..., Solver]] = {solver.name: solver for solver in (ColdNaive, Cold)}
 
 
 def make_solver(name: str, **options) -> Solver:
     """A solver by its name, with the options of its class: eta, variance, rounds and rate, tolerance and max_calls."""
-    if name not in SOLVERS:
-        raise ValueError(f"Unknown solver '{name}'; choose one of {', '.join(SOLVERS)}.")
-    return SOLVERS[name](**options)
+    known = SOLVERS | COLD_SOLVERS
+    if name not in known:
+        raise ValueError(f"Unknown solver '{name}'; choose one of {', '.join(known)}.")
+    return known[name](**options)
 
 
 def with_rule() -> list[str]:

@@ -52,6 +52,17 @@ class Quality(NamedTuple):
     psnr: torch.Tensor
     ssim: torch.Tensor
 
+    @property
+    def columns(self) -> dict[str, float]:
+        """Means and standard deviations over the images, as columns of a table; of one image the latter are 0."""
+        correction = len(self.psnr) > 1
+        return {
+            "psnr": round(self.psnr.mean().item(), 4),
+            "psnr_sd": round(self.psnr.std(correction=correction).item(), 4),
+            "ssim": round(self.ssim.mean().item(), 6),
+            "ssim_sd": round(self.ssim.std(correction=correction).item(), 6),
+        }
+
 
 def super_resolution_path(base: Path) -> Path:
     """The path of two scales on which the fine one goes along `base`, and the coarse one is at 0 throughout.

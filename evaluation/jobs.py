@@ -33,6 +33,7 @@ from checkpoint import (
 from cli import CompileSettings
 from data import BACKGROUND, ImageSet
 from diffusion.adaptive import MOST_CALLS
+from diffusion.cold_starts import MixtureStarts
 from diffusion.sampler import COARSE_FEEDS, Denoiser, coarse_feed, compile_denoiser, image_seeds, scale_shapes
 from diffusion.space import image_channels_of
 from diffusion.starts import Starts, check_walk
@@ -47,12 +48,12 @@ from paths.path import Path as SamplingPath
 from paths.schedule_file import load_schedule
 from planning.choice import (
     SeveralPathsSettings,
-    WalkSettings,
     check_followed,
     choose_path,
     solver_problem,
     why_not,
 )
+from planning.cold_walks import MixtureSettings
 from planning.conditions import ClassSettings, Conditions, listed
 from planning.heatmap import MissingMapSettings, compute_missing, heatmap_file
 from planning.path_types import parse_path_type
@@ -103,7 +104,7 @@ class MetricSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings(
-    ClassSettings, MetricSettings, MissingMapSettings, SeveralPathsSettings, WalkSettings, CompileSettings
+    ClassSettings, MetricSettings, MissingMapSettings, SeveralPathsSettings, MixtureSettings, CompileSettings
 ):
     """Which checkpoints are sampled, how, and how they are scored."""
 
@@ -260,7 +261,8 @@ class Evaluation:
         self._inception: Inception | None = None
         self._judge: Judge | None = None
         self._scorer: Scorer | None = None
-        self._starts: Starts | None = None  # Of a model that starts from images, those held out or else all.
+        # Of a model that starts from images, those held out or else all; of cold diffusion draws of a mixture.
+        self._starts: Starts | MixtureStarts | None = None
         self._warned = False
         self._judged: set[tuple[str, str, str | None]] = set()
 
@@ -412,14 +414,14 @@ class Evaluation:
         """
         settings, which = self.settings, (job.checkpoint, job.weights)
         if self._loaded is None or self._loaded[0] != which:
-            loaded = load_model(job.checkpoint, job.weights == "ema", self.device, from_images=True)
+            loaded = load_model(job.checkpoint, job.weights == "ema", self.device, from_images=True, cold=True)
             loaded.check_solver(settings.make_solver())
             if settings.make_solver().reads_variance:
                 loaded.check_variance()
             config, conditions = loaded.config, settings.conditions(loaded)
             _ = loaded.space  # An autoencoder that is not there is missed now, rather than after a heatmap.
             denoise = conditions.told_classes(loaded.denoise_with_variance)
-            self._starts = None
+            self._starts = settings.mixture_starts(loaded, settings)
             if loaded.starts_from_images:
                 starts, held_out = cli.load_start_parts(settings, config["channels"], config)
                 self._starts = Starts((held_out or starts).pixels)

@@ -15,6 +15,7 @@ import torch
 
 from checkpoint import LoadedModel
 from data import ImageSet, distinct_images
+from diffusion.cold_starts import MixtureStarts
 from diffusion.sampler import Denoiser, coarse_feed, sample_seeds, scale_shapes
 from diffusion.starts import Starts
 from diffusion.step import Solver
@@ -83,7 +84,7 @@ def generate(
     overlap: bool | None = None,  # features of one batch beside the sampling of the next; None: on GPUs
     coarse_from: str = "x0",  # what a model reads as the coarse image that it does not predict
     labels: Sequence[int] | None = None,  # the class of every seed
-    starts: Starts | None = None,  # what a model that starts from images starts from
+    starts: Starts | MixtureStarts | None = None,  # what a model starts from that does not start from noise
 ) -> Generated | None:
     """The fine image of every seed; the processes of a run share the batches, and the first gets all of them.
 

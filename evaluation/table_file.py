@@ -14,7 +14,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +53,13 @@ def csv_line(values: Iterable[Any]) -> str:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerow(values)
     return buffer.getvalue()
+
+
+def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a CSV file of rows with the same columns, whole or not at all."""
+    lines = (csv_line(line) for line in (rows[0], *(row.values() for row in rows)))
+    with replacing(file) as temporary:
+        temporary.write_bytes("".join(lines).encode(errors="replace"))
 
 
 def is_date(text: str) -> bool:

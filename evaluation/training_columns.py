@@ -35,6 +35,11 @@ def _choice(name: str) -> Callable[[LoadedModel, int | None], Any]:
     return lambda loaded, num_images: loaded.config.get(name) or "none"
 
 
+def _if_any(name: str) -> Callable[[LoadedModel, int | None], Any]:
+    # Where 0 is a choice.
+    return lambda loaded, num_images: "none" if loaded.config.get(name) is None else loaded.config[name]
+
+
 def _preset(config: dict[str, Any]) -> str | None:
     # Of the config of a run that named none, the one it fits.
     named, fitting = config.get("preset"), [preset for preset in PRESETS if fits_preset(preset, config)]
@@ -61,6 +66,8 @@ def _latents(config: dict[str, Any]) -> str:
 
 
 def _start(config: dict[str, Any]) -> str:
+    if config.get("degradation") is not None:
+        return "degraded images"
     if config.get("start_dataset") is None:
         return "noise"
     name = config["start_dataset"]
@@ -123,6 +130,9 @@ TRAINING_COLUMNS = {
     "consistency_solver": TrainingColumn(
         _choice("consistency_solver"), "teacher's steps {}", told_by=("preset", "objective")
     ),
+    "degradation": TrainingColumn(_choice("degradation"), "degraded by {}"),
+    "severity_schedule": TrainingColumn(_choice("severity_schedule"), "{} severity", told_by=("preset", "degradation")),
+    "input_noise": TrainingColumn(_if_any("input_noise"), "input noise {}", told_by=("preset", "degradation")),
     "min_snr_gamma": TrainingColumn(_choice("min_snr_gamma"), "min-SNR {}"),
     "timestep_weights": TrainingColumn(
         _setting("timestep_weights", "published"), "timestep weights {}", told_by=("preset",)

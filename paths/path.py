@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 SPACINGS = ("uniform_t", "published", "uniform_log_snr", "karras")
+BY_LOG_SNR = SPACINGS[2:]
 GRID_SPACINGS = ("uniform_t", "uniform_log_snr")
 KARRAS_RHO = 7.0
 

@@ -12,10 +12,10 @@ import cli
 from checkpoint import MODEL_CLASSES, LoadedModel
 from diffusion.adaptive import MOST_CALLS, TOLERANCE
 from diffusion.sampler import COARSE_FEEDS, ENDS, coarse_feed
-from diffusion.solvers import LANGEVIN_ROUNDS, SOLVERS, VARIANCES, make_solver
+from diffusion.solvers import COLD_SOLVERS, LANGEVIN_ROUNDS, SOLVERS, VARIANCES, make_solver
 from diffusion.step import Solver
 from paths.families import cascade, diagonal, heuristic, lead, log_snr_shift, through
-from paths.path import SPACINGS, Path
+from paths.path import BY_LOG_SNR, SPACINGS, Path
 from paths.schedule_file import load_schedule
 from planning.error_map import CHAIN_RULE_FACTORS, NORMALISATIONS
 from planning.heatmap import find_map
@@ -63,8 +63,8 @@ class SolverSettings(Settings):
     solver: str = option(
         "ddim",
         "how a step is taken; heun, pc, langevin and ode call the network more than once a step, ode as often as its "
-        "--tolerance asks for, also with --num_steps 1",
-        choices=tuple(SOLVERS),
+        "--tolerance asks for, also with --num_steps 1; of models of cold diffusion cold or cold_naive",
+        choices=(*SOLVERS, *COLD_SOLVERS),
     )
     eta: float | None = option(
         None, "of ddim: 0 DDIM to 1 ancestral (0; of inpaint.py 1, as published)", parse=cli.unit_interval
@@ -305,6 +305,11 @@ def path_of_settings(settings: OnePathSettings, loaded: LoadedModel) -> tuple[Pa
 def check_followed(path_type: str, loaded: LoadedModel) -> None:
     """Raise ValueError if a loaded model cannot follow a type of path, because of its type or of its training."""
     reason = why_not(loaded.config["model_type"], path_type)
+    if parse_path_type(path_type).name != "diagonal" and not loaded.scheduler.noise_levels:
+        reason = (
+            f"--path_type {path_type} counts in log SNR, and {loaded.file} is a model of cold diffusion, without "
+            "noise; use diagonal."
+        )
     is_best_cascade = parse_path_type(path_type) == PathType("cascade", ("best",))
     if not reason and is_best_cascade and seen_range(loaded.config, loaded.scheduler) is not None:
         reason = NO_CASCADE
@@ -327,6 +332,11 @@ def choose_path(
     """
     kind = parse_path_type(path_type)
     check_followed(path_type, loaded)
+    if settings.spacing in BY_LOG_SNR and not loaded.scheduler.noise_levels:
+        raise ValueError(
+            f"--spacing {settings.spacing} counts in log SNR, and {loaded.file} is a model of cold diffusion, without "
+            "noise; choose uniform_t."
+        )
     if kind.name == STUDENT_PATH:
         path = student_path(loaded.config)
         if path is None:

@@ -5,6 +5,7 @@ from typing import Any
 from checkpoint import MODEL_CLASSES, network_class
 from images.representation import REPRESENTATIONS
 from networks.ema import USUAL_RAMPUP
+from scheduler import COLD
 
 PRESETS: dict[str, dict[str, Any]] = {
     "published": {
@@ -57,6 +58,8 @@ PRESETS |= {
     | {"process": "flow", "prediction_type": "velocity", "beta_schedule": "flow", "times": "real"},
     "ict": PRESETS["improved"]  # arXiv 2310.14189, with our network and process
     | {"objective": "consistency", "times": "real"},
+    "cold": PRESETS["improved"]  # arXiv 2208.09392, with our network
+    | {"process": COLD, "prediction_type": "x0", "beta_schedule": COLD, "objective": COLD},
 }
 # What configs from before there was a choice stand for.
 EARLIER_VALUES = {
@@ -85,7 +88,8 @@ def preset_of(config: dict[str, Any]) -> str:
     """The preset of a checkpoint's config: the one it names or, of those before there were names, the one it fits."""
     named = config.get("preset")
     fits = (name for name, values in PRESETS.items() if values["prediction_type"] == config.get("prediction_type"))
-    return named or next(fits, "published")
+    # There were no degradations before there were names.
+    return named or next((name for name in fits if PRESETS[name]["process"] != COLD), "published")
 
 
 def loss_weights_of(config: dict[str, Any]) -> tuple[float, ...]:

@@ -22,8 +22,9 @@ class Material:
 
     Attributes: `space`, where the run takes place; `labels`, int `[N]`, or None for a model that is not told of
     classes; `held_out`, images and labels by which a classifier is measured, or None; `starts`, images that lines start
-    from in place of noise, and `held_out_starts`, those of them held out, or None; `said`, what the config says of all
-    of it. Raises what `load_autoencoder`, `LatentSpace`, `ImageSet.divided` and `cli.load_start_parts` raise.
+    from in place of noise, and `held_out_starts`, those of them held out, or None; `shown`, the images held out, or
+    else those that are trained on, for samples that need some; `said`, what the config says of all of it. Raises what
+    `load_autoencoder`, `LatentSpace`, `ImageSet.divided` and `cli.load_start_parts` raise.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Material:
             "channels": images.channels,
             "data_fingerprint": images.fingerprint,
         }
+        self.shown = images if held_out is None else held_out
         self._divide(held_out)
         self._place(autoencoder)
         self._start()

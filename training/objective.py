@@ -209,6 +209,8 @@ class Denoising(Noising):  # A family of models is a class beside it, with its n
     config: also with `loss_weights` and, if they are not the published ones, `timestep_weights`, `min_snr_gamma`.
     """
 
+    distance = staticmethod(F.mse_loss)  # Of predictions from what they should be, value by value.
+
     def __init__(
         self,
         config: dict[str, Any],
@@ -238,11 +240,11 @@ class Denoising(Noising):  # A family of models is a class beside it, with its n
         return denoise(shown, (batch.t_64, batch.t_32), *told)
 
     def _errors(self, predictions: Images, batch: TrainingBatch) -> dict[str, torch.Tensor]:
-        scheduler, shares = self.scheduler, (self.scheduler.representation.fine_share, 1.0)
-        return {
-            name: F.mse_loss(prediction.float(), scheduler.target(*scale), reduction="none").flatten(1).mean(1) / share
-            for name, prediction, scale, share in zip(SCALE_LOSSES, predictions, batch.scales, shares, strict=False)
-        }  # [B] each
+        shares, errors = (self.scheduler.representation.fine_share, 1.0), {}
+        for name, prediction, scale, share in zip(SCALE_LOSSES, predictions, batch.scales, shares, strict=False):
+            distances = self.distance(prediction.float(), self.scheduler.target(*scale), reduction="none")
+            errors[name] = distances.flatten(1).mean(1) / share  # [B]
+        return errors
 
     def _further(
         self, predictions: Images, noisy: Images, shown: Images, batch: TrainingBatch

@@ -1,5 +1,7 @@
 """What a training may minimise, by what `--objective` calls it."""
 
+from scheduler import COLD
+from training.cold import Cold
 from training.consistency import Consistency
 from training.objective import Denoising
 from training.progressive import Progressive
@@ -11,6 +13,7 @@ OBJECTIVES: dict[str, type[Denoising]] = {
     "vlb": Variational,
     "progressive": Progressive,
     "consistency": Consistency,
+    COLD: Cold,
 }
 # Those that need a teacher, which the stages without one do not offer.
 WITH_TEACHER = ("progressive",)

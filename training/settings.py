@@ -12,6 +12,8 @@ from typing import Any
 import cli
 from checkpoint import CLASSIFIERS, FILE_STEMS, MODEL_CLASSES, network_class
 from cli import CompileSettings, HardwareSettings, TrainingDataSettings
+from diffusion.cold import SEVERITY_SCHEDULES
+from diffusion.degradations import DEGRADATIONS, make_degradation, parse_degradation
 from images.representation import REPRESENTATIONS
 from model import DEFAULT_HIDDEN_DIMS, network_name, resolve_network
 from networks.ema import USUAL_RAMPUP
@@ -19,7 +21,8 @@ from planning.presets import PRESETS, balanced_weights, preset_help, preset_valu
 from planning.regimes import check_regime, default_regime, parse_regime
 from runtime.runs import derived_name, is_same, resume_folder, run_name
 from runtime.settings import REQUIRED, Settings, option
-from scheduler import ALL_SCHEDULES, PREDICTION_TYPES, PROCESSES, schedule_name, split_schedule_name
+from scheduler import ALL_SCHEDULES, COLD, PREDICTION_TYPES, PROCESSES, schedule_name, split_schedule_name
+from training.cold import COLD_SETTINGS, check_cold
 from training.consistency import TEACHER_SOLVERS, check_consistency
 from training.coupling import COUPLINGS, INDEPENDENT
 from training.noise_levels import FORMS, ICT
@@ -40,7 +43,7 @@ IMAGE_SETTINGS = (
     "network", "objective", "vlb_weight", "consistency", "consistency_solver",
     "perceptual_weight", "feature_weight", "vgg_weights", "prediction_type",
     "min_snr_gamma", "timestep_weights", "replan_every", "replan_images", "loss_weights", "label_dropout",
-    "latents", "coupling", "target_dataset", "start_dataset",
+    "latents", "coupling", "target_dataset", "start_dataset", *COLD_SETTINGS,
 )  # fmt: skip
 
 
@@ -143,17 +146,22 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         recorded=True,
     )
     process: str | None = option(
-        None, "the two curves of image and noise (that of the preset)", choices=PROCESSES, recorded=True, absent="vp"
+        None,
+        "the two curves of image and noise; cold: degradations without noise (that of the preset)",
+        choices=(*PROCESSES, COLD),
+        recorded=True,
+        absent="vp",
     )
     beta_schedule: str | None = option(
-        None, "noise schedule of vp and sub_vp (that of the preset)", choices=ALL_SCHEDULES, recorded=True
+        None, "noise schedule of vp and sub_vp (that of the preset)", choices=(*ALL_SCHEDULES, COLD), recorded=True
     )
     prediction_type: str | None = option(None, "(that of the preset)", choices=PREDICTION_TYPES, recorded=True)
     objective: str | None = option(
         None,
         "what a step minimises: denoising, squared errors; hybrid, those and the variational bound of variances that "
         "are learnt with it; vlb, that bound alone; consistency, how far the ends differ that neighbouring noise "
-        "levels lead to; progressive, of distill.py, what two steps of a teacher lead to (that of the preset)",
+        "levels lead to; progressive, of distill.py, what two steps of a teacher lead to; cold, absolute errors of "
+        "images restored from degraded ones (that of the preset)",
         choices=tuple(OBJECTIVES),
         recorded=True,
         absent="denoising",
@@ -179,6 +187,30 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         "of consistency with a teacher: how that steps to the next level (heun; of ect none, both levels have the same "
         "noise)",
         choices=TEACHER_SOLVERS,
+        recorded=True,
+        absent=None,
+    )
+    degradation: str | None = option(
+        None,
+        f"of cold: what happens to images, {', '.join(DEGRADATIONS)}, with its extent such as blur:8, a deviation of 8 "
+        "pixels (blur, of a quarter of the side)",
+        parse=cli.checked(parse_degradation),
+        metavar="NAME[:EXTENT]",
+        recorded=True,
+        absent=None,
+    )
+    severity_schedule: str | None = option(
+        None,
+        "of cold: how severity grows from 0 to 1 over timesteps (linear)",
+        choices=tuple(SEVERITY_SCHEDULES),
+        recorded=True,
+        absent=None,
+    )
+    input_noise: float | None = option(
+        None,
+        "of cold: deviation of noise on the degraded images that are shown (0)",
+        parse=cli.number_from_zero,
+        metavar="SIGMA",
         recorded=True,
         absent=None,
     )
@@ -428,6 +460,9 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
                 raise ValueError(f"--{name} belongs to --objective consistency, not to {self.objective}; leave it out.")
         if self.objective == "consistency":
             self._check_consistency()
+        check_cold(self)
+        if self.objective == COLD:
+            self._derive_cold()
         if self.objective is None or not OBJECTIVES[self.objective].learned_variance:
             return
         check_chain(self.objective, self.process, self.times)
@@ -448,6 +483,13 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
             )
         if self.objective == "hybrid" and self.vlb_weight is None:
             self._derive(vlb_weight=VLB_WEIGHT)
+
+    def _derive_cold(self) -> None:
+        usual = {"degradation": "blur", "severity_schedule": "linear", "input_noise": 0.0}
+        said = {name: getattr(self, name) for name in COLD_SETTINGS if getattr(self, name) is not None}
+        chosen = usual | said
+        chosen["degradation"] = str(make_degradation(chosen["degradation"], self.resolution))
+        self._derive(**{name: value for name, value in chosen.items() if value != getattr(self, name)})
 
     def _check_consistency(self) -> None:
         kind = network_class(self.model_type)

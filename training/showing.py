@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from checkpoint import OWN_SOLVERS
+from diffusion.cold_starts import DegradedStarts
 from diffusion.sampler import coarse_feed, image_seeds, sample_seeds, scale_shapes
 from diffusion.solvers import make_solver
 from diffusion.space import side_of
@@ -52,8 +54,9 @@ def sample_grids(trainer: Trainer, stop: StopRequest | None = None) -> list[torc
 
     Those of a student are along its own path; all are made by DDIM, but those of a consistency model by its own solver
     in few steps. Of a model that starts from images they are what it makes of those held out, or else of those that it
-    was trained on. Of latents both are decoded, the coarse one as an image of half the size; of a model with classes,
-    classes take turns. Raises InterruptedError if a stop is asked for meanwhile.
+    was trained on; one of cold diffusion restores such images. Of latents both are decoded, the coarse one as an image
+    of half the size; of a model with classes, classes take turns. Raises InterruptedError if a stop is asked for
+    meanwhile.
     """
 
     def give_up_if_asked(*_) -> None:
@@ -61,15 +64,18 @@ def sample_grids(trainer: Trainer, stop: StopRequest | None = None) -> list[torc
             raise InterruptedError
 
     model, config, scheduler = trainer.averaged.eval(), trainer.config, trainer.scheduler
-    consistent = config["objective"] == "consistency"
-    steps = min(GRID_STEPS, CONSISTENCY_STEPS) if consistent else GRID_STEPS
+    objective = config["objective"]
+    steps = min(GRID_STEPS, CONSISTENCY_STEPS) if objective == "consistency" else GRID_STEPS
     path = student_path(config) or diagonal(steps, "uniform_t", num_scales=model.num_scales)
     if path.kind == "diagonal" and scheduler.representation.image_lead and model.has_two_clocks():
         path = log_snr_shift(path, scheduler.representation.image_lead, scheduler.log_snr.cpu().numpy())
     names = config["class_names"]
-    starts = None
+    images = starts = None
     if trainer.material.starts is not None:
         images = Starts((trainer.material.held_out_starts or trainer.material.starts).pixels)
+    elif not scheduler.noise_levels:
+        images = DegradedStarts(trainer.material.shown.pixels, scheduler)
+    if images is not None:
         starts = partial(images.of_seeds, num_scales=model.num_scales, device=trainer.device)
     try:
         with autocast(trainer.device, config["precision"]):
@@ -83,7 +89,7 @@ def sample_grids(trainer: Trainer, stop: StopRequest | None = None) -> list[torc
                 trainer.device,
                 callback=give_up_if_asked,
                 coarse_from=coarse_feed(model, "x0"),
-                solver=make_solver("consistency" if consistent else "ddim"),
+                solver=make_solver(OWN_SOLVERS.get(objective, ("ddim",))[-1]),
                 labels=[k % len(names) for k in range(GRID_IMAGES)] if names else None,
                 starts=starts,
             )

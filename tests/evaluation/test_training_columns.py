@@ -49,6 +49,9 @@ def test_every_setting_is_said():
         "teacher_calls": "none",
         "consistency": "none",
         "consistency_solver": "none",
+        "degradation": "none",
+        "severity_schedule": "none",
+        "input_noise": "none",
         "min_snr_gamma": "none",
         "timestep_weights": "sigma2",
         "t_law": "log_normal:-1.2,1.2",
@@ -88,12 +91,18 @@ def test_a_preset_is_known_by_what_it_sets(preset, model_type, representation):
         return
     if PRESETS[preset]["objective"] == "consistency" and model_type in ("single_t", "no_t"):
         return
+    if preset == "cold" and model_type != "baseline":  # Which degrades one scale.
+        return
     chosen = {"model_type": model_type, "preset": preset, "representation": representation}
     named, unnamed = loaded(**chosen, more={"preset": preset}), loaded(**chosen, without=["preset"])
     assert describe_training(named, None)["preset"] == describe_training(unnamed, None)["preset"] == preset
     # The pairs of timesteps are in a column of their own.
     if model_type == "dual" and PRESETS[preset]["objective"] != "consistency":  # Which has pairs of its own.
         assert describe_training(loaded(**chosen, t_pairs="same", without=["preset"]), None)["preset"] == preset
+    if preset == "cold":  # Of which all that can be chosen has columns of its own.
+        other = loaded(**chosen, t_law="importance", more={"preset": preset})
+        assert describe_training(other, None)["preset"] == "cold (changed)"
+        return
     changes = [{"prediction_type": "x0"}, {"process": "ve" if preset == "flow" else "flow", "prediction_type": "v"}]
     changes[1]["objective"] = "denoising"  # The only one of that process.
     if preset not in ("ncsn", "ve", "flow"):
