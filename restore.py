@@ -267,10 +267,10 @@ def draw(
             for k in shown
         ]  # fmt: skip
     pictures["original"] = torch.cat([originals[shown]] * len(columns))
-    kind = "training" if restorer.settings.on == "train" else "held-out"
+    kind = "Training" if restorer.settings.on == "train" else "Held-out"
     title = (
-        f"{kind} images after {restorer.scheduler.degradation}, restored in {restorer.settings.num_steps} network "
-        f"calls, epoch {restorer.loaded.config['epoch']}, {WEIGHTS_TITLES[restorer.loaded.weights]}"
+        f"{kind} images after {restorer.scheduler.degradation}, walks of {restorer.settings.num_steps} network calls, "
+        f"epoch {restorer.loaded.config['epoch']}, {WEIGHTS_TITLES[restorer.loaded.weights]}"
     )
     plot_super_resolution({name: images.numpy() for name, images in pictures.items()}, file, title, captions)
 

@@ -30,6 +30,7 @@ START_COMPONENTS, START_NOISE = 8, 0.002
 FIT_IMAGES = 5000  # At most, evenly over those there are.
 MOST_COORDINATES = 64
 HELD = 0.999  # Of the variance, by the coordinates.
+ROUNDS = 1000  # Of the fit, at most.
 VERSION = 1  # Of what a file holds.
 CALL_IMAGES = 256
 
@@ -68,7 +69,7 @@ def fit_mixture(points: np.ndarray, components: int) -> Mixture:
     axes = PCA(most, svd_solver=solver, random_state=0).fit(points)
     count = int((axes.explained_variance_ratio_.cumsum() < HELD).sum()) + 1
     coordinates = axes.transform(points)[:, :count]  # [N, d]
-    mixture = GaussianMixture(components, random_state=0).fit(coordinates)
+    mixture = GaussianMixture(components, random_state=0, max_iter=ROUNDS).fit(coordinates)
     roots = np.linalg.cholesky(mixture.covariances_)
     return Mixture(axes.mean_, axes.components_[:count], mixture.weights_, mixture.means_, roots)
 

@@ -57,10 +57,14 @@ class Degradation:
 
         Raises ValueError outside of it, but not for tensors on GPUs, which would have to be waited for.
         """
-        if not isinstance(severity, torch.Tensor):
+        if isinstance(severity, torch.Tensor):
+            if severity.device.type == "cpu" and not ((severity >= 0) & (severity <= 1)).all():
+                low, high = severity.min().item(), severity.max().item()
+                raise ValueError(f"Severities lie in [0, 1]; got {low:g} to {high:g}.")
+        elif not 0 <= severity <= 1:
+            raise ValueError(f"Severities lie in [0, 1]; got {severity:g}.")
+        else:
             severity = torch.full((len(x),), float(severity), dtype=torch.float64, device=x.device)
-        if severity.device.type == "cpu" and not ((severity >= 0) & (severity <= 1)).all():
-            raise ValueError(f"Severities lie in [0, 1]; got {severity.min().item():g} to {severity.max().item():g}.")
         changed = self._degrade(x, severity).to(x.dtype)
         return torch.where(severity.view(-1, 1, 1, 1) > 0, changed, x)
 
