@@ -49,12 +49,15 @@ def fit_mixture(points: np.ndarray, components: int) -> Mixture:
     """The mixture of `components` Gaussians of points `[N, P]`, always the same.
 
     Its coordinates, MOST_COORDINATES at most, hold a share HELD of their variance; there is none where all points are
-    one. Raises ValueError for more components than points.
+    one. Raises ValueError for more components than points, and RuntimeError if scikit-learn is missing.
     """
-    # They take a second to be imported, which no other model needs.
-    from sklearn.decomposition import PCA
-    from sklearn.mixture import GaussianMixture
-
+    try:  # They take a second to be imported, which no other model needs.
+        from sklearn.decomposition import PCA
+        from sklearn.mixture import GaussianMixture
+    except ImportError as error:
+        raise RuntimeError(
+            "The start of cold diffusion needs the package scikit-learn: run `pip install scikit-learn`."
+        ) from error
     if components > len(points):
         raise ValueError(
             f"--start_components {components} are more than the {len(points)} images that they are fitted to; lower it."

@@ -1,6 +1,7 @@
 """Cold diffusion on restorers that are known: exact where it must be, through the walk that every sampler takes."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -197,6 +198,12 @@ def test_the_coordinates_hold_the_variance():
     assert same.basis.shape == (0, 30) and torch.equal(draw(same, SeededNoise([1, 2])), torch.full((2, 30), 0.25))
     with pytest.raises(ValueError, match="--start_components 9 are more than the 5 images"):
         fit_mixture(points[:5], 9)
+
+
+def test_a_missing_package_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.mixture", None)
+    with pytest.raises(RuntimeError, match="pip install scikit-learn"):
+        fit_mixture(np.zeros((5, 3)), 2)
 
 
 def test_a_start_is_a_function_of_its_seed():
