@@ -25,7 +25,14 @@ from diffusion.solvers import COLD_SOLVERS
 from diffusion.space import Space, image_channels_of, open_space, side_of
 from diffusion.step import Solver
 from images.representation import Images
-from model import LIFTBaselineModel, LIFTDualTimestepModel, NoTimestepModel, ScaleModel, SingleTimestepModel
+from model import (
+    CascadeModel,
+    LIFTBaselineModel,
+    LIFTDualTimestepModel,
+    NoTimestepModel,
+    ScaleModel,
+    SingleTimestepModel,
+)
 from networks.classifier import NoisyClassifier, PairClassifier
 from networks.ema import USUAL_RAMPUP, ema_note
 from networks.fingerprint import weights_fingerprint
@@ -47,7 +54,12 @@ MODEL_CLASSES = {
     "shared_t": LIFTBaselineModel,
     "single_t": SingleTimestepModel,
     "no_t": NoTimestepModel,
+    "cascade": CascadeModel,
 }
+ENLARGES_ONLY = (
+    "{} enlarges images that it is given and makes none from noise alone; pass it to generate_cascade.py or "
+    "generate_sr.py, or another model here."
+)
 # What says of noisy images what they are of, and guides or judges the others.
 CLASSIFIERS = {"classifier": NoisyClassifier, "classifier_pair": PairClassifier}
 FILE_STEMS = {name: name for name in (*MODEL_CLASSES, *CLASSIFIERS)} | {"dual": "lift_dual_timestep"}
@@ -349,6 +361,14 @@ class LoadedModel(NamedTuple):
                 f"clean images, by which {stage} goes; pass a checkpoint of another objective."
             )
 
+    def require_enlarging(self) -> None:
+        """Raise ValueError for a model that cannot be given a coarse image at a noise level."""
+        if not self.model.enlarges():
+            raise ValueError(
+                f"{self.file} is a '{self.config['model_type']}' model; super-resolution needs one with two clocks "
+                "(train_lift.py), which can be told that the coarse image is clean, or how noisy it is."
+            )
+
     @property
     def is_cold(self) -> bool:
         """Whether it restores degraded images, and knows no noise level."""
@@ -411,6 +431,7 @@ def load_model(
     device: torch.device | str = "cpu",
     from_images: bool = False,  # whether the caller has images for a model that starts from them
     cold: bool = False,  # whether the caller can do with degradations, without noise levels
+    from_coarse: bool = False,  # whether it has coarse images for a model that enlarges such
 ) -> LoadedModel:
     """The model a checkpoint describes, frozen, in eval mode on `device`, with raw or EMA weights.
 
@@ -418,8 +439,8 @@ def load_model(
     `regime_state`. Prints a warning, once per file, if EMA weights are largely the initial ones
     (`networks.ema.ema_note`). Raises what `read_checkpoint` raises, and ValueError if `ema` is asked of a file without
     EMA weights, if the weights do not fit the model of the config, for a classifier, or for a model that starts from
-    images of a data set where there are none for it, as what is noise to others is none to that, or of cold diffusion
-    where noise levels are needed.
+    images of a data set, enlarges coarse ones, or restores degraded ones, where there are none for it: what is noise to
+    others is none to that.
     """
     content = read_checkpoint(file)
     _check_makes_images(file, content["config"])
@@ -430,6 +451,8 @@ def load_model(
         )
     if not cold:
         check_noise(file, content["config"])
+    if not from_coarse and getattr(MODEL_CLASSES.get(content["config"].get("model_type")), "coarse_given", False):
+        raise ValueError(ENLARGES_ONLY.format(file))
     model, scheduler, config, fingerprint = _load(file, content, ema, device)
     return LoadedModel(model, scheduler, config, fingerprint, Path(file))
 

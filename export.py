@@ -10,7 +10,8 @@ Writes model.safetensors, config.json (everything needed to sample, and how the 
 model card). `LIFTDualTimestepModel.from_pretrained("exports/lift_400ep_ema")` gives the model back.
 
 And for machines that have PyTorch and nothing else: model.pt2, the network as a program of torch.export, schedule.json,
-the path that flags choose, noise.pt, the noise of eight seeds, and sample.py, which samples with these.
+the path that flags choose, noise.pt, the noise of eight seeds, and sample.py, which samples with these; but not of a
+stage of a cascade, which enlarges images that are given.
 """
 
 import runtime.startup  # noqa: F401
@@ -162,7 +163,7 @@ def main() -> None:
     settings = parse_args()
     folder = Path(settings.output)
     check_output(folder, settings.force)
-    loaded = load_model(settings.checkpoint, settings.ema)
+    loaded = load_model(settings.checkpoint, settings.ema, from_coarse=True)
     loaded.require_pixels("export.py")
     loaded.require_means("export.py")
     process, prediction = loaded.scheduler.process, loaded.scheduler.prediction_type
@@ -173,12 +174,15 @@ def main() -> None:
         )
     config = export_config(loaded, settings.checkpoint)
     num_parameters = sum(p.numel() for p in loaded.model.parameters())
-    path, files = standalone_files(settings, loaded)
-    write_pretrained(folder, loaded.model, config, model_card(config, loaded.model, nfe=path.nfe), files)
+    files, alone, card = {}, "", {"standalone": False}
+    if not loaded.model.coarse_given:  # A script of PyTorch alone has no image that could be given.
+        path, files = standalone_files(settings, loaded)
+        alone = f", and for PyTorch alone {', '.join(files)}; path {path.kind} {path.fingerprint()}"
+        card = {"nfe": path.nfe}
+    write_pretrained(folder, loaded.model, config, model_card(config, loaded.model, **card), files)
     print(
         f"{config['class_name']} with {num_parameters:,} parameters, {loaded.weights} weights of epoch "
-        f"{config['epoch']}, in {folder}: model.safetensors, config.json, README.md, and for PyTorch alone "
-        f"{', '.join(files)}; path {path.kind} {path.fingerprint()}"
+        f"{config['epoch']}, in {folder}: model.safetensors, config.json, README.md{alone}"
     )
 
 

@@ -1,4 +1,5 @@
-"""Zero-shot super-resolution, 32x32 to 64x64, with a model that was trained for nothing of the sort.
+"""Super-resolution, 32x32 to 64x64: zero-shot with a dual model, which was trained for nothing of the sort, or with a
+stage of a cascade (`train_lift.py --model cascade`), which was.
 
     python generate_sr.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema --input my_images --output big
     python generate_sr.py --checkpoint checkpoints/lift_dual_timestep_400ep.pth --ema
@@ -129,15 +130,11 @@ class Upscaler:
 
     def __init__(self, settings: SuperResolutionSettings):
         self.settings, self.device = settings, select_device(settings.device)
-        self.loaded = load_model(settings.checkpoint, settings.ema, self.device)
+        self.loaded = load_model(settings.checkpoint, settings.ema, self.device, from_coarse=True)
         self.loaded.require_pixels("generate_sr.py")
         self.loaded.require_means("generate_sr.py")
         self.loaded.check_solver(settings.make_solver())
-        if not self.loaded.model.has_two_clocks():
-            raise ValueError(
-                f"{settings.checkpoint} is a '{self.loaded.config['model_type']}' model; super-resolution needs one "
-                "with two clocks (train_lift.py), which can be told that the coarse image is clean."
-            )
+        self.loaded.require_enlarging()
         self.conditions = settings.conditions(self.loaded)
         if settings.make_solver().reads_variance:
             self.loaded.check_variance()

@@ -5,6 +5,7 @@ scale) and timesteps (one `[B]` tensor per scale) to noise predictions:
 
     LIFTDualTimestepModel(x_64, x_32, t_64, t_32) -> (eps_64, eps_32)   each scale has its own clock
     LIFTBaselineModel(x_64, x_32, t)              -> (eps_64, eps_32)   both scales share one clock
+    CascadeModel(x_64, x_32, t_64, t_32)          -> eps_64             the coarse image is given, at a level of its own
     SingleTimestepModel(x_64, x_32, t_64)         -> eps_64             the coarse clock is hidden
     NoTimestepModel(x_64, x_32)                   -> eps_64             both clocks are hidden
 
@@ -177,8 +178,9 @@ class ScaleModel(nn.Module, PretrainedMixin):
     """A network that denoises an image in one or two scales; what a class says of itself is all that others ask.
 
     `num_scales` it reads and `num_predictions` of them, from the fine one on, it predicts. `one_clock`: its scales have
-    one timestep, or it has one scale. `description`, with {network}, {fine} and {coarse} for what is
-    asked for, is what its card calls it.
+    one timestep, or it has one scale. `coarse_given`: the coarse image that it reads and does not predict is given to
+    it, clean or at a noise level that it is told, so that it makes no image from noise alone. `description`, with
+    {network}, {fine} and {coarse} for what is asked for, is what its card calls it.
     `unet` is its backbone, of whatever kind, as weights of earlier versions call it; `embed` embeds clocks.
     With `num_classes` > 0 it may be told what class an image is of. With `learned_variance` a prediction has 2C
     channels: the second half, v, says where the log variance of a step lies between the two that bound it
@@ -189,6 +191,7 @@ class ScaleModel(nn.Module, PretrainedMixin):
     num_scales = 2
     num_predictions = 2
     one_clock = False
+    coarse_given = False
     knows_time = True
     description: str
 
@@ -245,6 +248,11 @@ class ScaleModel(nn.Module, PretrainedMixin):
         """Whether it predicts two scales, each at a timestep of its own."""
         return cls.num_predictions > 1 and not cls.one_clock
 
+    @classmethod
+    def enlarges(cls) -> bool:
+        """Whether it can be given a coarse image, clean or as noisy as it is told, and asked for the fine one."""
+        return cls.coarse_given or cls.has_two_clocks()
+
     def inputs(self, xs: Images, ts: Images) -> Images:
         """What `forward` takes, of one noisy image and one `[B]` timestep tensor per scale, fine first."""
         raise NotImplementedError
@@ -271,7 +279,7 @@ class ScaleModel(nn.Module, PretrainedMixin):
 
 
 class _TwoScaleModel(ScaleModel):
-    """What the four two-scale models share: joining the scales at the input, splitting at the output.
+    """What the two-scale models share: joining the scales at the input, splitting at the output.
 
     In the residual `representation` the fine input and its prediction are projected to the subspace of details, so that
     the network knows of nothing else and its Jacobian neither. Raises ValueError for the widths that
@@ -291,7 +299,7 @@ class _TwoScaleModel(ScaleModel):
         super().__init__(hidden_dims, channels, network, num_classes, learned_variance)
         if representation not in REPRESENTATIONS:
             raise ValueError(f"Unknown representation '{representation}'; choose one of {', '.join(REPRESENTATIONS)}.")
-        if representation == "residual" and self.num_predictions < self.num_scales:
+        if representation == "residual" and self.num_predictions < self.num_scales and not self.coarse_given:
             raise ValueError(
                 f"{type(self).__name__} predicts no coarse image, without which a residual is no image; use the "
                 "over-complete representation."
@@ -340,29 +348,22 @@ class _TwoScaleModel(ScaleModel):
         if not self.unet.reads_scales:  # [B, 2C or C, H, W], of learned variance twice that
             out = out.chunk(self.num_predictions, dim=1)
             out = (out[0], *(F.avg_pool2d(coarse, 2) for coarse in out[1:]))  # [B, C, H, W], [B, C, H/2, W/2]
-        if self.num_predictions == 1:
-            return out[0]
         # Variances are no part of an image, and have no subspace to be brought to.
         predictions, variances = zip(
             *((each[:, : self.channels], each[:, self.channels :]) for each in out), strict=True
         )
         predictions = self.representation.project(predictions)
-        if not self.learned_variance:
-            return predictions
-        return tuple(torch.cat(pair, dim=1) for pair in zip(predictions, variances, strict=True))
+        if self.learned_variance:
+            predictions = tuple(torch.cat(pair, dim=1) for pair in zip(predictions, variances, strict=True))
+        return predictions if self.num_predictions > 1 else predictions[0]
 
 
-class LIFTDualTimestepModel(_TwoScaleModel):
-    """LIFT: both scales denoised together, each with its own timestep.
+class _TwoClockModel(_TwoScaleModel):
+    """What models share that are told the timesteps of both scales.
 
-    `forward(x_64 [B, C, H, W], x_32 [B, C, H/2, W/2], t_64 [B], t_32 [B])` returns the predictions
-    `(eps_64 [B, C, H, W], eps_32 [B, C, H/2, W/2])`. Timesteps lie in [0, 999]. Both go through one
-    embedding; the pair is combined by Linear-SiLU-Linear, unless the backbone takes one for each scale.
+    Both go through one embedding; the pair is combined by Linear-SiLU-Linear, unless the backbone takes one for each
+    scale.
     """
-
-    description = (
-        "the LIFT model: one {network} that denoises images of {fine} and {coarse} together, each with its own timestep"
-    )
 
     def _make_parts(self) -> None:
         width = self.embedding_dim
@@ -380,12 +381,40 @@ class LIFTDualTimestepModel(_TwoScaleModel):
         t_64: torch.Tensor,
         t_32: torch.Tensor,
         labels: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         return self._predict(x_64, x_32, (t_64, t_32), labels)
 
     def inputs(self, xs: Images, ts: Images) -> Images:
         """Two scales, two clocks."""
         return *xs, *ts
+
+
+class LIFTDualTimestepModel(_TwoClockModel):
+    """LIFT: both scales denoised together, each with its own timestep.
+
+    `forward(x_64 [B, C, H, W], x_32 [B, C, H/2, W/2], t_64 [B], t_32 [B])` returns the predictions
+    `(eps_64 [B, C, H, W], eps_32 [B, C, H/2, W/2])`. Timesteps lie in [0, 999].
+    """
+
+    description = (
+        "the LIFT model: one {network} that denoises images of {fine} and {coarse} together, each with its own timestep"
+    )
+
+
+class CascadeModel(_TwoClockModel):
+    """A stage of cascaded diffusion (arXiv 2106.15282): it enlarges a coarse image that it is given.
+
+    `forward(x_64 [B, C, H, W], z_32 [B, C, H/2, W/2], t_64 [B], s [B])` returns `eps_64 [B, C, H, W]`: z_32 is the
+    coarse image with noise of its own at the timestep s, which it is told (conditioning augmentation, section 4.2).
+    In the residual representation it predicts what the given image leaves of the fine one.
+    """
+
+    num_predictions = 1
+    coarse_given = True
+    description = (
+        "a stage of a cascade: a {network} that makes images of {fine} of given ones of {coarse}, which may be noisy "
+        "and whose noise level it is told"
+    )
 
 
 class LIFTBaselineModel(_TwoScaleModel):

@@ -473,14 +473,20 @@ class DDIMScheduler:
         alpha, sigma = self.scales(t, x)
         return (x - alpha * x0) / sigma
 
-    def predict_clean(self, predictions: Images, ts: tuple[int | torch.Tensor, ...], xs: Images) -> Images:
+    def predict_clean(
+        self,
+        predictions: Images,
+        ts: tuple[int | torch.Tensor, ...],
+        xs: Images,
+        given: Images = (),  # clean scales that are known and follow those predicted
+    ) -> Images:
         """The clean scales that predictions at (xs, ts) stand for, clamped as one image if the schedule clamps.
 
-        One `[B, C, H, W]` tensor per scale, fine first; there may be fewer predictions than scales. A clamp acts on
-        the image that all of them compose, which is split again (`Representation.clamp`).
+        One `[B, C, H, W]` tensor per prediction, fine first; there may be fewer predictions than scales. A clamp acts
+        on the image that all of them compose, with those given, which is split again (`Representation.clamp`).
         """
         x0s = tuple(self.predict_x0(*each) for each in zip(predictions, ts, xs, strict=False))
-        return self.representation.clamp(x0s) if self.clip_sample else x0s
+        return self.representation.clamp(x0s + given)[: len(x0s)] if self.clip_sample else x0s
 
     def split_variance(self, outputs: Images, xs: Images) -> tuple[Images, Images | None]:
         """What a network returns of noisy images, as predictions and the shares v of its variances; both by scale.

@@ -2,10 +2,11 @@
 
     python train_lift.py --epochs 2000 --batch_size 64 --device 0            # AFHQ, published settings
     python train_lift.py --model single_t --epochs 2000 --device 0           # ablation: fine timestep only
+    python train_lift.py --model cascade --epochs 2000 --device 0            # a stage for generate_cascade.py
     python train_lift.py --dataset synthetic --limit 512 --resolution 32 --hidden_dims 16,32 --epochs 2
 
-Writes checkpoints/lift_dual_timestep_{epoch}ep.pth (or shared_t_, single_t_, no_t_) and a folder of the same
-name in logs/. --resume continues a stopped run.
+Writes checkpoints/lift_dual_timestep_{epoch}ep.pth (or shared_t_, single_t_, no_t_, cascade_) and a folder of
+the same name in logs/. --resume continues a stopped run.
 """
 
 import runtime.startup  # noqa: F401
@@ -29,7 +30,8 @@ class LIFTSettings(TrainingSettings):
 
     model_type: str = option(
         "dual",
-        "dual: fine and coarse timestep; shared_t: one clock; single_t: fine timestep only; no_t: none",
+        "dual: fine and coarse timestep; shared_t: one clock; single_t: fine timestep only; no_t: none; cascade: both, "
+        "of a coarse image that is given and not predicted",
         choices=MODEL_TYPES,
         flag="--model",
         recorded=True,

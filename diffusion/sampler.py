@@ -57,10 +57,11 @@ class GreedySamples(NamedTuple):
 class SeededNoise:
     """Standard normal noise in which row k depends on `seeds[k]` and on the number of draws before only.
 
-    The same on every device and for every batch size: it is drawn on the CPU, one generator per seed.
+    The same on every device and for every batch size: it is drawn on the CPU, one generator per seed. A seed is a
+    number, or several together, of which the last is not 0, for a stream of its own.
     """
 
-    def __init__(self, seeds: Sequence[int]):
+    def __init__(self, seeds: Sequence[int | tuple[int, ...]]):
         self._generators = [np.random.default_rng(seed) for seed in seeds]
 
     def draw(self, shape: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
@@ -150,6 +151,7 @@ def sample(
     coarse_from: str | None = None,
     solver: Solver | None = None,
     labels: torch.Tensor | None = None,
+    given: torch.Tensor | None = None,
 ) -> Samples:
     """Sample along a path from standard normal `noise`, one `[B, C, H, W]` tensor per scale, fine first.
 
@@ -167,12 +169,16 @@ def sample(
         theirs, noised to their timestep with fresh noise from `draw`; pure noise at the start. "noisy": the mean of
         the noisy fine image, whatever their timestep.
     labels: the class of each image, int64 `[B]`, for a denoiser that takes them as a third argument.
+    given: clean coarse images `[B, C, H/2, W/2]`, for a denoiser that reads two scales (arXiv 2106.15282, section 4.2).
+        The coarse scale rests at its timestep on the path: every call sees the given image with `noise[1]` at that
+        timestep, at timestep 0 as it is, and is told so. Of the predictions the first alone counts, and the image that
+        is returned is composed with the given one.
 
     Returns images (float32, in [-1, 1] if the schedule clamps; the first is the image that the scales compose) and the
     calls counted, which are several for each evaluation of a denoiser that says so (`calls`). Raises ValueError if path
     and noise differ in their number of scales, for an unknown end or feed, for predictions that leave a scale to no
-    feed, for a solver that reads variances which are not there, for a callback that goes on from a later point, and
-    what `scheduler.step_from` raises.
+    feed, for a path that moves a given image before its last point, for a solver that reads variances which are not
+    there, for a callback that goes on from a later point, and what `scheduler.step_from` raises.
     """
     if path.num_scales != len(noise):
         raise ValueError(f"The path has {path.num_scales} scale(s) but the model samples {len(noise)}.")
@@ -182,6 +188,10 @@ def sample(
         raise ValueError(f"Unknown coarse feed '{coarse_from}'; choose one of {', '.join(COARSE_FEEDS)}.")
     if coarse_from == "x0" and draw is None:
         raise ValueError("A coarse image made of the clean one needs fresh noise; pass draw.")
+    if given is not None and (path.num_scales != 2 or coarse_from is not None):
+        raise ValueError("A coarse image that is given needs a path of two scales, and no coarse feed beside it.")
+    if given is not None and len({t_32 for _, t_32 in path.points[:-1]}) > 1:
+        raise ValueError(f"A coarse image that is given rests at one timestep, and path {path.kind} moves it.")
     solver = Ddim(eta) if solver is None else solver
     if coarse_from is not None and solver.calls_between:
         raise ValueError(f"{solver.name} calls the network between points, where it has no coarse image to read.")
@@ -192,6 +202,14 @@ def sample(
     xs = representation.project(tuple(map(scheduler.prior, noise, path.points[0])))
     if coarse_from == "noisy":
         xs = (xs[0], *(_mean_like(xs[0], x) for x in xs[1:]))
+    num_known, known, resting = path.num_scales, (), ()
+    if given is not None:
+        level = path.points[0][1]
+        num_known, known = 1, (given.to(xs[0].dtype),)
+        # Whatever is drawn, timestep 0 is the image itself, as in all that is given clean.
+        resting = (scheduler.add_noise(given, noise[1], level).to(xs[0].dtype) if level > 0 else known[0],)
+        xs = (xs[0], *resting)
+        targets = [(t, level) for t, _ in targets]
     batch, device = len(xs[0]), xs[0].device
     k = seen = 0
     solver.start()
@@ -203,17 +221,20 @@ def sample(
     ) -> tuple[Images, Images | None]:
         nonlocal seen
         count, is_real = len(xs[0]), isinstance(point[0], torch.Tensor)
+        behind = known if rows is None else tuple(x[rows] for x in known)
+        if len(xs) < path.num_scales:  # Of a solver, which moves the fine scale alone.
+            xs += resting if rows is None else tuple(x[rows] for x in resting)
         ts = point if is_real else tuple(torch.full((count,), t, dtype=torch.long, device=device) for t in point)
         told = () if labels is None else (labels if rows is None else labels[rows],)
         predictions, variances = scheduler.split_variance(denoise(xs, ts, *told), xs)
         seen += count * calls
-        if len(predictions) != (path.num_scales if coarse_from is None else 1):
+        if given is None and len(predictions) != (path.num_scales if coarse_from is None else 1):
             raise ValueError(
                 f"The denoiser predicts {len(predictions)} of {path.num_scales} scales, which does not go with "
                 f"coarse_from = {coarse_from}."
             )
-        predictions = tuple(prediction.to(x.dtype) for x, prediction in zip(xs, predictions, strict=False))
-        return (tables() if is_real else scheduler).predict_clean(predictions, point, xs), variances
+        predictions = tuple(prediction.to(x.dtype) for x, prediction in zip(xs, predictions[:num_known], strict=False))
+        return (tables() if is_real else scheduler).predict_clean(predictions, point, xs, behind), variances
 
     def evaluate(xs: Images, point: tuple[int | torch.Tensor, ...], rows: torch.Tensor | None = None) -> Images:
         return call(xs, point, rows)[0]
@@ -226,7 +247,7 @@ def sample(
                 solver.start()
             k, xs = moved
         if k == path.nfe:
-            return Samples(representation.finished(xs), round(seen / batch))
+            return Samples(representation.finished(xs if given is None else (xs[0], *known)), round(seen / batch))
         point, next_point = path.points[k], targets[k]
         moves = [t_next != t for t, t_next in zip(point, next_point, strict=True)]
         for t, t_next in itertools.compress(zip(point, next_point, strict=True), moves):
@@ -235,7 +256,7 @@ def sample(
         if solver.reads_variance:
             if variances is None:
                 raise ValueError(NO_VARIANCE)
-            variances = tuple(each.to(x.dtype) for each, x in zip(variances, xs, strict=False))
+            variances = tuple(each.to(x.dtype) for each, x in zip(variances[:num_known], xs, strict=False))
 
         moving = list(zip(xs, moves, strict=True))[: len(x0s)]
 
@@ -243,6 +264,7 @@ def sample(
             return representation.project(tuple(draw(x.shape[1:]) if move else x for x, move in moving))
 
         stepped = solver.step(Step(scheduler, point, next_point, xs, x0s, evaluate, fresh, calls, variances))
+        stepped += resting
         if coarse_from == "noisy":
             stepped += tuple(_mean_like(stepped[0], x) for x in xs[1:])
         elif coarse_from == "x0":

@@ -1,8 +1,11 @@
-"""Zero-shot super-resolution: a two-clock model given its coarse image clean and denoising the fine one beside it.
+"""Super-resolution: the coarse image is given, and the fine one denoised beside it.
 
-The path goes along one axis of the plane of timesteps, from (S, 0) to (0, 0). What the network knows of the coarse
-image at t_32 = 0 is all it needs: it has met noise of standard deviation sqrt(1 - abar(0)) = 0.01 there, and gets the
-image without any, as published. `make_consistent` then corrects the result so that its 2x2 mean is the input.
+The path goes along one axis of the plane of timesteps, from (S, s_0) to (0, s_0), by a model with two clocks, which was
+trained for nothing of the sort, or by a stage of a cascade, which was trained for that alone (arXiv 2106.15282). At
+s_0 = 0 the coarse image is given clean. What the network knows of it at t_32 = 0 is all it needs: it has met noise of
+standard deviation sqrt(1 - abar(0)) = 0.01 there, and gets the image without any, as published. At s_0 > 0 noise of
+that timestep is added to it, and told (conditioning augmentation): it hides what another model made wrong, and at the
+last timestep the image itself. `make_consistent` corrects a result so that its 2x2 mean is a clean input.
 
 Pixels are uint8 as a PNG holds them, coarse ones too, so that every method sees the same input.
 """
@@ -19,7 +22,7 @@ from PIL import Image
 
 import data
 from data import fingerprint_array, to_float, to_uint8
-from diffusion.sampler import IMAGES_PER_SEED, Denoiser, Images, SeededNoise, check_finite, image_seeds, sample
+from diffusion.sampler import IMAGES_PER_SEED, Denoiser, SeededNoise, check_finite, image_seeds, sample
 from diffusion.step import Solver
 from images.representation import upsample_nearest
 from paths.path import Path
@@ -37,6 +40,7 @@ SSIM_WINDOW = 11
 # The smallest image that leaves AlexNet something to look at in its last layers.
 LPIPS_SMALLEST = 32
 QUALITY_BATCH = 256
+LEVEL_NOISE = 1  # Beside the seed of an image: the noise that its coarse image is given with.
 
 
 class Upscaled(NamedTuple):
@@ -64,14 +68,16 @@ class Quality(NamedTuple):
         }
 
 
-def super_resolution_path(base: Path) -> Path:
-    """The path of two scales on which the fine one goes along `base`, and the coarse one is at 0 throughout.
+def super_resolution_path(base: Path, level: int = 0) -> Path:
+    """The path of two scales on which the fine one goes along `base`, and the coarse one rests at a timestep.
 
-    Raises ValueError if base has more than one scale.
+    Its last point is clean in both, as that of every path. Raises ValueError if base has more than one scale, and for a
+    negative level.
     """
     if base.num_scales != 1:
         raise ValueError(f"a path of super-resolution moves one scale, but this one has {base.num_scales}")
-    return Path(tuple((t, 0) for (t,) in base.points), "super_resolution", {"base": base.provenance})
+    points = (*((t, level) for (t,) in base.points[:-1]), (0, 0))
+    return Path(points, "super_resolution", {"base": base.provenance} | ({"level": level} if level else {}))
 
 
 def noise_seeds(coarse_pixels: torch.Tensor, seed: int) -> list[int]:
@@ -86,32 +92,38 @@ def noise_seeds(coarse_pixels: torch.Tensor, seed: int) -> list[int]:
 def super_resolve(
     denoise: Denoiser,
     scheduler: DDIMScheduler,
-    path: Path,  # of two scales, with t_32 = 0 at every point
+    path: Path,  # of two scales, of which the coarse one rests
     coarse: torch.Tensor,  # [N, C, H, W] in [-1, 1]
-    seeds: Sequence[int],  # of the noise of each image
+    seeds: Sequence[int | tuple[int, ...]],  # of the noise of each image
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     eta: float = 0.0,
     solver: Solver | None = None,  # None: DDIM with eta
+    labels: Sequence[int] | None = None,  # the class of each image, for a denoiser that takes one
+    names: Sequence[object] | None = None,  # what messages call each image; None: its place
 ) -> Iterator[Upscaled]:
-    """Fine images of twice the size, batch by batch, from noise and the coarse images, which every call sees as given.
+    """Fine images of twice the size, batch by batch, from noise and the coarse images, which rest at a noise level.
 
-    Image k depends on its coarse image and `seeds[k]` alone. Raises ValueError if the coarse scale moves on the path,
-    if an image comes out NaN or infinite, and what `sample` raises.
+    That is the coarse timestep of the path: every call sees the coarse images with the same noise of that level, at
+    timestep 0 as given. Image k depends on its coarse image and `seeds[k]` alone, and the noise of its start not on the
+    level. Raises ValueError if the coarse scale moves on the path before its end, if an image comes out NaN or
+    infinite, and what `sample` raises.
     """
-    if any(point[1:] != (0,) for point in path.points):
-        raise ValueError(f"super-resolution needs the coarse scale at timestep 0 throughout, unlike path {path.kind}")
     shape = (coarse.shape[1], *(2 * side for side in coarse.shape[2:]))
     for start in range(0, len(coarse), batch_size):
-        given = coarse[start : start + batch_size].to(device)
-        draw = functools.partial(SeededNoise(seeds[start : start + batch_size]).draw, device=device)
-
-        # The last step moves both scales, and the coarse one to what the network makes of it.
-        def restore(k: int, xs: Images, given: torch.Tensor = given) -> tuple[int, Images]:
-            return k, (xs[0], given)
-
-        (fine, _), nfe = sample(denoise, scheduler, path, (draw(shape), given), eta, restore, draw=draw, solver=solver)
-        check_finite(fine, range(start, start + len(fine)))
+        chosen = slice(start, start + batch_size)
+        given = coarse[chosen].to(device)
+        draw = functools.partial(SeededNoise(seeds[chosen]).draw, device=device)
+        level_noise = torch.zeros_like(given)
+        if path.points[0][-1] > 0:
+            own = [(*(seed if isinstance(seed, tuple) else (seed,)), LEVEL_NOISE) for seed in seeds[chosen]]
+            level_noise = SeededNoise(own).draw(given.shape[1:], device)
+        told = None if labels is None else torch.tensor(labels[chosen], device=device)
+        noise = draw(shape), level_noise
+        (fine, _), nfe = sample(
+            denoise, scheduler, path, noise, eta, draw=draw, solver=solver, labels=told, given=given
+        )
+        check_finite(fine, range(start, start + len(fine)) if names is None else names[chosen])
         yield Upscaled(fine, nfe)
 
 

@@ -92,6 +92,10 @@ APPROXIMATE_INPUT = (
     "- In training the coarse image was that of a real one, with noise of its own; in sampling it is made from the "
     "fine one and tells nothing more.\n"
 )
+GIVEN_INPUT = (
+    "- It makes no image from noise alone: it enlarges images of {coarse}, clean or with noise of a timestep that it\n"
+    "  is told.\n"
+)
 PREDICTIONS = {"epsilon": "the noise", "x0": "the clean image", "v": "v (arXiv 2202.00512)"}
 
 
@@ -164,12 +168,11 @@ def model_card(config: dict[str, Any], model: nn.Module, standalone: bool = True
     standalone: whether the files of `networks.program` lie beside it; nfe: the calls of their schedule.
     """
     class_name, fine = config["class_name"], config["resolution"]
-    reads_more_than_it_predicts = model.num_predictions < model.num_scales
+    approximate = APPROXIMATE_INPUT if model.num_predictions < model.num_scales else ""
+    sizes = {"fine": f"{fine}×{fine}", "coarse": f"{fine // 2}×{fine // 2}"}
     is_residual = config.get("representation") == "residual"
     said = config | {
-        "description": model.description.format(
-            network=model.network.title, fine=f"{fine}×{fine}", coarse=f"{fine // 2}×{fine // 2}"
-        ),
+        "description": model.description.format(network=model.network.title, **sizes),
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "hidden_dims": ", ".join(map(str, config["hidden_dims"])),
         "prediction": PREDICTIONS[config["prediction_type"]],
@@ -181,7 +184,7 @@ def model_card(config: dict[str, Any], model: nn.Module, standalone: bool = True
         training=_training_section(config),
         sampling=_sampling_section(config, model, standalone, nfe),
         classes=_classes(config.get("class_names") or (), standalone),
-        limitation=APPROXIMATE_INPUT if reads_more_than_it_predicts else "",
+        limitation=GIVEN_INPUT.format(**sizes) if model.coarse_given else approximate,
     )
 
 

@@ -7,6 +7,7 @@ and whose index n - 1 is clean; a pair of grid indices is called a cell.
 
 import hashlib
 import json
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -226,6 +227,13 @@ def spaced(
         roots = np.exp(-table[[start, end]] / (2 * KARRAS_RHO))
         targets = -2 * KARRAS_RHO * np.log(np.linspace(*roots, num_steps + 1))
     return _move_apart(nearest_timesteps(table, targets), start).tolist()
+
+
+def timestep_of_level(level: float, log_snr: ArrayLike) -> int:
+    """The timestep of a noise level, a log SNR: the nearest one by a table [S]; inf, clean, is 0, and -inf the last."""
+    if math.isinf(level):
+        return 0 if level > 0 else len(log_snr) - 1
+    return int(np.abs(np.asarray(log_snr, dtype=np.float64) - level).argmin())
 
 
 def nearest_timesteps(table: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, ClassVar
 
-import numpy as np
-
 import cli
-from checkpoint import MODEL_CLASSES, LoadedModel
+from checkpoint import ENLARGES_ONLY, MODEL_CLASSES, LoadedModel
 from diffusion.adaptive import MOST_CALLS, TOLERANCE
 from diffusion.sampler import COARSE_FEEDS, ENDS, coarse_feed
 from diffusion.solvers import COLD_SOLVERS, LANGEVIN_ROUNDS, SOLVERS, VARIANCES, make_solver
 from diffusion.step import Solver
 from paths.families import cascade, diagonal, heuristic, lead, log_snr_shift, through
-from paths.path import BY_LOG_SNR, SPACINGS, Path
+from paths.path import BY_LOG_SNR, SPACINGS, Path, timestep_of_level
 from paths.schedule_file import load_schedule
 from planning.error_map import CHAIN_RULE_FACTORS, NORMALISATIONS
 from planning.heatmap import find_map
@@ -242,6 +240,8 @@ def why_not(model_type: str, path_type: str) -> str:
     Raises what `parse_path_type` and, for a schedule, `load_schedule` raise.
     """
     kind, model = parse_path_type(path_type), MODEL_CLASSES[model_type]
+    if model.coarse_given:
+        return ENLARGES_ONLY.format(f"A '{model_type}' model")
     if kind.name == "schedule":
         path = load_schedule(kind.parameters[0])
         two_clocks = any(len(set(point)) > 1 for point in path.points)
@@ -350,8 +350,7 @@ def choose_path(
     table = {"log_snr": log_snr, "num_train_timesteps": len(log_snr)}
     if kind.name == "cascade":
         level, *steps = kind.parameters
-        # inf is equally far from all timesteps, of which the first one counts.
-        remaining = int(np.abs(log_snr - level).argmin())
+        remaining = timestep_of_level(level, log_snr)
         if remaining == len(log_snr) - 1:
             raise ValueError(
                 f"--path_type {path_type} waits at timestep {remaining}, where it starts; choose a log SNR above "

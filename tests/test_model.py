@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from baseline_model import BaselineModel
 from diffusion.sampler import sample
 from model import (
+    CascadeModel,
     LIFTBaselineModel,
     LIFTDualTimestepModel,
     NoTimestepModel,
@@ -21,6 +22,7 @@ PARAMETERS = {
     BaselineModel: 58_274_627,
     LIFTBaselineModel: 58_278_086,
     LIFTDualTimestepModel: 58_475_206,
+    CascadeModel: 58_473_475,
     SingleTimestepModel: 58_276_355,
     NoTimestepModel: 56_943_875,
 }
@@ -29,6 +31,7 @@ NUM_CLOCKS = {
     BaselineModel: 1,
     LIFTBaselineModel: 1,
     LIFTDualTimestepModel: 2,
+    CascadeModel: 2,
     SingleTimestepModel: 1,
     NoTimestepModel: 0,
 }
@@ -36,6 +39,7 @@ NUM_PREDICTIONS = {
     BaselineModel: 1,
     LIFTBaselineModel: 2,
     LIFTDualTimestepModel: 2,
+    CascadeModel: 1,
     SingleTimestepModel: 1,
     NoTimestepModel: 1,
 }
@@ -254,6 +258,7 @@ def test_denoise_takes_one_image_and_clock_per_scale_and_gives_each_prediction(m
         BaselineModel: lambda: (model(x_64, t_64),),
         LIFTBaselineModel: lambda: model(x_64, x_32, t_64),
         LIFTDualTimestepModel: lambda: model(x_64, x_32, t_64, t_32),
+        CascadeModel: lambda: (model(x_64, x_32, t_64, t_32),),
         SingleTimestepModel: lambda: (model(x_64, x_32, t_64),),
         NoTimestepModel: lambda: (model(x_64, x_32),),
     }[model_class]()
@@ -297,11 +302,37 @@ def test_a_model_reacts_to_the_clocks_it_knows_and_to_no_other(model_class):
         assert not any("time" in name or "embed" in name for name, _ in model.named_parameters())
         return
     assert min(change(with_fine)) > 1e-3
-    if model_class is LIFTDualTimestepModel:
+    if model_class in (LIFTDualTimestepModel, CascadeModel):
         assert min(change((base[0], torch.full((2,), 700)))) > 1e-3
-        fine_ahead = model(*xs, torch.full((2,), 700), torch.full((2,), 300))
-        coarse_ahead = model(*xs, torch.full((2,), 300), torch.full((2,), 700))
+        fine_ahead = as_tuple(model(*xs, torch.full((2,), 700), torch.full((2,), 300)))
+        coarse_ahead = as_tuple(model(*xs, torch.full((2,), 300), torch.full((2,), 700)))
         assert (fine_ahead[0] - coarse_ahead[0]).abs().max() > 1e-3
+
+
+def test_a_stage_of_a_cascade_is_the_dual_model_without_its_coarse_head():
+    dual, cascade = build(LIFTDualTimestepModel), build(CascadeModel)
+    weights = dual.state_dict()
+    assert cascade.state_dict().keys() == weights.keys()
+    head = [name for name, value in cascade.state_dict().items() if value.shape != weights[name].shape]
+    assert head == ["unet.head.2.weight", "unet.head.2.bias"]
+    cascade.load_state_dict(weights | {name: weights[name][:3] for name in head})
+    xs, ts = inputs(CascadeModel, size=32)
+    assert torch.equal(cascade(*xs, *ts), dual(*xs, *ts)[0])
+
+
+@pytest.mark.parametrize("learned_variance", [False, True])
+def test_a_stage_of_residuals_reads_and_predicts_details_alone(learned_variance):
+    torch.manual_seed(0)
+    model = CascadeModel(SMALL, representation="residual", learned_variance=learned_variance).eval()
+    (x_64, x_32), ts = inputs(CascadeModel, size=32)
+    with torch.no_grad():
+        out = model(x_64, x_32, *ts)
+        shifted = model(x_64 + 0.7, x_32, *ts)
+    assert out.shape == (2, 6 if learned_variance else 3, 32, 32)
+    assert F.avg_pool2d(out[:, :3], 2).abs().max() < 1e-6 < out[:, :3].std()
+    torch.testing.assert_close(shifted, out, rtol=0, atol=1e-5)
+    if learned_variance:  # What is said of variances is no image, and has means.
+        assert F.avg_pool2d(out[:, 3:], 2).abs().max() > 1e-3
 
 
 def twin_models(share):

@@ -381,10 +381,10 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         if len(self.loss_weights) != predictions or (predictions == 1 and self.loss_weights != (1.0,)):
             losses = "the loss of the fine scale alone" if predictions == 1 else "a loss for each scale"
             raise ValueError(f"a '{self.model_type}' model has {losses}; leave --loss_weights out, or weigh these.")
-        if self.representation == "residual" and kind.predicts_images and predictions == 1:
+        if self.representation == "residual" and kind.predicts_images and predictions == 1 and not kind.coarse_given:
             raise ValueError(
                 f"a '{self.model_type}' model predicts the fine scale alone, of which no image can be composed; train "
-                "a dual or shared_t model, or leave --representation residual out."
+                "a dual, shared_t or cascade model, or leave --representation residual out."
             )
         if self.coupling == INDEPENDENT:
             self._derive(coupling=None)  # Of runs from before there was a choice, too.

@@ -9,12 +9,24 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import OWN_SOLVERS
+from data import coarse
 from diffusion.cold_starts import DegradedStarts
-from diffusion.sampler import coarse_feed, image_seeds, sample_seeds, scale_shapes
+from diffusion.sampler import (
+    Callback,
+    Samples,
+    SeededNoise,
+    coarse_feed,
+    image_seeds,
+    sample,
+    sample_seeds,
+    scale_shapes,
+)
 from diffusion.solvers import make_solver
 from diffusion.space import side_of
 from diffusion.starts import Starts
+from diffusion.super_resolution import super_resolution_path
 from figures.images import save_image_grid
+from image_folder import evenly
 from paths.families import diagonal, log_snr_shift
 from planning.students import student_path
 from runtime.device import autocast
@@ -54,9 +66,9 @@ def sample_grids(trainer: Trainer, stop: StopRequest | None = None) -> list[torc
 
     Those of a student are along its own path; all are made by DDIM, but those of a consistency model by its own solver
     in few steps. Of a model that starts from images they are what it makes of those held out, or else of those that it
-    was trained on; one of cold diffusion restores such images. Of latents both are decoded, the coarse one as an image
-    of half the size; of a model with classes, classes take turns. Raises InterruptedError if a stop is asked for
-    meanwhile.
+    was trained on; one of cold diffusion restores such images, and a stage of a cascade enlarges their coarse versions,
+    given clean. Of latents both are decoded, the coarse one as an image of half the size; of a model with classes,
+    classes take turns. Raises InterruptedError if a stop is asked for meanwhile.
     """
 
     def give_up_if_asked(*_) -> None:
@@ -70,6 +82,9 @@ def sample_grids(trainer: Trainer, stop: StopRequest | None = None) -> list[torc
     if path.kind == "diagonal" and scheduler.representation.image_lead and model.has_two_clocks():
         path = log_snr_shift(path, scheduler.representation.image_lead, scheduler.log_snr.cpu().numpy())
     names = config["class_names"]
+    if model.coarse_given:
+        samples = _enlarged(trainer, steps, give_up_if_asked)
+        return [trainer.material.space.pixels(samples.images[0]).cpu()]
     images = starts = None
     if trainer.material.starts is not None:
         images = Starts((trainer.material.held_out_starts or trainer.material.starts).pixels)
@@ -96,6 +111,27 @@ def sample_grids(trainer: Trainer, stop: StopRequest | None = None) -> list[torc
     finally:
         trainer.model.train()
     return [trainer.material.space.pixels(images).cpu() for images in samples.images[: model.num_predictions]]
+
+
+def _enlarged(trainer: Trainer, steps: int, callback: Callback) -> Samples:
+    batches, device, settings = trainer.batches, trainer.device, trainer.settings
+    rows = torch.from_numpy(evenly(min(GRID_IMAGES, batches.count), batches.count, "the data set")).to(device)
+    images = batches.clean(rows, trainer.step)  # [B, C, R, R]
+    draw = partial(SeededNoise(image_seeds(settings.seed, len(images))).draw, device=device)
+    given = coarse(images)
+    try:
+        with autocast(device, trainer.config["precision"]):
+            return sample(
+                trainer.scheduler.denoiser(trainer.averaged.denoise),
+                trainer.scheduler,
+                super_resolution_path(diagonal(steps, "uniform_t", num_scales=1)),
+                (draw(images.shape[1:]), torch.zeros_like(given)),
+                callback=callback,
+                labels=None if batches.labels is None else batches.labels[rows],
+                given=given,
+            )
+    finally:
+        trainer.model.train()
 
 
 def draw_grids(trainer: Trainer, log: RunLog | None = None, stop: StopRequest | None = None) -> None:

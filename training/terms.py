@@ -58,12 +58,12 @@ def compare(
     ts: Images,  # [B] each
     labels: torch.Tensor | None = None,  # [B]
 ) -> Compared:
-    """The clean image of predictions of any type, clamped, beside the true one."""
+    """The clean image of predictions of any type, clamped, beside the true one; what is not predicted is true."""
     x0s = tuple(
         scheduler.predict_x0(prediction[:, : x.shape[1]].to(x), t, x)
         for prediction, t, x in zip(predictions, ts, noisy, strict=False)
     )
-    predicted, true = map(scheduler.representation.compose, (x0s, clean))
+    predicted, true = map(scheduler.representation.compose, ((*x0s, *clean[len(x0s) :]), clean))
     return Compared(predicted.clamp(-1, 1), true, noise, shown, ts, labels)
 
 

@@ -76,8 +76,9 @@ def test_a_path_of_other_scales_is_refused():
     with pytest.raises(ValueError, match="has 2"):
         super_resolution_path(diagonal(6))
     given = torch.zeros(1, 3, 4, 4)
-    for path in (diagonal(6), diagonal(6, num_scales=1), Path(((999, 9), (0, 0)), "hand-made", {})):
-        with pytest.raises(ValueError, match="coarse scale at timestep 0"):
+    moving = Path(((999, 9), (500, 8), (0, 0)), "hand-made", {})
+    for path, says in ((diagonal(6), "rests at one"), (diagonal(6, num_scales=1), "1 scale"), (moving, "rests at one")):
+        with pytest.raises(ValueError, match=says):
             list(super_resolve(Spy(), DDIMScheduler(), path, given, [1]))
 
 

@@ -112,6 +112,10 @@ def folder(intact, tmp_path):
     return shutil.copytree(intact, tmp_path / "dual")
 
 
+# What a script can sample from noise alone.
+IMAGE_MAKERS = [name for name, kind in MODEL_CLASSES.items() if not kind.coarse_given]
+
+
 def inputs(model_type):
     g = torch.Generator().manual_seed(1)
     x_64, x_32 = torch.randn(2, 3, 16, 16, generator=g), torch.randn(2, 3, 8, 8, generator=g)
@@ -120,6 +124,7 @@ def inputs(model_type):
         "baseline": (x_64, t_64),
         "dual": (x_64, x_32, t_64, t_32),
         "shared_t": (x_64, x_32, t_64),
+        "cascade": (x_64, x_32, t_64, t_32),
         "single_t": (x_64, x_32, t_64),
         "no_t": (x_64, x_32),
     }[model_type]
@@ -566,7 +571,10 @@ def test_every_card_describes_its_model(exported, model_type):
     assert ("only kind of path" in text) == (model_type in ("baseline", "shared_t"))
     for said in ("2×2 mean", "does not predict it", "- In training the coarse image was"):
         assert (said in " ".join(text.split())) == (model_type in ("single_t", "no_t"))
-    assert max(map(len, snippet(folder).splitlines())) <= 120
+    given = "- It makes no image from noise alone: it enlarges images of 8×8, clean or with noise of a timestep"
+    assert (given in " ".join(text.split())) == (model_type == "cascade")
+    if model_type in IMAGE_MAKERS:
+        assert max(map(len, snippet(folder).splitlines())) <= 120
     # A field that was not filled in would be left in braces.
     assert "None" not in text.partition("## Sampling")[0] and not re.search(r"\{\w*\}", text)
 
@@ -576,7 +584,13 @@ def snippet(folder: Path) -> str:
     return code
 
 
-@pytest.mark.parametrize("model_type", MODEL_CLASSES)
+def test_a_stage_of_a_cascade_is_exported_without_a_script(exported):
+    folder = exported("cascade", "--ema")
+    assert {file.name for file in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert "sample.py" not in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("model_type", IMAGE_MAKERS)
 def test_the_snippet_of_the_card_calls_the_exported_network(program, exported, monkeypatch, model_type):
     folder = exported(model_type, "--ema")
     monkeypatch.chdir(folder)

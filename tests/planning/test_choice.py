@@ -42,6 +42,7 @@ SPECTRUM = Spectrum.power_law(8)
 LOW, HIGH = SPECTRUM.low.numpy(), SPECTRUM.high.numpy()
 SCHEDULER = DDIMScheduler(prediction_type="v")
 LOG_SNR = SCHEDULER.log_snr.numpy()
+IMAGE_MAKERS = [name for name, kind in MODEL_CLASSES.items() if not kind.coarse_given]
 CELLS = [(0, 0), (2, 1), (2, 4), (6, 5), (8, 8)]
 
 
@@ -287,7 +288,7 @@ def test_a_cascade_waits_at_the_timestep_nearest_to_its_log_snr(text, steps, wai
     assert even.points[steps] == (999, waits) and even.points != path.points and even.nfe == 8
 
 
-@pytest.mark.parametrize("model_type", MODEL_CLASSES)
+@pytest.mark.parametrize("model_type", IMAGE_MAKERS)
 def test_a_path_through_log_snrs_has_a_step_more_than_they_are(model_type):
     expected = [999, *(int(np.argmin(np.abs(LOG_SNR - level))) for level in (-2, 3.5)), 0]
     path = chosen("through:-2,3.5", model_type)
@@ -298,6 +299,13 @@ def test_a_path_through_log_snrs_has_a_step_more_than_they_are(model_type):
     for bad in ((), (np.inf,), (3, 2), (1, 1), (-99,), (99,)):
         with pytest.raises(ValueError, match="lead through"):
             through(bad, LOG_SNR)
+
+
+def test_what_enlarges_images_follows_no_path_from_noise(tmp_path):
+    save_schedule(chosen("lead:1"), tmp_path / "free.json", LOG_SNR, solver={"name": "ddim"})
+    for text in ("diagonal", "dp_64", "cascade:2", "through:1", f"schedule:{tmp_path}/free.json"):
+        with pytest.raises(ValueError, match="A 'cascade' model enlarges images .* pass it to generate_cascade.py"):
+            chosen(text, "cascade")
 
 
 def test_a_schedule_is_followed_by_whom_it_suits(tmp_path, monkeypatch):
@@ -312,7 +320,7 @@ def test_a_schedule_is_followed_by_whom_it_suits(tmp_path, monkeypatch):
     }
     for name, models in suits.items():
         text = f"schedule:{name}.json"
-        for model_type in MODEL_CLASSES:
+        for model_type in IMAGE_MAKERS:
             if model_type in models:
                 assert why_not(model_type, text) == ""
                 # Its steps are its own.

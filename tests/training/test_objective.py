@@ -367,7 +367,7 @@ def test_a_model_denoises_the_same_whatever_is_called_in_its_place(model_type):
     assert isinstance(own, tuple) and len(own) == model.num_predictions
     assert [each.shape for each in own] == [each.shape for each in xs[: model.num_predictions]]
     assert_same(model.denoise(xs, ts, network=network), own)
-    assert called == [{"baseline": 2, "dual": 4, "shared_t": 3, "single_t": 3, "no_t": 2}[model_type]]
+    assert called == [{"baseline": 2, "dual": 4, "shared_t": 3, "single_t": 3, "no_t": 2, "cascade": 4}[model_type]]
     apart = (t, t + 50)
     if model_type == "shared_t":
         with pytest.raises(ValueError, match="one shared timestep can only follow a diagonal path"):

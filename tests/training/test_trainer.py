@@ -31,6 +31,7 @@ from training.trainer import Trainer
 CPU = torch.device("cpu")
 # Which timesteps each model is shown, of the fine and of the coarse scale.
 CLOCKS = {"baseline": ["64"], "dual": ["64", "32"], "shared_t": ["64"], "single_t": ["64"], "no_t": []}
+CLOCKS["cascade"] = ["64", "32"]
 PREDICTS_COARSE = ("dual", "shared_t")
 
 
@@ -398,7 +399,7 @@ def test_every_model_trains_and_its_checkpoint_loads(stage, tiny, cache, tmp_pat
     ended = stage(module, *tiny(tmp_path), "--cache_dir", cache, "--ema_decay", 0.5, *flags)
     file = checkpoint_file(tmp_path / "checkpoints", model_type, 2)
     assert str(file) in ended.output
-    raw, ema = load_model(file), load_model(file, ema=True)
+    raw, ema = (load_model(file, ema, from_coarse=True) for ema in (False, True))
     assert type(raw.model) is type(ema.model) is MODEL_CLASSES[model_type]
     assert raw.fingerprint != ema.fingerprint
     assert raw.config["dataset"] == "synthetic" and raw.config["resolution"] == 16 and raw.config["limit"] == 12
