@@ -16,11 +16,8 @@ Writes OUTPUT.csv, a row for each level and seed, and OUTPUT.json, the schedule 
 import math
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-
-import numpy as np
 
 sys.path.insert(0, str(FilePath(__file__).resolve().parent.parent))
 
@@ -30,6 +27,7 @@ from cli import CheckpointSettings, DataSettings, HardwareSettings
 from diffusion.solvers import make_solver
 from evaluation.pixel_metrics import SlicedWasserstein
 from evaluation.results_table import write_csv
+from evaluation.search import search
 from paths.families import diagonal, through
 from paths.path import Path
 from paths.schedule_file import save_schedule
@@ -53,25 +51,6 @@ class LevelSettings(StudySettings, CheckpointSettings, DataSettings, HardwareSet
     rounds: int = option(2, "of halving the distance to the neighbours of the best", parse=cli.seed)
     highest: float = option(6.0, "log SNR of the cleanest of them", parse=float)
     batch_size: int = option(100, parse=cli.positive_int)
-
-
-def search(value: Callable[[float], float], low: float, high: float, grid: int, rounds: int) -> dict[float, float]:
-    """Values by place: of `grid` even places from low to high, then of those half-way from the least to its neighbours.
-
-    Of a function with one valley the least that is found is within 2^-(rounds + 1) of a step of the grid, and more
-    exactly where rounds go on. Raises ValueError for fewer than three places.
-    """
-    if grid < 3:
-        raise ValueError(f"--grid {grid} has no place between two others; choose 3 or more.")
-    found = {place: value(place) for place in np.linspace(low, high, grid).tolist()}
-    for _ in range(rounds):
-        places = sorted(found)
-        best = places.index(min(found, key=found.get))
-        for near in (best - 1, best + 1):
-            if 0 <= near < len(places):
-                middle = (places[best] + places[near]) / 2
-                found[middle] = value(middle)
-    return found
 
 
 def path_through(loaded: LoadedModel, level: float) -> Path:
