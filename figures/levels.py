@@ -30,6 +30,7 @@ def _levels_figure(curves: Mapping[str, Mapping[float, float]], title: str, ylab
     if not curves:
         raise ValueError("there is no stage to draw")
     figure = Figure(figsize=(0.8 + 4.2 * len(curves), 3.9), layout="constrained")
+    handles = {}
     for axes, (stage, scores) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         levels = sorted(level for level in scores if math.isfinite(level))
         if not levels:
@@ -45,11 +46,11 @@ def _levels_figure(curves: Mapping[str, Mapping[float, float]], title: str, ylab
         )
         for level, name, line in ((math.inf, "clean", "--"), (-math.inf, "noise", ":")):
             if level in scores:
-                axes.axhline(scores[level], linestyle=line, linewidth=1.2, color="0.45", label=name)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="best")
+                handles[name] = axes.axhline(scores[level], linestyle=line, linewidth=1.2, color="0.45")
         axes.margins(y=0.15)
         axes.set(title=stage, xlabel="log SNR of the given image", ylabel=ylabel)
         axes.grid(True)
+    if handles:
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
     figure.suptitle(title)
     return figure

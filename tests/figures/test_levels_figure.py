@@ -24,7 +24,7 @@ def test_every_stage_has_a_panel_with_its_least_marked():
         8,
     ]
     assert first.lines[1].get_xdata().tolist() == [2] and first.texts[0].get_text() == "2"
-    assert [text.get_text() for text in second.get_legend().get_texts()] == ["clean", "noise"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["clean", "noise"]
     assert set(second.lines[2].get_ydata()) == {4.5} and set(second.lines[3].get_ydata()) == {9.0}
 
 
