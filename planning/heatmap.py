@@ -175,7 +175,11 @@ def compute(
     loaded.require_means("an error map")
     model_type = loaded.config["model_type"]
     if loaded.model.one_clock and loaded.model.num_scales > 1:  # Neither a plane nor one scale.
-        mapped = (name for name, kind in MODEL_CLASSES.items() if not (kind.one_clock and kind.num_scales > 1))
+        mapped = (
+            name
+            for name, kind in MODEL_CLASSES.items()
+            if not (kind.one_clock and kind.num_scales > 1) and not kind.coarse_given
+        )
         raise ValueError(
             f"{settings.checkpoint} is a '{model_type}' model, but an error map needs one scale, or two that may be "
             f"at any two timesteps; pass a checkpoint of one of {', '.join(mapped)}."
