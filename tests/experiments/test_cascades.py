@@ -64,7 +64,7 @@ def test_every_way_takes_the_calls_that_it_says(stage, models, tmp_path):
     assert "| overcomplete | CDM chain | 1 | 80 |" in said and f"held out: {real:.2f}" in said
     assert all((tmp_path / f"found/scores.{kind}").exists() for kind in ("md", "png"))
     # What is there is kept, and another representation is added.
-    stage(cascades, *words, *flags(models, output, "residual"))
+    stage(cascades, "compare", "--nfe", 3, "--seeds", 1, "--s_0", 1, *flags(models, output, "residual"))
     assert rows_of(output)[:20] == rows and {row["name"] for row in rows_of(output)[20:]} == {"residual"}
 
 
