@@ -134,7 +134,7 @@ def main() -> None:
                     "products at the peak / it": products * settings.num_steps / peak / spent,
                 }
             rows.append(row)
-    rows = [dict.fromkeys(itertools.chain(*rows), "") | row for row in rows]
+    rows = [dict.fromkeys(itertools.chain(*rows), "-") | row for row in rows]
     text = "\n\n".join(
         [
             f"# Local score machines, {count:,} images of {channels} x {height} x {width}, {settings.num_steps} steps, "

@@ -76,10 +76,10 @@ class LocalDenoiser(ExactDenoiser):
     """A local score machine of `images` `[N, C, H, W]`, of one scale, whose prediction is that of the scheduler.
 
     machine: of MACHINES. window: the side P of the window in pixels, odd, for every noise level, or what gives it for a
-    log SNR, such as a `WindowTable`. borders: of BORDERS. memory_mib: about what all intermediate arrays may take
-    beside images, batch and result; None for MEMORY_MIB of the device. They are computed with in the dtype of the
-    images: all candidates of all images, whatever the memory, and every row of a batch by itself, so that a row does
-    not depend on the others. No gradients pass.
+    log SNR (of pure noise -inf), such as a `WindowTable`. borders: of BORDERS. memory_mib: about what all intermediate
+    arrays may take beside images, batch and result, but at least what one image needs; None for MEMORY_MIB of the
+    device. All candidates of all images count, in the dtype of the images. Every row of a batch is computed by itself,
+    so that it does not depend on the others. No gradients pass.
 
     Work for each row: LS O(N C H W); ELS and bbELS O(N (HW)²) of shifted images, or O(N C P² (HW)²) in matrix products,
     whichever is faster where both are accurate. Raises ValueError for unknown names, images of another shape, bbELS
@@ -110,7 +110,7 @@ class LocalDenoiser(ExactDenoiser):
         if memory_mib is not None and not memory_mib > 0:
             raise ValueError(f"memory_mib is {memory_mib} but must be above 0.")
         self.machine, self.borders, self.memory_mib = machine, borders, memory_mib
-        self.window = window if callable(window) else lambda log_snr: window
+        self.window = window
         self.register_buffer("images", images.clone())
         self.largest = images.abs().max().item() ** 2
         if not callable(window):
@@ -118,7 +118,7 @@ class LocalDenoiser(ExactDenoiser):
 
     def window_at(self, log_snr: float) -> int:
         """The side of the window at a log SNR; raises ValueError unless it is odd and positive."""
-        side = self.window(log_snr)
+        side = self.window(log_snr) if callable(self.window) else self.window
         if side != int(side) or side < 1 or side % 2 == 0:
             raise ValueError(f"The window at log SNR {log_snr:g} is {side}, but its side must be odd and positive.")
         return int(side)
@@ -150,8 +150,7 @@ class LocalDenoiser(ExactDenoiser):
         with full_precision(x.device):
             for side in set(sides):
                 rows = [k for k, other in enumerate(sides) if other == side]
-                walk = _Window(self, side)
-                sums = walk.sums([clean[k] for k in rows], [precisions[k] for k in rows])
+                sums = _Window(self, side).sums([clean[k] for k in rows], [precisions[k] for k in rows])
                 for k, each in zip(rows, sums, strict=True):
                     result[k] = each.mean / each.total
         return result
@@ -166,9 +165,6 @@ class _Piece:
 
     def __len__(self) -> int:
         return self.high - self.low
-
-    def __str__(self) -> str:
-        return f"{self.low}:{self.high}"
 
 
 class _Sums:
