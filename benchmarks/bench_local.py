@@ -6,8 +6,8 @@
 
 Walks every machine with DDIM and takes the time for an image and a step. The plain way is what one writes first: for
 each pixel the differences of its window and all training windows, softmax, mean. It is measured at a few pixels of one
-step and counted for all of them; laying out the windows once is not counted. Both give the same pixels: the largest
-difference is printed.
+step and counted for all of them; laying out the windows once is not counted. Both give the same pixels; the largest
+difference, which is printed, is what the plain sums over so many candidates lose in fp32.
 
 The last column is the time that nothing but the products of all windows takes at the rate of the fastest square matrix
 product in fp32, measured in the same run, as a share of the time taken. Products that are not computed, as shifts of
