@@ -170,7 +170,7 @@ def test_a_learned_variance_is_no_part_of_the_image():
     for more in ([], [torch.full_like(batch.x_64, 7.0)]):
         term = Pixels()
         prediction = torch.cat([batch.noise_64 * 0.5, *more], dim=1)
-        with mock.patch("training.objective.F.mse_loss", lambda *each, reduction: torch.zeros(2, 1)):
+        with mock.patch.object(Denoising, "distance", lambda *each, reduction: torch.zeros(2, 1)):
             objective(scheduler, term).losses(lambda zs, ts, prediction=prediction: (prediction,), batch)
         found.append(term.images.predicted)
     assert torch.equal(*found)
