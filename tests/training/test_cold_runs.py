@@ -189,7 +189,7 @@ def test_images_are_made_of_draws(cold, stage, refused, tmp_path):
         (("--solver", "cold", "--path_type", "kl_diagonal"), ("--path_type kl_diagonal counts in log SNR",)),
         (("--solver", "cold", "--path_type", "through:1"), ("--path_type through:1 counts in log SNR",)),
         (("--solver", "cold", "--spacing", "karras"), ("--spacing karras counts in log SNR",)),
-        (("--solver", "cold", "--spacing", "published"), ("images to start from belong to timestep 999",)),
+        (("--solver", "cold", "--spacing", "published"), ("images to start from belong at timestep 999",)),
         (("--solver", "cold", "--start", "x.png"), ("starts from what degraded images look like",)),
         (("--solver", "cold", "--guidance_scale", 2), ("was trained without classes",)),
     ],
