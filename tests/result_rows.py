@@ -124,6 +124,9 @@ _NEXT_TRAINING = (
     .replace("hidden_dims,", "network,hidden_dims,")
     .replace("resolution,", "resolution,latents,")
 )
+_STUDENTS_TRAINING = _NEXT_TRAINING.replace(
+    "vlb_weight,", "vlb_weight,student,teacher,student_images,teacher_calls,consistency,consistency_solver,"
+).replace("times,", "times,coupling,start_data,")
 _NEXT_VALUES = f"{VALUES},fd,fd_real,class_score,class_score_sd,class_score_real,class_accuracy,class_accuracy_real"
 # By the number of their columns.
 EARLIER_HEADERS = {
@@ -137,8 +140,11 @@ EARLIER_HEADERS = {
         f"{_LATER_KEY},{_LATER},coarse_from,regime,representation,solver,{_TRAINING},{VALUES},seconds,checkpoint,date",
         f"{_LATER_KEY},{_LATER},coarse_from,regime,representation,solver,{_LATER_TRAINING},{VALUES},seconds,checkpoint,"
         "date",
-        f"{_LATER_KEY},dataset,reference,reference_images,floor_images,model_type,epoch,path_type,coarse_from,regime,"
-        f"representation,solver,guidance,{_NEXT_TRAINING},{_NEXT_VALUES},seconds,checkpoint,date",
+        *(
+            f"{_LATER_KEY},dataset,reference,reference_images,floor_images,model_type,epoch,path_type,coarse_from,"
+            f"regime,representation,solver,guidance,{training},{_NEXT_VALUES},seconds,checkpoint,date"
+            for training in (_NEXT_TRAINING, _STUDENTS_TRAINING)
+        ),
     )
 }
 
