@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from diffusion.sampler import IMAGES_PER_SEED, SeededNoise, check_finite, sample_seeds
-from diffusion.step import Solver, check_draws_nothing, check_start
+from diffusion.step import Solver, check_draws_nothing, check_starts_at_last
 from images.representation import Images
 from paths.path import Path
 from runtime.safe_write import remove_temporaries, replacing
@@ -92,11 +92,12 @@ def ends_of(
 ) -> Images:
     """Where the walks from the noise of some seeds end, float32 `[N, C, H, W]`: the image, and the coarse scale if any.
 
-    Raises what `check_unique`, `check_start` and `sample` raise, and ValueError for images that are not finite.
+    Raises what `check_unique`, `check_starts_at_last` and `sample` raise, and ValueError for images that are not
+    finite.
     """
     if solver is not None:
         check_unique(solver)
-    check_start(path, scheduler, "a pair")
+    check_starts_at_last(path, scheduler, "a pair")
     walks = sample_seeds(
         denoise, scheduler, path, seeds, shapes, batch_size, device, end=end, solver=solver, labels=labels
     )

@@ -14,7 +14,7 @@ import torch
 
 from data import coarse, to_float
 from diffusion.sampler import IMAGES_PER_SEED
-from diffusion.step import Solver, check_draws_nothing, check_start
+from diffusion.step import Solver, check_draws_nothing, check_starts_at_last
 from images.representation import Images
 from paths.path import Path
 from scheduler import DDIMScheduler
@@ -64,4 +64,4 @@ def check_walk(path: Path, solver: Solver, scheduler: DDIMScheduler) -> None:
     check_draws_nothing(
         solver, "which a model that starts from images has never seen; choose a solver that draws none."
     )
-    check_start(path, scheduler, "images to start from belong")
+    check_starts_at_last(path, scheduler, "images to start from belong")

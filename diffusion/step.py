@@ -123,7 +123,7 @@ def check_draws_nothing(solver: Solver, why: str) -> None:
         raise ValueError(f"--solver {name} draws noise on the way, {why}")
 
 
-def check_start(path: Path, scheduler: DDIMScheduler, what: str) -> None:
+def check_starts_at_last(path: Path, scheduler: DDIMScheduler, what: str) -> None:
     """Raise ValueError unless all scales of a path start at the last timestep, where `what` belongs."""
     last = scheduler.num_train_timesteps - 1
     if any(t != last for t in path.points[0]):

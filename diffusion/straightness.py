@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from diffusion.sampler import sample_seeds
-from diffusion.step import check_start
+from diffusion.step import check_starts_at_last
 from images.representation import Images
 from paths.path import Path
 from scheduler import DDIMScheduler, Denoiser
@@ -54,13 +54,13 @@ def straightness(
 ) -> Straightness:
     """S along a path from the noise of some seeds, by Euler's steps and without a clamp, which is no part of a flow.
 
-    Raises ValueError for another process than flow, and what `check_start` and `sample` raise.
+    Raises ValueError for another process than flow, and what `check_starts_at_last` and `sample` raise.
     """
     if scheduler.process != "flow":
         raise ValueError(
             f"Straightness is of lines from noise to images, which the process flow has, not {scheduler.process_name}."
         )
-    check_start(path, scheduler, "a line of noise and image")
+    check_starts_at_last(path, scheduler, "a line of noise and image")
     times = np.array(path.points) / (scheduler.num_train_timesteps - 1)  # [N + 1, scales], tau
     shares = (scheduler.representation.fine_share, 1.0)
     found: list[list[torch.Tensor]] = [[] for _ in shapes]
