@@ -140,11 +140,7 @@ class LocalDenoiser(ExactDenoiser):
         """x̂ `[B, C, H, W]` float64, of variance-preserving noisy images like it and their log SNRs `[B]`."""
         if x.shape[1:] != self.images.shape[1:]:
             raise ValueError(f"Noisy images are {list(x.shape[1:])}, those of training {list(self.images.shape[1:])}.")
-        log_snr = log_snr.double().clamp(max=LOG_SNR_RANGE[1])
-        signal = signal_and_noise(log_snr)[0][:, None, None, None]
-        is_noise = log_snr < LOG_SNR_RANGE[0]
-        clean = torch.where(is_noise[:, None, None, None], 0.0, x.double() / signal).to(self.images.dtype)
-        precisions = torch.where(is_noise, 0.0, log_snr.exp()).tolist()
+        clean, precisions = self.in_units_of_images(x, log_snr)
         sides = [self.window_at(each) for each in log_snr.tolist()]
         result = torch.empty_like(x, dtype=torch.float64)
         with full_precision(x.device):
@@ -154,6 +150,14 @@ class LocalDenoiser(ExactDenoiser):
                 for k, each in zip(rows, sums, strict=True):
                     result[k] = each.mean / each.total
         return result
+
+    def in_units_of_images(self, x: torch.Tensor, log_snr: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
+        """u = x / α `[B, C, H, W]` in the dtype of the images, and γ of each row, 0 of pure noise."""
+        log_snr = log_snr.double().clamp(max=LOG_SNR_RANGE[1])
+        signal = signal_and_noise(log_snr)[0][:, None, None, None]
+        is_noise = log_snr < LOG_SNR_RANGE[0]
+        clean = torch.where(is_noise[:, None, None, None], 0.0, x.double() / signal).to(self.images.dtype)
+        return clean, torch.where(is_noise, 0.0, log_snr.exp()).tolist()
 
 
 @dataclasses.dataclass(frozen=True)
