@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,10 +56,16 @@ MODEL_CLASSES = {
     "no_t": NoTimestepModel,
     "cascade": CascadeModel,
 }
-ENLARGES_ONLY = (
-    "{} enlarges images that it is given and makes none from noise alone; pass it to generate_cascade.py or "
-    "generate_sr.py, or another model here."
-)
+# What a model makes images from that does not make them from noise alone.
+START_IMAGES, DEGRADED_IMAGES, COARSE_IMAGES = "start images", "degraded images", "coarse images"
+_NEEDS = {
+    START_IMAGES: "{} was trained to walk from images of '{start_dataset}', not from noise; only "
+    "generate_with_path_30.py --start and eval_fid_batch.py take such a model, so pass another checkpoint here.",
+    DEGRADED_IMAGES: "{} is a model of cold diffusion, which restores degraded images and knows no noise level; only "
+    "restore.py, generate_with_path_30.py and eval_fid_batch.py take such a model, so pass another checkpoint here.",
+    COARSE_IMAGES: "{} enlarges images that it is given and makes none from noise alone; pass it to "
+    "generate_cascade.py or generate_sr.py, or another model here.",
+}
 # What says of noisy images what they are of, and guides or judges the others.
 CLASSIFIERS = {"classifier": NoisyClassifier, "classifier_pair": PairClassifier}
 FILE_STEMS = {name: name for name in (*MODEL_CLASSES, *CLASSIFIERS)} | {"dual": "lift_dual_timestep"}
@@ -288,14 +294,15 @@ def read_resume_file(file: str | os.PathLike) -> tuple[dict[str, Any], Path, lis
     raise last_error
 
 
-def check_noise(file: str | os.PathLike, config: dict[str, Any]) -> None:
-    """Raise ValueError, naming the file, for a config of a model that knows no noise level."""
-    if config.get("objective") == COLD:
-        raise ValueError(
-            f"{file} is a model of cold diffusion, which restores degraded images and knows no noise level; only "
-            "restore.py, generate_with_path_30.py and eval_fid_batch.py take such a model, so pass another checkpoint "
-            "here."
-        )
+def unmet_need(what: object, config: dict[str, Any], given: Collection[str] = ()) -> str:
+    """What a model needs beside noise and what is `given`, as a sentence that names it, or an empty text."""
+    needs = {
+        START_IMAGES: config.get("start_dataset") is not None,
+        DEGRADED_IMAGES: config.get("objective") == COLD,
+        COARSE_IMAGES: getattr(MODEL_CLASSES.get(config.get("model_type")), "coarse_given", False),
+    }
+    unmet = [need for need, has in needs.items() if has and need not in given]
+    return _NEEDS[unmet[0]].format(what, **config) if unmet else ""
 
 
 class LoadedModel(NamedTuple):
@@ -429,9 +436,7 @@ def load_model(
     file: str | os.PathLike,
     ema: bool = False,
     device: torch.device | str = "cpu",
-    from_images: bool = False,  # whether the caller has images for a model that starts from them
-    cold: bool = False,  # whether the caller can do with degradations, without noise levels
-    from_coarse: bool = False,  # whether it has coarse images for a model that enlarges such
+    given: Collection[str] = (),  # what the caller has for models: START_IMAGES, DEGRADED_IMAGES, COARSE_IMAGES
 ) -> LoadedModel:
     """The model a checkpoint describes, frozen, in eval mode on `device`, with raw or EMA weights.
 
@@ -444,15 +449,8 @@ def load_model(
     """
     content = read_checkpoint(file)
     _check_makes_images(file, content["config"])
-    if content["config"].get("start_dataset") is not None and not from_images:
-        raise ValueError(
-            f"{file} was trained to walk from images of '{content['config']['start_dataset']}', not from noise; only "
-            "generate_with_path_30.py --start and eval_fid_batch.py take such a model, so pass another checkpoint here."
-        )
-    if not cold:
-        check_noise(file, content["config"])
-    if not from_coarse and getattr(MODEL_CLASSES.get(content["config"].get("model_type")), "coarse_given", False):
-        raise ValueError(ENLARGES_ONLY.format(file))
+    if problem := unmet_need(file, content["config"], given):
+        raise ValueError(problem)
     model, scheduler, config, fingerprint = _load(file, content, ema, device)
     return LoadedModel(model, scheduler, config, fingerprint, Path(file))
 

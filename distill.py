@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import cli
-from checkpoint import check_noise, describe_model
+from checkpoint import COARSE_IMAGES, START_IMAGES, describe_model, unmet_need
 from planning.presets import preset_of
 from runtime.settings import REQUIRED, option, parse_settings
 from training.cold import COLD_SETTINGS
@@ -104,7 +104,8 @@ class DistillSettings(HalvingSettings, ReflowSettings, TrainingSettings):
 def of_teacher(values: dict[str, Any]) -> dict[str, Any]:
     """The settings that are the teacher's, or the method's, where no flag says otherwise."""
     config = describe_model(values["teacher"])["config"]
-    check_noise(values["teacher"], config)
+    if problem := unmet_need(values["teacher"], config, (START_IMAGES, COARSE_IMAGES)):
+        raise ValueError(problem)
     known = {field.name for field in dataclasses.fields(TrainingSettings)} - set(OWN)
     said = TrainingSettings.absent() | config | {"preset": preset_of(config)}
     found = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items() if key in known}

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import cli
-from checkpoint import LoadedModel, load_model
+from checkpoint import COARSE_IMAGES, LoadedModel, load_model
 from cli import CheckpointSettings
 from diffusion.sampler import SeededNoise, image_seeds, scale_shapes
 from images.sources import is_hub_id
@@ -163,7 +163,7 @@ def main() -> None:
     settings = parse_args()
     folder = Path(settings.output)
     check_output(folder, settings.force)
-    loaded = load_model(settings.checkpoint, settings.ema, from_coarse=True)
+    loaded = load_model(settings.checkpoint, settings.ema, given=(COARSE_IMAGES,))
     loaded.require_pixels("export.py")
     loaded.require_means("export.py")
     process, prediction = loaded.scheduler.process, loaded.scheduler.prediction_type

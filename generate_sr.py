@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import cli
-from checkpoint import load_model
+from checkpoint import COARSE_IMAGES, load_model
 from cli import CheckpointSettings, CompileSettings, DataSettings, HardwareSettings
 from data import coarse, fingerprint_array, save_png, to_float, to_uint8
 from diffusion.sampler import compile_denoiser
@@ -130,7 +130,7 @@ class Upscaler:
 
     def __init__(self, settings: SuperResolutionSettings):
         self.settings, self.device = settings, select_device(settings.device)
-        self.loaded = load_model(settings.checkpoint, settings.ema, self.device, from_coarse=True)
+        self.loaded = load_model(settings.checkpoint, settings.ema, self.device, given=(COARSE_IMAGES,))
         self.loaded.require_pixels("generate_sr.py")
         self.loaded.require_means("generate_sr.py")
         self.loaded.check_solver(settings.make_solver())

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 import cli
-from checkpoint import LoadedModel, load_model
+from checkpoint import DEGRADED_IMAGES, START_IMAGES, LoadedModel, load_model
 from cli import CheckpointSettings, CompileSettings, DataSettings, HardwareSettings
 from data import BACKGROUND, fingerprint_array, load_images, read_png, save_png
 from diffusion.sampler import check_finite, coarse_feed, compile_denoiser, image_seeds, sample_seeds, scale_shapes
@@ -179,7 +179,7 @@ def main() -> None:
     """Generate what is missing, then draw the grid."""
     settings = parse_args()
     device = select_device(settings.device)
-    loaded = load_model(settings.checkpoint, settings.ema, device, from_images=True, cold=True)
+    loaded = load_model(settings.checkpoint, settings.ema, device, given=(START_IMAGES, DEGRADED_IMAGES))
     config, space = loaded.config, loaded.space
     weights = loaded.weights
     conditions = settings.conditions(loaded)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 import cli
-from checkpoint import load_model
+from checkpoint import DEGRADED_IMAGES, load_model
 from cli import CheckpointSettings, DataSettings, HardwareSettings
 from data import fingerprint_array, save_png, to_float, to_uint8
 from diffusion.degradations import parse_degradation
@@ -126,7 +126,7 @@ class Restorer:
 
     def __init__(self, settings: RestorationSettings):
         self.settings, self.device = settings, select_device(settings.device)
-        self.loaded = load_model(settings.checkpoint, settings.ema, self.device, cold=True)
+        self.loaded = load_model(settings.checkpoint, settings.ema, self.device, given=(DEGRADED_IMAGES,))
         if not self.loaded.is_cold:
             raise ValueError(
                 f"{settings.checkpoint} was trained on noise, not on degraded images; pass a checkpoint of a training "

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 import cli
-from checkpoint import LoadedModel, load_model
+from checkpoint import COARSE_IMAGES, LoadedModel, load_model
 from cli import HardwareSettings
 from diffusion.sampler import Denoiser, check_finite, coarse_feed, sample_seeds, scale_shapes
 from diffusion.super_resolution import super_resolution_path, super_resolve
@@ -240,7 +240,7 @@ def open_chain(settings: ChainSettings, device: torch.device) -> Chain:
     that cannot be given an image at a level, and for what their solver and classes refuse.
     """
     models = [load_model(settings.base, settings.ema, device)]
-    models += [load_model(file, settings.ema, device, from_coarse=True) for file in settings.stages]
+    models += [load_model(file, settings.ema, device, given=(COARSE_IMAGES,)) for file in settings.stages]
     for number, loaded in enumerate(models):
         loaded.require_pixels("generate_cascade.py")
         if number:

@@ -22,7 +22,9 @@ from filelock import FileLock, Timeout
 
 import cli
 from checkpoint import (
+    DEGRADED_IMAGES,
     MODEL_CLASSES,
+    START_IMAGES,
     LoadedModel,
     describe_model,
     find_checkpoints,
@@ -414,7 +416,9 @@ class Evaluation:
         """
         settings, which = self.settings, (job.checkpoint, job.weights)
         if self._loaded is None or self._loaded[0] != which:
-            loaded = load_model(job.checkpoint, job.weights == "ema", self.device, from_images=True, cold=True)
+            loaded = load_model(
+                job.checkpoint, job.weights == "ema", self.device, given=(START_IMAGES, DEGRADED_IMAGES)
+            )
             loaded.check_solver(settings.make_solver())
             if settings.make_solver().reads_variance:
                 loaded.check_variance()

@@ -7,7 +7,7 @@ from pathlib import Path as FilePath
 from typing import Any, ClassVar
 
 import cli
-from checkpoint import ENLARGES_ONLY, MODEL_CLASSES, LoadedModel
+from checkpoint import MODEL_CLASSES, LoadedModel, unmet_need
 from diffusion.adaptive import MOST_CALLS, TOLERANCE
 from diffusion.sampler import COARSE_FEEDS, ENDS, coarse_feed
 from diffusion.solvers import COLD_SOLVERS, LANGEVIN_ROUNDS, SOLVERS, VARIANCES, make_solver
@@ -240,8 +240,8 @@ def why_not(model_type: str, path_type: str) -> str:
     Raises what `parse_path_type` and, for a schedule, `load_schedule` raise.
     """
     kind, model = parse_path_type(path_type), MODEL_CLASSES[model_type]
-    if model.coarse_given:
-        return ENLARGES_ONLY.format(f"A '{model_type}' model")
+    if problem := unmet_need(f"A '{model_type}' model", {"model_type": model_type}):
+        return problem
     if kind.name == "schedule":
         path = load_schedule(kind.parameters[0])
         two_clocks = any(len(set(point)) > 1 for point in path.points)

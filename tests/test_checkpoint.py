@@ -8,6 +8,7 @@ import torch
 
 import checkpoint
 from checkpoint import (
+    COARSE_IMAGES,
     FORMAT_VERSION,
     MODEL_CLASSES,
     build_model,
@@ -65,7 +66,7 @@ def assert_only(file):
 def test_a_model_comes_back_as_it_was(tmp_path, model_type, ema):
     file, saved = tmp_path / "model.pth", content(model_type)
     save_checkpoint(file, saved)
-    loaded = load_model(file, ema=ema, from_coarse=True)
+    loaded = load_model(file, ema=ema, given=(COARSE_IMAGES,))
     assert type(loaded.model) is MODEL_CLASSES[model_type]
     state = saved["ema_state" if ema else "model_state"]
     assert loaded.model.state_dict().keys() == state.keys()

@@ -11,7 +11,7 @@ import generate_cascade
 import generate_sr
 import generate_with_path_30
 from chain_models import Models
-from checkpoint import load_model
+from checkpoint import COARSE_IMAGES, load_model
 from conftest import HARDWARE
 from data import read_png, to_uint8
 from diffusion.sampler import SeededNoise, sample
@@ -53,7 +53,7 @@ def test_a_chain_of_two_stages_is_three_walks_from_noises_of_one_seed(stage, wri
     walk = base.model.denoise, base.scheduler, diagonal(2, num_scales=1), [noise_of(seed, (3, 16, 16))]
     image = sample(*walk).images[0]
     for number, (file, steps, level) in enumerate(zip(files, (2, 3), (1.0, math.inf), strict=True), 1):
-        loaded = load_model(file, from_coarse=True)
+        loaded = load_model(file, given=(COARSE_IMAGES,))
         t = timestep_of_level(level, loaded.scheduler.log_snr.numpy())
         path = super_resolution_path(diagonal(steps, num_scales=1), t)
         side = 16 * 2**number

@@ -9,7 +9,7 @@ import torch
 
 import restore
 import train_baseline
-from checkpoint import load_model
+from checkpoint import DEGRADED_IMAGES, load_model
 from data import load_images, read_png, save_png, split_holdout, to_float, to_uint8
 from diffusion.degradations import make_degradation
 from diffusion.super_resolution import image_quality
@@ -63,7 +63,7 @@ def test_held_out_images_are_measured(cold, stage, refused, tmp_path):
     assert {row["num_images"] for row in rows.values()} == {"2"} and {row["of"] for row in rows.values()} == {"holdout"}
     assert (tmp_path / "out/restoration.png").exists() and (tmp_path / "out/settings.json").exists()
     # By hand: the first walk of the stage is one call, at the timestep of the severity.
-    loaded = load_model(cold.checkpoint, cold=True)
+    loaded = load_model(cold.checkpoint, given=(DEGRADED_IMAGES,))
     for severity, t in ((0.4, 400), (1.0, 999)):
         given = cold.blurred(severity)
         seen = loaded.model.denoise((to_float(given),), (torch.full((2,), t),))[0]

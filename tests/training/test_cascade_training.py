@@ -13,7 +13,7 @@ import eval_fid_batch
 import generate_with_path_30
 import interpolate
 import train_lift
-from checkpoint import load_model
+from checkpoint import COARSE_IMAGES, load_model
 from conftest import HARDWARE
 from data import coarse
 from model import CascadeModel
@@ -119,7 +119,7 @@ def test_a_run_draws_what_it_makes_of_given_images(trained):
         assert {png.name for png in log.glob("*.png")} == {"samples_2ep_fine.png"}
         with Image.open(log / "samples_2ep_fine.png") as grid:
             assert len(np.unique(np.asarray(grid))) > 20
-    loaded = load_model(trained["residual"], from_coarse=True)
+    loaded = load_model(trained["residual"], given=(COARSE_IMAGES,))
     assert loaded.config["t_pairs"] == "independent" and loaded.learned_variance
     assert loaded.scheduler.representation.name == "residual" and loaded.model.num_classes > 1
 

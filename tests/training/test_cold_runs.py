@@ -20,7 +20,7 @@ import interpolate
 import train_baseline
 import train_classifier
 import train_lift
-from checkpoint import build_scheduler, load_model, read_checkpoint
+from checkpoint import DEGRADED_IMAGES, build_scheduler, load_model, read_checkpoint
 from conftest import assert_same
 from data import coarse, read_png
 from diffusion.cold import ColdScheduler
@@ -140,7 +140,7 @@ def test_the_loss_falls(cold):
 
 
 def test_checkpoints_say_how_images_were_degraded(cold):
-    loaded = load_model(cold.checkpoint, cold=True)
+    loaded = load_model(cold.checkpoint, given=(DEGRADED_IMAGES,))
     assert loaded.is_cold and str(loaded.scheduler.degradation) == "blur:3"
     config = loaded.config | {"severity_schedule": "cosine", "input_noise": 0.1, "degradation": "grey"}
     other = build_scheduler(config)

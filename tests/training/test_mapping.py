@@ -16,7 +16,7 @@ import evaluate_likelihood
 import export
 import generate_with_path_30
 import train_baseline
-from checkpoint import load_model, read_checkpoint
+from checkpoint import START_IMAGES, load_model, read_checkpoint
 from conftest import assert_same
 from data import ImageSet, TwoScaleBatches, coarse, read_png, to_float
 from diffusion.sampler import image_seeds, sample_seeds
@@ -307,7 +307,7 @@ def test_scores_start_from_images_held_out(mapped, stage, refused):
     refused(eval_fid_batch, *words, says=says)
     stage(eval_fid_batch, *words, "--num_images", 2)
     [row] = read_rows(table)
-    loaded = load_model(mapped.checkpoint, from_images=True)
+    loaded = load_model(mapped.checkpoint, given=(START_IMAGES,))
     assert row["dataset"] == "synthetic" and row["start_data"] == describe_training(loaded, None)["start_data"]
     assert row["start_data"] == f"cats ({loaded.config['start_fingerprint']})"
 

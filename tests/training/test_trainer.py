@@ -15,7 +15,7 @@ from torch import nn
 
 import train_baseline
 import train_lift
-from checkpoint import MODEL_CLASSES, build_model, checkpoint_file, load_model, read_checkpoint
+from checkpoint import COARSE_IMAGES, MODEL_CLASSES, build_model, checkpoint_file, load_model, read_checkpoint
 from conftest import LAST, LOG, RUN, assert_same, assert_same_run, list_files, read_log, run_stage
 from data import ImageSet, coarse, load_images, to_float
 from images.synthetic import synthetic_images
@@ -399,7 +399,7 @@ def test_every_model_trains_and_its_checkpoint_loads(stage, tiny, cache, tmp_pat
     ended = stage(module, *tiny(tmp_path), "--cache_dir", cache, "--ema_decay", 0.5, *flags)
     file = checkpoint_file(tmp_path / "checkpoints", model_type, 2)
     assert str(file) in ended.output
-    raw, ema = (load_model(file, ema, from_coarse=True) for ema in (False, True))
+    raw, ema = (load_model(file, ema, given=(COARSE_IMAGES,)) for ema in (False, True))
     assert type(raw.model) is type(ema.model) is MODEL_CLASSES[model_type]
     assert raw.fingerprint != ema.fingerprint
     assert raw.config["dataset"] == "synthetic" and raw.config["resolution"] == 16 and raw.config["limit"] == 12
