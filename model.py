@@ -37,6 +37,7 @@ from networks.blocks import (
 from networks.ddpm_unet import DdpmUNet
 from networks.dit import DiT
 from networks.pretrained import PretrainedMixin
+from networks.resnet import ResNet
 
 ATTENTION_MIN_CHANNELS = 128
 DEFAULT_HIDDEN_DIMS = (64, 128, 256, 512)
@@ -122,9 +123,10 @@ class UNet(Backbone):
         return self._encode(x, embedding)
 
 
-BACKBONES: tuple[type[Backbone], ...] = (UNet, DdpmUNet, DiT)
+BACKBONES: tuple[type[Backbone], ...] = (UNet, DdpmUNet, DiT, ResNet)
 NETWORK_NAMES = (
-    "unet, ddpm_unet, ddpm_unet_plain, DiT-S/2, DiT-B/4, DiT-L/2, DiT-XL/2 (any patch behind the stroke), DiT/4"
+    "unet, ddpm_unet, ddpm_unet_plain, DiT-S/2, DiT-B/4, DiT-L/2, DiT-XL/2 (any patch behind the stroke), DiT/4, "
+    "resnet, resnet_circular"
 )
 
 
@@ -333,7 +335,7 @@ class _TwoScaleModel(ScaleModel):
         embeddings = self._embeddings(clocks)
         if self.unet.reads_scales:
             return (x_64, x_32), tuple(self.with_class(t, labels) for t in embeddings)
-        x_up = F.interpolate(x_32, size=x_64.shape[-2:], mode="bilinear", align_corners=False)
+        x_up = self.unet.enlarge(x_32, x_64.shape[-2:])
         t = embeddings if embeddings is None else self.with_class(embeddings, labels)  # [B, T]
         return torch.cat([x_64, x_up], dim=1), t
 

@@ -45,16 +45,24 @@ class TimestepEmbedder(nn.Module):
 class ResidualBlock(nn.Module):
     """GroupNorm-SiLU-conv, plus the projected time embedding, GroupNorm-SiLU-conv, plus a shortcut.
 
-    `embedding_dim=None` leaves the time projection out. `[B, in, H, W]` -> `[B, out, H, W]`.
+    `embedding_dim=None` leaves the time projection out, `normalised=False` the norms. `padding` is that of the
+    convolutions, of PyTorch's padding modes. `[B, in, H, W]` -> `[B, out, H, W]`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int | None):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding_dim: int | None,
+        normalised: bool = True,
+        padding: str = "zeros",
+    ):
         super().__init__()
-        self.norm1 = nn.GroupNorm(NUM_GROUPS, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm1 = nn.GroupNorm(NUM_GROUPS, in_channels) if normalised else nn.Identity()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode=padding)
         self.time = nn.Linear(embedding_dim, out_channels) if embedding_dim is not None else None
-        self.norm2 = nn.GroupNorm(NUM_GROUPS, out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(NUM_GROUPS, out_channels) if normalised else nn.Identity()
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, padding_mode=padding)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: torch.Tensor, t: torch.Tensor | None) -> torch.Tensor:
@@ -165,6 +173,10 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"Image size {x.shape[-2]}x{x.shape[-1]} must be a multiple of {self.stride} {self.stride_reason}"
             )
+
+    def enlarge(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """A coarse image `[B, C, H/2, W/2]` at the size (H, W) of the fine one, which it is joined to."""
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
     def features(self, x: Any, embedding: Any) -> list[torch.Tensor]:
         """What it makes of an input on the way, from the input on; nothing is computed that these do not need."""

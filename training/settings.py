@@ -133,7 +133,7 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
         None,
         "backbone: unet, that of the published code; ddpm_unet, a smaller one with attention; ddpm_unet_plain, that "
         "without attention; DiT-S/P, DiT-B/P, DiT-L/P and DiT-XL/P, diffusion transformers of patches of PxP pixels; "
-        "DiT/P, one of --hidden_dims (that of the preset)",
+        "DiT/P, one of --hidden_dims; resnet and resnet_circular, of one resolution (that of the preset)",
         parse=cli.checked(network_name),
         metavar="NAME",
         recorded=True,
@@ -141,7 +141,7 @@ class TrainingSettings(RunSettings, ExecutionSettings, TrainingDataSettings):
     )
     hidden_dims: tuple[int, ...] = option(
         DEFAULT_HIDDEN_DIMS,
-        "channels per level; of DiT/P the width of every block, such as 128,128,128,128",
+        "channels per level; of DiT/P and resnet the width of every block, such as 128,128,128,128",
         parse=cli.hidden_dims,
         recorded=True,
     )

@@ -16,8 +16,13 @@ from planning.map_file import load_heatmap
 from training.settings import TrainingSettings
 
 STAGES = {train_baseline: "baseline", train_lift: "lift_dual_timestep"}
-NETWORKS = {"ddpm_unet": (), "DiT/4": ("--hidden_dims", "32,32")}
-KIND = {"ddpm_unet": "UNet (ddpm_unet)", "DiT/4": "diffusion transformer (DiT/4)"}
+NETWORKS = {"ddpm_unet": (), "DiT/4": ("--hidden_dims", "32,32"), "resnet": (), "resnet_circular": ()}
+KIND = {
+    "ddpm_unet": "UNet (ddpm_unet)",
+    "DiT/4": "diffusion transformer (DiT/4)",
+    "resnet": "ResNet (resnet)",
+    "resnet_circular": "ResNet (resnet_circular)",
+}
 pytestmark = pytest.mark.parametrize("network", NETWORKS)
 
 
@@ -36,7 +41,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(stage, refused, 
     stage(module, *flags("whole"), "--epochs", 4)
     stage(module, *flags(), "--epochs", 2)
     folder = tmp_path / "run/checkpoints"
-    other = {"ddpm_unet": "unet", "DiT/4": "DiT/2"}[network]
+    other = {"ddpm_unet": "unet", "DiT/4": "DiT/2", "resnet": "resnet_circular"}.get(network, "resnet")
     says = (f"network = {network}, not {other}",)
     refused(module, *flags(), "--network", other, "--epochs", 4, "--resume", says=says)
     stage(module, *flags(), "--network", network.upper(), "--epochs", 4, "--resume", "--recompute")
@@ -81,7 +86,7 @@ def test_a_dual_model_is_mapped_sampled_and_exported(stage, flags, tmp_path, net
 def test_settings_say_what_is_built(network, refused, tiny, cache, tmp_path):
     settings = TrainingSettings(model_type="dual", network=network.lower(), hidden_dims=(32, 32))
     assert settings.recorded()["network"] == network and settings.recorded()["hidden_dims"] == [32, 32]
-    if network == "ddpm_unet":
+    if network != "DiT/4":
         assert TrainingSettings(model_type="no_t", network=network).hidden_dims == (64, 128, 256, 512)
         return
     sized = TrainingSettings(model_type="baseline", network="dit-s/4")
@@ -92,7 +97,7 @@ def test_settings_say_what_is_built(network, refused, tiny, cache, tmp_path):
         (["--network", "DiT-S/4"], 2, ("DiT-S/4 has 12 blocks of width 384; leave hidden_dims out",)),
         (["--network", "DiT/4"], 2, ("hidden_dims (8, 16) must be the width of every block of a DiT",)),
         (["--network", "DiT/4", "--model", "no_t", "--hidden_dims", "8"], 2, ("through timesteps alone", "ddpm_unet")),
-        (["--network", "resnet"], 2, ("Unknown network 'resnet'; choose one of unet, ddpm_unet, ddpm_unet_plain, D",)),
+        (["--network", "vit"], 2, ("Unknown network 'vit'; choose one of unet, ddpm_unet, ddpm_unet_plain, D",)),
         (["--network", "DiT/3", "--hidden_dims", "8"], 1, (
             "--resolution 16 must be a multiple of 6 for the 3x3 patches of two scales; use a smaller patch, such as",
         )),
