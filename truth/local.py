@@ -98,17 +98,11 @@ class LocalDenoiser(ExactDenoiser):
         memory_mib: float | None = None,
     ):
         super().__init__(scheduler)
-        for kind, name, names in (("local score machine", machine, MACHINES), ("borders", borders, BORDERS)):
-            if name not in names:
-                raise ValueError(f"Unknown {kind} '{name}'; choose one of {', '.join(names)}.")
-        if machine == "bbels" and borders == "circular":
-            raise ValueError("Circular borders cut no window, so that bbels would be els; choose els, or zeros.")
+        check_machine(machine, borders, memory_mib)
         if images.ndim != 4 or not images.is_floating_point() or 0 in images.shape:
             raise ValueError(f"Images must be float [N, C, H, W]; got {images.dtype} {list(images.shape)}.")
         if scheduler.representation is not OVERCOMPLETE:
             raise ValueError("A local score machine has one scale; its scheduler must be overcomplete.")
-        if memory_mib is not None and not memory_mib > 0:
-            raise ValueError(f"memory_mib is {memory_mib} but must be above 0.")
         self.machine, self.borders, self.memory_mib = machine, borders, memory_mib
         self.window = window
         self.register_buffer("images", images.clone())
@@ -118,11 +112,9 @@ class LocalDenoiser(ExactDenoiser):
 
     def window_at(self, log_snr: float) -> int:
         """The side of the window at a log SNR; raises ValueError unless it is odd and positive."""
-        side = self.window(log_snr) if callable(self.window) else self.window
-        if side != int(side) or side < 1 or side % 2 == 0:
-            raise ValueError(f"The window at log SNR {log_snr:g} is {side}, but its side must be odd and positive.")
-        return int(side)
+        return window_side(self.window, log_snr)
 
+    @torch.no_grad()
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The prediction `[B, C, H, W]` at noisy images x like it and timesteps t, int64 or float64 `[B]`."""
         place = self._at(t)
@@ -146,7 +138,9 @@ class LocalDenoiser(ExactDenoiser):
         with full_precision(x.device):
             for side in set(sides):
                 rows = [k for k, other in enumerate(sides) if other == side]
-                sums = _Window(self, side).sums([clean[k] for k in rows], [precisions[k] for k in rows])
+                candidates = self.images, self.images, self.largest
+                window = Window(*candidates, self.machine, side, self.borders, self.memory_mib)
+                sums = window.sums([clean[k] for k in rows], [precisions[k] for k in rows])
                 for k, each in zip(rows, sums, strict=True):
                     result[k] = each.mean / each.total
         return result
@@ -158,6 +152,26 @@ class LocalDenoiser(ExactDenoiser):
         is_noise = log_snr < LOG_SNR_RANGE[0]
         clean = torch.where(is_noise[:, None, None, None], 0.0, x.double() / signal).to(self.images.dtype)
         return clean, torch.where(is_noise, 0.0, log_snr.exp()).tolist()
+
+
+def check_machine(machine: str, borders: str, memory_mib: float | None) -> None:
+    """Raise ValueError unless there is such a machine with such borders, and any memory is positive."""
+    for kind, name, names in (("local score machine", machine, MACHINES), ("borders", borders, BORDERS)):
+        if name not in names:
+            raise ValueError(f"Unknown {kind} '{name}'; choose one of {', '.join(names)}.")
+    if machine == "bbels" and borders == "circular":
+        raise ValueError("Circular borders cut no window, so that bbels would be els; choose els, or zeros.")
+    if memory_mib is not None and not memory_mib > 0:
+        raise ValueError(f"memory_mib is {memory_mib} but must be above 0.")
+
+
+def window_side(window: int | Callable[..., int], *log_snrs: float) -> int:
+    """The side of a window, or what gives it for a log SNR per scale; raises ValueError unless odd and positive."""
+    side = window(*log_snrs) if callable(window) else window
+    if side != int(side) or side < 1 or side % 2 == 0:
+        level = ", ".join(f"{log_snr:g}" for log_snr in log_snrs)
+        raise ValueError(f"The window at log SNR {level} is {side}, but its side must be odd and positive.")
+    return int(side)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,13 +188,13 @@ class _Piece:
 class _Sums:
     """The streamed log-sum-exp of one noisy image: the largest logit so far, and sums relative to it."""
 
-    def __init__(self, image: torch.Tensor, precision: float, collapsed: tuple[bool, bool]):
+    def __init__(self, image: torch.Tensor, precision: float, channels: int, collapsed: tuple[bool, bool]):
         self.image, self.precision = image, precision  # [C, H, W], γ
         # Along an axis on which all windows are one, places have their weights in common.
         shape = [1 if one else size for one, size in zip(collapsed, image.shape[1:], strict=True)]
         self.top = image.new_full(shape, -math.inf)
         self.total = image.new_zeros(shape, dtype=torch.float64)
-        self.mean = torch.zeros_like(image, dtype=torch.float64)
+        self.mean = image.new_zeros(channels, *image.shape[1:], dtype=torch.float64)  # Of the values.
 
     def weights(self, place: tuple[slice, slice], logits: torch.Tensor) -> torch.Tensor:
         """Weights `[h, w, n]` of the logits of a block, written over them; sums at the place are brought to theirs."""
@@ -196,21 +210,35 @@ class _Sums:
         self.mean[:, place[0], place[1]] += mean
 
 
-class _Window:
-    """A machine at one side of the window."""
+class Window:
+    """A machine at one side of the window: what all its candidates add up to.
 
-    def __init__(self, denoiser: LocalDenoiser, side: int):
-        self.images, self.largest = denoiser.images, denoiser.largest
-        self.circular = denoiser.borders == "circular"
+    images `[N, C, H, W]`: what noisy ones are compared with. values `[N, C', H, W]`: what candidates stand for, of
+    which the mean is taken; often the images. largest: the square of the largest number in the images. The rest is as
+    of `LocalDenoiser`.
+    """
+
+    def __init__(
+        self,
+        images: torch.Tensor,
+        values: torch.Tensor,
+        largest: float,
+        machine: str,
+        side: int,
+        borders: str,
+        memory_mib: float | None,
+    ):
+        self.images, self.values, self.largest = images, values, largest
+        self.circular = borders == "circular"
         self.side, self.reach = side, side // 2
         self.shape = self.images.shape[2:]
-        memory = denoiser.memory_mib or MEMORY_MIB.get(self.images.device.type, MEMORY_MIB["cuda"])
+        memory = memory_mib or MEMORY_MIB.get(self.images.device.type, MEMORY_MIB["cuda"])
         self.numbers = memory * 2**20 / self.images.element_size()  # That intermediate arrays may hold.
         # Whether every window is the whole of the torus, by axis.
         self.whole = tuple(self.circular and side >= size for size in self.shape)
         self.members = [self._members(size) for size in self.shape]
-        self.pieces = [self._pieces(denoiser.machine, size) for size in self.shape]
-        self.zeros_count = denoiser.machine == "els" and not self.circular
+        self.pieces = [self._pieces(machine, size) for size in self.shape]
+        self.zeros_count = machine == "els" and not self.circular
 
     def _members(self, size: int) -> torch.Tensor:
         # [places, places], whether the second is in the window of the first; one row where that is the same for all.
@@ -231,8 +259,9 @@ class _Window:
         return [piece for piece in pieces if len(piece)]
 
     def sums(self, images: Sequence[torch.Tensor], precisions: Sequence[float]) -> list[_Sums]:
-        """What all candidates add up to, for each of some images."""
-        sums = [_Sums(image, precision, self.whole) for image, precision in zip(images, precisions, strict=True)]
+        """The total of the weights and their mean times it, each for one of the noisy images `[C, H, W]`, u of γ."""
+        channels = self.values.shape[1]
+        sums = [_Sums(*each, channels, self.whole) for each in zip(images, precisions, strict=True)]
         for part in itertools.product(*self.pieces):
             by_products = [each for each in sums if self._products_serve(part, each.precision)]
             self._add_products(part, by_products)
@@ -251,17 +280,21 @@ class _Window:
         # All pairs of a place and a candidate at one offset are one difference of images, summed over windows.
         if not sums:
             return
-        channels = self.images.shape[1]
+        channels, num_values = self.images.shape[1], self.values.shape[1]
         margins = [self._margin(piece) for piece in part]
         area = math.prod(size + sum(margin) for size, margin in zip(self.shape, margins, strict=True))
-        count = max(1, int(self.numbers / (channels * area + (2 * channels + 4) * math.prod(self.shape))))
-        for chunk in self.images.split(count):
+        continued_channels = channels if self.values is self.images else channels + num_values
+        numbers = continued_channels * area + (channels + num_values + 4) * math.prod(self.shape)
+        for chunk, chunk_values in self._chunks(int(self.numbers / numbers)):
             continued = self._continued(chunk, margins).permute(1, 2, 3, 0).contiguous()  # [C, H', W', n]
+            all_values = continued
+            if chunk_values is not chunk:
+                all_values = self._continued(chunk_values, margins).permute(1, 2, 3, 0).contiguous()  # [C', H', W', n]
             for (i, rows), (j, columns) in itertools.product(*map(self._offsets, part)):
                 i, j = i + margins[0][0], j + margins[1][0]
                 y, x = self._reached(rows, 0), self._reached(columns, 1)
                 candidates = continued[:, y.start + i : y.stop + i, x.start + j : x.stop + j]
-                values = continued[:, rows.start + i : rows.stop + i, columns.start + j : columns.stop + j]
+                values = all_values[:, rows.start + i : rows.stop + i, columns.start + j : columns.stop + j]
                 across, along = self.members[0][rows, y], self.members[1][columns, x]
                 for each in sums:
                     squares = (candidates - each.image[:, y, x, None]).square_()
@@ -270,6 +303,12 @@ class _Window:
                     logits = torch.matmul(-each.precision / 2 * along, squares)  # [h, w, n]
                     weights = each.weights((rows, columns), logits)
                     each.add((rows, columns), weights.sum(2), (weights * values).sum(3))
+
+    def _chunks(self, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        # Images and their values, at most that many at once, but at least one.
+        images = self.images.split(max(1, count))
+        values = images if self.values is self.images else self.values.split(max(1, count))
+        return zip(images, values, strict=True)
 
     def _margin(self, piece: _Piece) -> tuple[int, int]:
         # How far images are continued before and behind, so that a shift of them is a slice.
@@ -309,17 +348,17 @@ class _Window:
         numbers = self.numbers / 2
         count = max(1, int(min(numbers / (3 * queries[0].shape[2] * places), numbers / (width * places))))
         block = max(1, int(numbers / (count * width * places)))  # Rows of places at once.
-        for chunk in self.images.split(count):
+        for chunk, values in self._chunks(count):
             keys = self._keys(self._continued(chunk.transpose(0, 1), margins))  # [K, candidates]
-            values = chunk[:, :, rows.low : rows.high, columns.low : columns.high].transpose(0, 1).flatten(1)
-            values = F.pad(values, (0, 0, 0, 1), value=1.0)  # [C + 1, candidates]
+            values = values[:, :, rows.low : rows.high, columns.low : columns.high].transpose(0, 1).flatten(1)
+            values = F.pad(values, (0, 0, 0, 1), value=1.0)  # [C' + 1, candidates]
             for each, query in zip(sums, queries, strict=True):
                 for start in range(0, height, block):
                     some = query[start : start + block]  # [h, W, K]
                     place = slice(rows.low + start, rows.low + start + len(some)), slice(columns.low, columns.high)
                     logits = (some.flatten(0, 1) @ keys).unflatten(0, some.shape[:2])  # [h, W, candidates]
                     weights = each.weights(place, logits)
-                    found = (values @ weights.flatten(0, 1).T).unflatten(1, some.shape[:2])  # [C + 1, h, W]
+                    found = (values @ weights.flatten(0, 1).T).unflatten(1, some.shape[:2])  # [C' + 1, h, W]
                     each.add(place, found[-1], found[:-1])
 
     def _queries(self, image: torch.Tensor, margins: list[tuple[int, int]]) -> torch.Tensor:
