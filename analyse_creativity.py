@@ -14,17 +14,24 @@ other seeds. Then network and machines walk from the same noise, by the same sol
     els     equivariant and local: what they have anywhere
     bbels   what they have anywhere at the same distance from the border, as far as the window reaches it
 
+Of a model of both scales machines see windows of both images, and windows count blocks of 2x2 pixels.
+
+Beside the windows stands how far the network looks by its gradients: the window that holds --share of the squared
+gradient of the clean pixels that it predicts.
+
 Pearson's r of each pair of images and r² are given as medians with intervals of 95 %; beside them r of images of
 different seeds, which is what all images of a set have in common.
 
 All training images count, so that a step takes seconds for each image and 1,000 training images at 32x32. Writes into
 --output: walks.npz, the images, after each batch, from which a stopped run goes on; windows.json, the calibration;
-likeness.csv, a row for each image; summary.csv; and pairs.png and windows.png.
+likeness.csv, a row for each image; summary.csv; receptive_field.csv; and the figures pairs.png, windows.png and
+receptive_field.png.
 """
 
 import runtime.startup  # noqa: F401
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,26 +46,31 @@ from cli import CheckpointSettings, DataSettings, HardwareSettings
 from data import fingerprint_array, to_float, to_uint8
 from diffusion.sampler import Images, SeededNoise, check_finite, image_seeds, sample, sample_seeds, scale_shapes
 from evaluation.likeness import correlation, median_of
+from evaluation.receptive_field import ReceptiveField, measure_receptive_fields, share_by_scale
 from evaluation.table_file import write_rows
 from figures.images import plot_samples
 from figures.style import WEIGHTS_TITLES
-from figures.windows import plot_windows
-from image_folder import claim, write_settings
+from figures.windows import plot_window_shares, plot_windows
+from image_folder import claim, evenly, write_settings
 from planning.choice import OnePathSettings, WalkSettings, path_of_settings
 from runtime.device import autocast, resolve_precision, select_device
 from runtime.progress import Progress
 from runtime.reports import markdown_table
 from runtime.safe_write import replacing, short_name
 from runtime.settings import option, parse_settings
+from truth.ideal import EmpiricalDenoiser
 from truth.local import BORDERS, MACHINES, LocalDenoiser, WindowTable
-from truth.local_windows import Calibration, LocalPixels, calibrate
+from truth.local_pair import LocalPairDenoiser
+from truth.local_windows import Calibration, LocalPairPixels, LocalPixels, State, calibrate
+from truth.posterior_mean import PosteriorMean
 
 IDEAL, NETWORK = "ideal", "network"
 WINDOWS = (3, 5, 7, 9, 11, 15, 21, 31)
 WALKS_FILE, WINDOWS_FILE = "walks.npz", "windows.json"
-TABLES = ("likeness.csv", "summary.csv")
-FIGURES = ("pairs.png", "windows.png")
-SHOWN_PAIRS = 12
+TABLES = ("likeness.csv", "summary.csv", "receptive_field.csv")
+FIGURES = ("pairs.png", "windows.png", "receptive_field.png")
+SHOWN_PAIRS, SHOWN_LEVELS = 12, 6
+FIELD_PIXELS = 4  # Of each image, whose gradients are taken.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +89,7 @@ class CreativitySettings(CheckpointSettings, OnePathSettings, WalkSettings, Data
     seed: int = option(42, "image k has seed 1000000 * SEED + k", parse=cli.seed)
     calibration_images: int = option(4, "other images, whose walks calibrate", parse=cli.positive_int)
     calibration_places: int = option(24, "pixels of each at which windows are compared", parse=cli.positive_int)
+    share: float = option(0.9, "of the squared gradient, which says how far the network looks", parse=cli.proper_share)
     batch_size: int = option(4, "images that a machine walks at once", parse=cli.positive_int)
     memory_mib: int | None = option(None, "of a machine's intermediate arrays (by the device)", parse=cli.positive_int)
     output: str | None = option(None, "folder (creativity/{checkpoint}_{weights}_{path}_{steps} in the run's results)")
@@ -113,17 +126,23 @@ class Comparison:
         self.images = self._training_images().to(self.device)
         self.borders = settings.borders or padding_of(self.loaded.model)
         side = self.images.shape[-1]
-        self.windows = tuple(sorted({each for each in settings.windows if each < 2 * side}))
-        self.shapes = scale_shapes(1, *self.images.shape[1:3])
+        # Wider ones would see no more.
+        self.windows = tuple(sorted({each for each in settings.windows if each < 2 * side // self.num_scales}))
+        self.shapes = scale_shapes(self.num_scales, *self.images.shape[1:3])
+
+    @property
+    def num_scales(self) -> int:
+        """Of the network: 1, or 2."""
+        return self.loaded.model.num_scales
 
     def _check(self) -> None:
         loaded, file = self.loaded, self.settings.checkpoint
         loaded.require_pixels("analyse_creativity.py")
         loaded.require_means("analyse_creativity.py")
-        if loaded.model.num_scales > 1:
+        if loaded.model.num_predictions < loaded.model.num_scales:
             raise ValueError(
-                f"{file} is a '{loaded.config['model_type']}' model; local score machines here have one scale, so pass "
-                "a checkpoint of train_baseline.py."
+                f"{file} is a '{loaded.config['model_type']}' model, whose coarse image is made on the way; pass a "
+                "baseline, or a model that predicts both scales."
             )
         if loaded.config.get("class_names"):
             raise ValueError(
@@ -158,6 +177,7 @@ class Comparison:
             "num_training_images": len(self.images),
             "borders": self.borders,
             "windows": list(self.windows),
+            "share": settings.share,
             "seed": settings.seed,
             "calibration_images": settings.calibration_images,
             "calibration_places": settings.calibration_places,
@@ -184,35 +204,41 @@ class Comparison:
         check_finite(images, seeds)
         return images
 
-    def states(self, seeds: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Of every point of the path but the last: noisy images of the network's walk, timesteps, its clean images."""
-        found = []
+    def states(self, seeds: Sequence[int]) -> list[State]:
+        """What the network makes of its walks at every point of the path but the last."""
+        settings, scheduler, found = self.settings, self.scheduler, []
 
         def see(k: int, xs: Images) -> None:
             if k < self.path.nfe:
-                ts = tuple(torch.full((len(xs[0]),), t, device=self.device) for t in self.path.points[k])
-                x0s = self.scheduler.predict_clean(self.loaded.denoise(xs, ts), self.path.points[k], xs)
-                found.append((xs[0], ts[0], x0s[0].float()))
+                point = self.path.points[k]
+                ts = tuple(torch.full((len(xs[0]),), t, device=self.device) for t in point)
+                x0s = scheduler.predict_clean(self.loaded.denoise(xs, ts), point, xs)
+                level = tuple(scheduler.log_snr[t].item() for t in point)
+                found.append(State(xs, ts, scheduler.representation.compose(x0s).float(), level))
 
-        settings = self.settings
         with autocast(self.device, settings.precision):
-            noise = SeededNoise(seeds).draw(self.shapes[0], self.device)
+            source = SeededNoise(seeds)
             sample(
-                self.loaded.denoise_with_variance, self.scheduler, self.path, (noise,), callback=see, end=settings.end,
+                self.loaded.denoise_with_variance, scheduler, self.path,
+                [source.draw(shape, self.device) for shape in self.shapes], callback=see, end=settings.end,
                 solver=settings.make_solver(),
             )  # fmt: skip
         return found
 
-    def machine(self, name: str, window: int | WindowTable, kind: type[LocalDenoiser] = LocalDenoiser) -> LocalDenoiser:
-        """A machine of the training images."""
-        if name == IDEAL:  # All of the torus, which every pixel sees.
-            name, window, borders = "ls", 2 * max(self.images.shape[2:]) + 1, "circular"
+    def machine(self, name: str, window: int | WindowTable, pixels: bool = False) -> PosteriorMean | LocalDenoiser:
+        """A machine of the training images; pixels: whether it is asked for single ones."""
+        borders, memory = "zeros" if name == "bbels" else self.borders, self.settings.memory_mib
+        if self.num_scales == 2:
+            if name == IDEAL:
+                return EmpiricalDenoiser(self.scheduler, self.images).to(self.device)
+            kind = LocalPairPixels if pixels else LocalPairDenoiser
         else:
-            borders = "zeros" if name == "bbels" else self.borders
-        made = kind(self.scheduler, self.images, name, window, borders, self.settings.memory_mib)
-        return made.to(self.device)
+            kind = LocalPixels if pixels else LocalDenoiser
+            if name == IDEAL:  # All of the torus, which every pixel sees.
+                name, window, borders = "ls", 2 * max(self.images.shape[2:]) + 1, "circular"
+        return kind(self.scheduler, self.images, name, window, borders, memory).to(self.device)
 
-    def machine_walks(self, machine: LocalDenoiser, seeds: Sequence[int]) -> Iterator[torch.Tensor]:
+    def machine_walks(self, machine: PosteriorMean | LocalDenoiser, seeds: Sequence[int]) -> Iterator[torch.Tensor]:
         """Its images from the noise of seeds, `[B, C, H, W]` batch by batch."""
         settings = self.settings
         batches = sample_seeds(
@@ -221,6 +247,17 @@ class Comparison:
         )  # fmt: skip
         for _, samples in batches:
             yield samples.images[0]
+
+    def receptive_fields(self, states: Sequence[State]) -> list[tuple[ReceptiveField, ...]]:
+        """Those of the clean fine image in every scale that is read, at every level."""
+        circular = padding_of(self.loaded.model) == "circular"
+        return [
+            measure_receptive_fields(
+                self.loaded.denoise, self.scheduler, state.xs, [t[0].item() for t in state.ts],
+                num_pixels=FIELD_PIXELS, circular=circular, seed=self.settings.seed,
+            )
+            for state in Progress(states, unit="level", desc="receptive fields")
+        ]  # fmt: skip
 
 
 class Walks:
@@ -244,34 +281,31 @@ class Walks:
             np.savez(stream, **{name: each.numpy() for name, each in self.images.items()})
 
 
-def calibrations(comparison: Comparison, file: Path) -> dict[str, Calibration]:
+def calibrations(comparison: Comparison, states: Sequence[State], file: Path) -> dict[str, Calibration]:
     """The windows of each machine that has one to choose, from the file or anew."""
     known = json.loads(file.read_text()) if file.exists() else {}
     wanted = [name for name in comparison.settings.machines if name != IDEAL]
-    missing = [name for name in wanted if name not in known]
-    if missing:
-        _, seeds = comparison.seeds()
-        states = comparison.states(seeds)
-        height, width = comparison.images.shape[2:]
-        drawn = np.random.default_rng(comparison.settings.seed).choice(
-            height * width, min(comparison.settings.calibration_places, height * width), replace=False
+    shape = comparison.images.shape[2:]
+    count = min(comparison.settings.calibration_places, math.prod(shape))
+    drawn = np.random.default_rng(comparison.settings.seed).choice(math.prod(shape), count, replace=False)
+    places = torch.from_numpy(np.stack(np.unravel_index(drawn, shape), 1)).to(comparison.device)
+    for name in wanted:
+        if name in known:
+            continue
+        machines = [comparison.machine(name, side, pixels=True) for side in comparison.windows]
+        levels = Progress(states, unit="level", desc=f"windows of {name}")
+        parts = [calibrate(machines, [state], places) for state in levels]
+        found = Calibration(
+            tuple(part.levels[0] for part in parts), comparison.windows, tuple(part.errors[0] for part in parts)
         )
-        places = torch.from_numpy(np.stack(np.unravel_index(drawn, (height, width)), 1)).to(comparison.device)
-        for name in missing:
-            machines = [comparison.machine(name, side, LocalPixels) for side in comparison.windows]
-            levels = Progress(states, unit="level", desc=f"windows of {name}")
-            parts = [calibrate(machines, [state], places) for state in levels]
-            known[name] = {
-                "log_snrs": [part.log_snrs[0] for part in parts],
-                "windows": list(comparison.windows),
-                "errors": [list(part.errors[0]) for part in parts],
-                "sides": [part.sides[0] for part in parts],
-            }
-            with replacing(file) as temporary:
-                temporary.write_text(json.dumps(known, indent=1) + "\n")
+        known[name] = {"levels": found.levels, "windows": found.windows, "errors": found.errors, "sides": found.sides}
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(known, indent=1) + "\n")
     return {
         name: Calibration(
-            tuple(known[name]["log_snrs"]), tuple(known[name]["windows"]), tuple(map(tuple, known[name]["errors"]))
+            tuple(map(tuple, known[name]["levels"])),
+            tuple(known[name]["windows"]),
+            tuple(map(tuple, known[name]["errors"])),
         )
         for name in wanted
     }
@@ -314,19 +348,56 @@ def compare(comparison: Comparison, walks: Walks) -> tuple[list[dict[str, Any]],
     return rows, summary
 
 
-def draw(comparison: Comparison, found: dict[str, Calibration], walks: Walks, folder: Path) -> None:
-    """The figures of pairs and of windows."""
-    config = comparison.loaded.config
+def field_rows(
+    comparison: Comparison, states: Sequence[State], fields: Sequence[tuple[ReceptiveField, ...]]
+) -> list[dict[str, Any]]:
+    """How far the network looks: a row for each point of the path and each scale that it reads."""
+    return [
+        {
+            "point": k,
+            "scale": comparison.shapes[s][1],
+            **{f"t_{shape[1]}": t[0].item() for shape, t in zip(comparison.shapes, state.ts, strict=True)},
+            "log_snr": state.level[s],
+            # Nothing comes from a scale that the network does not heed.
+            "side": field.side_of(comparison.settings.share) if field.total > 0 else None,
+            "share": comparison.settings.share,
+            "of_all_scales": share_by_scale(by_scale)[s].item(),
+        }
+        for k, (state, by_scale) in enumerate(zip(states, fields, strict=True))
+        for s, field in enumerate(by_scale)
+    ]
+
+
+def draw(
+    comparison: Comparison,
+    found: dict[str, Calibration],
+    walks: Walks,
+    fields: Sequence[tuple[ReceptiveField, ...]],
+    folder: Path,
+) -> None:
+    """The figures of pairs, of windows, and of gradients."""
+    config, settings = comparison.loaded.config, comparison.settings
     what = (
         f"epoch {config['epoch']}, {WEIGHTS_TITLES[comparison.loaded.weights]}, {len(comparison.images):,} training "
         f"images, {comparison.path.nfe} steps"
     )
-    count = min(SHOWN_PAIRS, comparison.settings.num_images)
-    rows = {name: to_uint8(walks.images[name][:count]).numpy() for name in (NETWORK, *comparison.settings.machines)}
+    count = min(SHOWN_PAIRS, settings.num_images)
+    rows = {name: to_uint8(walks.images[name][:count]).numpy() for name in (NETWORK, *settings.machines)}
     plot_samples(rows, folder / FIGURES[0], f"The network and machines, from the same noise; {what}")
-    curves = {name: each.sides for name, each in found.items()}
-    if curves:
-        plot_windows(curves, folder / FIGURES[1], f"Windows that predict the network best; {what}")
+    # In pixels of the fine image.
+    curves = {name: [comparison.num_scales * side for side in each.sides] for name, each in found.items()}
+    gradients = [by_scale[0].side_of(settings.share) for by_scale in fields]
+    curves[f"network, {settings.share:.0%} of the gradient"] = gradients
+    plot_windows(curves, folder / FIGURES[1], f"How far machines and network look; {what}")
+    shown = evenly(min(SHOWN_LEVELS, len(fields)), len(fields), "the figure")
+    panels = {}
+    for s, shape in enumerate(comparison.shapes):
+        read = {f"point {k}": fields[k][s] for k in shown if fields[k][s].total > 0}
+        if read:
+            panels[f"{shape[1]}x{shape[2]}"] = {
+                name: dict(zip(field.sides, field.shares().tolist(), strict=True)) for name, field in read.items()
+            }
+    plot_window_shares(panels, folder / FIGURES[2], "Where the gradient of a clean pixel comes from", (settings.share,))
 
 
 def print_summary(summary: list[dict[str, Any]]) -> None:
@@ -363,13 +434,16 @@ def main() -> None:
     claim(folder, comparison.said, settings.force, (WALKS_FILE, WINDOWS_FILE, *TABLES, *FIGURES))
     folder.mkdir(parents=True, exist_ok=True)
     write_settings(folder, comparison.said)
-    found = calibrations(comparison, folder / WINDOWS_FILE)
+    states = comparison.states(comparison.seeds()[1])
+    fields = comparison.receptive_fields(states)
+    write_rows(folder / TABLES[2], field_rows(comparison, states, fields))
+    found = calibrations(comparison, states, folder / WINDOWS_FILE)
     walks = Walks(folder / WALKS_FILE)
     walk_all(comparison, found, walks)
     rows, summary = compare(comparison, walks)
     write_rows(folder / TABLES[0], rows)
     write_rows(folder / TABLES[1], summary)
-    draw(comparison, found, walks, folder)
+    draw(comparison, found, walks, fields, folder)
     print_summary(summary)
     print(f"{folder}: {', '.join((*TABLES, *FIGURES))}")
 

@@ -39,7 +39,7 @@ from truth.local import MACHINES, LocalDenoiser, WindowTable
 
 BORDERS = {"ls": "zeros", "els": "circular", "bbels": "zeros"}
 # As calibration finds them: wide in noise, narrow near the image.
-FALLING = WindowTable((-5.0, -3.0, -1.0, 1.0, 3.0), (15, 9, 7, 5, 3))
+FALLING = WindowTable(((-5.0,), (-3.0,), (-1.0,), (1.0,), (3.0,)), (15, 9, 7, 5, 3))
 
 
 @dataclass(frozen=True, kw_only=True)

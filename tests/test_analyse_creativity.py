@@ -13,8 +13,10 @@ import train_lift
 from checkpoint import load_model
 from data import load_images, to_float
 from truth.local import LocalDenoiser, WindowTable
+from truth.local_pair import LocalPairDenoiser
 
-FILES = ("likeness.csv", "summary.csv", "walks.npz", "windows.json", "pairs.png", "windows.png", "settings.json")
+TABLES = ("likeness.csv", "summary.csv", "receptive_field.csv")
+FILES = (*TABLES, "walks.npz", "windows.json", "pairs.png", "windows.png", "receptive_field.png", "settings.json")
 SIDES = (9, 5, 5, 3)  # Of a machine in place of the network, along the path.
 
 
@@ -23,33 +25,61 @@ def rows_of(file):
         return list(csv.DictReader(stream))
 
 
+class Machine(torch.nn.Module):
+    """A local score machine as a network: gradients pass, and are 0 but for what conversions make of them."""
+
+    def __init__(self, machine, scales):
+        super().__init__()
+        self.machine, self.num_scales, self.num_predictions = machine, scales, scales
+
+    def denoise(self, xs, ts):
+        return tuple(each + 0 * x for each, x in zip(self.machine.denoise(xs, ts), xs, strict=True))
+
+
+class Trained:
+    """A network of 16x16 images that has learnt hardly anything, and flags that walk it in four steps."""
+
+    def __init__(self, folder, stage, tiny, module, stem):
+        stage(module, *tiny(folder), "--preset", "improved", "--epochs", 1)
+        self.folder = folder
+        self.others = ["--cache_dir", folder / "cache", "--num_steps", 4, "--num_images", 6, "--windows", 3, 5, 9]
+        self.others += ["--device", "cpu", "--precision", "fp32", "--calibration_places", 24]
+        self.flags = ["--checkpoint", folder / f"checkpoints/{stem}_1ep.pth", *self.others]
+
+    @property
+    def images(self):
+        images = load_images("synthetic", 16, self.folder / "cache", limit=12)
+        return to_float(torch.from_numpy(np.array(images.pixels)))
+
+    def with_a_machine(self, monkeypatch, name, scales):
+        """From now on the stage loads a machine of the training images in place of the network."""
+
+        def load(*arguments, **settings):
+            loaded = load_model(*arguments, **settings)
+            levels = loaded.scheduler.log_snr[torch.tensor([999, 749, 500, 250])].tolist()
+            table = WindowTable(tuple((level,) * scales for level in levels), SIDES)
+            kind = LocalDenoiser if scales == 1 else LocalPairDenoiser
+            return loaded._replace(model=Machine(kind(loaded.scheduler, self.images, name, table), scales))
+
+        monkeypatch.setattr(analyse_creativity, "load_model", load)
+
+
 @pytest.fixture(scope="module")
 def trained(stage, tiny, tmp_path_factory):
-    """A network of 16x16 images that has learnt hardly anything, and flags that walk it in four steps."""
-    folder = tmp_path_factory.mktemp("creativity")
-    stage(train_baseline, *tiny(folder), "--preset", "improved", "--epochs", 1)
-    flags = ["--checkpoint", folder / "checkpoints/baseline_1ep.pth", "--cache_dir", folder / "cache"]
-    flags += ["--num_steps", 4, "--num_images", 6, "--calibration_places", 24, "--windows", 3, 5, 9]
-    return [*flags, "--device", "cpu", "--precision", "fp32", "--batch_size", 4]
+    return Trained(tmp_path_factory.mktemp("one"), stage, tiny, train_baseline, "baseline")
 
 
-def a_machine(loaded, folder, name):
-    """The checkpoint with a machine of its training images in place of its network."""
-    images = to_float(torch.from_numpy(np.array(load_images("synthetic", 16, folder / "cache", limit=12).pixels)))
-    levels = loaded.scheduler.log_snr[torch.tensor([999, 749, 500, 250])].tolist()
-    return loaded._replace(model=LocalDenoiser(loaded.scheduler, images, name, WindowTable(tuple(levels), SIDES)))
+@pytest.fixture(scope="module")
+def pair(stage, tiny, tmp_path_factory):
+    return Trained(tmp_path_factory.mktemp("pair"), stage, tiny, train_lift, "lift_dual_timestep")
 
 
-@pytest.mark.parametrize("name", ["ls", "els", "bbels"])
-def test_a_network_that_is_a_machine_is_predicted_exactly(trained, stage, monkeypatch, tmp_path, name):
+@pytest.mark.parametrize(("name", "scales"), [("ls", 1), ("els", 1), ("bbels", 1), ("els", 2)])
+def test_a_network_that_is_a_machine_is_predicted_exactly(trained, pair, stage, monkeypatch, tmp_path, name, scales):
     """Its windows are found at every point of the path, and its images have r = 1; those of others have less."""
-    cache = trained[3].parent
-
-    def load(*arguments, **settings):
-        return a_machine(load_model(*arguments, **settings), cache, name)
-
-    monkeypatch.setattr(analyse_creativity, "load_model", load)
-    ended = stage(analyse_creativity, *trained, "--output", tmp_path)
+    network = trained if scales == 1 else pair
+    network.with_a_machine(monkeypatch, name, scales)
+    ended = stage(analyse_creativity, *network.flags, "--output", tmp_path)
     found = json.loads((tmp_path / "windows.json").read_text())
     assert list(found) == ["ls", "els", "bbels"]
     # With noise alone every window says the same, but for rounding.
@@ -66,19 +96,26 @@ def test_a_network_that_is_a_machine_is_predicted_exactly(trained, stage, monkey
         assert float(summary[each]["r"]) == pytest.approx(np.median(r), rel=1e-12)
         assert float(summary[each]["r_low"]) == min(r) and float(summary[each]["r_high"]) == max(r)
     assert f"| {name} | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] |" in ended.output
+    # What is left of its gradients is that of the noisy image in x0 = alpha x - sigma v, at the pixel itself.
+    fields = rows_of(tmp_path / "receptive_field.csv")
+    assert [(int(row["point"]), int(row["scale"])) for row in fields] == [
+        (k, side) for k in range(4) for side in (16, 8)[:scales]
+    ]
+    fine = [row for row in fields if row["scale"] == "16"]
+    assert [row["t_16"] for row in fine] == ["999", "749", "500", "250"]
+    assert {row["side"] for row in fine} == {"1"} and {float(row["of_all_scales"]) for row in fine} == {1.0}
+    assert all((row["side"], float(row["of_all_scales"])) == ("", 0.0) for row in fields if row["scale"] == "8")
 
 
 def test_ideal_images_are_those_of_the_training(trained, stage, tmp_path):
-    stage(analyse_creativity, *trained, "--machines", "ideal", "--num_steps", 12, "--output", tmp_path)
-    assert not (tmp_path / "windows.png").exists() and json.loads((tmp_path / "settings.json").read_text())
+    stage(analyse_creativity, *trained.flags, "--machines", "ideal", "--num_steps", 12, "--output", tmp_path)
+    assert not (tmp_path / "windows.json").exists()
     made = torch.from_numpy(np.load(tmp_path / "walks.npz")["ideal"]).flatten(1)
-    images = load_images("synthetic", 16, trained[3].parent / "cache", limit=12)
-    training = to_float(torch.from_numpy(np.array(images.pixels))).flatten(1)
-    assert torch.cdist(made, training).amin(1).max() < 0.05
+    assert torch.cdist(made, trained.images.flatten(1)).amin(1).max() < 0.05
 
 
 def test_a_stopped_run_goes_on_where_it_was(trained, stage, refused, tmp_path):
-    words = [*trained, "--machines", "ideal", "els", "--output", tmp_path / "out"]
+    words = [*trained.flags, "--machines", "ideal", "els", "--output", tmp_path / "out"]
     stage(analyse_creativity, *words)
     assert {file.name for file in (tmp_path / "out").iterdir()} == set(FILES)
     before = {name: (tmp_path / "out" / name).read_bytes() for name in FILES}
@@ -98,14 +135,16 @@ def test_a_stopped_run_goes_on_where_it_was(trained, stage, refused, tmp_path):
 
 def test_mirror_images_count_where_the_network_saw_them(trained, stage, tiny, tmp_path):
     stage(train_baseline, *tiny(tmp_path), "--epochs", 1, "--flip")
-    flags = ["--checkpoint", tmp_path / "checkpoints/baseline_1ep.pth", *trained[2:], "--machines", "ideal"]
+    flags = ["--checkpoint", tmp_path / "checkpoints/baseline_1ep.pth", *trained.others, "--machines", "ideal"]
     stage(analyse_creativity, *flags, "--output", tmp_path / "out")
     assert json.loads((tmp_path / "out/settings.json").read_text())["num_training_images"] == 24
 
 
 def test_what_machines_know_nothing_of_is_refused(trained, stage, tiny, refused, tmp_path):
-    refused(analyse_creativity, *trained, "--windows", 3, 4, says=("--windows 4 is even",), status=2)
-    refused(analyse_creativity, *trained, "--solver", "ancestral", says=("draws noise",), status=2)
+    refused(analyse_creativity, *trained.flags, "--windows", 3, 4, says=("--windows 4 is even",), status=2)
+    refused(analyse_creativity, *trained.flags, "--solver", "ancestral", says=("draws noise",), status=2)
     stage(train_lift, *tiny(tmp_path), "--model", "single_t", "--epochs", 1)
     file = tmp_path / "checkpoints/single_t_1ep.pth"
-    refused(analyse_creativity, "--checkpoint", file, *trained[2:], says=("'single_t' model", "train_baseline.py"))
+    refused(
+        analyse_creativity, "--checkpoint", file, *trained.others, says=("'single_t' model", "predicts both scales")
+    )

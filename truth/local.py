@@ -22,7 +22,6 @@ on the torus and bbELS for zeros. A window of 2 max(H, W) - 1 is the whole image
 the ideal denoiser.
 """
 
-import bisect
 import dataclasses
 import itertools
 import math
@@ -51,25 +50,29 @@ LEAST_LOGIT = -60.0
 
 @dataclasses.dataclass(frozen=True)
 class WindowTable:
-    """The window of the nearest noise level of a table: what calibration finds, as `LocalDenoiser` takes it.
+    """The window of the nearest noise level of a table: what calibration finds, as machines take it.
 
-    log_snrs: rising, any number; sides: a window for each, odd. Raises ValueError for a table that is none.
+    levels: a log SNR for each scale, finite, no two the same; sides: a window for each level, odd. Of levels equally
+    near the first counts. Raises ValueError for a table that is none.
     """
 
-    log_snrs: tuple[float, ...]
+    levels: tuple[tuple[float, ...], ...]
     sides: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        rises = all(low < high for low, high in itertools.pairwise(self.log_snrs))
-        if not self.log_snrs or not rises or len(self.log_snrs) != len(self.sides):
+        scales = {len(level) for level in self.levels}
+        finite = all(math.isfinite(log_snr) for level in self.levels for log_snr in level)
+        distinct = len(set(self.levels)) == len(self.levels) == len(self.sides)
+        if len(scales) != 1 or 0 in scales or not finite or not distinct:
             raise ValueError(
-                f"A table of windows needs log SNRs that rise, and a window for each; got {list(self.log_snrs)} and "
-                f"{list(self.sides)}."
+                f"A table of windows needs different levels of finite log SNRs, and a window for each; got "
+                f"{list(self.levels)} and {list(self.sides)}."
             )
 
-    def __call__(self, log_snr: float) -> int:
-        middles = [(low + high) / 2 for low, high in itertools.pairwise(self.log_snrs)]
-        return self.sides[bisect.bisect(middles, log_snr)]
+    def __call__(self, *log_snrs: float) -> int:
+        low, high = LOG_SNR_RANGE
+        place = [min(max(log_snr, low), high) for log_snr in log_snrs]
+        return self.sides[min(range(len(self.levels)), key=lambda k: math.dist(self.levels[k], place))]
 
 
 class LocalDenoiser(ExactDenoiser):

@@ -9,12 +9,15 @@ that much less.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from images.representation import Images
 from runtime.device import full_precision
 from truth.local import LOG_SNR_RANGE, PRODUCT_ERROR, LocalDenoiser, WindowTable
+from truth.local_pair import LocalPairDenoiser
 
 MEMORY_MIB = 64  # Of logits at once.
 
@@ -23,12 +26,13 @@ class LocalPixels(LocalDenoiser):
     """A local score machine that can be asked for single pixels."""
 
     @torch.no_grad()
-    def pixels(self, x: torch.Tensor, t: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """x̂ `[B, M, C]` float64 at places `[M, 2]`, row and column, of noisy x `[B, C, H, W]` at timesteps `[B]`.
+    def pixels_at(self, xs: Images, ts: Images, places: torch.Tensor) -> torch.Tensor:
+        """x̂ `[B, M, C]` float64 at places `[M, 2]`, row and column, of noisy `[B, C, H, W]` at timesteps `[B]`.
 
         They are those of `posterior_mean`. Logits of a place at all candidates are two convolutions of the training
         images, with its window of u and with what of it counts: γ Σ_o m(o) (u(p + o) φ(q + o) - φ(q + o)²/2).
         """
+        [x], [t] = xs, ts
         log_snr, size, _ = self._at(t)
         preserving = x.to(torch.promote_types(x.dtype, self.log_snr.dtype)) / size[:, None, None, None]
         if self.machine == "ls":
@@ -40,10 +44,6 @@ class LocalPixels(LocalDenoiser):
             for image, precision, side in zip(clean, precisions, sides, strict=True):
                 found.append(self._pixels_of(image, precision, side, places))
         return torch.stack(found)
-
-    def log_snr_at(self, t: torch.Tensor) -> float:
-        """Of the first of some timesteps `[B]`; -inf of pure noise."""
-        return self._at(t[:1])[0].item()
 
     def _pixels_of(self, image: torch.Tensor, precision: float, side: int, places: torch.Tensor) -> torch.Tensor:
         channels, *shape = image.shape
@@ -96,15 +96,33 @@ class LocalPixels(LocalDenoiser):
         return before * (reach + 1) + behind
 
 
+class LocalPairPixels(LocalPairDenoiser):
+    """The same of two scales; all blocks are computed, of which there are few."""
+
+    @torch.no_grad()
+    def pixels_at(self, xs: Images, ts: Images, places: torch.Tensor) -> torch.Tensor:
+        """x̂_64 `[B, M, C]` float64 at places `[M, 2]` of the fine image, of both noisy images and their timesteps."""
+        return self._mean_of(*self._seen(xs, ts))[:, :, places[:, 0], places[:, 1]].transpose(1, 2)
+
+
+class State(NamedTuple):
+    """What a network makes of noisy images of one noise level for each scale."""
+
+    xs: Images  # [B, C, H, W], fine first
+    ts: Images  # [B], equal timesteps
+    clean: torch.Tensor  # [B, C, H, W], the clean image that it predicts
+    level: tuple[float, ...]  # log SNRs
+
+
 @dataclasses.dataclass(frozen=True)
 class Calibration:
     """How far a machine is from a network at each noise level, by its window.
 
-    log_snrs: of the levels, any order. windows: sides, rising. errors: for each level and window the mean square
+    levels: log SNRs by scale, finite. windows: sides, rising. errors: for each level and window the mean square
     difference of clean pixels, per value.
     """
 
-    log_snrs: tuple[float, ...]
+    levels: tuple[tuple[float, ...], ...]
     windows: tuple[int, ...]
     errors: tuple[tuple[float, ...], ...]
 
@@ -115,20 +133,20 @@ class Calibration:
 
     def table(self) -> WindowTable:
         """The same as what a machine takes."""
-        ordered = dict(sorted(zip(self.log_snrs, self.sides, strict=True)))
-        return WindowTable(tuple(ordered), tuple(ordered.values()))
+        return WindowTable(self.levels, self.sides)
 
 
 def calibrate(
-    machines: Sequence[LocalPixels],  # of one kind, a fixed window each, rising
-    states: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],  # noisy x, t [B], the network's clean x0
+    machines: Sequence[LocalPixels] | Sequence[LocalPairPixels],  # of one kind, a fixed window each, rising
+    states: Sequence[State],
     places: torch.Tensor,  # [M, 2]
 ) -> Calibration:
-    """Compare machines with what a network predicts of noisy images `[B, C, H, W]`, one state for each noise level."""
-    log_snrs, errors = [], []
-    for x, t, x0 in states:
-        target = x0[:, :, places[:, 0], places[:, 1]].transpose(1, 2).double()  # [B, M, C]
-        log_snrs.append(max(machines[0].log_snr_at(t), LOG_SNR_RANGE[0]))
-        errors.append(tuple((each.pixels(x, t, places) - target).square().mean().item() for each in machines))
-    windows = tuple(int(each.window) for each in machines)
-    return Calibration(tuple(log_snrs), windows, tuple(errors))
+    """Compare machines with what a network predicts of noisy images, one state for each noise level."""
+    errors = []
+    for state in states:
+        target = state.clean[:, :, places[:, 0], places[:, 1]].transpose(1, 2).double()  # [B, M, C]
+        pixels = (machine.pixels_at(state.xs, state.ts, places) for machine in machines)
+        errors.append(tuple((each - target).square().mean().item() for each in pixels))
+    low, high = LOG_SNR_RANGE
+    levels = tuple(tuple(min(max(log_snr, low), high) for log_snr in state.level) for state in states)
+    return Calibration(levels, tuple(int(machine.window) for machine in machines), tuple(errors))

@@ -62,15 +62,20 @@ class PosteriorMean(ExactDenoiser):
         raise NotImplementedError
 
     def forward(self, x_64: torch.Tensor, x_32: torch.Tensor, t_64: torch.Tensor, t_32: torch.Tensor) -> Pair:
-        xs = tuple(x.to(torch.promote_types(x.dtype, self.log_snr.dtype)) for x in (x_64, x_32))
-        xs = self.representation.project(xs)  # What is outside the space of the fine scale is not seen.
-        places = [self._at(t) for t in (t_64, t_32)]
-        log_snrs = tuple(log_snr[:, None, None, None] for log_snr, *_ in places)  # [S, 1, 1, 1]
-        preserving = tuple(x / size[:, None, None, None] for x, (_, size, _) in zip(xs, places, strict=True))
-        x0_64 = self.posterior_mean(preserving, log_snrs)  # [S, C, H, W]
-        x0s = self.representation.split(x0_64)  # The mean of the coarse image is the coarse mean.
+        xs, places = self._seen((x_64, x_32), (t_64, t_32))
+        x0s = self.representation.split(self._mean_of(xs, places))  # The mean of the coarse image is the coarse mean.
         predictions = map(self._prediction, xs, x0s, places)
         return tuple(p.to(x.dtype) for p, x in zip(predictions, (x_64, x_32), strict=True))
+
+    def _seen(self, xs: Pair, ts: Pair) -> tuple[Pair, list[tuple[torch.Tensor, ...]]]:
+        xs = tuple(x.to(torch.promote_types(x.dtype, self.log_snr.dtype)) for x in xs)
+        # What is outside the space of the fine scale is not seen.
+        return self.representation.project(xs), [self._at(t) for t in ts]
+
+    def _mean_of(self, xs: Pair, places: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+        log_snrs = tuple(log_snr[:, None, None, None] for log_snr, *_ in places)  # [S, 1, 1, 1]
+        preserving = tuple(x / size[:, None, None, None] for x, (_, size, _) in zip(xs, places, strict=True))
+        return self.posterior_mean(preserving, log_snrs)  # [S, C, H, W]
 
     def denoise(self, xs: Pair, ts: Pair) -> Pair:
         """Two scales, two clocks, the form the sampler and the error map call."""

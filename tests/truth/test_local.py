@@ -292,7 +292,7 @@ def test_samples_are_locally_consistent(machine, borders):
 
 
 def test_a_table_gives_the_window_of_the_nearest_level():
-    table = WindowTable((-4.0, 0.0, 2.0), (9, 5, 3))
+    table = WindowTable(((-4.0,), (0.0,), (2.0,)), (9, 5, 3))
     assert [table(level) for level in (-math.inf, -2.1, -1.9, 0.9, 1.1, math.inf)] == [9, 9, 5, 5, 3, 3]
     scheduler, images = process(), images_of(3, 1, 4, 4)
     denoiser = LocalDenoiser(scheduler, images, "els", table)
@@ -302,8 +302,16 @@ def test_a_table_gives_the_window_of_the_nearest_level():
     for k, side in enumerate(sides):
         alone = LocalDenoiser(scheduler, images, "els", side)(x[k : k + 1], EVERY_NOISE[k : k + 1])
         torch.testing.assert_close(denoiser(x, EVERY_NOISE[:3])[k : k + 1], alone)
-    for levels, windows in (((), ()), ((0.0, 0.0), (3, 5)), ((0.0, 1.0), (3,))):
-        with pytest.raises(ValueError, match="log SNRs that rise"):
+    both = WindowTable(((-60.0, 0.0), (-60.0, 4.0), (1.0, 5.0)), (9, 7, 3))
+    assert [both(-math.inf, 1.0), both(-math.inf, 3.0), both(0.5, math.inf)] == [9, 7, 3]
+    for levels, windows in (
+        ((), ()),
+        (((0.0,), (0.0,)), (3, 5)),
+        (((0.0,), (1.0,)), (3,)),
+        (((-math.inf,),), (3,)),
+        (((0.0,), (0.0, 1.0)), (3, 5)),
+    ):
+        with pytest.raises(ValueError, match="different levels of finite log SNRs"):
             WindowTable(levels, windows)
 
 
