@@ -217,8 +217,8 @@ class Window:
     """A machine at one side of the window: what all its candidates add up to.
 
     images `[N, C, H, W]`: what noisy ones are compared with. values `[N, C', H, W]`: what candidates stand for, of
-    which the mean is taken; often the images. largest: the square of the largest number in the images. The rest is as
-    of `LocalDenoiser`.
+    which the mean is taken; often the images. largest: the square of the largest number in the images. products_factor:
+    by how much larger than PRODUCTS_UP_TO windows may be that are multiplied. The rest is as of `LocalDenoiser`.
     """
 
     def __init__(
@@ -230,7 +230,9 @@ class Window:
         side: int,
         borders: str,
         memory_mib: float | None,
+        products_factor: int = 1,
     ):
+        self.products_up_to = products_factor * PRODUCTS_UP_TO
         self.images, self.values, self.largest = images, values, largest
         self.circular = borders == "circular"
         self.side, self.reach = side, side // 2
@@ -274,7 +276,7 @@ class Window:
     def _products_serve(self, part: tuple[_Piece, _Piece], precision: float) -> bool:
         # Windows of one torus must hold no pixel twice, and logits |u|² - 2uφ + |φ|² must not round too much.
         size = self.images.shape[1] * self.side**2
-        if not all(piece.free for piece in part) or size > PRODUCTS_UP_TO or any(self.whole):
+        if not all(piece.free for piece in part) or size > self.products_up_to or any(self.whole):
             return False
         signal = precision * size * self.largest  # At most γ |φ|²; beside it u has noise.
         return (signal + math.sqrt(signal * size)) * torch.finfo(self.images.dtype).eps <= PRODUCT_ERROR

@@ -103,7 +103,10 @@ class LocalPairDenoiser(PosteriorMean):
         scaled = self.blocks * self.blocks.new_tensor(roots)[:, None, None]
         largest = max(precision * square for precision, square in zip(precisions, self.largest, strict=True))
         side = self.window_at(*log_snrs)
-        return Window(scaled, self.pixels, largest, self.machine, side, self.borders, self.memory_mib)
+        # Shifted images take as much longer as they have channels, and here there are many.
+        return Window(
+            scaled, self.pixels, largest, self.machine, side, self.borders, self.memory_mib, sum(channels)
+        )  # fmt: skip
 
 
 def _blocks(xs: Pair) -> torch.Tensor:
