@@ -37,6 +37,7 @@ from evaluation.level_search import search_levels
 from evaluation.results_table import write_csv
 from figures.images import save_image_grid
 from figures.levels import plot_levels
+from figures.style import WEIGHTS_TITLES
 from image_folder import claim, write_settings
 from runtime.device import select_device
 from runtime.progress import Progress
@@ -149,7 +150,7 @@ def search(settings: CascadeSettings, chain: Chain) -> None:
         )
     names = [f"{link.loaded.side // 2} to {link.loaded.side} px" for link in chain.stages]
     curves = dict(zip(names, (each.scores for each in found), strict=True))
-    title = f"Levels of given images, {settings.search} images, {chain.last.weights} weights"
+    title = f"Levels of given images, {settings.search} images, {WEIGHTS_TITLES[chain.last.weights]}"
     plot_levels(curves, folder / CURVES_FILE, title)
     levels = [each.level for each in found]
     further = [{"swd": each.scores[each.level], "swd_clean": each.scores[math.inf]} for each in found]

@@ -237,7 +237,7 @@ def report(rows: Sequence[dict[str, Any]], metric: str = "swd") -> tuple[str, di
         line = {"models": name, "way": way, "s_0": level, "images seen": own["images_seen"] or "?"}
         line["parameters"] = f"{int(own['parameters']):,}"
         lines.append(line | {str(nfe): _text(values[nfe]) if nfe in values else "" for nfe in calls})
-        curve = f"{way} at {level}" if level else way
+        curve = f"{way} at {level}" if level not in ("", "clean") else way
         panels.setdefault(name, {})[curve] = {nfe: statistics.mean(each) for nfe, each in values.items()}
     return markdown_table(lines), panels
 
