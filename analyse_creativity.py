@@ -128,6 +128,10 @@ class Comparison:
         side = self.images.shape[-1]
         # Wider ones would see no more.
         self.windows = tuple(sorted({each for each in settings.windows if each < 2 * side // self.num_scales}))
+        if not self.windows:
+            raise ValueError(
+                f"--windows {min(settings.windows)} is wider than images of {side} pixels need; choose less."
+            )
         self.shapes = scale_shapes(self.num_scales, *self.images.shape[1:3])
 
     @property

@@ -142,6 +142,7 @@ def test_mirror_images_count_where_the_network_saw_them(trained, stage, tiny, tm
 
 def test_what_machines_know_nothing_of_is_refused(trained, stage, tiny, refused, tmp_path):
     refused(analyse_creativity, *trained.flags, "--windows", 3, 4, says=("--windows 4 is even",), status=2)
+    refused(analyse_creativity, *trained.flags, "--windows", 33, says=("--windows 33 is wider", "16 pixels"))
     refused(analyse_creativity, *trained.flags, "--solver", "ancestral", says=("draws noise",), status=2)
     stage(train_lift, *tiny(tmp_path), "--model", "single_t", "--epochs", 1)
     file = tmp_path / "checkpoints/single_t_1ep.pth"
